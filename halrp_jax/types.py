@@ -1,0 +1,110 @@
+"""The nouns of the project: data, method, size, state. Imports nothing of ours.
+
+An experiment folds `Method.learn` over a tuple of tasks; everything else is bookkeeping.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Params = Any  # a pytree of arrays
+
+
+class UserError(Exception):
+  """Something the user can mend: config, data, arguments. Shown as one line, exit code 2."""
+
+
+class Split(NamedTuple):
+  """Index set over the images that all splits of a benchmark share."""
+
+  image: Array  # uint8 [N, H, W, C], the same array object in every split of a benchmark
+  index: Array  # int32 [n] rows of `image`
+  label: Array  # int32 [n] class within the task, 0..K-1
+
+
+class Inputs(NamedTuple):
+  """How stored uint8 images become network inputs: x / 255, permute, (x - mean) / std."""
+
+  mean: Array  # float32 [C]
+  std: Array  # float32 [C]
+  permutation: Array | None  # int32 [H*W*C], applied to the flattened image; None: no permutation
+
+
+class Task(NamedTuple):
+  id: int  # the benchmark's own number for the task, whatever the order of training
+  name: str
+  class_names: tuple[str, ...]
+  inputs: Inputs
+  train: Split
+  valid: Split
+  test: Split
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+
+class Benchmark(NamedTuple):
+  name: str
+  tasks: tuple[Task, ...]  # in the order of training
+  split_hash: str  # SHA-256 of images, index sets and labels; the same for all orders
+  partial: bool  # True if the data are smaller than the protocol asks for
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return tuple(self.tasks[0].train.image.shape[1:])
+
+  @property
+  def max_classes(self) -> int:
+    return max(task.num_classes for task in self.tasks)
+
+
+class Size(NamedTuple):
+  """Model size after the tasks learned so far, in numbers (mask_bits: in bits)."""
+
+  base: int  # parameters of the network of the first task with its head; the unit of `increment`
+  dense: int  # every number needed to predict for all tasks: also biases and running statistics
+  nonzero: int  # those of `dense` that are not zero
+  mask_bits: int  # bits that say where the non-zeros are
+  training_only: int  # numbers kept for training alone: Fisher, bases, teachers
+  paper: int  # the paper's count (spec a.9): no biases and no running statistics of later tasks
+
+  @property
+  def increment(self) -> float:
+    """Model growth over the base as the paper counts it, a fraction."""
+    return self.paper / self.base - 1
+
+
+class State(NamedTuple):
+  """What a learner knows: one pytree shared by all tasks and one pytree per task."""
+
+  shared: Params
+  tasks: tuple[Params, ...]
+
+
+class Store(NamedTuple):
+  """What a method may tell the outside world while it learns. `name` is a path of scopes."""
+
+  name: str  # such as "task03/warmup"
+  log: Callable[[dict], None]  # one event: plain numbers and texts
+
+  def child(self, name: str) -> "Store":
+    return self._replace(name=f"{self.name}/{name}")
+
+
+class Method(NamedTuple):
+  """The only protocol of the project. All functions are pure but for `store`."""
+
+  init: Callable[..., State]  # (key, benchmark) -> state with no task learned
+  groups: Callable[[int], tuple[tuple[int, ...], ...]]  # (num_tasks) -> positions learned together
+  learn: Callable[..., tuple[State, dict]]  # (state, tasks, key, store) -> state, history
+  predict: Callable[..., Array]  # (state, t, image [B, H, W, C]) -> logits [B, K_t]; t static
+  size: Callable[[State], Size]
+
+
+def one_at_a_time(num_tasks: int) -> tuple[tuple[int, ...], ...]:
+  """The default of `Method.groups`: every task alone, in order."""
+  return tuple((t,) for t in range(num_tasks))
