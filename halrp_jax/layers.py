@@ -1,0 +1,185 @@
+"""Convolution, BatchNorm and pooling as the models use them: the same numbers on every platform.
+
+XLA:CPU has no fast gradient of a convolution (and inside `lax.scan` one that is tens of times
+slower still), so on the CPU a convolution is written as matrix products. Accelerators get the
+plain operation. Both agree to rounding (tests/test_layers.py).
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+_FEW_CHANNELS = 4  # up to here a convolution is faster on 2x2 blocks (space to depth)
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation over all axes but the last, as in the authors' networks.
+
+  Training uses the batch's mean and biased variance; the running variance takes the *unbiased*
+  one (flax.linen.BatchNorm keeps the biased one). With `running=False` there are no running
+  statistics and evaluation uses the batch's too.
+  """
+
+  running: bool = True
+  momentum: float = 0.1  # weight of the new batch in the running statistics
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    features = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (features,))
+    bias = self.param("bias", nn.initializers.zeros, (features,))
+    if self.running:
+      mean_ = self.variable("batch_stats", "mean", jnp.zeros, (features,))
+      var_ = self.variable("batch_stats", "var", jnp.ones, (features,))
+    if self.running and not train:
+      mean, var = mean_.value, var_.value
+    else:
+      axes = tuple(range(x.ndim - 1))
+      mean, var = x.mean(axes), x.var(axes)
+    if self.running and train and not self.is_initializing():
+      count = x.size // features
+      unbiased = var * count / max(count - 1, 1)
+      mean_.value = (1 - self.momentum) * mean_.value + self.momentum * mean
+      var_.value = (1 - self.momentum) * var_.value + self.momentum * unbiased
+    return (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+
+
+def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
+  """Non-overlapping max pooling, odd remainders dropped. [B, H, W, C] -> [B, H//w, W//w, C]
+
+  Maximum of slices: on the CPU the gradient of reduce_window is some twenty times slower.
+  """
+  b, h, w, c = x.shape
+  h, w = h // window, w // window
+  x = x[:, : h * window, : w * window].reshape(b, h, window, w, window, c)
+  parts = [x[:, :, i, :, j] for i in range(window) for j in range(window)]
+  return functools.reduce(jnp.maximum, parts)
+
+
+def conv_general_dilated(
+  lhs,
+  rhs,
+  window_strides,
+  padding,
+  lhs_dilation=None,
+  rhs_dilation=None,
+  dimension_numbers=None,
+  feature_group_count=1,
+  precision=None,
+  **kwargs,
+):
+  """`lax.conv_general_dilated` for `nn.Conv(conv_general_dilated=...)`, fast on the CPU too."""
+
+  def plain(lhs, rhs):
+    return lax.conv_general_dilated(
+      lhs,
+      rhs,
+      window_strides,
+      padding,
+      lhs_dilation=lhs_dilation,
+      rhs_dilation=rhs_dilation,
+      dimension_numbers=dimension_numbers,
+      feature_group_count=feature_group_count,
+      precision=precision,
+      **kwargs,
+    )
+
+  simple = (
+    lhs.ndim == 4
+    and feature_group_count == 1
+    and all(d == 1 for f in (lhs_dilation, rhs_dilation, window_strides) for d in f or (1,))
+    and dimension_numbers in (None, lax.conv_dimension_numbers(lhs.shape, rhs.shape, _DIMENSIONS))
+  )
+  if not simple:
+    return plain(lhs, rhs)
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding)
+  padding = tuple((int(a), int(b)) for a, b in padding)
+  kernel_fits = all(0 <= a < k and 0 <= b < k for k, pad in zip(rhs.shape, padding) for a, b in [pad])
+  if not kernel_fits:
+    return plain(lhs, rhs)
+  fast = _blocked_conv if lhs.shape[-1] <= _FEW_CHANNELS and min(rhs.shape[:2]) > 1 else _product_conv
+  return lax.platform_dependent(lhs, rhs, cpu=functools.partial(fast, padding=padding), default=plain)
+
+
+# --- convolutions as matrix products (stride 1, NHWC, HWIO) ----------------------------------------
+# Only the width is unfolded, never the whole window: a full unfolding is bound by memory writes.
+
+
+def _shifted(x, axis, offsets, length):
+  """The slices of `x` that start at each offset, side by side on the channel axis."""
+  return jnp.concatenate([lax.slice_in_dim(x, o, o + length, axis=axis) for o in offsets], axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_conv(x, kernel, padding):
+  (top, bottom), (left, right) = padding
+  kh, kw, num_in, num_out = kernel.shape
+  b, h, w, _ = x.shape
+  h_out, w_out = h + top + bottom - kh + 1, w + left + right - kw + 1
+  wide = jnp.pad(x, ((0, 0), (0, 0), (left, right), (0, 0)))
+  unfolded = _shifted(wide, 2, range(kw), w_out)  # [B, H, W', kw*I]
+  matrix = kernel.transpose(1, 2, 0, 3).reshape(kw * num_in, kh * num_out)
+  z = (unfolded.reshape(-1, kw * num_in) @ matrix).reshape(b, h, w_out, kh, num_out)
+  z = jnp.pad(z, ((0, 0), (top, bottom), (0, 0), (0, 0), (0, 0)))
+  return sum(z[:, i : i + h_out, :, i] for i in range(kh))
+
+
+def _product_conv_fwd(x, kernel, padding):
+  return _product_conv(x, kernel, padding), (x, kernel)
+
+
+def _product_conv_bwd(padding, saved, dy):
+  x, kernel = saved
+  (top, bottom), (left, _) = padding
+  kh, kw, num_in, num_out = kernel.shape
+  b, h, w, _ = x.shape
+  h_out, w_out = dy.shape[1:3]
+  # D[b, h', w, (j, o)] = dy[b, h', w + left - j, o]: shared by both gradients
+  dy = jnp.pad(dy, ((0, 0), (0, 0), (kw - 1 - left, w + left - w_out), (0, 0)))
+  d = _shifted(dy, 2, range(kw - 1, -1, -1), w).reshape(-1, kw * num_out)
+  tall = jnp.pad(x, ((0, 0), (top, bottom), (0, 0), (0, 0)))
+  unfolded = _shifted(tall, 1, range(kh), h_out).reshape(-1, kh * num_in)
+  d_kernel = (unfolded.T @ d).reshape(kh, num_in, kw, num_out).transpose(0, 2, 1, 3)
+  matrix = kernel.transpose(1, 3, 0, 2).reshape(kw * num_out, kh * num_in)
+  zx = (d @ matrix).reshape(b, h_out, w, kh, num_in)
+  zx = jnp.pad(zx, ((0, 0), (kh - 1 - top, h + top - h_out), (0, 0), (0, 0), (0, 0)))
+  dx = sum(zx[:, kh - 1 - i : kh - 1 - i + h, :, i] for i in range(kh))
+  return dx, d_kernel
+
+
+_product_conv.defvjp(_product_conv_fwd, _product_conv_bwd)
+
+
+def _blocked_conv(x, kernel, padding):
+  """The same convolution on 2x2 blocks of pixels: 4 times the channels, a quarter of the places.
+
+  The kernel is embedded at the four places of a block; its gradient flows back through that.
+  """
+  kh, kw, num_in, num_out = kernel.shape
+  b, h, w, _ = x.shape
+  (top, bottom), (left, right) = padding
+  h_out, w_out = h + top + bottom - kh + 1, w + left + right - kw + 1
+  bh, bw = -(-h_out // 2), -(-w_out // 2)  # blocks of the output
+  qh, qw = kh // 2 + 1, kw // 2 + 1  # blocks under the kernel, wherever in a block it starts
+  rows, cols = 2 * (bh + qh - 1), 2 * (bw + qw - 1)
+  x = jnp.pad(x, ((0, 0), (top, rows - h - top), (left, cols - w - left), (0, 0)))
+  x = x.reshape(b, rows // 2, 2, cols // 2, 2, num_in).transpose(0, 1, 3, 2, 4, 5)
+  x = x.reshape(b, rows // 2, cols // 2, 4 * num_in)
+  placed = jnp.stack(
+    [
+      jnp.pad(kernel, ((i, 2 * qh - kh - i), (j, 2 * qw - kw - j), (0, 0), (0, 0)))
+      for i in range(2)
+      for j in range(2)
+    ],
+    axis=-2,
+  )  # [2*qh, 2*qw, I, 4, J]
+  placed = placed.reshape(qh, 2, qw, 2, num_in, 4 * num_out).transpose(0, 2, 1, 3, 4, 5)
+  y = _product_conv(x, placed.reshape(qh, qw, 4 * num_in, 4 * num_out), ((0, 0), (0, 0)))
+  y = y.reshape(b, bh, bw, 2, 2, num_out).transpose(0, 1, 3, 2, 4, 5)
+  return y.reshape(b, 2 * bh, 2 * bw, num_out)[:, :h_out, :w_out]

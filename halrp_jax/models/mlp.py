@@ -1,0 +1,28 @@
+"""Multi-layer perceptron: two hidden layers of 256 (paper Table 4 counts the head as the third)."""
+
+import flax.linen as nn
+import jax
+
+from halrp_jax.models.initializers import uniform_fan_in
+
+
+class MLP(nn.Module):
+  """dense-ReLU per hidden layer, head. No BatchNorm."""
+
+  num_classes: int
+  hidden: tuple[int, ...] = (256, 256)
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """[B, H, W, C] -> logits [B, num_classes]"""
+    del train  # nothing here behaves differently in training
+    x = x.reshape(len(x), -1)
+    for name, features in (*((f"fc{i}", n) for i, n in enumerate(self.hidden, 1)), ("head", None)):
+      x = nn.Dense(
+        features or self.num_classes,
+        kernel_init=uniform_fan_in(),
+        bias_init=uniform_fan_in(x.shape[-1]),
+        name=name,
+      )(x)
+      x = x if name == "head" else nn.relu(x)
+    return x

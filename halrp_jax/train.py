@@ -1,0 +1,237 @@
+"""fit(): the only optimisation loop. evaluate(): the only accuracy.
+
+A method hands over two pure functions:
+
+  apply_fn(params, frozen, stats, image, train, key) -> logits, stats
+  penalty_fn(params, frozen)                         -> scalar
+
+and gets back `fit`, jitted once when the method is made.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from halrp_jax import perturb
+from halrp_jax.types import Array, Inputs, Params, Split, Store, Task
+
+
+class TrainState(NamedTuple):
+  params: Params
+  stats: Params  # running statistics of BatchNorm
+  opt_state: Params
+  step: jax.Array  # int32, optimizer steps done
+
+
+def prepare_images(image: Array, inputs: Inputs) -> jax.Array:
+  """uint8 [B, H, W, C] -> float32 network input [B, H, W, C] (`Inputs` says how)."""
+  x = image.astype(jnp.float32) / 255
+  if inputs.permutation is not None:
+    x = x.reshape(len(x), -1)[:, inputs.permutation].reshape(x.shape)
+  return (x - inputs.mean) / inputs.std
+
+
+def mask_classes(logits: jax.Array, num_classes: jax.Array) -> jax.Array:
+  """Outputs beyond a task's own classes can't be predicted and get no gradient."""
+  return jnp.where(jnp.arange(logits.shape[-1]) < num_classes, logits, -jnp.inf)
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:
+  """Mean cross-entropy over the batch. logits [B, K_max], label [B]"""
+  log_p = jax.nn.log_softmax(mask_classes(logits, num_classes))
+  return -jnp.mean(jnp.take_along_axis(log_p, label[:, None], axis=1))
+
+
+def sum_squares(tree: Params) -> jax.Array:
+  return sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree))
+
+
+# --- the plain network: first tasks, single-task learning, warm-up -----------------------------------
+
+
+def initialize(model, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Params, Params]:
+  """Fresh (params, stats) of a model. `image_shape` is [H, W, C]."""
+  variables = model.init({"params": key}, jnp.zeros((1, *image_shape)), train=False)
+  return variables["params"], variables.get("batch_stats", {})
+
+
+def apply_model(model, params, stats, image, train, key):
+  """`model.apply` with running statistics. -> logits [B, K], new stats"""
+  variables = {"params": params, "batch_stats": stats}
+  if not train:
+    return model.apply(variables, image, train=False), stats
+  logits, updates = model.apply(
+    variables, image, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+  )
+  return logits, updates.get("batch_stats", {})
+
+
+def plain_network(model) -> tuple[Callable, Callable]:
+  """(apply_fn, penalty_fn) of the unperturbed network; `frozen` is {"l2": coefficient}.
+
+  The penalty is l2 |W|^2 over the kernels of the features: no head, no bias, no BatchNorm.
+  """
+
+  def apply_fn(params, frozen, stats, image, train, key):
+    return apply_model(model, params, stats, image, train, key)
+
+  def penalty_fn(params, frozen):
+    kernels, _ = perturb.split(params)
+    return frozen["l2"] * sum_squares(kernels)
+
+  return apply_fn, penalty_fn
+
+
+# --- fit ---------------------------------------------------------------------------------------------
+
+
+def learning_rate_decay(config, benchmark) -> Callable[[Task], float]:
+  """Task -> factor on the learning rate per optimizer step (`protocol.schedule`, spec a.10).
+
+  "code" is the authors' formula, which hard-codes the 50,000 images of CIFAR-100 for every
+  benchmark; "epoch" multiplies by 0.95 per true epoch; "constant" does not decay.
+  """
+  p, num_tasks = config.protocol, len(benchmark.tasks)
+
+  def decay(task: Task) -> float:
+    if p.schedule == "constant":
+      return 1.0
+    images = len(task.train.index)
+    if p.schedule == "code":
+      images = 50000 / num_tasks * config.train_fraction * (1 - p.validation_fraction)
+    return 0.95 ** (config.batch_size / images)
+
+  return decay
+
+
+def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty_fn: Callable):
+  """Builds `fit(params, stats, frozen, task, key, epochs, store) -> params, stats`.
+
+  Adam on gradient_scale * gradient, starting with empty moments and the full learning rate; the
+  rate is multiplied by `decay(task)` after every step. With `protocol.keep = "best"` the epoch of
+  the best validation accuracy is returned, otherwise the last.
+  """
+  p = config.protocol
+  tx = optax.chain(optax.scale(p.gradient_scale), optax.scale_by_adam())
+
+  def loss_fn(params, frozen, stats, image, label, num_classes, key):
+    logits, stats = apply_fn(params, frozen, stats, image, True, key)
+    loss = cross_entropy(logits, label, num_classes)
+    hits = jnp.argmax(mask_classes(logits, num_classes), -1) == label
+    return loss + penalty_fn(params, frozen), (stats, loss, hits.mean())
+
+  def step(state, rows, frozen, data, key):
+    split, inputs, num_classes, gamma = data
+    image = prepare_images(split.image[split.index[rows]], inputs)
+    (_, (stats, loss, accuracy)), grad = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params,
+      frozen,
+      state.stats,
+      image,
+      split.label[rows],
+      num_classes,
+      jax.random.fold_in(key, state.step),
+    )
+    updates, opt_state = tx.update(grad, state.opt_state, state.params)
+    rate = -config.learning_rate * gamma**state.step
+    params = jax.tree.map(lambda x, u: x + rate * u, state.params, updates)
+    weight = len(rows)
+    return TrainState(params, stats, opt_state, state.step + 1), weight * jnp.stack([loss, accuracy])
+
+  def epoch_rows(num_images, key):
+    """Rows of one epoch: full batches [n, B] and the rest [r]."""
+    order = jnp.arange(num_images)
+    order = jax.random.permutation(key, order) if p.shuffle else order
+    full = num_images // config.batch_size * config.batch_size
+    return order[:full].reshape(-1, config.batch_size), order[full:]
+
+  use_rest = p.last_batch == "train"
+
+  def scan_epoch(state, frozen, data, key):
+    shuffle_key, key = jax.random.split(key)
+    batches, rest = epoch_rows(len(data[0].index), shuffle_key)
+    state, sums = lax.scan(lambda s, rows: step(s, rows, frozen, data, key), state, batches)
+    total = sums.sum(0)
+    if use_rest and len(rest):
+      state, last = step(state, rest, frozen, data, key)
+      total = total + last
+    return state, total
+
+  jit_scan = jax.jit(scan_epoch, donate_argnums=0)
+  jit_step = jax.jit(step, donate_argnums=0)
+  jit_rows = jax.jit(epoch_rows, static_argnums=0)
+
+  def step_epoch(state, frozen, data, key):
+    shuffle_key, key = jax.random.split(key)
+    batches, rest = jit_rows(len(data[0].index), shuffle_key)
+    parts = [*batches, *([rest] if use_rest and len(rest) else [])]
+    total = 0
+    for rows in parts:
+      state, sums = jit_step(state, rows, frozen, data, key)
+      total = total + sums
+    return state, total
+
+  # The networks' convolutions are matrix products on the CPU (layers.py), so a scan is fast there too.
+  run_epoch = step_epoch if config.loop == "steps" else jit_scan
+  valid_accuracy = make_evaluate(apply_fn, config.batch_size)
+
+  def fit(params, stats, frozen, task: Task, key, epochs: int, store: Store):
+    num_images = len(task.train.index)
+    if not use_rest:
+      num_images -= num_images % config.batch_size
+    # the state is donated to every epoch: the caller's arrays must not be
+    params, stats = jax.tree.map(jnp.array, (params, stats))
+    state = TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))
+    data = (task.train, task.inputs, jnp.int32(task.num_classes), jnp.float32(decay(task)))
+    best = (-1.0, None, None)
+    for epoch in range(epochs):
+      start = time.perf_counter()
+      state, total = run_epoch(state, frozen, data, jax.random.fold_in(key, epoch))
+      loss, accuracy = (float(x) / num_images for x in total)
+      event = {"event": "epoch", "phase": store.name, "epoch": epoch + 1, "epochs": epochs}
+      event |= {"loss": loss, "train_accuracy": 100 * accuracy}
+      if p.keep == "best":
+        score = valid_accuracy(state.params, frozen, state.stats, task, task.valid)
+        event["valid_accuracy"] = score
+        if score > best[0]:
+          best = (score, *jax.tree.map(jnp.array, (state.params, state.stats)))
+      store.log(event | {"seconds": time.perf_counter() - start})
+    return best[1:] if p.keep == "best" and epochs else (state.params, state.stats)
+
+  return fit
+
+
+# --- evaluation --------------------------------------------------------------------------------------
+
+
+def batches(num_images: int, batch_size: int) -> list[np.ndarray]:
+  """Rows 0..num_images-1 in order, cut into batches; the last one may be smaller."""
+  return np.array_split(np.arange(num_images), range(batch_size, num_images, batch_size))
+
+
+def make_evaluate(apply_fn: Callable, batch_size: int):
+  """Builds `evaluate(params, frozen, stats, task, split) -> accuracy in percent`, jitted once."""
+
+  @jax.jit
+  def hits(params, frozen, stats, rows, data):
+    split, inputs, num_classes = data
+    image = prepare_images(split.image[split.index[rows]], inputs)
+    logits, _ = apply_fn(params, frozen, stats, image, False, None)
+    return jnp.sum(jnp.argmax(mask_classes(logits, num_classes), -1) == split.label[rows])
+
+  def evaluate(params, frozen, stats, task: Task, split: Split) -> float:
+    num_images = len(split.index)
+    if not num_images:
+      return math.nan
+    data = (split, task.inputs, jnp.int32(task.num_classes))
+    parts = [hits(params, frozen, stats, rows, data) for rows in batches(num_images, batch_size)]
+    return 100 * int(sum(parts)) / num_images
+
+  return evaluate
