@@ -6,6 +6,7 @@ plain operation. Both agree to rounding (tests/test_layers.py).
 """
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,19 @@ from jax import lax
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 4  # up to here a convolution is faster on 2x2 blocks (space to depth)
+
+
+def uniform_fan_in(fan_in: int | None = None):
+  """PyTorch's default initialisation, which the paper's networks start from.
+
+  Uniform in +-1/sqrt(fan_in); for kernels fan_in is the product of all axes but the last.
+  """
+
+  def init(key, shape, dtype=float):
+    bound = 1 / math.sqrt(fan_in if fan_in is not None else math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
 
 
 class BatchNorm(nn.Module):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 from jax import lax
 
 from halrp_jax import perturb
@@ -89,6 +90,20 @@ def plain_network(model) -> tuple[Callable, Callable]:
   return apply_fn, penalty_fn
 
 
+class RestCount(NamedTuple):
+  counted: int  # BatchNorm's scale and bias, and the head
+  biases: int  # biases of the layers with a kernel, which the paper's size leaves out
+
+
+def count_rest(rest: Params, kernels: Params, num_classes: int) -> RestCount:
+  """Counts everything but the kernels of the features; the head at a task's own width."""
+  flat = traverse_util.flatten_dict(rest, sep="/")
+  biases = sum(x.size for path, x in flat.items() if path.removesuffix("/bias") in kernels)
+  head = sum(x.size // x.shape[-1] * num_classes for x in rest[perturb.HEAD].values())
+  others = sum(x.size for path, x in flat.items() if not path.startswith(f"{perturb.HEAD}/"))
+  return RestCount(others - biases + head, biases)
+
+
 # --- fit ---------------------------------------------------------------------------------------------
 
 
@@ -129,13 +144,13 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
 
   def step(state, rows, frozen, data, key):
     split, inputs, num_classes, gamma = data
-    image = prepare_images(split.image[split.index[rows]], inputs)
+    image, label = load_batch(split, inputs, rows)
     (_, (stats, loss, accuracy)), grad = jax.value_and_grad(loss_fn, has_aux=True)(
       state.params,
       frozen,
       state.stats,
       image,
-      split.label[rows],
+      label,
       num_classes,
       jax.random.fold_in(key, state.step),
     )
@@ -180,7 +195,13 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
 
   # The networks' convolutions are matrix products on the CPU (layers.py), so a scan is fast there too.
   run_epoch = step_epoch if config.loop == "steps" else jit_scan
-  valid_accuracy = make_evaluate(apply_fn, config.batch_size)
+  jit_logits = jax.jit(lambda params, frozen, stats, x: apply_fn(params, frozen, stats, x, False, None)[0])
+
+  def valid_accuracy(state, frozen, task):
+    def predict_fn(image):
+      return jit_logits(state.params, frozen, state.stats, image)[:, : task.num_classes]
+
+    return evaluate(predict_fn, task, task.valid, config.batch_size)
 
   def fit(params, stats, frozen, task: Task, key, epochs: int, store: Store):
     num_images = len(task.train.index)
@@ -198,7 +219,7 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
       event = {"event": "epoch", "phase": store.name, "epoch": epoch + 1, "epochs": epochs}
       event |= {"loss": loss, "train_accuracy": 100 * accuracy}
       if p.keep == "best":
-        score = valid_accuracy(state.params, frozen, state.stats, task, task.valid)
+        score = valid_accuracy(state, frozen, task)
         event["valid_accuracy"] = score
         if score > best[0]:
           best = (score, *jax.tree.map(jnp.array, (state.params, state.stats)))
@@ -216,22 +237,16 @@ def batches(num_images: int, batch_size: int) -> list[np.ndarray]:
   return np.array_split(np.arange(num_images), range(batch_size, num_images, batch_size))
 
 
-def make_evaluate(apply_fn: Callable, batch_size: int):
-  """Builds `evaluate(params, frozen, stats, task, split) -> accuracy in percent`, jitted once."""
+@jax.jit
+def load_batch(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, jax.Array]:
+  """Network inputs [B, H, W, C] and labels [B] of some rows of a split."""
+  return prepare_images(split.image[split.index[rows]], inputs), split.label[rows]
 
-  @jax.jit
-  def hits(params, frozen, stats, rows, data):
-    split, inputs, num_classes = data
-    image = prepare_images(split.image[split.index[rows]], inputs)
-    logits, _ = apply_fn(params, frozen, stats, image, False, None)
-    return jnp.sum(jnp.argmax(mask_classes(logits, num_classes), -1) == split.label[rows])
 
-  def evaluate(params, frozen, stats, task: Task, split: Split) -> float:
-    num_images = len(split.index)
-    if not num_images:
-      return math.nan
-    data = (split, task.inputs, jnp.int32(task.num_classes))
-    parts = [hits(params, frozen, stats, rows, data) for rows in batches(num_images, batch_size)]
-    return 100 * int(sum(parts)) / num_images
-
-  return evaluate
+def evaluate(predict_fn: Callable, task: Task, split: Split, batch_size: int) -> float:
+  """Accuracy in percent, NaN on an empty split. predict_fn: image [B, H, W, C] -> logits [B, K]"""
+  hits = []
+  for rows in batches(len(split.index), batch_size):
+    image, label = load_batch(split, task.inputs, rows)
+    hits.append(jnp.sum(jnp.argmax(predict_fn(image), -1) == label))
+  return 100 * int(sum(hits)) / len(split.index) if hits else math.nan

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 
 from halrp_jax import layers
-from halrp_jax.models.initializers import uniform_fan_in
 
 
 class LeNet(nn.Module):
@@ -25,8 +24,8 @@ class LeNet(nn.Module):
         features,
         (5, 5),
         padding=2,
-        kernel_init=uniform_fan_in(),
-        bias_init=uniform_fan_in(25 * x.shape[-1]),
+        kernel_init=layers.uniform_fan_in(),
+        bias_init=layers.uniform_fan_in(25 * x.shape[-1]),
         conv_general_dilated=layers.conv_general_dilated,
         name=f"conv{i}",
       )(x)
@@ -36,14 +35,14 @@ class LeNet(nn.Module):
     for i, features in enumerate(self.hidden, 1):
       x = nn.Dense(
         features,
-        kernel_init=uniform_fan_in(),
-        bias_init=uniform_fan_in(x.shape[-1]),
+        kernel_init=layers.uniform_fan_in(),
+        bias_init=layers.uniform_fan_in(x.shape[-1]),
         name=f"fc{i}",
       )(x)
       x = nn.relu(layers.BatchNorm(name=f"bn_fc{i}")(x, train))
     return nn.Dense(
       self.num_classes,
-      kernel_init=uniform_fan_in(),
-      bias_init=uniform_fan_in(x.shape[-1]),
+      kernel_init=layers.uniform_fan_in(),
+      bias_init=layers.uniform_fan_in(x.shape[-1]),
       name="head",
     )(x)

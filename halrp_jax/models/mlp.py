@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from halrp_jax.models.initializers import uniform_fan_in
+from halrp_jax import layers
 
 
 class MLP(nn.Module):
@@ -20,8 +20,8 @@ class MLP(nn.Module):
     for name, features in (*((f"fc{i}", n) for i, n in enumerate(self.hidden, 1)), ("head", None)):
       x = nn.Dense(
         features or self.num_classes,
-        kernel_init=uniform_fan_in(),
-        bias_init=uniform_fan_in(x.shape[-1]),
+        kernel_init=layers.uniform_fan_in(),
+        bias_init=layers.uniform_fan_in(x.shape[-1]),
         name=name,
       )(x)
       x = x if name == "head" else nn.relu(x)

@@ -1,0 +1,32 @@
+"""Permuted digits: 10 tasks of real 8x8 handwritten digits, MLP. Needs no data files.
+
+  python -m halrp_jax.main --config=configs/digits.py --workdir=runs/digits-halrp
+  python -m halrp_jax.main --config=configs/digits.py:stl --workdir=runs/digits-stl
+
+Expected ACC and time: README.md.
+"""
+
+from halrp_jax import experiment
+
+
+def get_config(method: str = "halrp"):
+  return experiment.make_config(
+    method,
+    benchmark="digits",
+    order="0",
+    network="mlp",
+    epochs=30,
+    batch_size=32,
+    learning_rate=1e-3,
+    protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.2},
+    methods_={
+      "halrp": {
+        "alpha": 0.9,
+        "warmup_epochs": 3,
+        "l1": 1e-5,
+        "l2": 1e-4,
+        "prune_bound": 0.6,
+      },
+      "stl": {"l2": 1e-4},
+    },
+  )

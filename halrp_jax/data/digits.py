@@ -1,0 +1,35 @@
+"""Permuted digits: the real handwritten digits that ship with scikit-learn. Needs no files.
+
+1,797 images of 8 x 8 (E. Alpaydin and C. Kaynak, UCI 1998): the first 1,297 are the training pool,
+the last 500 the test set. Ten tasks; each permutes the pixels its own way.
+"""
+
+import numpy as np
+
+from halrp_jax.types import Inputs, Split, Task
+
+NUM_TASKS = 10
+NUM_TRAIN = 1297
+
+
+def load(config) -> tuple[list[Task], bool]:
+  """The tasks in their natural order, and that nothing is missing."""
+  del config  # nothing here can be chosen
+  from sklearn.datasets import load_digits  # a second to import, for this benchmark only
+
+  digits = load_digits()
+  image = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # [1797, 8, 8, 1]
+  label = digits.target.astype(np.int32)
+  rows = np.arange(len(image))
+  names = tuple(str(n) for n in digits.target_names)
+  pool = image[:NUM_TRAIN] / 255
+  mean, std = (np.float32([f(pool)]) for f in (np.mean, np.std))
+  train = Split(image, rows[:NUM_TRAIN], label[:NUM_TRAIN])
+  test = Split(image, rows[NUM_TRAIN:], label[NUM_TRAIN:])
+  empty = Split(image, rows[:0], label[:0])
+  tasks = []
+  for i in range(NUM_TASKS):
+    permutation = np.random.default_rng(i).permutation(image[0].size).astype(np.int32)
+    inputs = Inputs(mean, std, permutation)
+    tasks.append(Task(i, f"permutation {i}", names, inputs, train, empty, test))
+  return tasks, False

@@ -1,0 +1,292 @@
+"""run(config, workdir): THE task loop, the one place where tasks, method and metrics meet."""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import resource
+import time
+from collections.abc import Callable
+from importlib import metadata
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+import halrp_jax
+from halrp_jax import data, methods, metrics, models, train, validate
+from halrp_jax.types import Benchmark, Method, Store, UserError
+
+SCHEMA = 1  # of record.json
+RECORD, METRICS, CONFIG = "record.json", "metrics.jsonl", "config.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
+
+
+# --- config ------------------------------------------------------------------------------------------
+
+
+def make_config(method: str, *, methods_: dict[str, dict], protocol: dict, **keys):
+  """A locked config: defaults of every key, then what a benchmark's file chooses.
+
+  Args:
+    method: name of the method, the part after the colon of --config=FILE:method.
+    methods_: hyper-parameters of each method on this benchmark: {method: {key: value}}.
+    protocol: values of protocol.*.
+    **keys: values of the other keys.
+
+  Raises:
+    UserError: if there is no such method.
+  """
+  if method not in methods.METHODS:
+    raise UserError(
+      f"unknown method {method!r}{validate.nearest(method, methods.METHODS)}; "
+      f"known: {', '.join(methods.METHODS)}"
+    )
+  method_keys = methods.METHODS[method].KEYS
+
+  def values(spec, chosen):
+    if unknown := set(chosen) - set(spec):
+      raise UserError(f"config file: unknown keys {', '.join(sorted(unknown))}")
+    filled = {name: chosen.get(name, key.default) for name, key in spec.items()}
+    # Texts are typed; the type object takes any literal from the command line: `validate` checks.
+    return {
+      k: v if isinstance(v, str) else config_dict.FieldReference(v, field_type=object)
+      for k, v in filled.items()
+    }
+
+  config = values(validate.KEYS, keys)
+  config["protocol"] = values(validate.PROTOCOL_KEYS, protocol)
+  config["method"] = {"name": method} | values(method_keys, methods_.get(method, {}))
+  return config_dict.ConfigDict(config).lock()
+
+
+def resolve(config) -> config_dict.ConfigDict:
+  """Fills in the switches left None, checks every key. Returns a frozen plain config.
+
+  Raises:
+    UserError: one line that names every key that is wrong.
+  """
+  values = config.to_dict()
+  name = values["method"].get("name")
+  if name not in methods.METHODS:
+    raise UserError(f"method.name must be one of {', '.join(methods.METHODS)}, got {name!r}")
+  for key, value in methods.variant_defaults(values["method"]).items():
+    if values["method"].get(key) is None:
+      values["method"][key] = value
+  flat = {f"{k}.{j}": x for k in ("protocol", "method") for j, x in values[k].items()}
+  flat |= {k: v for k, v in values.items() if k not in ("protocol", "method")}
+  del flat["method.name"]
+  method = methods.METHODS[name]
+  lines = validate.errors(flat, validate.keys_of(method.KEYS))
+  for key, known in (("benchmark", data.BENCHMARKS), ("network", models.NETWORKS)):
+    if flat[key] not in known:
+      hint = validate.nearest(str(flat[key]), known)
+      lines.append(f"{key} must be one of {', '.join(known)}, got {flat[key]!r}{hint}")
+  config = config_dict.ConfigDict(values)
+  if not lines and hasattr(method, "check"):
+    lines = method.check(config)
+  validate.require(lines)
+  return config_dict.FrozenConfigDict(config)
+
+
+# --- the run -----------------------------------------------------------------------------------------
+
+
+def build(config) -> tuple[Benchmark, object, Method]:
+  """Resolved config -> benchmark in the order of training, model, method."""
+  benchmark = data.load(config)
+  model = models.make(config.network, benchmark.max_classes)
+  return benchmark, model, methods.make(config, model, benchmark)
+
+
+def run(config, workdir: str, show: Callable[[dict], None] = lambda event: None) -> dict:
+  """Learns all tasks of a config one after another and writes the record.
+
+  Args:
+    config: from `make_config`, overrides applied.
+    workdir: folder for config.json, metrics.jsonl and record.json; made if it isn't there.
+    show: is called with every event that goes to metrics.jsonl.
+
+  Returns:
+    The contents of record.json.
+
+  Raises:
+    UserError: for a config, data or workdir that can't be used; nothing is written then.
+  """
+  config = resolve(config)
+  benchmark, _, method = build(config)
+  folder = _new_folder(workdir)
+  _write_json(folder / CONFIG, config.to_dict())
+  with open(folder / METRICS, "a", buffering=1) as stream, _compile_clock() as compiled:
+
+    def log(event: dict):
+      stream.write(json.dumps(event) + "\n")
+      show(event)
+
+    record = _learn_all(config, benchmark, method, log, compiled)
+  _write_json(folder / RECORD, record)
+  return record
+
+
+def _learn_all(config, benchmark, method, log, compiled) -> dict:
+  num_tasks = len(benchmark.tasks)
+  root = jax.random.key(config.seed)
+  init_key, learn_key = jax.random.split(root)
+  state = method.init(init_key, benchmark)
+  accuracy = np.full((num_tasks, num_tasks), np.nan)
+  per_task = {"ranks": [], "size": [], "increment": [], "seconds": [], "validation_accuracy": []}
+  for group in method.groups(num_tasks):
+    t = group[-1]
+    tasks = tuple(benchmark.tasks[i] for i in group)
+    log({"event": "task", "t": t, "num_tasks": num_tasks, "task": tasks[-1].name})
+    with _measure(compiled) as learning:
+      store = Store(f"task{t:02d}", log)
+      state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
+      jax.block_until_ready(state)
+    with _measure(compiled) as evaluating:
+      for i in range(t + 1):
+        accuracy[t, i] = _accuracy(method, state, i, benchmark.tasks[i], "test", config)
+      valid = _accuracy(method, state, t, tasks[-1], "valid", config)
+    size = method.size(state)
+    select = history.get("select_seconds", 0.0)
+    seconds = {
+      "compile": learning["compile"] + evaluating["compile"],
+      "select": select,
+      "train": max(learning["wall"] - learning["compile"] - select, 0.0),
+      "evaluate": max(evaluating["wall"] - evaluating["compile"], 0.0),
+    }
+    per_task["ranks"].append(history.get("ranks"))
+    per_task["size"].append(
+      {k: v for k, v in size._asdict().items() if k != "paper"}
+    )
+    per_task["increment"].append(size.increment)
+    per_task["seconds"].append(seconds)
+    per_task["validation_accuracy"].append(None if np.isnan(valid) else valid)
+    log(
+      {
+        "event": "evaluation",
+        "t": t,
+        "num_tasks": num_tasks,
+        "task": tasks[-1].name,
+        "task_id": tasks[-1].id,
+        "accuracy": accuracy[t, : t + 1].tolist(),
+        "validation_accuracy": per_task["validation_accuracy"][-1],
+        "ranks": history.get("ranks"),
+        "increment": size.increment,
+        "seconds": seconds,
+      }
+    )
+  return {
+    "schema": SCHEMA,
+    "method": config.method.name,
+    "benchmark": benchmark.name,
+    "order": config.order,
+    "seed": config.seed,
+    "accuracy": [[None if np.isnan(x) else x for x in row] for row in accuracy],
+    "task_ids": [task.id for task in benchmark.tasks],
+    "task_names": [task.name for task in benchmark.tasks],
+    "average_accuracy": metrics.average_accuracy(accuracy),
+    "bwt": metrics.bwt(accuracy),
+    "forgetting": metrics.forgetting(accuracy),
+    **per_task,
+    "peak_memory_bytes": _peak_memory(),
+    "partial": benchmark.partial,
+    "split_hash": benchmark.split_hash,
+    "state_hash": state_hash(state),
+    "config": config.to_dict(),
+    "versions": _versions(),
+    "device": _device(),
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+  }
+
+
+def _accuracy(method, state, i, task, split, config) -> float:
+  return train.evaluate(
+    lambda image: method.predict(state, i, image), task, getattr(task, split), config.batch_size
+  )
+
+
+def state_hash(state) -> str:
+  """SHA-256 over the paths, shapes and bytes of all leaves: equal hashes, equal models."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    x = np.asarray(leaf)
+    digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}".encode())
+    digest.update(np.ascontiguousarray(x).tobytes())
+  return digest.hexdigest()
+
+
+# --- effects -----------------------------------------------------------------------------------------
+
+
+def _new_folder(workdir: str) -> pathlib.Path:
+  folder = pathlib.Path(workdir)
+  if (folder / RECORD).exists() or (folder / METRICS).exists():
+    raise UserError(f"--workdir={workdir} already holds a run: choose another folder or --overwrite")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f"--workdir={workdir}: {e.strerror}; choose a folder that can be written") from e
+  if not os.access(folder, os.W_OK):
+    raise UserError(f"--workdir={workdir}: no permission to write; choose another folder")
+  return folder
+
+
+def remove_run(workdir: str) -> None:
+  """Deletes the files of a run, and nothing else, from its folder (--overwrite)."""
+  for name in (RECORD, METRICS, CONFIG):
+    (pathlib.Path(workdir) / name).unlink(missing_ok=True)
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+  """Whole or not at all."""
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+  temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _compile_clock():
+  """Yields a function that tells the seconds this process has spent on tracing and compiling."""
+  total = 0.0
+
+  def listen(event: str, seconds: float, **_):
+    nonlocal total
+    if event.startswith("/jax/core/compile/"):
+      total += seconds
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield lambda: total
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@contextlib.contextmanager
+def _measure(compiled):
+  """Fills a dict with the seconds of wall clock and of compilation inside the block."""
+  seconds = {}
+  wall, compile_ = time.perf_counter(), compiled()
+  yield seconds
+  seconds["wall"] = time.perf_counter() - wall
+  seconds["compile"] = min(compiled() - compile_, seconds["wall"])
+
+
+def _peak_memory() -> int:
+  """Peak of the accelerator's memory, or of the process on the CPU."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  unit = 1 if platform.system() == "Darwin" else 1024
+  return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _versions() -> dict[str, str]:
+  versions = {name: metadata.version(name) for name in _PACKAGES}
+  return {"halrp_jax": halrp_jax.__version__, "python": platform.python_version()} | versions
+
+
+def _device() -> str:
+  device = jax.devices()[0]
+  return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {os.cpu_count()} host cores"

@@ -1,0 +1,25 @@
+"""The systems by name. Each is one module with
+
+  KEYS            its own config keys (`method.*`) with defaults: a dict name -> validate.Key
+  VARIANTS        optional: {variant: {key: value}}, what a key left None means
+  check(config)   optional: errors that concern several keys, a list of lines
+  make(config, model, benchmark) -> types.Method
+
+To add one: a file beside this one and a line in `METHODS`.
+"""
+
+from halrp_jax.methods import halrp, stl
+from halrp_jax.types import Method
+
+METHODS = {"halrp": halrp, "stl": stl}
+
+
+def make(config, model, benchmark) -> Method:
+  """The method that `config.method.name` names."""
+  return METHODS[config.method.name].make(config, model, benchmark)
+
+
+def variant_defaults(method_config: dict) -> dict:
+  """What the keys left None mean under `method.variant`; empty for methods without variants."""
+  variants = getattr(METHODS[method_config["name"]], "VARIANTS", {})
+  return variants.get(method_config.get("variant"), {})

@@ -1,0 +1,397 @@
+"""HALRP: Hessian-aware low-rank perturbation of a frozen base (Li et al., TKDE 2024).
+
+Update rule: W_t = R_t W_base S_t + U_t Sigma_t V_t' for every dense and convolutional layer but
+the head, with ranks chosen for the whole network at once.
+
+| paper          | here                          | meaning |
+|----------------|-------------------------------|---------|
+| W_base         | shared["kernels"][layer]      | kernels after the first task, frozen for ever |
+| R, S, U, S., V | tasks[t]["perturbation"]      | `lowrank.Perturbation` per layer |
+| k_l            | tasks[t]["rank"][layer]       | chosen rank; columns beyond it are zero |
+| W_free         | `free`                        | kernels after the warm-up on task t |
+| g_l            | `importance`                  | gradient of the loss at W_free |
+| alpha          | method.alpha                  | share of the total score that is kept |
+| n, n_r         | epochs, method.warmup_epochs  | all epochs of a task, those of the warm-up |
+| lambda_0       | method.l1                     | on |U| and |V| |
+| lambda_1       | method.l2                     | on R^2, S^2, U^2, V^2; on W^2 in the first task |
+| gamma, p       | method.prune_bound            | model growth that is allowed |
+
+Phases (Algorithm 1): task 0 trains freely. Task t > 0: warm-up of the whole network from the base
+with a fresh head, cross-entropy alone (line 3); importance, least squares, SVD, ranks (4 to 6);
+fresh optimizer, fine-tuning of <R, S, U, Sigma, V>, biases, BatchNorm and head (7, 8); pruning of
+all tasks so far (9).
+
+The perturbation of task 0 is the identity, so that all tasks' pytrees have the same shape.
+
+Deviations from the paper are the switches in `VARIANTS`: "paper" is the text to the letter, "code"
+the authors' program as released, "published" what reproduces the published accuracies and sizes
+(docs/reproduction.md).
+
+Reference: https://arxiv.org/abs/2311.15161 (paper); spec/halrp.md a.1 to a.9 (what the code does).
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from halrp_jax import lowrank, perturb, train, validate
+from halrp_jax.lowrank import Perturbation
+from halrp_jax.types import Method, Size, State, one_at_a_time
+
+_CODE = {
+  "upper_rank": 100,
+  "min_rank": 1,
+  "importance": "mean",
+  "importance_split": "valid",
+  "window_factor": True,
+  "crossing": True,
+  "sigma": "folded",
+  "base_l2": True,
+  "l2_half": True,
+  "decay_target": 0.0,
+  "prune": "mixed_all_layers",
+  "prune_rate": "excess",
+}
+VARIANTS = {
+  "code": _CODE,
+  "published": _CODE | {"importance": "sum"},
+  "paper": {
+    "upper_rank": 0,
+    "min_rank": 0,
+    "importance": "sum",
+    "importance_split": "train",
+    "window_factor": False,
+    "crossing": True,
+    "sigma": "kept",
+    "base_l2": False,
+    "l2_half": False,
+    "decay_target": 0.0,
+    "prune": "mixed_all_layers_all_tasks",
+    "prune_rate": "fixed_above_bound",
+  },
+}
+
+_number, _whole, _flag, _one_of = (
+  validate.number,
+  validate.whole,
+  validate.flag,
+  validate.one_of,
+)
+KEYS = {
+  "variant": _one_of("published", tuple(VARIANTS), "what the switches left None mean"),
+  "alpha": _number(0.9, 0, None, "share of the total importance that the ranks keep; >= 1: all"),
+  "warmup_epochs": _whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`"),
+  "l1": _number(0.0, 0, None, "lambda_0: L1 coefficient on U and V"),
+  "l2": _number(0.0, 0, None, "lambda_1: L2 coefficient on R, S, U, V; on the kernels in task 0"),
+  "prune_threshold": _number(1e-5, 0, None, "absolute threshold of the rules that have one"),
+  "prune_bound": validate.number_or_none(
+    0.6, 0, "model growth that is allowed, a fraction of the base; none: any"
+  ),
+  "rank_rule": _one_of(
+    "importance",
+    ("importance", "flat", "lrp", "random"),
+    "importance: the method; flat: upper_rank everywhere; lrp: singular values alone; random: "
+    "upper_rank everywhere with random U and V",
+  ),
+  "svd": _one_of("exact", ("exact",), "how the residual is decomposed"),
+  "upper_rank": _whole(None, 0, None, "largest rank of a layer; 0: no cap"),
+  "min_rank": _whole(None, 0, None, "smallest rank of a layer"),
+  "importance": _one_of(
+    None, ("mean", "sum"), "of the squared gradient over a kernel's entries; sum: |g|^2"
+  ),
+  "importance_split": _one_of(None, ("valid", "train"), "images that the importance is taken on"),
+  "window_factor": _flag(None, "a convolution's scores are multiplied by its window's area"),
+  "crossing": _flag(None, "the score that carries the sum past alpha is kept too"),
+  "sigma": _one_of(
+    None,
+    ("folded", "kept"),
+    "folded: sqrt(Sigma) in U and in V, no Sigma trained or counted; kept: trained and counted",
+  ),
+  "base_l2": _flag(None, "the first task has the L2 term on its kernels"),
+  "l2_half": _flag(None, "the L2 terms carry a factor 1/2"),
+  "decay_target": _number(None, 0, 1, "value that the L2 term draws R and S to"),
+  "prune": _one_of(None, tuple(lowrank.PRUNE_RULES), "what shares one pruning threshold"),
+  "prune_rate": _one_of(
+    None,
+    ("excess", "fixed", "fixed_above_bound"),
+    "share pruned by percentile: 1 - bound/growth above the bound; always 1 - bound; 1 - bound "
+    "above the bound",
+  ),
+}
+
+
+def check(config) -> list[str]:
+  """Errors that concern several keys."""
+  m, errors = config.method, []
+  if m.warmup_epochs >= config.epochs:
+    errors.append(
+      f"method.warmup_epochs = {m.warmup_epochs} must be less than epochs = {config.epochs}: "
+      "the rest is for fine-tuning"
+    )
+  if m.importance_split == "valid" and config.protocol.validation_fraction == 0:
+    errors.append(
+      "method.importance_split = 'valid' needs protocol.validation_fraction > 0; "
+      "or set method.importance_split=train"
+    )
+  if m.rank_rule in ("flat", "random") and not m.upper_rank:
+    errors.append(f"method.rank_rule = {m.rank_rule!r} needs method.upper_rank > 0")
+  if m.rank_rule == "random" and m.sigma == "kept":
+    errors.append("method.rank_rule = 'random' has no Sigma: set method.sigma=folded")
+  return errors
+
+
+def make(config, model, benchmark) -> Method:
+  """HALRP as a `Method`. Everything jitted is built here, once."""
+  m = config.method
+  half = 0.5 if m.l2_half else 1.0
+  fold = m.sigma == "folded"
+  decay = train.learning_rate_decay(config, benchmark)
+
+  # --- the perturbed network -------------------------------------------------------------------
+
+  def apply_perturbed(params, frozen, stats, image, train_mode, key):
+    variables = {"params": params["rest"], "batch_stats": stats}
+    args = (model, frozen["kernels"], params["perturbation"], variables, image)
+    if not train_mode:
+      return perturb.apply(*args, train=False), stats
+    logits, new = perturb.apply(*args, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+    return logits, new.get("batch_stats", {})
+
+  def penalty(params, frozen):
+    """Paper Eq. 12. Sigma has no term there, and none here."""
+    total = 0.0
+    for p in params["perturbation"].values():
+      scales = train.sum_squares((p.R - m.decay_target, p.S - m.decay_target))
+      total += m.l1 * (jnp.abs(p.U).sum() + jnp.abs(p.V).sum())
+      total += m.l2 * half * (scales + train.sum_squares((p.U, p.V)))
+    return total
+
+  fit_free = train.make_fit(config, decay, *train.plain_network(model))
+  fit_perturbed = train.make_fit(config, decay, apply_perturbed, penalty)
+
+  @jax.jit
+  def square_gradients(params, stats, image, label, num_classes):
+    """|g_l|^2 per layer of the batch's mean cross-entropy, in evaluation mode."""
+    kernels, rest = perturb.split(params)
+
+    def loss_fn(kernels):
+      params = perturb.join(kernels, rest)
+      logits, _ = train.apply_model(model, params, stats, image, False, None)
+      return train.cross_entropy(logits, label, num_classes)
+
+    return jax.tree.map(jnp.vdot, *(jax.grad(loss_fn)(kernels),) * 2)
+
+  decompose = jax.jit(
+    lambda base, free: {name: lowrank.decompose(base[name], free[name]) for name in base}
+  )
+  truncate = jax.jit(lowrank.truncate, static_argnums=(2, 3))
+  prune = jax.jit(lowrank.prune)
+  logits_fn = jax.jit(
+    lambda kernels, learned, x: apply_perturbed(
+      {"rest": learned["rest"], "perturbation": learned["perturbation"]},
+      {"kernels": kernels},
+      learned["stats"],
+      x,
+      False,
+      None,
+    )[0]
+  )
+
+  def columns(kernel):
+    """Width of U and V: the largest rank the layer can get."""
+    full = min(kernel.shape[-2:])
+    return min(m.upper_rank or full, full)
+
+  # --- the parts of Algorithm 1 ----------------------------------------------------------------
+
+  def learn_base(task, key, store):
+    """Line 1."""
+    init_key, fit_key = jax.random.split(key)
+    params, stats = train.initialize(model, init_key, benchmark.image_shape)
+    frozen = {"l2": m.l2 * half if m.base_l2 else 0.0}
+    params, stats = fit_free(
+      params, stats, frozen, task, fit_key, config.epochs, store.child("base")
+    )
+    kernels, rest = perturb.split(params)
+    identity = {n: lowrank.identity(w, columns(w), fold) for n, w in kernels.items()}
+    return State({"kernels": kernels}, (_learned(task, identity, {}, rest, stats),))
+
+  def warm_up(state, task, key, store):
+    """Line 3: a free network from the base with a fresh head. -> free kernels, rest, stats"""
+    init_key, fit_key = jax.random.split(key)
+    fresh, _ = train.initialize(model, init_key, benchmark.image_shape)
+    base = state.tasks[0]
+    params = perturb.join(
+      state.shared["kernels"], base["rest"] | {perturb.HEAD: fresh[perturb.HEAD]}
+    )
+    params, stats = fit_free(
+      params, base["stats"], {"l2": 0.0}, task, fit_key, m.warmup_epochs, store.child("warmup")
+    )
+    return params, stats
+
+  def layer_importance(params, stats, task):
+    """G_l at W_free: |g_l|^2 of every batch, averaged with the batches' sizes (spec a.4)."""
+    kernels, _ = perturb.split(params)
+    split = getattr(task, m.importance_split)
+    parts = train.batches(len(split.index), config.batch_size)
+    total = dict.fromkeys(kernels, 0.0)
+    for rows in parts:
+      image, label = train.load_batch(split, task.inputs, rows)
+      squares = square_gradients(params, stats, image, label, jnp.int32(task.num_classes))
+      for name, value in squares.items():
+        share = len(rows) / len(parts)
+        total[name] += share * float(value) / (kernels[name].size if m.importance == "mean" else 1)
+    return total
+
+  def choose_ranks(decomposition, kernels, importance):
+    """Line 6, for the whole network at once."""
+    if m.rank_rule in ("flat", "random"):
+      return {n: min(m.upper_rank, d.sigma.size) for n, d in decomposition.items()}
+    scores = []
+    for name, d in decomposition.items():
+      score = np.asarray(d.sigma, np.float64) ** 2
+      if m.rank_rule == "importance":
+        score = score * importance[name]
+      scores.append(score * (kernels[name][..., 0, 0].size if m.window_factor else 1))
+    ranks = lowrank.allocate_ranks(
+      scores, m.alpha, crossing=m.crossing, min_rank=m.min_rank, upper_rank=m.upper_rank
+    )
+    return dict(zip(decomposition, ranks, strict=True))
+
+  def select(state, params, stats, task, key):
+    """Lines 4 to 7. -> perturbation and rank per layer"""
+    kernels = state.shared["kernels"]
+    free, _ = perturb.split(params)
+    importance = None
+    if m.rank_rule == "importance":
+      importance = layer_importance(params, stats, task)
+    decomposition = decompose(kernels, free)
+    ranks = choose_ranks(decomposition, kernels, importance)
+    perturbation = {}
+    for i, (name, d) in enumerate(decomposition.items()):
+      width = columns(kernels[name])
+      if m.rank_rule == "random":
+        layer_key = jax.random.fold_in(key, i)
+        perturbation[name] = lowrank.random_factors(layer_key, d, ranks[name], width)
+      else:
+        perturbation[name] = truncate(d, ranks[name], width, fold)
+    return jax.block_until_ready(perturbation), ranks
+
+  def prune_all(state):
+    """Line 9, over every task since the second."""
+    bound = None if m.prune_bound == "none" else m.prune_bound
+    rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state))
+    if m.prune == "none" or rate is None:
+      return state
+    first, *later = state.tasks
+    values = [_low_rank_values(p) for p in later]
+    taus = lowrank.prune_thresholds(values, m.prune, m.prune_threshold, rate)
+    pruned = [
+      p | {"perturbation": {n: prune(q, tau[n]) for n, q in p["perturbation"].items()}}
+      for p, tau in zip(later, taus, strict=True)
+    ]
+    return state._replace(tasks=(first, *pruned))
+
+  # --- the protocol ----------------------------------------------------------------------------
+
+  def init(key, benchmark):
+    return State(shared={}, tasks=())
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    if not state.tasks:
+      return learn_base(task, key, store), {}
+    warm_key, select_key, fine_key = jax.random.split(key, 3)
+    params, stats = warm_up(state, task, warm_key, store)
+    start = time.perf_counter()
+    perturbation, ranks = select(state, params, stats, task, select_key)
+    seconds = time.perf_counter() - start
+    store.log({"event": "ranks", "phase": store.name, "ranks": ranks, "seconds": seconds})
+    _, rest = perturb.split(params)
+    trained, stats = fit_perturbed(
+      {"perturbation": perturbation, "rest": rest},
+      stats,
+      {"kernels": state.shared["kernels"]},
+      task,
+      fine_key,
+      config.epochs - m.warmup_epochs,
+      store.child("finetune"),
+    )
+    learned = _learned(task, trained["perturbation"], ranks, trained["rest"], stats)
+    state = prune_all(state._replace(tasks=(*state.tasks, learned)))
+    return state, {"ranks": ranks, "select_seconds": seconds}
+
+  def predict(state, t, image):
+    learned = state.tasks[t]
+    logits = logits_fn(state.shared["kernels"], learned, image)
+    return logits[:, : int(learned["num_classes"])]
+
+  return Method(init, one_at_a_time, learn, predict, _size)
+
+
+# --- pytrees and sizes -------------------------------------------------------------------------
+
+
+def _learned(task, perturbation, ranks, rest, stats):
+  """The pytree of one task."""
+  return {
+    "perturbation": perturbation,
+    "rank": {name: jnp.int32(ranks.get(name, 0)) for name in perturbation},
+    "rest": rest,
+    "stats": stats,
+    "num_classes": jnp.int32(task.num_classes),
+  }
+
+
+def _low_rank_values(learned) -> dict[str, np.ndarray]:
+  """All entries of U and V below the chosen rank, per layer; padding is no value."""
+  return {
+    name: np.concatenate([np.ravel(x[:, : int(learned["rank"][name])]) for x in (p.U, p.V)])
+    for name, p in learned["perturbation"].items()
+  }
+
+
+def _fixed_count(learned) -> int:
+  """Values of a later task that the paper counts and pruning can't touch (spec a.9)."""
+  perturbation = learned["perturbation"]
+  count = train.count_rest(learned["rest"], perturbation, int(learned["num_classes"])).counted
+  for name, p in perturbation.items():
+    count += p.R.size + p.S.size + (0 if p.sigma is None else int(learned["rank"][name]))
+  return count
+
+
+def _base_count(state) -> int:
+  first = state.tasks[0]
+  rest = train.count_rest(first["rest"], state.shared["kernels"], int(first["num_classes"]))
+  return sum(w.size for w in state.shared["kernels"].values()) + rest.counted + rest.biases
+
+
+def _dense_growth(state) -> float:
+  """Growth over the base if zeros are counted too: what the bound is compared with (spec a.8)."""
+  dense = sum(
+    _fixed_count(p) + sum(v.size for v in _low_rank_values(p).values()) for p in state.tasks[1:]
+  )
+  return dense / _base_count(state)
+
+
+def _size(state) -> Size:
+  base = _base_count(state)
+  paper, dense, nonzero, mask_bits = base, base, base, 0
+  for t, learned in enumerate(state.tasks):
+    uncounted = sum(x.size for x in jax.tree.leaves(learned["stats"]))
+    if t:
+      rest = train.count_rest(
+        learned["rest"], learned["perturbation"], int(learned["num_classes"])
+      )
+      values = np.concatenate([*_low_rank_values(learned).values()])
+      fixed, kept = _fixed_count(learned), np.count_nonzero(values)
+      paper += fixed + np.count_nonzero(np.abs(values) > 1e-8)
+      dense += fixed + values.size
+      nonzero += fixed + kept
+      mask_bits += values.size if kept < values.size else 0
+      uncounted += rest.biases
+    dense += uncounted
+    nonzero += uncounted
+  return Size(base, dense, int(nonzero), int(mask_bits), 0, int(paper))

@@ -1,0 +1,67 @@
+"""STL: single-task learning, an independent network for every task.
+
+Update rule: Adam on the cross-entropy + l2 |W|^2 (kernels of the features), from a fresh
+initialisation for each task. Nothing is shared, nothing is forgotten; the model grows by a whole
+network per task.
+
+| symbol | here                    | meaning |
+|--------|-------------------------|---------|
+| W      | tasks[t]["params"]      | the network of task t, head included |
+| -      | tasks[t]["stats"]       | its BatchNorm running statistics |
+
+Reference: the baseline of every table of the HALRP paper (Sect. 5.1); spec/baselines.md 3.1.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from halrp_jax import perturb, train, validate
+from halrp_jax.types import Method, Size, State, one_at_a_time
+
+KEYS = {
+  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
+  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+}
+
+
+def make(config, model, benchmark) -> Method:
+  m = config.method
+  fit = train.make_fit(
+    config, train.learning_rate_decay(config, benchmark), *train.plain_network(model)
+  )
+  frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
+  logits_fn = jax.jit(lambda p, x: train.apply_model(model, p["params"], p["stats"], x, False, None)[0])
+
+  def init(key, benchmark):
+    return State(shared={}, tasks=())
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    init_key, fit_key = jax.random.split(key)
+    params, stats = train.initialize(model, init_key, benchmark.image_shape)
+    params, stats = fit(params, stats, frozen, task, fit_key, config.epochs, store.child("train"))
+    learned = {"params": params, "stats": stats, "num_classes": jnp.int32(task.num_classes)}
+    return State(state.shared, (*state.tasks, learned)), {}
+
+  def predict(state, t, image):
+    learned = state.tasks[t]
+    return logits_fn(learned, image)[:, : int(learned["num_classes"])]
+
+  def size(state):
+    counts = []
+    for learned in state.tasks:
+      kernels, rest = perturb.split(learned["params"])
+      count = train.count_rest(rest, kernels, int(learned["num_classes"]))
+      counts.append(sum(w.size for w in kernels.values()) + count.counted + count.biases)
+    total = sum(counts)
+    stats = sum(x.size for p in state.tasks for x in jax.tree.leaves(p["stats"]))
+    return Size(
+      base=counts[0],
+      dense=total + stats,
+      nonzero=total + stats,
+      mask_bits=0,
+      training_only=0,
+      paper=total,
+    )
+
+  return Method(init, one_at_a_time, learn, predict, size)

@@ -1,0 +1,155 @@
+"""Every config key: type, range, meaning. The keys of a method stand in its own file.
+
+A key whose default is None is a switch: None means "as method.variant says". The table in
+docs/configuration.md is printed from here (`table`), and a test holds the two together.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from halrp_jax.types import UserError
+
+
+class Key(NamedTuple):
+  default: Any
+  expected: str  # the words of the error message
+  accepts: Callable[[Any], bool]
+  meaning: str
+
+
+# --- kinds of keys -----------------------------------------------------------------------------------
+
+
+def one_of(default, values: tuple[str, ...], meaning: str) -> Key:
+  return Key(default, "one of " + ", ".join(values), lambda x: x in values, meaning)
+
+
+def flag(default, meaning: str) -> Key:
+  return Key(default, "true or false", lambda x: isinstance(x, bool), meaning)
+
+
+def text(default, meaning: str) -> Key:
+  return Key(default, "a text", lambda x: isinstance(x, str), meaning)
+
+
+def _is_number(x, kinds) -> bool:
+  return isinstance(x, kinds) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _range_text(low, high, open_low) -> str:
+  return f"{'>' if open_low else '>='} {low}" + ("" if high is None else f" and <= {high}")
+
+
+def number(default, low, high, meaning: str, open_low: bool = False) -> Key:
+  def accepts(x):
+    above = low < x if open_low else low <= x
+    return above and (high is None or x <= high)
+
+  return Key(
+    default,
+    f"a number {_range_text(low, high, open_low)}",
+    lambda x: _is_number(x, (int, float)) and accepts(x),
+    meaning,
+  )
+
+
+def number_or_none(default, low, meaning: str) -> Key:
+  return Key(
+    default,
+    f"a number >= {low}, or none",
+    lambda x: x == "none" or (_is_number(x, (int, float)) and x >= low),
+    meaning,
+  )
+
+
+def whole(default, low, high, meaning: str) -> Key:
+  return Key(
+    default,
+    f"a whole number {_range_text(low, high, False)}",
+    lambda x: _is_number(x, int) and low <= x and (high is None or x <= high),
+    meaning,
+  )
+
+
+# --- the keys of every run ---------------------------------------------------------------------------
+
+KEYS = {
+  "benchmark": text("digits", "which tasks (--list names them)"),
+  "data_dir": text("", "folder with the original data files"),
+  "order": text("0", "task order: a letter A to E or a seed number 0 to 4 as in the paper, or ids"),
+  "seed": whole(0, 0, 2**31 - 1, "root of every random choice"),
+  "train_fraction": number(1.0, 0, 1, "share of each task's training images used", open_low=True),
+  "network": text("mlp", "which network (--list names them)"),
+  "epochs": whole(20, 1, None, "n: epochs per task, warm-up included"),
+  "batch_size": whole(128, 1, None, "images per optimizer step and per evaluation batch"),
+  "learning_rate": number(1e-3, 0, None, "of Adam at the start of each phase", open_low=True),
+  "loop": one_of(
+    "auto", ("auto", "scan", "steps"), "an epoch is one jitted scan, or a Python loop over steps"
+  ),
+  "parallel": one_of("none", ("none",), "how training is spread over devices"),
+  "allow_partial": flag(False, "go on with less data than the protocol needs, and say so"),
+}
+PROTOCOL_KEYS = {
+  "shuffle": flag(True, "new order of the training images in every epoch"),
+  "schedule": one_of(
+    "epoch",
+    ("code", "epoch", "constant"),
+    "learning rate per step: 0.95 per epoch; code: 0.95 per 50,000 / T * train_fraction * "
+    "(1 - validation_fraction) images as the authors' program has it; constant",
+  ),
+  "gradient_scale": number(10.0, 0, None, "factor on every gradient before Adam", open_low=True),
+  "validation_fraction": number(
+    0.2, 0, 0.9, "share of the training images that are held out for validation"
+  ),
+  "keep": one_of("last", ("last", "best"), "weights of the last epoch, or of the best validation"),
+  "last_batch": one_of(
+    "train", ("train", "drop"), "what happens to the last, smaller batch of an epoch"
+  ),
+  "order_source": one_of(
+    "paper", ("paper", "code"), "whose task orders the letters and seed numbers mean"
+  ),
+}
+
+
+def keys_of(method_keys: Mapping[str, Key]) -> dict[str, Key]:
+  """All keys of a run by their dotted names."""
+  return (
+    KEYS
+    | {f"protocol.{k}": v for k, v in PROTOCOL_KEYS.items()}
+    | {f"method.{k}": v for k, v in method_keys.items()}
+  )
+
+
+def nearest(name: str, known) -> str:
+  """" (did you mean X?)" or nothing."""
+  match = difflib.get_close_matches(name, list(known), 1)
+  return f" (did you mean {match[0]}?)" if match else ""
+
+
+def errors(flat: Mapping[str, Any], keys: Mapping[str, Key]) -> list[str]:
+  """One line per key that is unknown, missing or out of range. `flat`: dotted name -> value."""
+  lines = [f"{k} is not a config key{nearest(k, keys)}" for k in flat if k not in keys]
+  for name, key in keys.items():
+    if name not in flat:
+      lines.append(f"{name} is missing: {key.meaning}")
+    elif not key.accepts(flat[name]):
+      lines.append(f"{name} must be {key.expected}, got {flat[name]!r}")
+  return lines
+
+
+def require(lines: list[str]) -> None:
+  """Raises UserError with all the lines if there are any."""
+  if lines:
+    raise UserError("; ".join(lines))
+
+
+def table(keys: Mapping[str, Key]) -> str:
+  """The keys as a Markdown table."""
+  rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
+  for name, key in keys.items():
+    default = "as the variant" if key.default is None else f"`{key.default!r}`"
+    cells = (f"`{name}`", default, key.expected, key.meaning)
+    rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+  return "\n".join(rows)
