@@ -14,10 +14,11 @@ from importlib import metadata
 
 import jax
 import numpy as np
+from flax import traverse_util
 from ml_collections import config_dict
 
 import halrp_jax
-from halrp_jax import data, methods, metrics, models, train, validate
+from halrp_jax import data, methods, metrics, models, perturb, train, validate
 from halrp_jax.types import Benchmark, Method, Store, UserError
 
 SCHEMA = 1  # of record.json
@@ -102,13 +103,53 @@ def build(config) -> tuple[Benchmark, object, Method]:
   return benchmark, model, methods.make(config, model, benchmark)
 
 
-def run(config, workdir: str, show: Callable[[dict], None] = lambda event: None) -> dict:
+def plan(config) -> dict:
+  """What a run of this config would do, as plain numbers and texts (--dry_run)."""
+  config = resolve(config)
+  benchmark, model, _ = build(config)
+  shapes, _ = jax.eval_shape(
+    lambda key: train.initialize(model, key, benchmark.image_shape), jax.random.key(0)
+  )
+  perturbed = perturb.layer_names(shapes)
+  flat = traverse_util.flatten_dict(shapes, sep="/")
+  layers = {}
+  for path, x in flat.items():
+    layer = path.rpartition("/")[0]
+    layers[layer] = layers.get(layer, 0) + x.size
+  tasks = [
+    {"id": t.id, "name": t.name, "class_names": t.class_names}
+    | {split: len(getattr(t, split).index) for split in ("train", "valid", "test")}
+    for t in benchmark.tasks
+  ]
+  steps = sum(config.epochs * train.steps_per_epoch(config, t["train"]) for t in tasks)
+  nested = config.to_dict()
+  flat_config = {k: v for k, v in nested.items() if not isinstance(v, dict)}
+  for k in ("protocol", "method"):
+    flat_config |= {f"{k}.{j}": v for j, v in nested[k].items()}
+  return {
+    "config": flat_config,
+    "benchmark": benchmark.name,
+    "tasks": tasks,
+    "image_shape": benchmark.image_shape,
+    "layers": [(name, count, name in perturbed) for name, count in layers.items()],
+    "parameters": sum(layers.values()),
+    "steps": steps,
+  }
+
+
+def run(
+  config,
+  workdir: str,
+  show: Callable[[dict], None] = lambda event: None,
+  overwrite: bool = False,
+) -> dict:
   """Learns all tasks of a config one after another and writes the record.
 
   Args:
     config: from `make_config`, overrides applied.
     workdir: folder for config.json, metrics.jsonl and record.json; made if it isn't there.
     show: is called with every event that goes to metrics.jsonl.
+    overwrite: delete the run that is in workdir first.
 
   Returns:
     The contents of record.json.
@@ -118,7 +159,7 @@ def run(config, workdir: str, show: Callable[[dict], None] = lambda event: None)
   """
   config = resolve(config)
   benchmark, _, method = build(config)
-  folder = _new_folder(workdir)
+  folder = _new_folder(workdir, overwrite)
   _write_json(folder / CONFIG, config.to_dict())
   with open(folder / METRICS, "a", buffering=1) as stream, _compile_clock() as compiled:
 
@@ -159,9 +200,7 @@ def _learn_all(config, benchmark, method, log, compiled) -> dict:
       "evaluate": max(evaluating["wall"] - evaluating["compile"], 0.0),
     }
     per_task["ranks"].append(history.get("ranks"))
-    per_task["size"].append(
-      {k: v for k, v in size._asdict().items() if k != "paper"}
-    )
+    per_task["size"].append({k: v for k, v in size._asdict().items() if k != "paper"})
     per_task["increment"].append(size.increment)
     per_task["seconds"].append(seconds)
     per_task["validation_accuracy"].append(None if np.isnan(valid) else valid)
@@ -222,23 +261,23 @@ def state_hash(state) -> str:
 # --- effects -----------------------------------------------------------------------------------------
 
 
-def _new_folder(workdir: str) -> pathlib.Path:
+def _new_folder(workdir: str, overwrite: bool) -> pathlib.Path:
   folder = pathlib.Path(workdir)
-  if (folder / RECORD).exists() or (folder / METRICS).exists():
-    raise UserError(f"--workdir={workdir} already holds a run: choose another folder or --overwrite")
+  old = [folder / name for name in (RECORD, METRICS, CONFIG) if (folder / name).exists()]
+  if old and not overwrite:
+    raise UserError(
+      f"--workdir={workdir} already holds a run: choose another folder or --overwrite"
+    )
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    for path in old:
+      path.unlink()
+    (folder / METRICS).touch()
   except OSError as e:
-    raise UserError(f"--workdir={workdir}: {e.strerror}; choose a folder that can be written") from e
-  if not os.access(folder, os.W_OK):
-    raise UserError(f"--workdir={workdir}: no permission to write; choose another folder")
+    raise UserError(
+      f"--workdir={workdir}: {e.strerror}; choose a folder that can be written"
+    ) from e
   return folder
-
-
-def remove_run(workdir: str) -> None:
-  """Deletes the files of a run, and nothing else, from its folder (--overwrite)."""
-  for name in (RECORD, METRICS, CONFIG):
-    (pathlib.Path(workdir) / name).unlink(missing_ok=True)
 
 
 def _write_json(path: pathlib.Path, content: dict) -> None:
@@ -289,4 +328,6 @@ def _versions() -> dict[str, str]:
 
 def _device() -> str:
   device = jax.devices()[0]
-  return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {os.cpu_count()} host cores"
+  return (
+    f"{jax.device_count()} x {device.device_kind} ({device.platform}), {os.cpu_count()} host cores"
+  )

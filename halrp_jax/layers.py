@@ -114,11 +114,17 @@ def conv_general_dilated(
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding)
   padding = tuple((int(a), int(b)) for a, b in padding)
-  kernel_fits = all(0 <= a < k and 0 <= b < k for k, pad in zip(rhs.shape, padding) for a, b in [pad])
+  kernel_fits = all(
+    0 <= a < k and 0 <= b < k for k, pad in zip(rhs.shape, padding) for a, b in [pad]
+  )
   if not kernel_fits:
     return plain(lhs, rhs)
-  fast = _blocked_conv if lhs.shape[-1] <= _FEW_CHANNELS and min(rhs.shape[:2]) > 1 else _product_conv
-  return lax.platform_dependent(lhs, rhs, cpu=functools.partial(fast, padding=padding), default=plain)
+  fast = (
+    _blocked_conv if lhs.shape[-1] <= _FEW_CHANNELS and min(rhs.shape[:2]) > 1 else _product_conv
+  )
+  return lax.platform_dependent(
+    lhs, rhs, cpu=functools.partial(fast, padding=padding), default=plain
+  )
 
 
 # --- convolutions as matrix products (stride 1, NHWC, HWIO) ----------------------------------------

@@ -173,7 +173,8 @@ def allocate_ranks(
       num_kept = int(np.argmax(beyond)) + bool(crossing)
   kept = np.bincount(layer[order[:num_kept]], minlength=len(scores))
   return [
-    min(max(int(k), min_rank), upper_rank or len(s), len(s)) for k, s in zip(kept, scores, strict=True)
+    min(max(int(k), min_rank), upper_rank or len(s), len(s))
+    for k, s in zip(kept, scores, strict=True)
   ]
 
 

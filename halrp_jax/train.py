@@ -126,6 +126,12 @@ def learning_rate_decay(config, benchmark) -> Callable[[Task], float]:
   return decay
 
 
+def steps_per_epoch(config, num_images: int) -> int:
+  """Optimizer steps in one epoch over `num_images` training images."""
+  full, rest = divmod(num_images, config.batch_size)
+  return full + (rest > 0 and config.protocol.last_batch == "train")
+
+
 def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty_fn: Callable):
   """Builds `fit(params, stats, frozen, task, key, epochs, store) -> params, stats`.
 
@@ -158,7 +164,9 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
     rate = -config.learning_rate * gamma**state.step
     params = jax.tree.map(lambda x, u: x + rate * u, state.params, updates)
     weight = len(rows)
-    return TrainState(params, stats, opt_state, state.step + 1), weight * jnp.stack([loss, accuracy])
+    return TrainState(params, stats, opt_state, state.step + 1), weight * jnp.stack(
+      [loss, accuracy]
+    )
 
   def epoch_rows(num_images, key):
     """Rows of one epoch: full batches [n, B] and the rest [r]."""
@@ -195,7 +203,9 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
 
   # The networks' convolutions are matrix products on the CPU (layers.py), so a scan is fast there too.
   run_epoch = step_epoch if config.loop == "steps" else jit_scan
-  jit_logits = jax.jit(lambda params, frozen, stats, x: apply_fn(params, frozen, stats, x, False, None)[0])
+  jit_logits = jax.jit(
+    lambda params, frozen, stats, x: apply_fn(params, frozen, stats, x, False, None)[0]
+  )
 
   def valid_accuracy(state, frozen, task):
     def predict_fn(image):

@@ -123,7 +123,7 @@ def keys_of(method_keys: Mapping[str, Key]) -> dict[str, Key]:
 
 
 def nearest(name: str, known) -> str:
-  """" (did you mean X?)" or nothing."""
+  """ " (did you mean X?)" or nothing."""
   match = difflib.get_close_matches(name, list(known), 1)
   return f" (did you mean {match[0]}?)" if match else ""
 

@@ -28,9 +28,7 @@ def load(config) -> Benchmark:
     UserError: if data are missing, damaged or too few, or the order is none.
   """
   tasks, partial = BENCHMARKS[config.benchmark](config)
-  order = orders.resolve(
-    config.order, config.benchmark, len(tasks), config.protocol.order_source
-  )
+  order = orders.resolve(config.order, config.benchmark, len(tasks), config.protocol.order_source)
   tasks = [_hold_out(task, config) for task in tasks]
   split_hash = _hash(tasks)
   image = jax.device_put(tasks[0].train.image)  # one array for all splits of all tasks

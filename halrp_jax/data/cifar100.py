@@ -46,7 +46,9 @@ def _read(config) -> dict:
   records = np.concatenate(parts)
   coarse, fine = records[:, 0], records[:, 1]
   if coarse.max() >= _NUM_COARSE or fine.max() >= _NUM_FINE:
-    raise UserError(f"{FOLDER}: a label is out of range; the files are damaged, download them again")
+    raise UserError(
+      f"{FOLDER}: a label is out of range; the files are damaged, download them again"
+    )
   image = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
   return {
     "image": np.ascontiguousarray(image),  # uint8 [N, 32, 32, 3], training images first

@@ -6,7 +6,9 @@ import tarfile
 from halrp_jax.types import UserError
 
 
-def read_members(data_dir: str, folder: str, archive: str, names: tuple[str, ...]) -> dict[str, bytes]:
+def read_members(
+  data_dir: str, folder: str, archive: str, names: tuple[str, ...]
+) -> dict[str, bytes]:
   """Contents of files of a data set, from its extracted folder or from its tar archive.
 
   Args:

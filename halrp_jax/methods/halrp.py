@@ -37,7 +37,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax import lowrank, perturb, train, validate
-from halrp_jax.lowrank import Perturbation
 from halrp_jax.types import Method, Size, State, one_at_a_time
 
 _CODE = {
@@ -382,9 +381,7 @@ def _size(state) -> Size:
   for t, learned in enumerate(state.tasks):
     uncounted = sum(x.size for x in jax.tree.leaves(learned["stats"]))
     if t:
-      rest = train.count_rest(
-        learned["rest"], learned["perturbation"], int(learned["num_classes"])
-      )
+      rest = train.count_rest(learned["rest"], learned["perturbation"], int(learned["num_classes"]))
       values = np.concatenate([*_low_rank_values(learned).values()])
       fixed, kept = _fixed_count(learned), np.count_nonzero(values)
       paper += fixed + np.count_nonzero(np.abs(values) > 1e-8)

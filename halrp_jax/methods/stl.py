@@ -30,7 +30,9 @@ def make(config, model, benchmark) -> Method:
     config, train.learning_rate_decay(config, benchmark), *train.plain_network(model)
   )
   frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
-  logits_fn = jax.jit(lambda p, x: train.apply_model(model, p["params"], p["stats"], x, False, None)[0])
+  logits_fn = jax.jit(
+    lambda p, x: train.apply_model(model, p["params"], p["stats"], x, False, None)[0]
+  )
 
   def init(key, benchmark):
     return State(shared={}, tasks=())

@@ -1,0 +1,165 @@
+"""Events and records -> text for people. Reads no data, trains nothing."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from halrp_jax import validate
+
+# --- while a run goes on -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def live_display(stream: TextIO) -> Iterator[Callable[[dict], None]]:
+  """Yields a function that shows an event: a progress bar on a terminal, plain lines elsewhere."""
+  if not stream.isatty():
+    yield lambda event: _print_event(stream, event)
+    return
+  columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+  with Progress(*columns, console=Console(file=stream), transient=True) as progress:
+    bar = progress.add_task("starting", total=None)
+
+    def show(event):
+      if event["event"] == "epoch":
+        text = (
+          f"{event['phase']} epoch {event['epoch']}/{event['epochs']} loss {event['loss']:.3f} "
+          f"train {event['train_accuracy']:.1f} %"
+        )
+        progress.update(bar, description=text, total=event["epochs"], completed=event["epoch"])
+      elif event["event"] == "evaluation":
+        progress.console.print(task_line(event), highlight=False, soft_wrap=True)
+
+    yield show
+
+
+def _print_event(stream: TextIO, event: dict) -> None:
+  if event["event"] == "evaluation":
+    print(task_line(event), file=stream, flush=True)
+
+
+def task_line(event: dict) -> str:
+  """One line per finished task."""
+  row = event["accuracy"]
+  ranks = event["ranks"]
+  parts = [
+    f"task {event['t'] + 1}/{event['num_tasks']} ({event['task']}, id {event['task_id']})",
+    f"accuracy {row[-1]:.2f} %",
+    f"mean of {len(row)}: {sum(row) / len(row):.2f} %",
+    f"growth {100 * event['increment']:+.1f} %",
+    f"{sum(event['seconds'].values()):.1f} s",
+  ]
+  if ranks:
+    parts.insert(3, "ranks " + " ".join(f"{name}:{k}" for name, k in ranks.items()))
+  return " | ".join(parts)
+
+
+# --- after it ------------------------------------------------------------------------------------------
+
+
+def matrix_text(record: dict) -> str:
+  """The accuracy matrix: row = after learning that task, column = tested on that task."""
+  num_tasks = len(record["task_ids"])
+  header = "after \\ on" + "".join(f"{i + 1:>7}" for i in range(num_tasks))
+  lines = [header]
+  for s, row in enumerate(record["accuracy"]):
+    cells = "".join(f"{x:7.2f}" if x is not None else "      ." for x in row)
+    lines.append(f"task {s + 1:>5}{cells}")
+  return "\n".join(lines)
+
+
+def _number(x: float | None, unit: str = "") -> str:
+  return "-" if x is None else f"{x:.2f}{unit}"
+
+
+def record_text(record: dict, workdir: str) -> str:
+  """What is printed at the end of a run."""
+  seconds = [sum(s.values()) for s in record["seconds"]]
+  return "\n".join(
+    [
+      "",
+      f"{record['method']} on {record['benchmark']}, order {record['order']}, seed {record['seed']}"
+      + (" (PARTIAL DATA)" if record["partial"] else ""),
+      matrix_text(record),
+      f"ACC        {_number(record['average_accuracy'], ' %')}",
+      f"BWT        {_number(record['bwt'])}",
+      f"increment  {record['increment'][-1]:.3f}",
+      f"seconds    {sum(seconds):.1f}",
+      f"files      {workdir}/record.json, metrics.jsonl, config.json",
+    ]
+  )
+
+
+def compare_text(records: dict[str, dict]) -> str:
+  """Records side by side. `records`: name -> record."""
+  rows = [
+    ("", list(records)),
+    ("method", [r["method"] for r in records.values()]),
+    ("benchmark", [r["benchmark"] for r in records.values()]),
+    ("order, seed", [f"{r['order']}, {r['seed']}" for r in records.values()]),
+    ("ACC %", [_number(r["average_accuracy"]) for r in records.values()]),
+    ("BWT", [_number(r["bwt"]) for r in records.values()]),
+    ("forgetting", [_number(r["forgetting"]) for r in records.values()]),
+    ("increment", [f"{r['increment'][-1]:.3f}" for r in records.values()]),
+    ("parameters", [f"{r['size'][-1]['nonzero']:,}" for r in records.values()]),
+    ("seconds", [f"{sum(sum(s.values()) for s in r['seconds']):.1f}" for r in records.values()]),
+  ]
+  num_tasks = max(len(r["task_ids"]) for r in records.values())
+  for i in range(num_tasks):
+    cells = []
+    for r in records.values():
+      by_id = dict(zip(r["task_ids"], r["accuracy"][-1], strict=True))
+      cells.append(_number(by_id.get(i)))
+    rows.append((f"task id {i} %", cells))
+  width = max(len(c) for _, cells in rows for c in cells) + 2
+  return "\n".join(f"{name:<14}" + "".join(f"{c:>{width}}" for c in cells) for name, cells in rows)
+
+
+# --- before it -----------------------------------------------------------------------------------------
+
+
+def plan_text(plan: dict) -> str:
+  """What --dry_run prints. `plan` as from `experiment.plan`."""
+  lines = ["config"]
+  lines += [f"  {k} = {v!r}" for k, v in plan["config"].items()]
+  lines.append(f"tasks of {plan['benchmark']} in the order of training")
+  for t, task in enumerate(plan["tasks"]):
+    lines.append(
+      f"  {t + 1}: id {task['id']} {task['name']}: train {task['train']}, valid {task['valid']}, "
+      f"test {task['test']}; {', '.join(task['class_names'])}"
+    )
+  lines.append(f"network {plan['config']['network']}, input {plan['image_shape']}")
+  for name, count, perturbed in plan["layers"]:
+    lines.append(f"  {name:<24}{count:>12,}{'  perturbed' if perturbed else ''}")
+  lines.append(f"  {'total':<24}{plan['parameters']:>12,}")
+  lines.append(f"planned optimizer steps: {plan['steps']:,}")
+  return "\n".join(lines)
+
+
+def list_text(benchmarks: dict, networks: dict, methods: dict) -> str:
+  """What --list prints."""
+
+  def summary(doc):
+    return (doc or "").strip().split("\n")[0]
+
+  lines = ["benchmarks"]
+  lines += [f"  {n:<22}{summary(f.__doc__)}" for n, f in benchmarks.items()]
+  lines += ["networks"]
+  lines += [f"  {n:<22}{summary(c.__doc__)}" for n, c in networks.items()]
+  lines += ["methods"]
+  lines += [f"  {n:<22}{summary(m.__doc__)}" for n, m in methods.items()]
+  return "\n".join(lines)
+
+
+def help_text(usage: str, flag_help: str, methods: dict) -> str:
+  """What --help prints: usage, flags, all config keys."""
+  lines = [usage, "Flags:", flag_help, "", "Config keys (--config.KEY=VALUE):"]
+  keys = validate.keys_of({})
+  for name, method in methods.items():
+    keys |= {f"method.{k} [{name}]": v for k, v in method.KEYS.items()}
+  for name, key in keys.items():
+    default = "as the variant" if key.default is None else repr(key.default)
+    lines.append(f"  {name} = {default} ({key.expected}): {key.meaning}")
+  return "\n".join(lines)
