@@ -1,4 +1,4 @@
-"""glibc's allocator, tuned for XLA on the CPU. Called by the command line only, before jax loads."""
+"""glibc's allocator, tuned for XLA on the CPU. For the command line only, before jax loads."""
 
 import ctypes
 import importlib.util

@@ -26,7 +26,7 @@ RECORD, METRICS, CONFIG = "record.json", "metrics.jsonl", "config.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 
 
-# --- config ------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------
 
 
 def make_config(method: str, *, methods_: dict[str, dict], protocol: dict, **keys):
@@ -93,7 +93,7 @@ def resolve(config) -> config_dict.ConfigDict:
   return config_dict.FrozenConfigDict(config)
 
 
-# --- the run -----------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------
 
 
 def build(config) -> tuple[Benchmark, object, Method]:
@@ -258,7 +258,7 @@ def state_hash(state) -> str:
   return digest.hexdigest()
 
 
-# --- effects -----------------------------------------------------------------------------------------
+# --- effects --------------------------------------------------------------------------
 
 
 def _new_folder(workdir: str, overwrite: bool) -> pathlib.Path:

@@ -60,7 +60,11 @@ class BatchNorm(nn.Module):
       unbiased = var * count / max(count - 1, 1)
       mean_.value = (1 - self.momentum) * mean_.value + self.momentum * mean
       var_.value = (1 - self.momentum) * var_.value + self.momentum * unbiased
-    return (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+    mean, factor, bias = (
+      v.reshape((1,) * (x.ndim - 1) + (-1,))
+      for v in (mean, lax.rsqrt(var + self.epsilon) * scale, bias)
+    )
+    return (x - mean) * factor + bias
 
 
 def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
@@ -114,20 +118,14 @@ def conv_general_dilated(
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding)
   padding = tuple((int(a), int(b)) for a, b in padding)
-  kernel_fits = all(
-    0 <= a < k and 0 <= b < k for k, pad in zip(rhs.shape, padding) for a, b in [pad]
-  )
-  if not kernel_fits:
+  if not all(0 <= p < k for k, pair in zip(rhs.shape[:2], padding, strict=True) for p in pair):
     return plain(lhs, rhs)
-  fast = (
-    _blocked_conv if lhs.shape[-1] <= _FEW_CHANNELS and min(rhs.shape[:2]) > 1 else _product_conv
-  )
-  return lax.platform_dependent(
-    lhs, rhs, cpu=functools.partial(fast, padding=padding), default=plain
-  )
+  few = lhs.shape[-1] <= _FEW_CHANNELS and min(rhs.shape[:2]) > 1
+  fast = functools.partial(_blocked_conv if few else _product_conv, padding=padding)
+  return lax.platform_dependent(lhs, rhs, cpu=fast, default=plain)
 
 
-# --- convolutions as matrix products (stride 1, NHWC, HWIO) ----------------------------------------
+# --- convolutions as matrix products (stride 1, NHWC, HWIO) ---------------------------
 # Only the width is unfolded, never the whole window: a full unfolding is bound by memory writes.
 
 

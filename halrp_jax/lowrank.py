@@ -4,10 +4,10 @@
 |--------|--------------|--------------------|---------|
 | W      | `base`       | [*window, I, J]    | frozen kernel of the first task (Flax layout) |
 | F      | `free`       | [*window, I, J]    | the same kernel after the warm-up on task t |
-| R      | `R`          | [J]                | scale of the outputs (rows of the paper's J x I matrix) |
+| R      | `R`          | [J]                | scale of the outputs |
 | S      | `S`          | [I]                | scale of the inputs |
-| U      | `U`          | [J, K]             | left factors, K columns of which the first `rank` are used |
-| Sigma  | `sigma`      | [K] or None        | singular values; None where they are folded into U and V |
+| U      | `U`          | [J, K]             | left factors, the first `rank` columns used |
+| Sigma  | `sigma`      | [K] or None        | singular values; None: folded into U and V |
 | V      | `V`          | [I, K]             | right factors |
 
 W_t[w, i, j] = R[j] W[w, i, j] S[i] + sum_k U[j, k] Sigma[k] V[i, k]; a convolution's low-rank part
@@ -60,8 +60,18 @@ def identity(base: jax.Array, columns: int, fold: bool) -> Perturbation:
 
 def compose(base: jax.Array, p: Perturbation) -> jax.Array:
   """W_t of one layer (paper Eq. 2 and 7). [*window, I, J] -> [*window, I, J]"""
-  right = p.V if p.sigma is None else p.V * p.sigma  # [I, K]
-  return base * p.R * p.S[:, None] + right @ p.U.T
+  right = p.V if p.sigma is None else p.V * p.sigma[None]  # [I, K]
+  return _scaled(base, p.R, p.S) + _expand(right @ p.U.T, base)
+
+
+def _expand(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Leading axes of length 1, so that `x` broadcasts against `like`."""
+  return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+
+
+def _scaled(base: jax.Array, R: jax.Array, S: jax.Array) -> jax.Array:
+  """R W S. [*window, I, J]"""
+  return base * _expand(R, base) * _expand(S[:, None], base)
 
 
 def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -73,7 +83,7 @@ def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, j
   window = tuple(range(base.ndim - 2))
   over_in, over_out = (*window, base.ndim - 2), (*window, base.ndim - 1)
   R = jnp.sum(free * base, over_in) / jnp.maximum(jnp.sum(base**2, over_in), _TINY)
-  scaled = base * R
+  scaled = base * _expand(R, base)
   S = jnp.sum(free * scaled, over_out) / jnp.maximum(jnp.sum(scaled**2, over_out), _TINY)
   return R, S
 
@@ -81,7 +91,7 @@ def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, j
 def residual(base: jax.Array, free: jax.Array, R: jax.Array, S: jax.Array) -> jax.Array:
   """What R and S leave over, averaged over the window: the least-squares optimum of a
   perturbation that is constant in the window (paper Sect. 4.2). -> [J, I]"""
-  rest = free - base * R * S[:, None]
+  rest = free - _scaled(base, R, S)
   return rest.mean(tuple(range(rest.ndim - 2))).T
 
 
@@ -113,7 +123,9 @@ def truncate(d: Decomposition, rank: jax.Array, columns: int, fold: bool) -> Per
     x = x[..., :columns]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
 
-  return Perturbation(d.R, d.S, fit(d.U * left), None if fold else fit(sigma), fit(d.V * right))
+  return Perturbation(
+    d.R, d.S, fit(d.U * left[None]), None if fold else fit(sigma), fit(d.V * right[None])
+  )
 
 
 def random_factors(key: jax.Array, d: Decomposition, rank: int, columns: int) -> Perturbation:
@@ -127,7 +139,8 @@ def random_factors(key: jax.Array, d: Decomposition, rank: int, columns: int) ->
 
   def draw(key, rows, fan_in):
     bound = 1 / math.sqrt(max(fan_in, 1))
-    return jnp.where(used, jax.random.uniform(key, (rows, columns), minval=-bound, maxval=bound), 0)
+    x = jax.random.uniform(key, (rows, columns), minval=-bound, maxval=bound)
+    return jnp.where(used[None], x, 0)
 
   rows_u, rows_v = d.U.shape[0], d.V.shape[0]
   return Perturbation(d.R, d.S, draw(key_u, rows_u, rank), None, draw(key_v, rows_v, rows_v))

@@ -94,9 +94,14 @@ def _perturbed(module, kernel, p, bias, x, *, form):
   if form == "composed" or (form == "auto" and not _factored_is_cheaper(module, p, x)):
     y = detached.apply({"params": {"kernel": lowrank.compose(kernel, p)}}, x)
   else:
-    y = p.R * detached.apply({"params": {"kernel": kernel}}, x * p.S)
-    y = y + _low_rank_branch(detached, p, x)
-  return y if bias is None else y + bias
+    y = detached.apply({"params": {"kernel": kernel}}, x * _channels(p.S, x))
+    y = y * _channels(p.R, y) + _low_rank_branch(detached, p, x)
+  return y if bias is None else y + _channels(bias, y)
+
+
+def _channels(v, like):
+  """[C] -> [1, ..., 1, C], to broadcast against `like`."""
+  return v.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def _low_rank_branch(module, p, x):
@@ -107,7 +112,7 @@ def _low_rank_branch(module, p, x):
     ones = jnp.ones((*module.kernel_size, 1, columns), z.dtype)
     window_sum = module.clone(features=columns, feature_group_count=columns)
     z = window_sum.apply({"params": {"kernel": ones}}, z)
-  return (z if p.sigma is None else z * p.sigma) @ p.U.T
+  return (z if p.sigma is None else z * _channels(p.sigma, z)) @ p.U.T
 
 
 def _factored_is_cheaper(module, p, x) -> bool:

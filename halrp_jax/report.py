@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from halrp_jax import validate
 
-# --- while a run goes on -------------------------------------------------------------------------------
+# --- while a run goes on --------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def task_line(event: dict) -> str:
   return " | ".join(parts)
 
 
-# --- after it ------------------------------------------------------------------------------------------
+# --- after it -------------------------------------------------------------------------
 
 
 def matrix_text(record: dict) -> str:
@@ -117,7 +117,7 @@ def compare_text(records: dict[str, dict]) -> str:
   return "\n".join(f"{name:<14}" + "".join(f"{c:>{width}}" for c in cells) for name, cells in rows)
 
 
-# --- before it -----------------------------------------------------------------------------------------
+# --- before it ------------------------------------------------------------------------
 
 
 def plan_text(plan: dict) -> str:

@@ -36,12 +36,12 @@ def prepare_images(image: Array, inputs: Inputs) -> jax.Array:
   x = image.astype(jnp.float32) / 255
   if inputs.permutation is not None:
     x = x.reshape(len(x), -1)[:, inputs.permutation].reshape(x.shape)
-  return (x - inputs.mean) / inputs.std
+  return (x - inputs.mean[None, None, None]) / inputs.std[None, None, None]
 
 
 def mask_classes(logits: jax.Array, num_classes: jax.Array) -> jax.Array:
   """Outputs beyond a task's own classes can't be predicted and get no gradient."""
-  return jnp.where(jnp.arange(logits.shape[-1]) < num_classes, logits, -jnp.inf)
+  return jnp.where(jnp.arange(logits.shape[-1])[None] < num_classes, logits, -jnp.inf)
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ def sum_squares(tree: Params) -> jax.Array:
   return sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree))
 
 
-# --- the plain network: first tasks, single-task learning, warm-up -----------------------------------
+# --- the plain network: first tasks, single-task learning, warm-up --------------------
 
 
 def initialize(model, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Params, Params]:
@@ -104,7 +104,7 @@ def count_rest(rest: Params, kernels: Params, num_classes: int) -> RestCount:
   return RestCount(others - biases + head, biases)
 
 
-# --- fit ---------------------------------------------------------------------------------------------
+# --- fit ------------------------------------------------------------------------------
 
 
 def learning_rate_decay(config, benchmark) -> Callable[[Task], float]:
@@ -163,10 +163,8 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
     updates, opt_state = tx.update(grad, state.opt_state, state.params)
     rate = -config.learning_rate * gamma**state.step
     params = jax.tree.map(lambda x, u: x + rate * u, state.params, updates)
-    weight = len(rows)
-    return TrainState(params, stats, opt_state, state.step + 1), weight * jnp.stack(
-      [loss, accuracy]
-    )
+    state = TrainState(params, stats, opt_state, state.step + 1)
+    return state, len(rows) * jnp.stack([loss, accuracy])
 
   def epoch_rows(num_images, key):
     """Rows of one epoch: full batches [n, B] and the rest [r]."""
@@ -201,7 +199,7 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
       total = total + sums
     return state, total
 
-  # The networks' convolutions are matrix products on the CPU (layers.py), so a scan is fast there too.
+  # Our networks' convolutions are matrix products on the CPU (layers.py): a scan is fast there too.
   run_epoch = step_epoch if config.loop == "steps" else jit_scan
   jit_logits = jax.jit(
     lambda params, frozen, stats, x: apply_fn(params, frozen, stats, x, False, None)[0]
@@ -239,7 +237,7 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
   return fit
 
 
-# --- evaluation --------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------
 
 
 def batches(num_images: int, batch_size: int) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ class Key(NamedTuple):
   meaning: str
 
 
-# --- kinds of keys -----------------------------------------------------------------------------------
+# --- kinds of keys --------------------------------------------------------------------
 
 
 def one_of(default, values: tuple[str, ...], meaning: str) -> Key:
@@ -73,7 +73,7 @@ def whole(default, low, high, meaning: str) -> Key:
   )
 
 
-# --- the keys of every run ---------------------------------------------------------------------------
+# --- the keys of every run ------------------------------------------------------------
 
 KEYS = {
   "benchmark": text("digits", "which tasks (--list names them)"),

@@ -1,7 +1,8 @@
 """The benchmarks by name, and what all of them share: fractions, validation split, order, hash.
 
-A family's file has `load(config) -> Source`: its images and, per task, the whole training pool
-and the test set. To add one: a file beside this one and a line in `BENCHMARKS`.
+A family's function `(config) -> tasks, partial` gives its tasks in the order of their ids, `train`
+being the whole pool and `valid` empty, and whether data are missing. To add one: a file beside
+this one and a line in `BENCHMARKS`.
 """
 
 import hashlib

@@ -20,14 +20,14 @@ _MEAN, _STD = np.float32([0.507, 0.487, 0.441]), np.float32([0.267, 0.256, 0.276
 
 
 def load_split(config) -> tuple[list[Task], bool]:
-  """The 10 tasks of CIFAR100-Split in their natural order, and whether images are missing."""
+  """CIFAR100-Split, 10 tasks of 10 classes. -> tasks by id, whether images are missing"""
   data = _read(config)
   groups = [(f"classes {10 * i} to {10 * i + 9}", range(10 * i, 10 * i + 10)) for i in range(10)]
   return _tasks(data, groups), data["partial"]
 
 
 def load_superclass(config) -> tuple[list[Task], bool]:
-  """The 20 tasks of CIFAR100-SuperClass in their natural order, and whether images are missing."""
+  """CIFAR100-SuperClass, 20 tasks of 5 classes. -> tasks by id, whether images are missing"""
   data = _read(config)
   groups = [
     (name, sorted({int(c) for c in data["fine"][data["coarse"] == i]}))

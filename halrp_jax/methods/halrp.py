@@ -330,7 +330,7 @@ def make(config, model, benchmark) -> Method:
   return Method(init, one_at_a_time, learn, predict, _size)
 
 
-# --- pytrees and sizes -------------------------------------------------------------------------
+# --- pytrees and sizes ----------------------------------------------------------------
 
 
 def _learned(task, perturbation, ranks, rest, stats):

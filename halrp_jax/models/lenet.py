@@ -10,7 +10,7 @@ from halrp_jax import layers
 
 
 class LeNet(nn.Module):
-  """conv5x5-BN-ReLU-pool twice, dense-BN-ReLU twice, head. Biases everywhere."""
+  """LeNet: conv5x5-BN-ReLU-pool twice, dense-BN-ReLU twice, head; biases everywhere."""
 
   num_classes: int
   channels: tuple[int, int] = (20, 50)

@@ -7,7 +7,7 @@ from halrp_jax import layers
 
 
 class MLP(nn.Module):
-  """dense-ReLU per hidden layer, head. No BatchNorm."""
+  """Multi-layer perceptron: dense-ReLU twice, head; no BatchNorm."""
 
   num_classes: int
   hidden: tuple[int, ...] = (256, 256)

@@ -1,0 +1,49 @@
+"""Shared by all tests: silent broadcasting is an error, small real runs, the real images if any."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+from halrp_jax import experiment, methods
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> str:
+  """The folder of real images in the original archives' layout."""
+  folder = os.environ.get("HALRP_TEST_DATA", "")
+  if not folder:
+    pytest.skip("HALRP_TEST_DATA is not set: no real images here")
+  return folder
+
+
+@pytest.fixture
+def digits_config():
+  """Builds a small config on the real digits: (method, **overrides by dotted key) -> config."""
+
+  def build(method="halrp", **overrides):
+    config = experiment.make_config(
+      method,
+      benchmark="digits",
+      network="mlp",
+      epochs=2,
+      batch_size=64,
+      protocol={},
+      methods_={"halrp": {"l1": 1e-5, "l2": 1e-4}, "stl": {"l2": 1e-4}},
+    )
+    with config.unlocked():
+      config.update_from_flattened_dict(overrides)
+    return config
+
+  return build
+
+
+@pytest.fixture(params=sorted(methods.METHODS))
+def method_name(request) -> str:
+  """Every method, for the contract tests."""
+  return request.param

@@ -1,0 +1,82 @@
+"""The layer rule: imports go strictly downward and siblings don't import one another."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "halrp_jax"
+LAYERS = (
+  {"types", "allocator"},
+  {"lowrank", "metrics", "validate", "layers", "data"},
+  {"perturb", "models"},
+  {"train", "checkpoint"},
+  {"methods"},
+  {"report"},
+  {"experiment"},
+  {"commands"},
+  {"main", "__main__"},
+)
+RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
+# inside a folder of siblings: the package itself may import all, and these may be imported by all
+SHARED_SIBLINGS = {"data": {"sources", "orders"}}
+
+
+def _modules():
+  for path in sorted(PACKAGE.rglob("*.py")):
+    yield path, path.relative_to(PACKAGE).with_suffix("").parts
+
+
+def _imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("halrp_jax"):
+      parts = node.module.split(".")[1:]
+      for alias in node.names:
+        yield tuple([*parts, alias.name] if len(parts) < 1 or parts[0] in _folders() else parts)
+    elif isinstance(node, ast.Import):
+      for alias in node.names:
+        if alias.name.startswith("halrp_jax."):
+          yield tuple(alias.name.split(".")[1:])
+
+
+def _folders():
+  return {p.name for p in PACKAGE.iterdir() if p.is_dir()}
+
+
+def test_every_module_has_a_layer():
+  names = {parts[0] for _, parts in _modules()} - {"__init__"}
+  assert names <= RANK.keys(), f"give a layer to {names - RANK.keys()}"
+
+
+def test_imports_go_down():
+  for path, parts in _modules():
+    if parts[0] == "__init__":
+      continue
+    for target in _imports(path):
+      if target[0] != parts[0] and target[0] in RANK:
+        assert RANK[target[0]] < RANK[parts[0]], f"{path} imports {'.'.join(target)}"
+
+
+def test_siblings_do_not_import_one_another():
+  for path, parts in _modules():
+    if len(parts) < 2 or parts[-1] == "__init__":
+      continue
+    for target in _imports(path):
+      sibling = target[0] == parts[0] and len(target) > 1
+      allowed = SHARED_SIBLINGS.get(parts[0], set())
+      assert not sibling or target[1] in allowed, f"{path} imports {'.'.join(target)}"
+
+
+def test_only_checkpoint_knows_orbax():
+  for path, parts in _modules():
+    text = path.read_text()
+    assert parts[-1] == "checkpoint" or "import orbax" not in text, path
+
+
+def test_core_needs_neither_tensorflow_nor_pytorch():
+  for path, _ in _modules():
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = []
+      if isinstance(node, ast.Import):
+        names = [a.name for a in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        names = [node.module or ""]
+      assert not {n.split(".")[0] for n in names} & {"tensorflow", "torch"}, path
