@@ -50,7 +50,16 @@ def cross_entropy(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -
   return -jnp.mean(jnp.take_along_axis(log_p, label[:, None], axis=1))
 
 
+def sum_absolute(tree: Params) -> jax.Array:
+  """L1 norm over all leaves, with gradient 0 at 0.
+
+  jax.grad of jnp.abs is 1 at 0, which would wake up the zero columns of U and V.
+  """
+  return sum(jnp.vdot(x, jnp.sign(x)) for x in jax.tree.leaves(tree))
+
+
 def sum_squares(tree: Params) -> jax.Array:
+  """Squared L2 norm over all leaves."""
   return sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree))
 
 

@@ -163,7 +163,7 @@ def make(config, model, benchmark) -> Method:
     total = 0.0
     for p in params["perturbation"].values():
       scales = train.sum_squares((p.R - m.decay_target, p.S - m.decay_target))
-      total += m.l1 * (jnp.abs(p.U).sum() + jnp.abs(p.V).sum())
+      total += m.l1 * train.sum_absolute((p.U, p.V))
       total += m.l2 * half * (scales + train.sum_squares((p.U, p.V)))
     return total
 

@@ -1,0 +1,115 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from halrp_jax import layers
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def plain(x, kernel, padding):
+  return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=DIMENSIONS)
+
+
+def ours(x, kernel, padding):
+  numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, DIMENSIONS)
+  return layers.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
+
+
+@pytest.mark.parametrize(
+  ("image", "kernel", "padding"),
+  [
+    ((16, 16, 20), (5, 5, 20, 50), ((2, 2), (2, 2))),  # LeNet conv2
+    ((32, 32, 3), (5, 5, 3, 20), ((2, 2), (2, 2))),  # LeNet conv1: on blocks
+    ((9, 7, 3), (4, 4, 3, 5), ((0, 0), (0, 0))),
+    ((7, 10, 1), (3, 5, 1, 4), ((1, 1), (2, 2))),
+    ((6, 5, 8), (2, 3, 8, 4), ((1, 0), (0, 2))),
+    ((5, 5, 6), (1, 1, 6, 7), ((0, 0), (0, 0))),
+    ((5, 5, 2), (1, 1, 2, 7), "SAME"),
+    ((8, 9, 6), (3, 4, 6, 2), "SAME"),
+    ((8, 9, 3), (3, 4, 3, 2), "VALID"),
+    ((4, 4, 3), (2, 2, 3, 2), ((3, 3), (3, 3))),  # wider than the kernel: the plain operation
+  ],
+)
+def test_convolution_equals_lax_in_values_and_gradients(image, kernel, padding):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, w = jax.random.normal(keys[0], (3, *image)), jax.random.normal(keys[1], kernel)
+  y = plain(x, w, padding)
+  weight = jax.random.normal(keys[2], y.shape)
+
+  def loss(fn):
+    return lambda x, w: jnp.sum(weight * fn(x, w, padding))
+
+  np.testing.assert_allclose(ours(x, w, padding), y, atol=2e-4)
+  got = jax.grad(loss(ours), (0, 1))(x, w)
+  want = jax.grad(loss(plain), (0, 1))(x, w)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-5)
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    {"strides": (2, 2)},
+    {"kernel_dilation": (2, 2)},
+    {"feature_group_count": 2},
+    {"strides": 1},
+    {"padding": "VALID"},
+    {"padding": "CIRCULAR"},
+  ],
+)
+def test_flax_conv_gives_the_same_with_and_without(arguments):
+  x = jax.random.normal(jax.random.key(0), (2, 9, 8, 6))
+  fast = nn.Conv(4, (3, 3), conv_general_dilated=layers.conv_general_dilated, **arguments)
+  slow = nn.Conv(4, (3, 3), **arguments)
+  variables = slow.init(jax.random.key(1), x)
+  np.testing.assert_allclose(fast.apply(variables, x), slow.apply(variables, x), atol=1e-5)
+
+
+def test_batch_norm_against_flax_and_the_unbiased_variance():
+  x = 3 * jax.random.normal(jax.random.key(0), (7, 5)) + 1
+  module = layers.BatchNorm()
+  variables = module.init(jax.random.key(1), x, False)
+  y, new = module.apply(variables, x, True, mutable=["batch_stats"])
+  flax = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5)
+  want, _ = flax.apply(flax.init(jax.random.key(1), x), x, mutable=["batch_stats"])
+  np.testing.assert_allclose(y, want, atol=1e-5)
+  stats = new["batch_stats"]
+  np.testing.assert_allclose(stats["mean"], 0.1 * np.mean(x, 0), rtol=1e-5)
+  np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * np.var(x, 0, ddof=1), rtol=1e-5)
+  variables = {"params": variables["params"], "batch_stats": stats}
+  z = module.apply(variables, x, False)
+  want = (x - stats["mean"][None]) / np.sqrt(stats["var"][None] + 1e-5)
+  np.testing.assert_allclose(z, want, atol=1e-5)
+
+
+def test_batch_norm_without_running_statistics():
+  x = jax.random.normal(jax.random.key(0), (4, 3, 3, 2))
+  module = layers.BatchNorm(running=False)
+  variables = module.init(jax.random.key(1), x, False)
+  assert "batch_stats" not in variables
+  np.testing.assert_allclose(
+    module.apply(variables, x, False), module.apply(variables, x, True), atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (2, 7, 5, 3)])
+def test_max_pool_equals_flax(shape):
+  x = jax.random.normal(jax.random.key(0), shape)
+  want = nn.max_pool(x, (2, 2), strides=(2, 2))
+  np.testing.assert_array_equal(layers.max_pool(x), want)
+  weight = jax.random.normal(jax.random.key(1), want.shape)
+  got = jax.grad(lambda x: jnp.sum(weight * layers.max_pool(x)))(x)
+  want = jax.grad(lambda x: jnp.sum(weight * nn.max_pool(x, (2, 2), strides=(2, 2))))(x)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_initialisation_is_uniform_within_fan_in():
+  x = layers.uniform_fan_in()(jax.random.key(0), (5, 5, 4, 1000))
+  assert 0.099 < float(jnp.abs(x).max()) <= 0.1  # 1 / sqrt(5 * 5 * 4)
+  assert float(x.std()) == pytest.approx(0.1 / np.sqrt(3), rel=0.02)
+  bias = layers.uniform_fan_in(400)(jax.random.key(0), (1000,))
+  assert 0.049 < float(jnp.abs(bias).max()) <= 0.05

@@ -1,0 +1,192 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halrp_jax import lowrank, models, perturb, train
+
+
+def random_perturbation(key, kernel, columns, fold):
+  num_in, num_out = kernel.shape[-2:]
+  k = jax.random.split(key, 5)
+  return lowrank.Perturbation(
+    R=1 + 0.1 * jax.random.normal(k[0], (num_out,)),
+    S=1 + 0.1 * jax.random.normal(k[1], (num_in,)),
+    U=0.1 * jax.random.normal(k[2], (num_out, columns)),
+    sigma=None if fold else jax.random.uniform(k[3], (columns,)),
+    V=0.1 * jax.random.normal(k[4], (num_in, columns)),
+  )
+
+
+def perturbed(model, x, fold=True, columns=2, **kwargs):
+  """(kernels, perturbation, rest, stats) of a freshly initialised model."""
+  variables = model.init(jax.random.key(0), x, **kwargs)
+  kernels, rest = perturb.split(variables["params"])
+  p = {
+    name: random_perturbation(jax.random.fold_in(jax.random.key(1), i), w, columns, fold)
+    for i, (name, w) in enumerate(kernels.items())
+  }
+  return kernels, p, rest, variables.get("batch_stats", {})
+
+
+class OneConv(nn.Module):
+  arguments: dict
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Conv(5, name="conv", **self.arguments)(x)
+
+
+CONVOLUTIONS = [
+  {"kernel_size": (5, 5), "padding": 2},
+  {"kernel_size": (3, 3), "padding": 1},
+  {"kernel_size": (3, 3), "padding": 1, "strides": (2, 2)},
+  {"kernel_size": (1, 1), "strides": (2, 2)},
+  {"kernel_size": (4, 4), "padding": "VALID"},
+  {"kernel_size": (2, 3), "padding": "SAME", "use_bias": False},
+  {"kernel_size": (3, 3), "kernel_dilation": (2, 2)},
+]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("arguments", CONVOLUTIONS)
+def test_a_convolution_composed_equals_factored(arguments, fold):
+  model = OneConv(arguments)
+  x = jax.random.normal(jax.random.key(2), (2, 9, 8, 4))
+  kernels, p, rest, _ = perturbed(model, x, fold)
+  check_forms(model, kernels, p, {"params": rest}, x)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_dense_layer_composed_equals_factored(fold):
+  model = models.make("mlp", 3)
+  x = jax.random.normal(jax.random.key(2), (6, 2, 2, 3))
+  kernels, p, rest, _ = perturbed(model, x, fold)
+  check_forms(model, kernels, p, {"params": rest}, x)
+
+
+def check_forms(model, kernels, p, variables, x):
+  """Values and the gradients of R, S, U, Sigma, V agree between both forms and with `merge`."""
+
+  def run(p, form):
+    return perturb.apply(model, kernels, p, variables, x, form=form)
+
+  merged = perturb.merge(kernels, p, variables["params"])
+  want = model.apply({"params": merged}, x)
+  weight = jax.random.normal(jax.random.key(3), want.shape)
+  gradients = []
+  for form in ("composed", "factored", "auto"):
+    np.testing.assert_allclose(run(p, form), want, atol=1e-4)
+    gradients.append(jax.grad(lambda p, form=form: jnp.sum(weight * run(p, form)))(p))
+  chex.assert_trees_all_close(*gradients, atol=2e-3, rtol=1e-3)
+
+
+def test_lenet_perturbed_by_the_identity_is_the_base_to_the_bit():
+  model = models.make("lenet", 10)
+  x = jax.random.normal(jax.random.key(2), (2, 32, 32, 3))
+  params, stats = train.initialize(model, jax.random.key(0), (32, 32, 3))
+  kernels, rest = perturb.split(params)
+  p = {n: lowrank.identity(w, 2, fold=True) for n, w in kernels.items()}
+  variables = {"params": rest, "batch_stats": stats}
+  got = perturb.apply(model, kernels, p, variables, x, train=False, form="composed")
+  want = model.apply({"params": params, "batch_stats": stats}, x, train=False)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_split_and_join_are_inverse():
+  params, _ = train.initialize(models.make("lenet", 10), jax.random.key(0), (32, 32, 3))
+  kernels, rest = perturb.split(params)
+  assert "kernel" in rest["head"] and "kernel" not in rest["conv1"]
+  chex.assert_trees_all_equal(perturb.join(kernels, rest), params)
+
+
+def test_nested_layers_are_found_and_perturbed():
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(4, name="dense")(x)
+
+  class Nested(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(2, name="head")(Block(name="block")(x))
+
+  model, x = Nested(), jax.random.normal(jax.random.key(0), (3, 5))
+  kernels, p, rest, _ = perturbed(model, x)
+  assert list(kernels) == ["block/dense"]
+  check_forms(model, kernels, p, {"params": rest}, x)
+
+
+def test_the_frozen_kernel_needs_no_gradient_in_a_wide_dense_layer():
+  """The factored form is chosen where it saves work; its backward pass has no W-sized product."""
+  model = models.make("mlp", 3)
+  x = jax.random.normal(jax.random.key(2), (128, 16, 16, 3))
+  kernels, p, rest, _ = perturbed(model, x)
+
+  def loss(p):
+    return jnp.sum(perturb.apply(model, kernels, p, {"params": rest}, x))
+
+  shapes = [
+    eqn.outvars[0].aval.shape
+    for eqn in jax.make_jaxpr(jax.grad(loss))(p).jaxpr.eqns
+    if eqn.primitive.name == "dot_general"
+  ]
+  assert (768, 256) not in shapes and (256, 768) not in shapes
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_padded_columns_stay_zero_under_training(digits_config, fold):
+  """Rank 2 of 6 columns; Adam, L1 and L2 must leave columns 2 to 5 zero in U, Sigma and V."""
+  from halrp_jax import data, experiment
+
+  config = experiment.resolve(digits_config(**{"method.sigma": "folded" if fold else "kept"}))
+  benchmark = data.load(config)
+  task, model = benchmark.tasks[0], models.make("mlp", 10)
+  params, _ = train.initialize(model, jax.random.key(0), benchmark.image_shape)
+  kernels, rest = perturb.split(params)
+  free = jax.tree.map(lambda w: w + 0.1 * jnp.sin(7 * w), kernels)
+  start = {
+    n: lowrank.truncate(lowrank.decompose(w, free[n]), 2, 6, fold) for n, w in kernels.items()
+  }
+
+  def apply_fn(params, frozen, stats, image, train_mode, key):
+    return perturb.apply(
+      model, frozen, params["p"], {"params": params["rest"]}, image, train=train_mode
+    ), stats
+
+  def penalty_fn(params, frozen):
+    return sum(
+      1e-4 * (train.sum_absolute(x) + train.sum_squares(x))
+      for q in params["p"].values()
+      for x in (q.U, q.V)
+    )
+
+  from halrp_jax.types import Store
+
+  fit = train.make_fit(config, lambda task: 1.0, apply_fn, penalty_fn)
+  trained, _ = fit(
+    {"p": start, "rest": rest}, {}, kernels, task, jax.random.key(1), 2, Store("", lambda e: None)
+  )
+  for name, q in trained["p"].items():
+    for x in (q.U, q.V) if fold else (q.U, q.V, q.sigma[None]):
+      assert not np.any(x[:, 2:])
+    assert not np.allclose(q.U[:, :2], start[name].U[:, :2])  # it did train
+
+
+def test_zeroing_sigma_alone_would_wake_up():
+  """Why U, Sigma and V are zeroed together: dL/dSigma = u' dL/dB v is not zero."""
+  base = jax.random.normal(jax.random.key(0), (4, 5))
+  d = lowrank.decompose(base, base + jax.random.normal(jax.random.key(1), (4, 5)))
+  p = lowrank.truncate(d, 4, 4, fold=False)
+  awake = p._replace(sigma=p.sigma.at[2:].set(0))
+  padded = lowrank.truncate(d, 2, 4, fold=False)
+
+  def loss(p):
+    return jnp.sum(jnp.cos(lowrank.compose(base, p)))
+
+  assert np.all(jax.grad(loss)(awake).sigma[2:])
+  gradient = jax.grad(loss)(padded)
+  for x in (gradient.sigma[None], gradient.U, gradient.V):
+    assert not np.any(x[:, 2:])
