@@ -251,7 +251,8 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
 
 def batches(num_images: int, batch_size: int) -> list[np.ndarray]:
   """Rows 0..num_images-1 in order, cut into batches; the last one may be smaller."""
-  return np.array_split(np.arange(num_images), range(batch_size, num_images, batch_size))
+  rows = np.arange(num_images)
+  return [rows[i : i + batch_size] for i in range(0, num_images, batch_size)]
 
 
 @jax.jit

@@ -31,6 +31,12 @@ def read_members(
       return _read_archive(root / archive, folder, names)
   except OSError as e:
     raise UserError(f"data_dir={data_dir}: {e.filename or root}: {e.strerror or e}") from e
+  python_version = folder.replace("binary", "python")
+  if (root / python_version).exists() or (root / f"{python_version}.tar.gz").exists():
+    raise UserError(
+      f"data_dir={data_dir}: found the python version, which is a pickle and is not read; "
+      f"get the binary version, {archive}"
+    )
   raise UserError(
     f"data_dir={data_dir}: found neither {folder}/{names[0]} nor {archive}; "
     "put the original archive or its extracted folder there"

@@ -186,7 +186,6 @@ def make(config, model, benchmark) -> Method:
     lambda base, free: {name: lowrank.decompose(base[name], free[name]) for name in base}
   )
   truncate = jax.jit(lowrank.truncate, static_argnums=(2, 3))
-  prune = jax.jit(lowrank.prune)
   logits_fn = jax.jit(
     lambda kernels, learned, x: apply_perturbed(
       {"rest": learned["rest"], "perturbation": learned["perturbation"]},
@@ -278,21 +277,6 @@ def make(config, model, benchmark) -> Method:
         perturbation[name] = truncate(d, ranks[name], width, fold)
     return jax.block_until_ready(perturbation), ranks
 
-  def prune_all(state):
-    """Line 9, over every task since the second."""
-    bound = None if m.prune_bound == "none" else m.prune_bound
-    rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state))
-    if m.prune == "none" or rate is None:
-      return state
-    first, *later = state.tasks
-    values = [_low_rank_values(p) for p in later]
-    taus = lowrank.prune_thresholds(values, m.prune, m.prune_threshold, rate)
-    pruned = [
-      p | {"perturbation": {n: prune(q, tau[n]) for n, q in p["perturbation"].items()}}
-      for p, tau in zip(later, taus, strict=True)
-    ]
-    return state._replace(tasks=(first, *pruned))
-
   # --- the protocol ----------------------------------------------------------------------------
 
   def init(key, benchmark):
@@ -319,7 +303,7 @@ def make(config, model, benchmark) -> Method:
       store.child("finetune"),
     )
     learned = _learned(task, trained["perturbation"], ranks, trained["rest"], stats)
-    state = prune_all(state._replace(tasks=(*state.tasks, learned)))
+    state = prune_all(state._replace(tasks=(*state.tasks, learned)), m)
     return state, {"ranks": ranks, "select_seconds": seconds}
 
   def predict(state, t, image):
@@ -328,6 +312,25 @@ def make(config, model, benchmark) -> Method:
     return logits[:, : int(learned["num_classes"])]
 
   return Method(init, one_at_a_time, learn, predict, _size)
+
+
+# --- line 9 of Algorithm 1 -------------------------------------------------------------
+
+
+def prune_all(state: State, m) -> State:
+  """Prunes U and V of every task since the second (paper Sect. 4.4). `m`: config.method"""
+  bound = None if m.prune_bound == "none" else m.prune_bound
+  rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state))
+  if m.prune == "none" or rate is None:
+    return state
+  first, *later = state.tasks
+  values = [_low_rank_values(p) for p in later]
+  taus = lowrank.prune_thresholds(values, m.prune, m.prune_threshold, rate)
+  pruned = [
+    p | {"perturbation": {n: lowrank.prune(q, tau[n]) for n, q in p["perturbation"].items()}}
+    for p, tau in zip(later, taus, strict=True)
+  ]
+  return state._replace(tasks=(first, *pruned))
 
 
 # --- pytrees and sizes ----------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""The contract that every method keeps, on three tasks of real digits."""
+
+import jax
+import numpy as np
+import pytest
+
+from halrp_jax import experiment, metrics, train
+from halrp_jax.types import Benchmark, Store
+
+NUM_TASKS = 3
+QUIET = Store("test", lambda event: None)
+# what switches off the only source of forgetting of a method
+NO_FORGETTING = {"halrp": {"method.prune": "none"}, "stl": {}}
+
+
+def learn(config) -> tuple[list, Benchmark, object]:
+  """Learns the first tasks; returns the state after each, the benchmark, the method."""
+  config = experiment.resolve(config)
+  benchmark, _, method = experiment.build(config)
+  state = method.init(jax.random.key(0), benchmark)
+  states = []
+  for group in method.groups(NUM_TASKS):
+    tasks = tuple(benchmark.tasks[t] for t in group)
+    state, _ = method.learn(state, tasks, jax.random.key(group[-1]), QUIET)
+    states.append(state)
+  return states, benchmark, method
+
+
+@pytest.fixture(scope="module")
+def learned():
+  """Runs are shared by the tests of this file: (method) -> states, benchmark, method."""
+  cache = {}
+
+  def get(name, config):
+    if name not in cache:
+      cache[name] = learn(config)
+    return cache[name]
+
+  return get
+
+
+def logits(method, state, benchmark, t):
+  task = benchmark.tasks[t]
+  image, _ = train.load_batch(task.test, task.inputs, np.arange(100))
+  return np.asarray(method.predict(state, t, image))
+
+
+def test_every_task_is_learned(learned, method_name, digits_config):
+  states, benchmark, method = learned(
+    method_name, digits_config(method_name, **NO_FORGETTING[method_name])
+  )
+  assert len(states[-1].tasks) == NUM_TASKS
+  for t in range(NUM_TASKS):
+    label = np.asarray(benchmark.tasks[t].test.label[:100])
+    assert np.mean(logits(method, states[-1], benchmark, t).argmax(-1) == label) > 0.6
+
+
+def test_nothing_is_forgotten_to_the_bit(learned, method_name, digits_config):
+  states, benchmark, method = learned(
+    method_name, digits_config(method_name, **NO_FORGETTING[method_name])
+  )
+  for t in range(NUM_TASKS):
+    before = logits(method, states[t], benchmark, t)
+    np.testing.assert_array_equal(logits(method, states[-1], benchmark, t), before)
+
+
+def test_shared_and_earlier_leaves_do_not_move(learned, method_name, digits_config):
+  states, _, _ = learned(method_name, digits_config(method_name, **NO_FORGETTING[method_name]))
+  first, last = states[0], states[-1]
+  for a, b in (
+    (first.shared, last.shared),
+    (states[1].tasks, last.tasks[: len(states[1].tasks)]),
+  ):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_all_tasks_have_the_same_shapes(learned, method_name, digits_config):
+  """So that nothing recompiles as tasks come."""
+  states, _, _ = learned(method_name, digits_config(method_name, **NO_FORGETTING[method_name]))
+  first, *others = (jax.tree.map(lambda x: (x.shape, x.dtype), task) for task in states[-1].tasks)
+  assert all(other == first for other in others)
+
+
+def test_sizes_are_ordered_and_start_at_the_base(learned, method_name, digits_config):
+  states, _, method = learned(method_name, digits_config(method_name, **NO_FORGETTING[method_name]))
+  sizes = [method.size(state) for state in states]
+  assert sizes[0].paper == sizes[0].base and sizes[0].increment == 0
+  for a, b in zip(sizes, sizes[1:], strict=False):
+    assert b.dense >= a.dense
+  for s in sizes:
+    assert s.base <= s.nonzero <= s.dense and s.training_only >= 0 and s.mask_bits >= 0
+
+
+def test_the_first_task_is_that_of_single_task_learning(learned, method_name, digits_config):
+  if method_name not in ("halrp", "stl"):
+    pytest.skip("this method changes the first task")
+  states, benchmark, method = learned(
+    method_name, digits_config(method_name, **NO_FORGETTING[method_name])
+  )
+  stl_states, _, stl = learned("stl", digits_config("stl"))
+  np.testing.assert_allclose(
+    logits(method, states[0], benchmark, 0), logits(stl, stl_states[0], benchmark, 0), atol=1e-4
+  )
+
+
+def test_runs_repeat_to_the_bit(digits_config, method_name, tmp_path):
+  config = digits_config(method_name)
+  a, b = (experiment.run(config, str(tmp_path / name)) for name in "ab")
+  timing = ("seconds", "peak_memory_bytes", "date")
+  assert {k: v for k, v in a.items() if k not in timing} == {
+    k: v for k, v in b.items() if k not in timing
+  }
+  assert a["state_hash"] == b["state_hash"]
+
+
+def test_another_seed_is_another_run(digits_config, method_name, tmp_path):
+  a, b = (
+    experiment.run(digits_config(method_name, seed=s, epochs=2), str(tmp_path / str(s)))
+    for s in (0, 1)
+  )
+  assert a["state_hash"] != b["state_hash"] and a["split_hash"] != b["split_hash"]
+
+
+def test_the_record_holds_together(digits_config, method_name, tmp_path):
+  record = experiment.run(digits_config(method_name), str(tmp_path / "run"))
+  matrix = np.array(record["accuracy"], float)
+  assert matrix.shape == (10, 10)
+  assert np.isnan(matrix[np.triu_indices(10, 1)]).all()
+  assert np.isfinite(matrix[-1]).all() and (matrix[-1] >= 0).all() and (matrix[-1] <= 100).all()
+  assert record["average_accuracy"] == pytest.approx(metrics.average_accuracy(matrix))
+  assert record["bwt"] == pytest.approx(metrics.bwt(matrix))
+  assert sorted(record["task_ids"]) == list(range(10))
+  for key in ("ranks", "size", "increment", "seconds"):
+    assert len(record[key]) == 10, key
+  assert record["config"]["method"]["name"] == method_name == record["method"]
+
+
+def test_tasks_with_different_numbers_of_classes(method_name, digits_config):
+  """Digits 0-9, 0-4 and 0-2: one head width inside, each task's own width outside."""
+  config = experiment.resolve(digits_config(method_name, epochs=3))
+  benchmark, model, _ = experiment.build(config)
+  tasks = []
+  for task, k in zip(benchmark.tasks, (5, 10, 3), strict=False):
+
+    def cut(split, k=k):
+      rows = np.flatnonzero(np.asarray(split.label) < k)
+      return split._replace(index=split.index[rows], label=split.label[rows])
+
+    tasks.append(
+      task._replace(
+        class_names=task.class_names[:k],
+        train=cut(task.train),
+        valid=cut(task.valid),
+        test=cut(task.test),
+      )
+    )
+  benchmark = benchmark._replace(tasks=tuple(tasks))
+  method = experiment.methods.make(config, model, benchmark)
+  state = method.init(jax.random.key(0), benchmark)
+  sizes = []
+  for t, task in enumerate(tasks):
+    state, _ = method.learn(state, (task,), jax.random.key(t), QUIET)
+    sizes.append(method.size(state))
+  for t, task in enumerate(tasks):
+    assert logits_of(method, state, task, t).shape == (50, task.num_classes)
+  parameters = 64 * 256 + 256 + 256 * 256 + 256
+  assert sizes[0].base == sizes[0].paper == parameters + 257 * 5  # the head at its own width
+
+
+def logits_of(method, state, task, t):
+  image, _ = train.load_batch(task.test, task.inputs, np.arange(50))
+  return method.predict(state, t, image)

@@ -1,0 +1,159 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halrp_jax import data, experiment, models, train
+from halrp_jax.types import Inputs, Store
+
+
+def fit_plain(config, epochs=None, seed=0, loss_scale=None):
+  """Trains the plain network on the first task; returns params, events."""
+  config = experiment.resolve(config)
+  benchmark = data.load(config)
+  model = models.make(config.network, benchmark.max_classes)
+  fit = train.make_fit(
+    config, train.learning_rate_decay(config, benchmark), *train.plain_network(model)
+  )
+  params, stats = train.initialize(model, jax.random.key(0), benchmark.image_shape)
+  events = []
+  params, _ = fit(
+    params,
+    stats,
+    {"l2": 1e-4},
+    benchmark.tasks[0],
+    jax.random.key(seed),
+    epochs or config.epochs,
+    Store("test", events.append),
+  )
+  return params, events
+
+
+def test_images_are_scaled_permuted_and_normalised():
+  image = np.arange(2 * 2 * 2 * 1, dtype=np.uint8).reshape(2, 2, 2, 1)
+  inputs = Inputs(np.float32([0.5]), np.float32([0.25]), np.int32([3, 2, 1, 0]))
+  got = train.prepare_images(image, inputs)
+  want = (image[:, ::-1, ::-1] / 255 - 0.5) / 0.25
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_permutation_mixes_channels_jointly():
+  image = np.arange(3, dtype=np.uint8).reshape(1, 1, 1, 3)
+  inputs = Inputs(np.zeros(3, np.float32), np.ones(3, np.float32) / 255, np.int32([2, 0, 1]))
+  np.testing.assert_allclose(train.prepare_images(image, inputs).ravel(), [2, 0, 1], atol=1e-5)
+
+
+def test_classes_beyond_the_tasks_own_get_no_probability_and_no_gradient():
+  logits, label = jnp.array([[1.0, 2.0, 9.0]]), jnp.array([0])
+  loss, gradient = jax.value_and_grad(train.cross_entropy)(logits, label, 2)
+  assert float(loss) == pytest.approx(float(np.log1p(np.e)), rel=1e-6)
+  assert gradient[0, 2] == 0 and np.all(np.isfinite(gradient))
+
+
+def test_l1_is_flat_at_zero():
+  value, gradient = jax.value_and_grad(train.sum_absolute)(jnp.array([-2.0, 0.0, 3.0]))
+  assert value == 5
+  np.testing.assert_array_equal(gradient, [-1, 0, 1])
+
+
+@pytest.mark.parametrize("rest", ["train", "drop"])
+def test_scan_and_steps_learn_the_same(digits_config, rest):
+  """Same batches in the same order: equal to rounding over the first epochs."""
+  overrides = {"protocol.last_batch": rest, "batch_size": 100}
+  (a, events_a), (b, events_b) = (
+    fit_plain(digits_config("stl", loop=loop, **overrides)) for loop in ("scan", "steps")
+  )
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-4)
+  for x, y in zip(events_a, events_b, strict=True):
+    assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
+def test_the_loss_goes_down(digits_config):
+  _, events = fit_plain(digits_config("stl"), epochs=5)
+  losses = [e["loss"] for e in events]
+  assert losses[-1] < 0.5 * losses[0]
+  assert events[-1]["train_accuracy"] > 80
+
+
+def test_keep_best_returns_the_epoch_of_the_best_validation_accuracy(digits_config):
+  config = digits_config("stl", **{"protocol.keep": "best", "learning_rate": 0.1, "epochs": 6})
+  params, events = fit_plain(config)
+  scores = [e["valid_accuracy"] for e in events]
+  best = int(np.argmax(scores))
+  again, _ = fit_plain(digits_config("stl", **{"learning_rate": 0.1, "epochs": 6}), epochs=best + 1)
+  for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_shuffling_changes_the_run_and_its_absence_ignores_the_key(digits_config):
+  def leaves(shuffle, seed):
+    config = digits_config("stl", **{"protocol.shuffle": shuffle})
+    return jax.tree.leaves(fit_plain(config, seed=seed)[0])
+
+  same = zip(leaves(False, 0), leaves(False, 1), strict=True)
+  assert all(np.array_equal(x, y) for x, y in same)
+  different = zip(leaves(True, 0), leaves(True, 1), strict=True)
+  assert not all(np.array_equal(x, y) for x, y in different)
+
+
+def test_the_callers_parameters_survive(digits_config):
+  """The state is donated to the step; what the caller passed must not be."""
+  config = experiment.resolve(digits_config("stl"))
+  benchmark = data.load(config)
+  model = models.make("mlp", 10)
+  fit = train.make_fit(config, lambda task: 1.0, *train.plain_network(model))
+  params, stats = train.initialize(model, jax.random.key(0), benchmark.image_shape)
+  before = jax.tree.map(np.asarray, params)
+  store = Store("test", lambda event: None)
+  fit(params, stats, {"l2": 0.0}, benchmark.tasks[0], jax.random.key(0), 1, store)
+  for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+  ("schedule", "num_tasks", "fraction", "per_step"),
+  [
+    # spec a.10: CIFAR Split 100 %, SuperClass 100 %, Split 5 %
+    ("code", 10, 1.0, 0.998360),
+    ("code", 20, 1.0, 0.996723),
+    ("code", 10, 0.05, 0.967705),
+    ("constant", 10, 1.0, 1.0),
+  ],
+)
+def test_learning_rate_decay_is_the_table_of_the_spec(
+  digits_config, schedule, num_tasks, fraction, per_step
+):
+  config = digits_config(
+    "stl", batch_size=128, train_fraction=fraction, **{"protocol.schedule": schedule}
+  )
+  benchmark = data.load(experiment.resolve(digits_config("stl")))
+  benchmark = benchmark._replace(tasks=(benchmark.tasks * 2)[:num_tasks])
+  decay = train.learning_rate_decay(config, benchmark)
+  assert decay(benchmark.tasks[0]) == pytest.approx(per_step, abs=5e-7)
+
+
+def test_epoch_schedule_decays_by_five_percent_per_epoch(digits_config):
+  config = experiment.resolve(digits_config("stl"))
+  benchmark = data.load(config)
+  task = benchmark.tasks[0]
+  steps = len(task.train.index) / config.batch_size
+  assert train.learning_rate_decay(config, benchmark)(task) ** steps == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize(("num_images", "rest", "steps"), [(200, "train", 4), (200, "drop", 3)])
+def test_steps_per_epoch(digits_config, num_images, rest, steps):
+  config = digits_config("stl", batch_size=60, **{"protocol.last_batch": rest})
+  assert train.steps_per_epoch(config, num_images) == steps
+
+
+def test_evaluate_counts_every_image_once(digits_config):
+  config = experiment.resolve(digits_config("stl"))
+  task = data.load(config).tasks[0]
+  label = np.asarray(task.test.label)
+  accuracy = train.evaluate(
+    lambda image: jnp.tile(jnp.arange(10)[None] == 3, (len(image), 1)), task, task.test, 64
+  )
+  assert accuracy == pytest.approx(100 * np.mean(label == 3))
+  empty = task.test._replace(index=task.test.index[:0], label=task.test.label[:0])
+  assert np.isnan(train.evaluate(lambda image: image, task, empty, 64))
