@@ -41,10 +41,13 @@ def _parse(argv: list[str]) -> flags.FlagValues:
   _check_key_names(argv)
   try:
     rest = values(argv)[1:]
+    if values.config is not None:
+      values.config.to_dict()  # config_flags keeps the error of a bad file until it is used
   except UserError:
     raise
   except Exception as e:  # absl, config_flags and the user's own file raise whatever they like
-    raise UserError(f"arguments: {e}") from e
+    file = next((a for a in argv if re.match(r"--?config=", a)), "arguments")
+    raise UserError(f"{file}: {str(e).rpartition('failure to load: ')[2]}") from e
   if rest:
     raise UserError(f"arguments: {rest[0]!r} is not a flag; flags start with --")
   return values

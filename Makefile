@@ -1,0 +1,33 @@
+# make demo    install, learn ten tasks of permuted digits with HALRP and STL, print both
+# make test    install with the test extra, lint, format check, pytest
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS ?= runs
+
+.PHONY: demo test environment test-environment clean
+
+demo: environment
+	$(BIN)/python -m halrp_jax.main --config=configs/digits.py --workdir=$(RUNS)/digits-halrp --overwrite
+	$(BIN)/python -m halrp_jax.main --config=configs/digits.py:stl --workdir=$(RUNS)/digits-stl --overwrite
+	$(BIN)/python -m halrp_jax compare $(RUNS)/digits-halrp $(RUNS)/digits-stl
+
+test: test-environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+environment: .venv/installed
+test-environment: .venv/installed-test
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
