@@ -103,9 +103,22 @@ def test_the_first_task_is_that_of_single_task_learning(learned, method_name, di
   )
 
 
-def test_runs_repeat_to_the_bit(digits_config, method_name, tmp_path):
-  config = digits_config(method_name)
-  a, b = (experiment.run(config, str(tmp_path / name)) for name in "ab")
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+  """Whole runs, shared: (config, copy) -> record.json of one of several equal runs."""
+  cache = {}
+
+  def get(config, copy=0):
+    key = (config.method.name, config.seed, copy)
+    if key not in cache:
+      cache[key] = experiment.run(config, str(tmp_path_factory.mktemp("run")))
+    return cache[key]
+
+  return get
+
+
+def test_runs_repeat_to_the_bit(record, digits_config, method_name):
+  a, b = (record(digits_config(method_name), copy) for copy in (0, 1))
   timing = ("seconds", "peak_memory_bytes", "date")
   assert {k: v for k, v in a.items() if k not in timing} == {
     k: v for k, v in b.items() if k not in timing
@@ -113,26 +126,23 @@ def test_runs_repeat_to_the_bit(digits_config, method_name, tmp_path):
   assert a["state_hash"] == b["state_hash"]
 
 
-def test_another_seed_is_another_run(digits_config, method_name, tmp_path):
-  a, b = (
-    experiment.run(digits_config(method_name, seed=s, epochs=2), str(tmp_path / str(s)))
-    for s in (0, 1)
-  )
+def test_another_seed_is_another_run(record, digits_config, method_name):
+  a, b = (record(digits_config(method_name, seed=s)) for s in (0, 1))
   assert a["state_hash"] != b["state_hash"] and a["split_hash"] != b["split_hash"]
 
 
-def test_the_record_holds_together(digits_config, method_name, tmp_path):
-  record = experiment.run(digits_config(method_name), str(tmp_path / "run"))
-  matrix = np.array(record["accuracy"], float)
+def test_the_record_holds_together(record, digits_config, method_name):
+  run = record(digits_config(method_name))
+  matrix = np.array(run["accuracy"], float)
   assert matrix.shape == (10, 10)
   assert np.isnan(matrix[np.triu_indices(10, 1)]).all()
   assert np.isfinite(matrix[-1]).all() and (matrix[-1] >= 0).all() and (matrix[-1] <= 100).all()
-  assert record["average_accuracy"] == pytest.approx(metrics.average_accuracy(matrix))
-  assert record["bwt"] == pytest.approx(metrics.bwt(matrix))
-  assert sorted(record["task_ids"]) == list(range(10))
+  assert run["average_accuracy"] == pytest.approx(metrics.average_accuracy(matrix))
+  assert run["bwt"] == pytest.approx(metrics.bwt(matrix))
+  assert sorted(run["task_ids"]) == list(range(10))
   for key in ("ranks", "size", "increment", "seconds"):
-    assert len(record[key]) == 10, key
-  assert record["config"]["method"]["name"] == method_name == record["method"]
+    assert len(run[key]) == 10, key
+  assert run["config"]["method"]["name"] == method_name == run["method"]
 
 
 def test_tasks_with_different_numbers_of_classes(method_name, digits_config):
