@@ -107,6 +107,11 @@ PROTOCOL_KEYS = {
   "last_batch": one_of(
     "train", ("train", "drop"), "what happens to the last, smaller batch of an epoch"
   ),
+  "batch_norm": one_of(
+    "own",
+    ("own", "running", "batch"),
+    "statistics BatchNorm evaluates with: as the paper's network has it, running ones, the batch's",
+  ),
   "order_source": one_of(
     "paper", ("paper", "code"), "whose task orders the letters and seed numbers mean"
   ),

@@ -2,6 +2,7 @@ import jax
 import pytest
 
 from halrp_jax import models, perturb, train
+from halrp_jax.types import UserError
 
 
 def count(name, num_classes, image_shape):
@@ -23,6 +24,15 @@ def test_lenet_has_the_parameters_of_the_paper(num_classes, parameters):
   biases_and_batch_norm = train.count_rest(rest, kernels, num_classes)
   assert biases_and_batch_norm.biases == 1_370
   assert biases_and_batch_norm.counted == 2_740 + num_classes * 501
+
+
+def test_batch_norm_is_chosen_when_the_model_is_made():
+  assert models.make("lenet", 10, "own").running and models.make("lenet", 10, "running").running
+  model = models.make("lenet", 10, "batch")
+  params, stats = train.initialize(model, jax.random.key(0), (32, 32, 3))
+  assert stats == {} and size(params) == 2_995_620
+  with pytest.raises(UserError, match="mlp has no BatchNorm"):
+    models.make("mlp", 10, "batch")
 
 
 def test_mlp():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from halrp_jax.models import lenet, mlp
+from halrp_jax.types import UserError
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "lenet": lenet.LeNet,
@@ -15,6 +16,23 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def make(name: str, num_classes: int) -> nn.Module:
-  """The network called `name` with `num_classes` outputs."""
-  return NETWORKS[name](num_classes=num_classes)
+def make(name: str, num_classes: int, batch_norm: str = "own") -> nn.Module:
+  """The network called `name` with `num_classes` outputs.
+
+  Args:
+    name: a key of `NETWORKS`.
+    num_classes: width of the head.
+    batch_norm: "running": BatchNorm keeps running statistics and evaluates with them; "batch": it
+      evaluates with those of the batch; "own": as the paper's network of that name does.
+
+  Raises:
+    UserError: if the network has no BatchNorm to choose this for.
+  """
+  network = NETWORKS[name]
+  if batch_norm == "own":
+    return network(num_classes=num_classes)
+  if not hasattr(network, "running"):
+    raise UserError(
+      f"protocol.batch_norm = {batch_norm!r}: {name} has no BatchNorm; leave it at own"
+    )
+  return network(num_classes=num_classes, running=batch_norm == "running")

@@ -15,6 +15,7 @@ class LeNet(nn.Module):
   num_classes: int
   channels: tuple[int, int] = (20, 50)
   hidden: tuple[int, int] = (800, 500)
+  running: bool = True  # BatchNorm keeps running statistics and evaluates with them
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -29,7 +30,7 @@ class LeNet(nn.Module):
         conv_general_dilated=layers.conv_general_dilated,
         name=f"conv{i}",
       )(x)
-      x = layers.BatchNorm(name=f"bn{i}")(x, train)
+      x = layers.BatchNorm(self.running, name=f"bn{i}")(x, train)
       x = layers.max_pool(nn.relu(x))  # [B, H/2, W/2, features]
     x = x.reshape(len(x), -1)
     for i, features in enumerate(self.hidden, 1):
@@ -39,7 +40,7 @@ class LeNet(nn.Module):
         bias_init=layers.uniform_fan_in(x.shape[-1]),
         name=f"fc{i}",
       )(x)
-      x = nn.relu(layers.BatchNorm(name=f"bn_fc{i}")(x, train))
+      x = nn.relu(layers.BatchNorm(self.running, name=f"bn_fc{i}")(x, train))
     return nn.Dense(
       self.num_classes,
       kernel_init=layers.uniform_fan_in(),
