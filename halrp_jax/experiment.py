@@ -99,7 +99,7 @@ def resolve(config) -> config_dict.ConfigDict:
 def build(config) -> tuple[Benchmark, object, Method]:
   """Resolved config -> benchmark in the order of training, model, method."""
   benchmark = data.load(config)
-  model = models.make(config.network, benchmark.max_classes, config.protocol.batch_norm)
+  model = models.make(config.network, benchmark.max_classes, config.method.batch_norm)
   return benchmark, model, methods.make(config, model, benchmark)
 
 

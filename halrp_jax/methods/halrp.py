@@ -40,6 +40,7 @@ from halrp_jax import lowrank, perturb, train, validate
 from halrp_jax.types import Method, Size, State, one_at_a_time
 
 _CODE = {
+  "batch_norm": "own",
   "upper_rank": 100,
   "min_rank": 1,
   "importance": "mean",
@@ -57,6 +58,7 @@ VARIANTS = {
   "code": _CODE,
   "published": _CODE | {"importance": "sum"},
   "paper": {
+    "batch_norm": "own",
     "upper_rank": 0,
     "min_rank": 0,
     "importance": "sum",
@@ -95,6 +97,7 @@ KEYS = {
     "upper_rank everywhere with random U and V",
   ),
   "svd": _one_of("exact", ("exact",), "how the residual is decomposed"),
+  "batch_norm": validate.batch_norm(None),
   "upper_rank": _whole(None, 0, None, "largest rank of a layer; 0: no cap"),
   "min_rank": _whole(None, 0, None, "smallest rank of a layer"),
   "importance": _one_of(

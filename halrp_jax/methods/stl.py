@@ -19,6 +19,7 @@ from halrp_jax import perturb, train, validate
 from halrp_jax.types import Method, Size, State, one_at_a_time
 
 KEYS = {
+  "batch_norm": validate.batch_norm("own"),
   "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
   "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
 }

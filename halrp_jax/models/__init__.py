@@ -8,7 +8,6 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from halrp_jax.models import lenet, mlp
-from halrp_jax.types import UserError
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "lenet": lenet.LeNet,
@@ -23,16 +22,10 @@ def make(name: str, num_classes: int, batch_norm: str = "own") -> nn.Module:
     name: a key of `NETWORKS`.
     num_classes: width of the head.
     batch_norm: "running": BatchNorm keeps running statistics and evaluates with them; "batch": it
-      evaluates with those of the batch; "own": as the paper's network of that name does.
-
-  Raises:
-    UserError: if the network has no BatchNorm to choose this for.
+      evaluates with those of the batch; "own": as the paper's network of that name does. Of no
+      effect on a network without BatchNorm.
   """
   network = NETWORKS[name]
-  if batch_norm == "own":
+  if batch_norm == "own" or not hasattr(network, "running"):
     return network(num_classes=num_classes)
-  if not hasattr(network, "running"):
-    raise UserError(
-      f"protocol.batch_norm = {batch_norm!r}: {name} has no BatchNorm; leave it at own"
-    )
   return network(num_classes=num_classes, running=batch_norm == "running")
