@@ -30,8 +30,8 @@ class LeNet(nn.Module):
         conv_general_dilated=layers.conv_general_dilated,
         name=f"conv{i}",
       )(x)
-      x = layers.BatchNorm(self.running, name=f"bn{i}")(x, train)
-      x = layers.max_pool(nn.relu(x))  # [B, H/2, W/2, features]
+      norm = layers.BatchNorm(self.running, relu=True, pool=2, name=f"bn{i}")
+      x = norm(x, train)  # [B, H/2, W/2, features]
     x = x.reshape(len(x), -1)
     for i, features in enumerate(self.hidden, 1):
       x = nn.Dense(
@@ -40,7 +40,7 @@ class LeNet(nn.Module):
         bias_init=layers.uniform_fan_in(x.shape[-1]),
         name=f"fc{i}",
       )(x)
-      x = nn.relu(layers.BatchNorm(self.running, name=f"bn_fc{i}")(x, train))
+      x = layers.BatchNorm(self.running, relu=True, name=f"bn_fc{i}")(x, train)
     return nn.Dense(
       self.num_classes,
       kernel_init=layers.uniform_fan_in(),
