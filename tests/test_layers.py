@@ -86,6 +86,37 @@ def test_batch_norm_against_flax_and_the_unbiased_variance():
   np.testing.assert_allclose(z, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(
+  ("shape", "pool"), [((8, 6, 6, 3), 2), ((4, 7, 5, 3), 2), ((4, 6, 9, 2), 3), ((16, 5), 1)]
+)
+def test_fused_batch_norm_equals_the_plain_one(shape, pool, relu):
+  keys = jax.random.split(jax.random.key(0), 4)
+  x = 2 * jax.random.normal(keys[0], shape) + 1
+  scale = jax.random.normal(keys[1], shape[-1:])  # negative ones too: they turn the order round
+  bias = jax.random.normal(keys[2], shape[-1:])
+  forms = [
+    lambda *a, f=f: f(*a, epsilon=1e-5, relu=relu, pool=pool)
+    for f in (layers._fused_batch_norm, layers._plain_batch_norm)
+  ]
+  outputs = [form(x, scale, bias) for form in forms]
+  for a, b in zip(*outputs, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  weight = jax.random.normal(keys[3], outputs[0][0].shape)
+  gradients = [
+    jax.grad(lambda *a, form=form: jnp.sum(weight * form(*a)[0]), (0, 1, 2))(x, scale, bias)
+    for form in forms
+  ]
+  for a, b in zip(*gradients, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_pooling_gives_the_gradient_to_the_first_of_equal_values():
+  x = jnp.zeros((1, 2, 2, 1))
+  got = layers._unpool(x, jnp.ones((1, 1, 1, 1)), 2)
+  np.testing.assert_array_equal(got.ravel(), [1, 0, 0, 0])
+
+
 def test_batch_norm_without_running_statistics():
   x = jax.random.normal(jax.random.key(0), (4, 3, 3, 2))
   module = layers.BatchNorm(running=False)
