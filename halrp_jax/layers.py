@@ -30,6 +30,29 @@ def uniform_fan_in(fan_in: int | None = None):
   return init
 
 
+def dense(features: int, num_in: int, name: str) -> nn.Dense:
+  """A dense layer as PyTorch initialises it."""
+  return nn.Dense(
+    features, kernel_init=uniform_fan_in(), bias_init=uniform_fan_in(num_in), name=name
+  )
+
+
+def conv(
+  features: int, width: int, num_in: int, padding: int, stride: int = 1, *, name: str
+) -> nn.Conv:
+  """A square convolution as PyTorch initialises it, fast on every platform."""
+  return nn.Conv(
+    features,
+    (width, width),
+    (stride, stride),
+    padding,
+    kernel_init=uniform_fan_in(),
+    bias_init=uniform_fan_in(width * width * num_in),
+    conv_general_dilated=conv_general_dilated,
+    name=name,
+  )
+
+
 class BatchNorm(nn.Module):
   """Batch normalisation over all axes but the last, then ReLU and max pooling if asked for.
 

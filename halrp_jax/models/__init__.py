@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from halrp_jax.models import lenet, mlp
+from halrp_jax.models import alexnet, lenet, mlp, resnet
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "lenet": lenet.LeNet,
+  "wide_lenet": lenet.WideLeNet,
+  "alexnet": alexnet.AlexNet,
+  "resnet18": resnet.ResNet18,
   "mlp": mlp.MLP,
 }
 

@@ -17,12 +17,6 @@ class MLP(nn.Module):
     """[B, H, W, C] -> logits [B, num_classes]"""
     del train  # nothing here behaves differently in training
     x = x.reshape(len(x), -1)
-    for name, features in (*((f"fc{i}", n) for i, n in enumerate(self.hidden, 1)), ("head", None)):
-      x = nn.Dense(
-        features or self.num_classes,
-        kernel_init=layers.uniform_fan_in(),
-        bias_init=layers.uniform_fan_in(x.shape[-1]),
-        name=name,
-      )(x)
-      x = x if name == "head" else nn.relu(x)
-    return x
+    for i, features in enumerate(self.hidden, 1):
+      x = nn.relu(layers.dense(features, x.shape[-1], name=f"fc{i}")(x))
+    return layers.dense(self.num_classes, x.shape[-1], name="head")(x)

@@ -1,0 +1,37 @@
+"""The AlexNet of the paper (spec b): Five-dataset (32 pixels) and TinyImageNet (64 pixels).
+
+6,533,450 parameters at 32 pixels and 10 classes, 23,310,666 at 64, 23,300,421 with 5 classes.
+Without running statistics: BatchNorm evaluates with those of the test batch.
+"""
+
+import flax.linen as nn
+import jax
+
+from halrp_jax import layers
+
+
+class AlexNet(nn.Module):
+  """AlexNet: conv-BN-ReLU-dropout-pool three times, dense-BN-ReLU-dropout twice, head."""
+
+  num_classes: int
+  channels: tuple[int, ...] = (64, 128, 256)
+  kernels: tuple[int, ...] = (4, 3, 2)
+  dropout: tuple[float, ...] = (0.2, 0.2, 0.5)
+  hidden: tuple[int, ...] = (2048, 2048)
+  running: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """[B, H, W, C] -> logits [B, num_classes]"""
+    blocks = zip(self.channels, self.kernels, self.dropout, strict=True)
+    for i, (features, width, rate) in enumerate(blocks, 1):
+      x = layers.conv(features, width, x.shape[-1], padding=0, name=f"conv{i}")(x)
+      x = layers.BatchNorm(self.running, relu=True, name=f"bn{i}")(x, train)
+      x = nn.Dropout(rate, deterministic=not train)(x)
+      x = layers.max_pool(x)
+    x = x.reshape(len(x), -1)
+    for i, features in enumerate(self.hidden, 1):
+      x = layers.dense(features, x.shape[-1], name=f"fc{i}")(x)
+      x = layers.BatchNorm(self.running, relu=True, name=f"bn_fc{i}")(x, train)
+      x = nn.Dropout(0.5, deterministic=not train)(x)
+    return layers.dense(self.num_classes, x.shape[-1], name="head")(x)

@@ -1,0 +1,52 @@
+"""The reduced ResNet18 of the paper (spec b): half the standard width, biases everywhere.
+
+2,807,690 parameters at 32 pixels and 10 classes, 2,838,410 at 64, 2,817,925 at 64 and 5 classes.
+Average pooling is 2 x 2, not global.
+"""
+
+import flax.linen as nn
+import jax
+
+from halrp_jax import layers
+
+
+class Block(nn.Module):
+  """conv3x3-BN-ReLU-conv3x3-BN, plus the shortcut, ReLU."""
+
+  features: int
+  stride: int
+  running: bool
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """[B, H, W, C] -> [B, H/stride, W/stride, features]"""
+    y = layers.conv(self.features, 3, x.shape[-1], 1, self.stride, name="conv1")(x)
+    y = layers.BatchNorm(self.running, relu=True, name="bn1")(y, train)
+    y = layers.conv(self.features, 3, self.features, 1, name="conv2")(y)
+    y = layers.BatchNorm(self.running, name="bn2")(y, train)
+    if x.shape != y.shape:
+      x = layers.conv(self.features, 1, x.shape[-1], 0, self.stride, name="shortcut")(x)
+      x = layers.BatchNorm(self.running, name="bn_shortcut")(x, train)
+    return nn.relu(x + y)
+
+
+class ResNet18(nn.Module):
+  """Reduced ResNet18: conv3x3-BN-ReLU, four stages of two blocks, 2 x 2 average pooling, head."""
+
+  num_classes: int
+  width: int = 32
+  running: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """[B, H, W, C] -> logits [B, num_classes]"""
+    x = layers.conv(self.width, 3, x.shape[-1], 1, name="conv1")(x)
+    x = layers.BatchNorm(self.running, relu=True, name="bn1")(x, train)
+    for stage in range(4):
+      for i in range(2):
+        stride = 2 if stage and not i else 1
+        block = Block(self.width * 2**stage, stride, self.running, name=f"stage{stage + 1}_{i + 1}")
+        x = block(x, train)
+    x = nn.avg_pool(x, (2, 2), (2, 2))
+    x = x.reshape(len(x), -1)
+    return layers.dense(self.num_classes, x.shape[-1], name="head")(x)
