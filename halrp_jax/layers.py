@@ -210,25 +210,35 @@ def conv_general_dilated(
       **kwargs,
     )
 
+  strides = tuple(window_strides)
   simple = (
     lhs.ndim == 4
     and feature_group_count == 1
-    and all(d == 1 for f in (lhs_dilation, rhs_dilation, window_strides) for d in f or (1,))
+    and strides in ((1, 1), (2, 2))
+    and all(d == 1 for f in (lhs_dilation, rhs_dilation) for d in f or (1,))
     and dimension_numbers in (None, lax.conv_dimension_numbers(lhs.shape, rhs.shape, _DIMENSIONS))
   )
   if not simple:
     return plain(lhs, rhs)
   if isinstance(padding, str):
-    padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding)
+    padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
   padding = tuple((int(a), int(b)) for a, b in padding)
   if not all(0 <= p < k for k, pair in zip(rhs.shape[:2], padding, strict=True) for p in pair):
     return plain(lhs, rhs)
-  few = lhs.shape[-1] <= _FEW_CHANNELS and min(rhs.shape[:2]) > 1
-  fast = functools.partial(_blocked_conv if few else _product_conv, padding=padding)
+  fast = functools.partial(_fast_conv, padding=padding, stride=strides[0])
   return lax.platform_dependent(lhs, rhs, cpu=fast, default=plain)
 
 
-# --- convolutions as matrix products (stride 1, NHWC, HWIO) ---------------------------
+def _fast_conv(x, kernel, *, padding, stride):
+  """Which form is fastest on the CPU, by shape alone."""
+  if kernel.shape[:2] == (1, 1):
+    return _product_conv(x[:, ::stride, ::stride], kernel, padding)
+  if stride == 2 or x.shape[-1] <= _FEW_CHANNELS:
+    return _blocked_conv(x, kernel, padding, stride)
+  return _product_conv(x, kernel, padding)
+
+
+# --- convolutions as matrix products (NHWC, HWIO) ---------------------------------------
 # Only the width is unfolded, never the whole window: a full unfolding is bound by memory writes.
 
 
@@ -303,30 +313,35 @@ def _chunk_gradients(x, dy, kernel, padding):
 _product_conv.defvjp(_product_conv_fwd, _product_conv_bwd)
 
 
-def _blocked_conv(x, kernel, padding):
+def _blocked_conv(x, kernel, padding, stride):
   """The same convolution on 2x2 blocks of pixels: 4 times the channels, a quarter of the places.
 
-  The kernel is embedded at the four places of a block; its gradient flows back through that.
+  The kernel is embedded at the places of a block where an output starts (four with stride 1, one
+  with stride 2); its gradient flows back through that.
   """
   kh, kw, num_in, num_out = kernel.shape
   b, h, w, _ = x.shape
   (top, bottom), (left, right) = padding
-  h_out, w_out = h + top + bottom - kh + 1, w + left + right - kw + 1
-  bh, bw = -(-h_out // 2), -(-w_out // 2)  # blocks of the output
-  qh, qw = kh // 2 + 1, kw // 2 + 1  # blocks under the kernel, wherever in a block it starts
+  h_out, w_out = (h + top + bottom - kh) // stride + 1, (w + left + right - kw) // stride + 1
+  m = 2 // stride  # outputs per block and axis
+  bh, bw = -(-h_out // m), -(-w_out // m)  # blocks of the output
+  qh, qw = (kh + m) // 2, (kw + m) // 2  # blocks under the kernel, wherever in a block it starts
   rows, cols = 2 * (bh + qh - 1), 2 * (bw + qw - 1)
-  x = jnp.pad(x, ((0, 0), (top, rows - h - top), (left, cols - w - left), (0, 0)))
+  x = x[:, : rows - top, : cols - left]
+  below, beside = rows - top - x.shape[1], cols - left - x.shape[2]
+  x = jnp.pad(x, ((0, 0), (top, below), (left, beside), (0, 0)))
   x = x.reshape(b, rows // 2, 2, cols // 2, 2, num_in).transpose(0, 1, 3, 2, 4, 5)
   x = x.reshape(b, rows // 2, cols // 2, 4 * num_in)
   placed = jnp.stack(
     [
       jnp.pad(kernel, ((i, 2 * qh - kh - i), (j, 2 * qw - kw - j), (0, 0), (0, 0)))
-      for i in range(2)
-      for j in range(2)
+      for i in range(m)
+      for j in range(m)
     ],
     axis=-2,
-  )  # [2*qh, 2*qw, I, 4, J]
-  placed = placed.reshape(qh, 2, qw, 2, num_in, 4 * num_out).transpose(0, 2, 1, 3, 4, 5)
-  y = _product_conv(x, placed.reshape(qh, qw, 4 * num_in, 4 * num_out), ((0, 0), (0, 0)))
-  y = y.reshape(b, bh, bw, 2, 2, num_out).transpose(0, 1, 3, 2, 4, 5)
-  return y.reshape(b, 2 * bh, 2 * bw, num_out)[:, :h_out, :w_out]
+  )  # [2*qh, 2*qw, I, m*m, J]
+  placed = placed.reshape(qh, 2, qw, 2, num_in, m * m * num_out).transpose(0, 2, 1, 3, 4, 5)
+  placed = placed.reshape(qh, qw, 4 * num_in, m * m * num_out)
+  y = _product_conv(x, placed, ((0, 0), (0, 0)))
+  y = y.reshape(b, bh, bw, m, m, num_out).transpose(0, 1, 3, 2, 4, 5)
+  return y.reshape(b, m * bh, m * bw, num_out)[:, :h_out, :w_out]

@@ -10,40 +10,52 @@ from halrp_jax import layers
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
-def plain(x, kernel, padding):
-  return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=DIMENSIONS)
+def plain(x, kernel, padding, stride):
+  strides = (stride, stride)
+  return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
 
 
-def ours(x, kernel, padding):
+def ours(x, kernel, padding, stride):
   numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, DIMENSIONS)
-  return layers.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
+  strides = (stride, stride)
+  return layers.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
 
 @pytest.mark.parametrize(
-  ("image", "kernel", "padding"),
+  ("image", "kernel", "padding", "stride"),
   [
-    ((16, 16, 20), (5, 5, 20, 50), ((2, 2), (2, 2))),  # LeNet conv2
-    ((32, 32, 3), (5, 5, 3, 20), ((2, 2), (2, 2))),  # LeNet conv1: on blocks
-    ((9, 7, 3), (4, 4, 3, 5), ((0, 0), (0, 0))),
-    ((7, 10, 1), (3, 5, 1, 4), ((1, 1), (2, 2))),
-    ((6, 5, 8), (2, 3, 8, 4), ((1, 0), (0, 2))),
-    ((5, 5, 6), (1, 1, 6, 7), ((0, 0), (0, 0))),
-    ((5, 5, 2), (1, 1, 2, 7), "SAME"),
-    ((8, 9, 6), (3, 4, 6, 2), "SAME"),
-    ((8, 9, 3), (3, 4, 3, 2), "VALID"),
-    ((4, 4, 3), (2, 2, 3, 2), ((3, 3), (3, 3))),  # wider than the kernel: the plain operation
+    ((16, 16, 20), (5, 5, 20, 50), ((2, 2), (2, 2)), 1),  # LeNet conv2
+    ((32, 32, 3), (5, 5, 3, 20), ((2, 2), (2, 2)), 1),  # LeNet conv1: on blocks
+    ((32, 32, 3), (4, 4, 3, 64), ((0, 0), (0, 0)), 1),  # AlexNet
+    ((14, 14, 64), (3, 3, 64, 128), ((0, 0), (0, 0)), 1),
+    ((6, 6, 128), (2, 2, 128, 256), ((0, 0), (0, 0)), 1),
+    ((16, 16, 32), (3, 3, 32, 64), ((1, 1), (1, 1)), 2),  # ResNet18
+    ((16, 16, 32), (1, 1, 32, 64), ((0, 0), (0, 0)), 2),
+    ((9, 7, 3), (4, 4, 3, 5), ((0, 0), (0, 0)), 1),
+    ((9, 7, 3), (4, 4, 3, 5), ((0, 0), (0, 0)), 2),
+    ((7, 10, 1), (3, 5, 1, 4), ((1, 1), (2, 2)), 1),
+    ((7, 10, 6), (3, 5, 6, 4), ((1, 1), (2, 2)), 2),
+    ((5, 5, 6), (2, 2, 6, 3), ((0, 0), (0, 0)), 2),
+    ((6, 5, 8), (2, 3, 8, 4), ((1, 0), (0, 2)), 1),
+    ((5, 5, 6), (1, 1, 6, 7), ((0, 0), (0, 0)), 1),
+    ((5, 5, 2), (1, 1, 2, 7), "SAME", 1),
+    ((8, 9, 6), (3, 4, 6, 2), "SAME", 1),
+    ((8, 9, 6), (3, 4, 6, 2), "SAME", 2),
+    ((8, 9, 3), (3, 4, 3, 2), "VALID", 1),
+    ((4, 4, 3), (2, 2, 3, 2), ((3, 3), (3, 3)), 1),  # wider than the kernel: the plain operation
   ],
 )
-def test_convolution_equals_lax_in_values_and_gradients(image, kernel, padding):
+@pytest.mark.parametrize("batch", [8, 5])
+def test_convolution_equals_lax_in_values_and_gradients(image, kernel, padding, stride, batch):
   keys = jax.random.split(jax.random.key(0), 3)
-  x, w = jax.random.normal(keys[0], (3, *image)), jax.random.normal(keys[1], kernel)
-  y = plain(x, w, padding)
+  x, w = jax.random.normal(keys[0], (batch, *image)), jax.random.normal(keys[1], kernel)
+  y = plain(x, w, padding, stride)
   weight = jax.random.normal(keys[2], y.shape)
 
   def loss(fn):
-    return lambda x, w: jnp.sum(weight * fn(x, w, padding))
+    return lambda x, w: jnp.sum(weight * fn(x, w, padding, stride))
 
-  np.testing.assert_allclose(ours(x, w, padding), y, atol=2e-4)
+  np.testing.assert_allclose(ours(x, w, padding, stride), y, atol=3e-4)
   got = jax.grad(loss(ours), (0, 1))(x, w)
   want = jax.grad(loss(plain), (0, 1))(x, w)
   for a, b in zip(got, want, strict=True):

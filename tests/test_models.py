@@ -1,5 +1,6 @@
 import jax
 import pytest
+from flax import traverse_util
 
 from halrp_jax import models, perturb, train
 
@@ -25,6 +26,37 @@ def test_lenet_has_the_parameters_of_the_paper(num_classes, parameters):
   assert biases_and_batch_norm.counted == 2_740 + num_classes * 501
 
 
+@pytest.mark.parametrize(
+  ("name", "num_classes", "image_shape", "parameters", "num_perturbed"),
+  [
+    ("wide_lenet", 12, (32, 32, 1), 24_466_988, 4),
+    ("alexnet", 10, (32, 32, 3), 6_533_450, 5),
+    ("alexnet", 10, (64, 64, 3), 23_310_666, 5),
+    ("alexnet", 5, (64, 64, 3), 23_300_421, 5),
+    ("resnet18", 10, (32, 32, 3), 2_807_690, 20),
+    ("resnet18", 10, (64, 64, 3), 2_838_410, 20),
+    ("resnet18", 5, (64, 64, 3), 2_817_925, 20),
+  ],
+)
+def test_the_networks_of_the_paper(name, num_classes, image_shape, parameters, num_perturbed):
+  params, stats = count(name, num_classes, image_shape)
+  assert size(params) == parameters
+  assert len(perturb.layer_names(params)) == num_perturbed
+  assert bool(stats) == (name != "alexnet")  # AlexNet evaluates with the batch's statistics
+
+
+def test_dropout_is_active_in_training_alone():
+  model = models.make("alexnet", 10)
+  params, stats = train.initialize(model, jax.random.key(0), (32, 32, 3))
+  x = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+
+  def run(train_mode, seed):
+    return train.apply_model(model, params, stats, x, train_mode, jax.random.key(seed))[0]
+
+  assert (run(True, 0) != run(True, 1)).any()
+  assert (run(False, 0) == run(False, 1)).all()
+
+
 def test_batch_norm_is_chosen_when_the_model_is_made():
   assert models.make("lenet", 10, "own").running and models.make("lenet", 10, "running").running
   model = models.make("lenet", 10, "batch")
@@ -44,5 +76,6 @@ def test_layers_with_a_kernel_are_perturbed_but_the_head(name):
   params, _ = count(name, 7, (32, 32, 3))
   names = perturb.layer_names(params)
   assert names and "head" not in names
-  with_kernel = {layer for layer, leaves in params.items() if "kernel" in leaves}
+  flat = traverse_util.flatten_dict(params, sep="/")
+  with_kernel = {path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")}
   assert set(names) == with_kernel - {"head"}
