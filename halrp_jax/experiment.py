@@ -99,6 +99,12 @@ def resolve(config) -> config_dict.ConfigDict:
 def build(config) -> tuple[Benchmark, object, Method]:
   """Resolved config -> benchmark in the order of training, model, method."""
   benchmark = data.load(config)
+  for task in benchmark.tasks:
+    if not train.steps_per_epoch(config, len(task.train.index)):
+      raise UserError(
+        f"batch_size = {config.batch_size} with protocol.last_batch = 'drop' leaves task "
+        f"{task.name!r} no batch out of {len(task.train.index)} images: take a smaller one"
+      )
   model = models.make(config.network, benchmark.max_classes, config.method.batch_norm)
   return benchmark, model, methods.make(config, model, benchmark)
 
@@ -173,16 +179,17 @@ def run(
 
 
 def _learn_all(config, benchmark, method, log, compiled) -> dict:
+  """Folds `learn` over the tasks; returns the record."""
   num_tasks = len(benchmark.tasks)
-  root = jax.random.key(config.seed)
-  init_key, learn_key = jax.random.split(root)
+  init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   state = method.init(init_key, benchmark)
   accuracy = np.full((num_tasks, num_tasks), np.nan)
-  per_task = {"ranks": [], "size": [], "increment": [], "seconds": [], "validation_accuracy": []}
+  rows = []
   for group in method.groups(num_tasks):
     t = group[-1]
     tasks = tuple(benchmark.tasks[i] for i in group)
-    log({"event": "task", "t": t, "num_tasks": num_tasks, "task": tasks[-1].name})
+    place = {"t": t, "num_tasks": num_tasks, "task": tasks[-1].name, "task_id": tasks[-1].id}
+    log({"event": "task"} | place)
     with _measure(compiled) as learning:
       store = Store(f"task{t:02d}", log)
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
@@ -192,32 +199,30 @@ def _learn_all(config, benchmark, method, log, compiled) -> dict:
         accuracy[t, i] = _accuracy(method, state, i, benchmark.tasks[i], "test", config)
       valid = _accuracy(method, state, t, tasks[-1], "valid", config)
     size = method.size(state)
-    select = history.get("select_seconds", 0.0)
-    seconds = {
-      "compile": learning["compile"] + evaluating["compile"],
-      "select": select,
-      "train": max(learning["wall"] - learning["compile"] - select, 0.0),
-      "evaluate": max(evaluating["wall"] - evaluating["compile"], 0.0),
+    row = {
+      "ranks": history.get("ranks"),
+      "size": {k: v for k, v in size._asdict().items() if k != "paper"},
+      "increment": size.increment,
+      "seconds": _seconds(learning, evaluating, history.get("select_seconds", 0.0)),
+      "validation_accuracy": None if np.isnan(valid) else valid,
     }
-    per_task["ranks"].append(history.get("ranks"))
-    per_task["size"].append({k: v for k, v in size._asdict().items() if k != "paper"})
-    per_task["increment"].append(size.increment)
-    per_task["seconds"].append(seconds)
-    per_task["validation_accuracy"].append(None if np.isnan(valid) else valid)
-    log(
-      {
-        "event": "evaluation",
-        "t": t,
-        "num_tasks": num_tasks,
-        "task": tasks[-1].name,
-        "task_id": tasks[-1].id,
-        "accuracy": accuracy[t, : t + 1].tolist(),
-        "validation_accuracy": per_task["validation_accuracy"][-1],
-        "ranks": history.get("ranks"),
-        "increment": size.increment,
-        "seconds": seconds,
-      }
-    )
+    rows.append(row)
+    log({"event": "evaluation"} | place | row | {"accuracy": accuracy[t, : t + 1].tolist()})
+  return _record(config, benchmark, accuracy, rows, state)
+
+
+def _seconds(learning: dict, evaluating: dict, select: float) -> dict[str, float]:
+  """Wall clock of one task, apart; select: SVD and ranks."""
+  return {
+    "compile": learning["compile"] + evaluating["compile"],
+    "select": select,
+    "train": max(learning["wall"] - learning["compile"] - select, 0.0),
+    "evaluate": max(evaluating["wall"] - evaluating["compile"], 0.0),
+  }
+
+
+def _record(config, benchmark, accuracy, rows, state) -> dict:
+  """The contents of record.json (docs/configuration.md for `config`)."""
   return {
     "schema": SCHEMA,
     "method": config.method.name,
@@ -230,7 +235,7 @@ def _learn_all(config, benchmark, method, log, compiled) -> dict:
     "average_accuracy": metrics.average_accuracy(accuracy),
     "bwt": metrics.bwt(accuracy),
     "forgetting": metrics.forgetting(accuracy),
-    **per_task,
+    **{key: [row[key] for row in rows] for key in rows[0]},
     "peak_memory_bytes": _peak_memory(),
     "partial": benchmark.partial,
     "split_hash": benchmark.split_hash,

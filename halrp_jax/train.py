@@ -141,6 +141,69 @@ def steps_per_epoch(config, num_images: int) -> int:
   return full + (rest > 0 and config.protocol.last_batch == "train")
 
 
+def _make_step(config, tx, apply_fn: Callable, penalty_fn: Callable) -> Callable:
+  """Builds `step(state, rows [B], frozen, data, key) -> state, [B * loss, B * accuracy]`."""
+
+  def loss_fn(params, frozen, stats, image, label, num_classes, key):
+    logits, stats = apply_fn(params, frozen, stats, image, True, key)
+    loss = cross_entropy(logits, label, num_classes)
+    hits = jnp.argmax(mask_classes(logits, num_classes), -1) == label
+    return loss + penalty_fn(params, frozen), (stats, jnp.stack([loss, hits.mean()]))
+
+  def step(state, rows, frozen, data, key):
+    split, inputs, num_classes, gamma = data
+    image, label = load_batch(split, inputs, rows)
+    key = jax.random.fold_in(key, state.step)
+    grad, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(
+      state.params, frozen, state.stats, image, label, num_classes, key
+    )
+    updates, opt_state = tx.update(grad, state.opt_state, state.params)
+    rate = -config.learning_rate * gamma**state.step
+    params = jax.tree.map(lambda x, u: x + rate * u, state.params, updates)
+    return TrainState(params, stats, opt_state, state.step + 1), len(rows) * metrics
+
+  return step
+
+
+def _make_epoch(config, step: Callable) -> Callable:
+  """Builds `epoch(state, frozen, data, key) -> state, sums over images`; `state` is donated."""
+  p = config.protocol
+
+  def epoch_rows(num_images, key):
+    """Rows of one epoch: full batches [n, B] and the rest [r]."""
+    order = jnp.arange(num_images)
+    order = jax.random.permutation(key, order) if p.shuffle else order
+    full = num_images // config.batch_size * config.batch_size
+    rest = order[full:] if p.last_batch == "train" else order[:0]
+    return order[:full].reshape(-1, config.batch_size), rest
+
+  def scan_epoch(state, frozen, data, key):
+    shuffle_key, key = jax.random.split(key)
+    batches, rest = epoch_rows(len(data[0].index), shuffle_key)
+    state, sums = lax.scan(lambda s, rows: step(s, rows, frozen, data, key), state, batches)
+    total = sums.sum(0)
+    if len(rest):
+      state, last = step(state, rest, frozen, data, key)
+      total = total + last
+    return state, total
+
+  jit_step = jax.jit(step, donate_argnums=0)
+  jit_rows = jax.jit(epoch_rows, static_argnums=0)
+
+  def step_epoch(state, frozen, data, key):
+    shuffle_key, key = jax.random.split(key)
+    batches, rest = jit_rows(len(data[0].index), shuffle_key)
+    total = 0
+    for rows in (*batches, rest):
+      if len(rows):
+        state, sums = jit_step(state, rows, frozen, data, key)
+        total = total + sums
+    return state, total
+
+  # Our networks' convolutions are matrix products on the CPU (layers.py): a scan is fast there too.
+  return step_epoch if config.loop == "steps" else jax.jit(scan_epoch, donate_argnums=0)
+
+
 def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty_fn: Callable):
   """Builds `fit(params, stats, frozen, task, key, epochs, store) -> params, stats`.
 
@@ -150,66 +213,7 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
   """
   p = config.protocol
   tx = optax.chain(optax.scale(p.gradient_scale), optax.scale_by_adam())
-
-  def loss_fn(params, frozen, stats, image, label, num_classes, key):
-    logits, stats = apply_fn(params, frozen, stats, image, True, key)
-    loss = cross_entropy(logits, label, num_classes)
-    hits = jnp.argmax(mask_classes(logits, num_classes), -1) == label
-    return loss + penalty_fn(params, frozen), (stats, loss, hits.mean())
-
-  def step(state, rows, frozen, data, key):
-    split, inputs, num_classes, gamma = data
-    image, label = load_batch(split, inputs, rows)
-    (_, (stats, loss, accuracy)), grad = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params,
-      frozen,
-      state.stats,
-      image,
-      label,
-      num_classes,
-      jax.random.fold_in(key, state.step),
-    )
-    updates, opt_state = tx.update(grad, state.opt_state, state.params)
-    rate = -config.learning_rate * gamma**state.step
-    params = jax.tree.map(lambda x, u: x + rate * u, state.params, updates)
-    state = TrainState(params, stats, opt_state, state.step + 1)
-    return state, len(rows) * jnp.stack([loss, accuracy])
-
-  def epoch_rows(num_images, key):
-    """Rows of one epoch: full batches [n, B] and the rest [r]."""
-    order = jnp.arange(num_images)
-    order = jax.random.permutation(key, order) if p.shuffle else order
-    full = num_images // config.batch_size * config.batch_size
-    return order[:full].reshape(-1, config.batch_size), order[full:]
-
-  use_rest = p.last_batch == "train"
-
-  def scan_epoch(state, frozen, data, key):
-    shuffle_key, key = jax.random.split(key)
-    batches, rest = epoch_rows(len(data[0].index), shuffle_key)
-    state, sums = lax.scan(lambda s, rows: step(s, rows, frozen, data, key), state, batches)
-    total = sums.sum(0)
-    if use_rest and len(rest):
-      state, last = step(state, rest, frozen, data, key)
-      total = total + last
-    return state, total
-
-  jit_scan = jax.jit(scan_epoch, donate_argnums=0)
-  jit_step = jax.jit(step, donate_argnums=0)
-  jit_rows = jax.jit(epoch_rows, static_argnums=0)
-
-  def step_epoch(state, frozen, data, key):
-    shuffle_key, key = jax.random.split(key)
-    batches, rest = jit_rows(len(data[0].index), shuffle_key)
-    parts = [*batches, *([rest] if use_rest and len(rest) else [])]
-    total = 0
-    for rows in parts:
-      state, sums = jit_step(state, rows, frozen, data, key)
-      total = total + sums
-    return state, total
-
-  # Our networks' convolutions are matrix products on the CPU (layers.py): a scan is fast there too.
-  run_epoch = step_epoch if config.loop == "steps" else jit_scan
+  run_epoch = _make_epoch(config, _make_step(config, tx, apply_fn, penalty_fn))
   jit_logits = jax.jit(
     lambda params, frozen, stats, x: apply_fn(params, frozen, stats, x, False, None)[0]
   )
@@ -222,7 +226,7 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
 
   def fit(params, stats, frozen, task: Task, key, epochs: int, store: Store):
     num_images = len(task.train.index)
-    if not use_rest:
+    if p.last_batch == "drop":
       num_images -= num_images % config.batch_size
     # the state is donated to every epoch: the caller's arrays must not be
     params, stats = jax.tree.map(jnp.array, (params, stats))
@@ -236,10 +240,10 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
       event = {"event": "epoch", "phase": store.name, "epoch": epoch + 1, "epochs": epochs}
       event |= {"loss": loss, "train_accuracy": 100 * accuracy}
       if p.keep == "best":
-        score = valid_accuracy(state, frozen, task)
-        event["valid_accuracy"] = score
-        if score > best[0]:
-          best = (score, *jax.tree.map(jnp.array, (state.params, state.stats)))
+        event["valid_accuracy"] = valid_accuracy(state, frozen, task)
+        if event["valid_accuracy"] > best[0]:
+          copies = jax.tree.map(jnp.array, (state.params, state.stats))
+          best = (event["valid_accuracy"], *copies)
       store.log(event | {"seconds": time.perf_counter() - start})
     return best[1:] if p.keep == "best" and epochs else (state.params, state.stats)
 

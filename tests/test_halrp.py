@@ -44,13 +44,13 @@ def test_size_with_all_ranks_at_the_cap(digits_config):
   """Spec a.8 and h.5: Split, all ranks 100, bound .2 -> increment .235 after task 10."""
   m = method_config(digits_config, prune_bound=0.2)
   state = halrp.prune_all(lenet_state(10, CAP), m)
-  assert round(halrp._size(state).increment, 3) == 0.235
+  assert round(halrp.size(state).increment, 3) == 0.235
 
 
 def test_size_of_one_task_by_hand():
   low_rank = 531_469  # spec b: low-rank values at the cap per task
   fixed = 5_393 + 2_740 + 5_010  # R and S, BatchNorm, head
-  size = halrp._size(lenet_state(2, CAP))
+  size = halrp.size(lenet_state(2, CAP))
   assert size.base == 2_995_620
   assert size.paper == size.base + fixed + low_rank
   statistics, biases = 2_740, 1_370
@@ -59,15 +59,15 @@ def test_size_of_one_task_by_hand():
 
 
 def test_sigma_is_counted_where_it_is_kept():
-  folded, kept = (halrp._size(lenet_state(2, 7, sigma)) for sigma in ("folded", "kept"))
+  folded, kept = (halrp.size(lenet_state(2, 7, sigma)) for sigma in ("folded", "kept"))
   assert kept.paper - folded.paper == 3 + 7 + 7 + 7  # conv1 has rank 3 at most
 
 
 def test_pruned_values_need_a_mask_and_are_no_size(digits_config):
   m = method_config(digits_config, prune_bound=0.1)
   state = lenet_state(2, CAP)
-  pruned = halrp._size(halrp.prune_all(state, m))
-  whole = halrp._size(state)
+  pruned = halrp.size(halrp.prune_all(state, m))
+  whole = halrp.size(state)
   assert pruned.mask_bits == 531_469
   assert pruned.dense == whole.dense and pruned.nonzero < whole.nonzero
   kept = pruned.paper - pruned.base - 13_143

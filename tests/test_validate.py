@@ -44,6 +44,12 @@ def test_a_bad_value_is_refused_by_name(digits_config, overrides, named):
   assert named in str(e.value)
 
 
+def test_an_epoch_without_a_batch_is_refused(digits_config):
+  config = digits_config(**{"batch_size": 2000, "protocol.last_batch": "drop"})
+  with pytest.raises(UserError, match="batch_size = 2000 .* no batch out of 1038 images"):
+    experiment.build(experiment.resolve(config))
+
+
 def test_all_errors_are_listed_at_once(digits_config):
   with pytest.raises(UserError, match="(?s)epochs.*batch_size.*method.alpha"):
     experiment.resolve(digits_config(**{"epochs": -1, "batch_size": 0, "method.alpha": "x"}))

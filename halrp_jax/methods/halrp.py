@@ -31,6 +31,8 @@ Reference: https://arxiv.org/abs/2311.15161 (paper); spec/halrp.md a.1 to a.9 (w
 """
 
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,11 +149,157 @@ def check(config) -> list[str]:
 def make(config, model, benchmark) -> Method:
   """HALRP as a `Method`. Everything jitted is built here, once."""
   m = config.method
-  half = 0.5 if m.l2_half else 1.0
-  fold = m.sigma == "folded"
-  decay = train.learning_rate_decay(config, benchmark)
+  f = _build(config, model, benchmark)
 
-  # --- the perturbed network -------------------------------------------------------------------
+  def init(key, benchmark):
+    return State(shared={}, tasks=())
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    if not state.tasks:
+      return learn_base(f, config, task, key, store), {}
+    warm_key, select_key, fine_key = jax.random.split(key, 3)
+    params, stats = warm_up(f, config, state, task, warm_key, store)
+    start = time.perf_counter()
+    perturbation, ranks = select(f, config, state, params, stats, task, select_key)
+    seconds = time.perf_counter() - start
+    store.log({"event": "ranks", "phase": store.name, "ranks": ranks, "seconds": seconds})
+    learned = fine_tune(f, config, state, perturbation, ranks, params, stats, task, fine_key, store)
+    state = prune_all(state._replace(tasks=(*state.tasks, learned)), m)
+    return state, {"ranks": ranks, "select_seconds": seconds}
+
+  def predict(state, t, image):
+    learned = state.tasks[t]
+    logits = f.logits(state.shared["kernels"], learned, image)
+    return logits[:, : int(learned["num_classes"])]
+
+  return Method(init, one_at_a_time, learn, predict, size)
+
+
+# --- Algorithm 1 ------------------------------------------------------------------------
+# f: the jitted functions; m: config.method
+
+
+def learn_base(f, config, task, key, store) -> State:
+  """Line 1: the first task trains freely and gives the base."""
+  m = config.method
+  init_key, fit_key = jax.random.split(key)
+  params, stats = f.initialize(init_key)
+  frozen = {"l2": _l2(m) if m.base_l2 else 0.0}
+  params, stats = f.fit_free(
+    params, stats, frozen, task, fit_key, config.epochs, store.child("base")
+  )
+  kernels, rest = perturb.split(params)
+  identity = {
+    name: lowrank.identity(kernel, _columns(kernel, m), m.sigma == "folded")
+    for name, kernel in kernels.items()
+  }
+  return State({"kernels": kernels}, (_learned(task, identity, {}, rest, stats),))
+
+
+def warm_up(f, config, state, task, key, store):
+  """Line 3: a free network from the base with a fresh head. -> params, stats"""
+  init_key, fit_key = jax.random.split(key)
+  fresh, _ = f.initialize(init_key)
+  base = state.tasks[0]
+  rest = base["rest"] | {perturb.HEAD: fresh[perturb.HEAD]}
+  params = perturb.join(state.shared["kernels"], rest)
+  epochs = config.method.warmup_epochs
+  store = store.child("warmup")
+  return f.fit_free(params, base["stats"], {"l2": 0.0}, task, fit_key, epochs, store)
+
+
+def select(f, config, state, params, stats, task, key):
+  """Lines 4 to 7: from the warmed-up network to perturbations and ranks per layer."""
+  m, kernels = config.method, state.shared["kernels"]
+  free, _ = perturb.split(params)
+  importance = dict.fromkeys(kernels, 1.0)
+  if m.rank_rule == "importance":
+    importance = layer_importance(f, config, params, stats, task)
+  decomposition = f.decompose(kernels, free)
+  ranks = choose_ranks(m, decomposition, kernels, importance)
+  perturbation = {}
+  for i, (name, d) in enumerate(decomposition.items()):
+    width = _columns(kernels[name], m)
+    if m.rank_rule == "random":
+      layer_key = jax.random.fold_in(key, i)
+      perturbation[name] = lowrank.random_factors(layer_key, d, ranks[name], width)
+    else:
+      perturbation[name] = f.truncate(d, ranks[name], width, m.sigma == "folded")
+  return jax.block_until_ready(perturbation), ranks
+
+
+def layer_importance(f, config, params, stats, task) -> dict[str, float]:
+  """G_l at W_free: |g_l|^2 of every batch, averaged with the batches' sizes (spec a.4)."""
+  m = config.method
+  kernels, _ = perturb.split(params)
+  split = getattr(task, m.importance_split)
+  parts = train.batches(len(split.index), config.batch_size)
+  total = dict.fromkeys(kernels, 0.0)
+  for rows in parts:
+    image, label = train.load_batch(split, task.inputs, rows)
+    squares = f.square_gradients(params, stats, image, label, jnp.int32(task.num_classes))
+    for name, value in squares.items():
+      share = len(rows) / len(parts)
+      total[name] += share * float(value) / (kernels[name].size if m.importance == "mean" else 1)
+  return total
+
+
+def choose_ranks(m, decomposition, kernels, importance) -> dict[str, int]:
+  """Line 6, for the whole network at once (paper Eq. 11)."""
+  if m.rank_rule in ("flat", "random"):
+    return {name: min(m.upper_rank, d.sigma.size) for name, d in decomposition.items()}
+  scores = []
+  for name, d in decomposition.items():
+    window = kernels[name][..., 0, 0].size if m.window_factor else 1
+    scores.append(window * importance[name] * np.asarray(d.sigma, np.float64) ** 2)
+  ranks = lowrank.allocate_ranks(
+    scores, m.alpha, crossing=m.crossing, min_rank=m.min_rank, upper_rank=m.upper_rank
+  )
+  return dict(zip(decomposition, ranks, strict=True))
+
+
+def fine_tune(f, config, state, perturbation, ranks, params, stats, task, key, store):
+  """Line 8: <R, S, U, Sigma, V>, biases, BatchNorm and head with a fresh optimizer."""
+  _, rest = perturb.split(params)
+  start = {"perturbation": perturbation, "rest": rest}
+  epochs = config.epochs - config.method.warmup_epochs
+  store = store.child("finetune")
+  trained, stats = f.fit_perturbed(start, stats, state.shared, task, key, epochs, store)
+  return _learned(task, trained["perturbation"], ranks, trained["rest"], stats)
+
+
+def prune_all(state: State, m) -> State:
+  """Line 9: prunes U and V of every task since the second (paper Sect. 4.4)."""
+  bound = None if m.prune_bound == "none" else m.prune_bound
+  rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state))
+  if m.prune == "none" or rate is None:
+    return state
+  first, *later = state.tasks
+  values = [_low_rank_values(p) for p in later]
+  taus = lowrank.prune_thresholds(values, m.prune, m.prune_threshold, rate)
+  pruned = [
+    p | {"perturbation": {n: lowrank.prune(q, tau[n]) for n, q in p["perturbation"].items()}}
+    for p, tau in zip(later, taus, strict=True)
+  ]
+  return state._replace(tasks=(first, *pruned))
+
+
+# --- jitted functions -------------------------------------------------------------------
+
+
+class _Functions(NamedTuple):
+  initialize: Callable  # (key) -> params, stats
+  fit_free: Callable  # `train.make_fit` of the plain network
+  fit_perturbed: Callable  # `train.make_fit` of the perturbed one
+  square_gradients: Callable  # (params, stats, image, label, num_classes) -> {layer: |g_l|^2}
+  decompose: Callable  # (kernels, free kernels) -> {layer: Decomposition}
+  truncate: Callable  # `lowrank.truncate`
+  logits: Callable  # (kernels, tasks[t], image) -> logits
+
+
+def _build(config, model, benchmark) -> _Functions:
+  m, decay = config.method, train.learning_rate_decay(config, benchmark)
 
   def apply_perturbed(params, frozen, stats, image, train_mode, key):
     variables = {"params": params["rest"], "batch_stats": stats}
@@ -167,15 +315,11 @@ def make(config, model, benchmark) -> Method:
     for p in params["perturbation"].values():
       scales = train.sum_squares((p.R - m.decay_target, p.S - m.decay_target))
       total += m.l1 * train.sum_absolute((p.U, p.V))
-      total += m.l2 * half * (scales + train.sum_squares((p.U, p.V)))
+      total += _l2(m) * (scales + train.sum_squares((p.U, p.V)))
     return total
 
-  fit_free = train.make_fit(config, decay, *train.plain_network(model))
-  fit_perturbed = train.make_fit(config, decay, apply_perturbed, penalty)
-
-  @jax.jit
   def square_gradients(params, stats, image, label, num_classes):
-    """|g_l|^2 per layer of the batch's mean cross-entropy, in evaluation mode."""
+    """Of the batch's mean cross-entropy, in evaluation mode."""
     kernels, rest = perturb.split(params)
 
     def loss_fn(kernels):
@@ -183,157 +327,34 @@ def make(config, model, benchmark) -> Method:
       logits, _ = train.apply_model(model, params, stats, image, False, None)
       return train.cross_entropy(logits, label, num_classes)
 
-    return jax.tree.map(jnp.vdot, *(jax.grad(loss_fn)(kernels),) * 2)
+    return {name: jnp.vdot(g, g) for name, g in jax.grad(loss_fn)(kernels).items()}
 
-  decompose = jax.jit(
-    lambda base, free: {name: lowrank.decompose(base[name], free[name]) for name in base}
+  def decompose(base, free):
+    return {name: lowrank.decompose(base[name], free[name]) for name in base}
+
+  def logits(kernels, learned, image):
+    frozen, stats = {"kernels": kernels}, learned["stats"]
+    return apply_perturbed(learned, frozen, stats, image, False, None)[0]
+
+  return _Functions(
+    initialize=lambda key: train.initialize(model, key, benchmark.image_shape),
+    fit_free=train.make_fit(config, decay, *train.plain_network(model)),
+    fit_perturbed=train.make_fit(config, decay, apply_perturbed, penalty),
+    square_gradients=jax.jit(square_gradients),
+    decompose=jax.jit(decompose),
+    truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
+    logits=jax.jit(logits),
   )
-  truncate = jax.jit(lowrank.truncate, static_argnums=(2, 3))
-  logits_fn = jax.jit(
-    lambda kernels, learned, x: apply_perturbed(
-      {"rest": learned["rest"], "perturbation": learned["perturbation"]},
-      {"kernels": kernels},
-      learned["stats"],
-      x,
-      False,
-      None,
-    )[0]
-  )
-
-  def columns(kernel):
-    """Width of U and V: the largest rank the layer can get."""
-    full = min(kernel.shape[-2:])
-    return min(m.upper_rank or full, full)
-
-  # --- the parts of Algorithm 1 ----------------------------------------------------------------
-
-  def learn_base(task, key, store):
-    """Line 1."""
-    init_key, fit_key = jax.random.split(key)
-    params, stats = train.initialize(model, init_key, benchmark.image_shape)
-    frozen = {"l2": m.l2 * half if m.base_l2 else 0.0}
-    params, stats = fit_free(
-      params, stats, frozen, task, fit_key, config.epochs, store.child("base")
-    )
-    kernels, rest = perturb.split(params)
-    identity = {n: lowrank.identity(w, columns(w), fold) for n, w in kernels.items()}
-    return State({"kernels": kernels}, (_learned(task, identity, {}, rest, stats),))
-
-  def warm_up(state, task, key, store):
-    """Line 3: a free network from the base with a fresh head. -> free kernels, rest, stats"""
-    init_key, fit_key = jax.random.split(key)
-    fresh, _ = train.initialize(model, init_key, benchmark.image_shape)
-    base = state.tasks[0]
-    params = perturb.join(
-      state.shared["kernels"], base["rest"] | {perturb.HEAD: fresh[perturb.HEAD]}
-    )
-    params, stats = fit_free(
-      params, base["stats"], {"l2": 0.0}, task, fit_key, m.warmup_epochs, store.child("warmup")
-    )
-    return params, stats
-
-  def layer_importance(params, stats, task):
-    """G_l at W_free: |g_l|^2 of every batch, averaged with the batches' sizes (spec a.4)."""
-    kernels, _ = perturb.split(params)
-    split = getattr(task, m.importance_split)
-    parts = train.batches(len(split.index), config.batch_size)
-    total = dict.fromkeys(kernels, 0.0)
-    for rows in parts:
-      image, label = train.load_batch(split, task.inputs, rows)
-      squares = square_gradients(params, stats, image, label, jnp.int32(task.num_classes))
-      for name, value in squares.items():
-        share = len(rows) / len(parts)
-        total[name] += share * float(value) / (kernels[name].size if m.importance == "mean" else 1)
-    return total
-
-  def choose_ranks(decomposition, kernels, importance):
-    """Line 6, for the whole network at once."""
-    if m.rank_rule in ("flat", "random"):
-      return {n: min(m.upper_rank, d.sigma.size) for n, d in decomposition.items()}
-    scores = []
-    for name, d in decomposition.items():
-      score = np.asarray(d.sigma, np.float64) ** 2
-      if m.rank_rule == "importance":
-        score = score * importance[name]
-      scores.append(score * (kernels[name][..., 0, 0].size if m.window_factor else 1))
-    ranks = lowrank.allocate_ranks(
-      scores, m.alpha, crossing=m.crossing, min_rank=m.min_rank, upper_rank=m.upper_rank
-    )
-    return dict(zip(decomposition, ranks, strict=True))
-
-  def select(state, params, stats, task, key):
-    """Lines 4 to 7. -> perturbation and rank per layer"""
-    kernels = state.shared["kernels"]
-    free, _ = perturb.split(params)
-    importance = None
-    if m.rank_rule == "importance":
-      importance = layer_importance(params, stats, task)
-    decomposition = decompose(kernels, free)
-    ranks = choose_ranks(decomposition, kernels, importance)
-    perturbation = {}
-    for i, (name, d) in enumerate(decomposition.items()):
-      width = columns(kernels[name])
-      if m.rank_rule == "random":
-        layer_key = jax.random.fold_in(key, i)
-        perturbation[name] = lowrank.random_factors(layer_key, d, ranks[name], width)
-      else:
-        perturbation[name] = truncate(d, ranks[name], width, fold)
-    return jax.block_until_ready(perturbation), ranks
-
-  # --- the protocol ----------------------------------------------------------------------------
-
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
-
-  def learn(state, tasks, key, store):
-    (task,) = tasks
-    if not state.tasks:
-      return learn_base(task, key, store), {}
-    warm_key, select_key, fine_key = jax.random.split(key, 3)
-    params, stats = warm_up(state, task, warm_key, store)
-    start = time.perf_counter()
-    perturbation, ranks = select(state, params, stats, task, select_key)
-    seconds = time.perf_counter() - start
-    store.log({"event": "ranks", "phase": store.name, "ranks": ranks, "seconds": seconds})
-    _, rest = perturb.split(params)
-    trained, stats = fit_perturbed(
-      {"perturbation": perturbation, "rest": rest},
-      stats,
-      {"kernels": state.shared["kernels"]},
-      task,
-      fine_key,
-      config.epochs - m.warmup_epochs,
-      store.child("finetune"),
-    )
-    learned = _learned(task, trained["perturbation"], ranks, trained["rest"], stats)
-    state = prune_all(state._replace(tasks=(*state.tasks, learned)), m)
-    return state, {"ranks": ranks, "select_seconds": seconds}
-
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    logits = logits_fn(state.shared["kernels"], learned, image)
-    return logits[:, : int(learned["num_classes"])]
-
-  return Method(init, one_at_a_time, learn, predict, _size)
 
 
-# --- line 9 of Algorithm 1 -------------------------------------------------------------
+def _l2(m) -> float:
+  return m.l2 * (0.5 if m.l2_half else 1.0)
 
 
-def prune_all(state: State, m) -> State:
-  """Prunes U and V of every task since the second (paper Sect. 4.4). `m`: config.method"""
-  bound = None if m.prune_bound == "none" else m.prune_bound
-  rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state))
-  if m.prune == "none" or rate is None:
-    return state
-  first, *later = state.tasks
-  values = [_low_rank_values(p) for p in later]
-  taus = lowrank.prune_thresholds(values, m.prune, m.prune_threshold, rate)
-  pruned = [
-    p | {"perturbation": {n: lowrank.prune(q, tau[n]) for n, q in p["perturbation"].items()}}
-    for p, tau in zip(later, taus, strict=True)
-  ]
-  return state._replace(tasks=(first, *pruned))
+def _columns(kernel, m) -> int:
+  """Width of U and V: the largest rank the layer can get."""
+  full = min(kernel.shape[-2:])
+  return min(m.upper_rank or full, full)
 
 
 # --- pytrees and sizes ----------------------------------------------------------------
@@ -381,7 +402,8 @@ def _dense_growth(state) -> float:
   return dense / _base_count(state)
 
 
-def _size(state) -> Size:
+def size(state: State) -> Size:
+  """Counts in numbers; spec a.9 for what the paper leaves out."""
   base = _base_count(state)
   paper, dense, nonzero, mask_bits = base, base, base, 0
   for t, learned in enumerate(state.tasks):
