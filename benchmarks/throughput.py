@@ -1,0 +1,162 @@
+"""Training steps side by side in one run: ours, the same network written plainly, PyTorch.
+
+  python benchmarks/throughput.py [--networks=lenet,alexnet] [--rounds=5] [--torch]
+
+Prints milliseconds (median over rounds), images per second, and ratios within the run: the steps
+take turns, so that a slow phase of the machine hits all of them. --torch needs the extra [bench].
+"""
+
+import argparse
+import statistics
+import sys
+import time
+
+from halrp_jax import allocator
+
+if __name__ == "__main__":
+  allocator.tune()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import plain_networks
+
+from halrp_jax import lowrank, models, perturb, train
+
+SETTINGS = {  # network: (batch, image, classes)
+  "lenet": (128, (32, 32, 3), 10),
+  "alexnet": (128, (32, 32, 3), 10),
+  "resnet18": (128, (32, 32, 3), 10),
+  "wide_lenet": (16, (32, 32, 1), 12),
+  "mlp": (128, (32, 32, 3), 10),
+}
+UPPER_RANK = 100
+
+
+def jax_step(loss_fn, params, stats):
+  """A jitted Adam step with donated state, as a function without arguments."""
+  tx = optax.adam(1e-3)
+
+  def step(state, key):
+    params, stats, opt_state = state
+    key, dropout = jax.random.split(key)
+    grad, stats = jax.grad(loss_fn, has_aux=True)(params, stats, dropout)
+    updates, opt_state = tx.update(grad, opt_state)
+    return (optax.apply_updates(params, updates), stats, opt_state), key
+
+  jitted = jax.jit(step, donate_argnums=0)
+  state = [jax.tree.map(jnp.array, (params, stats, tx.init(params))), jax.random.key(0)]
+
+  def run():
+    state[:] = jitted(*state)
+    jax.block_until_ready(state)
+
+  return run
+
+
+def plain_step(model, params, stats, image, label):
+  """Single-task learning of a network with the L2 term on its kernels."""
+
+  def loss_fn(params, stats, key):
+    logits, stats = train.apply_model(model, params, stats, image, True, key)
+    kernels, _ = perturb.split(params)
+    loss = train.cross_entropy(logits, label, logits.shape[-1])
+    return loss + 0.5e-4 * train.sum_squares(kernels), stats
+
+  return jax_step(loss_fn, params, stats)
+
+
+def halrp_step(model, params, stats, image, label):
+  """Fine-tuning of <R, S, U, Sigma, V> at the rank cap."""
+  kernels, rest = perturb.split(params)
+  perturbation = {}
+  for name, w in kernels.items():
+    rank = min(UPPER_RANK, *w.shape[-2:])
+    d = lowrank.decompose(w, w + 0.1 * jnp.sin(9 * w))
+    perturbation[name] = lowrank.truncate(d, rank, rank, True)
+
+  def loss_fn(params, stats, key):
+    variables = {"params": params["rest"], "batch_stats": stats}
+    logits, new = perturb.apply(
+      model,
+      kernels,
+      params["perturbation"],
+      variables,
+      image,
+      train=True,
+      rngs={"dropout": key},
+      mutable=["batch_stats"],
+    )
+    loss = train.cross_entropy(logits, label, logits.shape[-1])
+    for p in params["perturbation"].values():
+      loss += 1e-4 * train.sum_absolute((p.U, p.V)) + 0.5e-4 * train.sum_squares(p)
+    return loss, new.get("batch_stats", {})
+
+  return jax_step(loss_fn, {"rest": rest, "perturbation": perturbation}, stats)
+
+
+def steps_of(name, with_torch):
+  batch, image_shape, num_classes = SETTINGS[name]
+  rng = np.random.default_rng(0)
+  image = rng.normal(size=(batch, *image_shape)).astype(np.float32)
+  label = rng.integers(0, num_classes, batch).astype(np.int32)
+  model = models.make(name, num_classes)
+  params, stats = train.initialize(model, jax.random.key(0), image_shape)
+  plain = plain_networks.NETWORKS[name](num_classes)
+  steps = {
+    "STL": plain_step(model, params, stats, image, label),
+    "HALRP": halrp_step(model, params, stats, image, label),
+  }
+  plain_params, plain_stats = train.initialize(plain, jax.random.key(0), image_shape)
+  steps["plain"] = plain_step(plain, plain_params, plain_stats, image, label)
+  if with_torch:
+    import torch_networks
+
+    steps["torch"] = torch_networks.make_step(name, image, label, num_classes)
+  return steps, batch
+
+
+def matrix_product_rate() -> float:
+  """GFLOP/s of a 1024^3 float32 product."""
+  a = jnp.ones((1024, 1024))
+  product = jax.jit(lambda a: a @ a)
+  return 2 * 1024**3 / measure(lambda: product(a).block_until_ready(), 10) / 1e9
+
+
+def measure(run, repeats: int) -> float:
+  run()
+  start = time.perf_counter()
+  for _ in range(repeats):
+    run()
+  return (time.perf_counter() - start) / repeats
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--networks", default=",".join(SETTINGS))
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--torch", action="store_true")
+  args = parser.parse_args()
+  print(f"1024^3 float32 matrix product: {matrix_product_rate():.0f} GFLOP/s")
+  print("network      step     ms   images/s   time over STL   spread of that ratio over rounds")
+  for name in args.networks.split(","):
+    steps, batch = steps_of(name, args.torch)
+    times = {k: [] for k in steps}
+    for _ in range(args.rounds):
+      for k, run in steps.items():
+        times[k].append(measure(run, args.repeats))
+    for k, t in times.items():
+      ratios = sorted(a / b for a, b in zip(t, times["STL"], strict=True))
+      ms = 1e3 * statistics.median(t)
+      print(
+        f"{name:<12} {k:<6} {ms:6.1f} {1e3 * batch / ms:10.0f} {statistics.median(ratios):13.2f}"
+        f"       {ratios[0]:.2f} to {ratios[-1]:.2f}",
+        flush=True,
+      )
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

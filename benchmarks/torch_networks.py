@@ -1,0 +1,97 @@
+"""The same networks in PyTorch, as the authors' repository has them (spec b). Extra [bench]."""
+
+import torch
+from torch import nn
+
+
+def _dense_blocks(sizes, dropout):
+  parts = []
+  for num_in, num_out in zip(sizes, sizes[1:], strict=False):
+    parts += [nn.Linear(num_in, num_out), nn.BatchNorm1d(num_out), nn.ReLU()]
+    parts += [nn.Dropout(dropout)] if dropout else []
+  return parts
+
+
+def lenet(num_in, num_classes, channels=(20, 50), hidden=(800, 500)):
+  parts = []
+  for features in channels:
+    parts += [nn.Conv2d(num_in, features, 5, padding=2), nn.BatchNorm2d(features)]
+    parts += [nn.ReLU(), nn.MaxPool2d(2)]
+    num_in = features
+  parts += [nn.Flatten(), *_dense_blocks((channels[1] * 64, *hidden), 0)]
+  return nn.Sequential(*parts, nn.Linear(hidden[1], num_classes))
+
+
+def wide_lenet(num_in, num_classes):
+  return lenet(num_in, num_classes, (64, 128), (2500, 1500))
+
+
+def alexnet(num_in, num_classes):
+  parts = []
+  for features, width, rate in ((64, 4, 0.2), (128, 3, 0.2), (256, 2, 0.5)):
+    parts += [nn.Conv2d(num_in, features, width)]
+    parts += [nn.BatchNorm2d(features, track_running_stats=False), nn.ReLU()]
+    parts += [nn.Dropout(rate), nn.MaxPool2d(2)]
+    num_in = features
+  parts += [nn.Flatten(), *_dense_blocks((1024, 2048, 2048), 0.5)]
+  return nn.Sequential(*parts, nn.Linear(2048, num_classes))
+
+
+class _Block(nn.Module):
+  def __init__(self, num_in, features, stride):
+    super().__init__()
+    self.body = nn.Sequential(
+      nn.Conv2d(num_in, features, 3, stride, 1),
+      nn.BatchNorm2d(features),
+      nn.ReLU(),
+      nn.Conv2d(features, features, 3, 1, 1),
+      nn.BatchNorm2d(features),
+    )
+    self.shortcut = nn.Identity()
+    if stride > 1 or num_in != features:
+      self.shortcut = nn.Sequential(
+        nn.Conv2d(num_in, features, 1, stride), nn.BatchNorm2d(features)
+      )
+
+  def forward(self, x):
+    return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18(num_in, num_classes):
+  parts, features = [nn.Conv2d(num_in, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU()], 32
+  for stage in range(4):
+    for i in range(2):
+      parts.append(_Block(features, 32 * 2**stage, 2 if stage and not i else 1))
+      features = 32 * 2**stage
+  return nn.Sequential(*parts, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(1024, num_classes))
+
+
+def mlp(num_in, num_classes):
+  del num_in
+  return nn.Sequential(
+    nn.Flatten(),
+    nn.Linear(3072, 256),
+    nn.ReLU(),
+    nn.Linear(256, 256),
+    nn.ReLU(),
+    nn.Linear(256, num_classes),
+  )
+
+
+def make_step(name, image, label, num_classes):
+  """One eager training step with Adam and the L2 term, as a function without arguments."""
+  model = globals()[name](image.shape[-1], num_classes).train()
+  x = torch.from_numpy(image).permute(0, 3, 1, 2).contiguous()
+  y = torch.from_numpy(label).long()
+  optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+  kernels = [p for n, p in model.named_parameters() if p.ndim > 1]
+
+  def step():
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss = loss + 0.5e-4 * sum((w**2).sum() for w in kernels[:-1])
+    loss.backward()
+    optimizer.step()
+    loss.item()
+
+  return step
