@@ -101,13 +101,17 @@ def plain_network(model) -> tuple[Callable, Callable]:
 
 class RestCount(NamedTuple):
   counted: int  # BatchNorm's scale and bias, and the head
-  biases: int  # biases of the layers with a kernel, which the paper's size leaves out
+  biases: int  # of the layers with a kernel (BatchNorm may keep them): the paper leaves them out
 
 
 def count_rest(rest: Params, kernels: Params, num_classes: int) -> RestCount:
   """Counts everything but the kernels of the features; the head at a task's own width."""
   flat = traverse_util.flatten_dict(rest, sep="/")
-  biases = sum(x.size for path, x in flat.items() if path.removesuffix("/bias") in kernels)
+  biases = sum(
+    x.size
+    for path, x in flat.items()
+    if path.removesuffix("/bias") in kernels or path.endswith("/input_bias")
+  )
   head = sum(x.size // x.shape[-1] * num_classes for x in rest[perturb.HEAD].values())
   others = sum(x.size for path, x in flat.items() if not path.startswith(f"{perturb.HEAD}/"))
   return RestCount(others - biases + head, biases)

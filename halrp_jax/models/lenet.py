@@ -23,13 +23,15 @@ class LeNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, C] -> logits [B, num_classes]"""
     for i, features in enumerate(self.channels, 1):
-      x = layers.conv(features, 5, x.shape[-1], padding=2, name=f"conv{i}")(x)
-      norm = layers.BatchNorm(self.running, relu=True, pool=2, name=f"bn{i}")
+      num_in = 5 * 5 * x.shape[-1]
+      x = layers.conv(features, 5, padding=2, name=f"conv{i}")(x)
+      norm = layers.BatchNorm(self.running, relu=True, pool=2, num_in=num_in, name=f"bn{i}")
       x = norm(x, train)  # [B, H/2, W/2, features]
     x = x.reshape(len(x), -1)
     for i, features in enumerate(self.hidden, 1):
-      x = layers.dense(features, x.shape[-1], name=f"fc{i}")(x)
-      x = layers.BatchNorm(self.running, relu=True, name=f"bn_fc{i}")(x, train)
+      num_in = x.shape[-1]
+      x = layers.dense(features, num_in, bias=False, name=f"fc{i}")(x)
+      x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)
 
 
