@@ -125,6 +125,34 @@ def _alone(fn, *args):
   return lax.cond(jnp.isnan(args[0][(0,) * args[0].ndim]), not_a_number, fn, *args)
 
 
+def window_sum(x: jax.Array, window, strides, padding) -> jax.Array:
+  """Sum over sliding windows of the places. [B, H, W, C] -> [B, H', W', C]
+
+  Args:
+    x: [B, H, W, C]
+    window: height and width.
+    strides: along height and width.
+    padding: "SAME", "VALID" or ((top, bottom), (left, right)).
+  """
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+
+  def plain(x):
+    pads = ((0, 0), *padding, (0, 0))
+    return lax.reduce_window(x, 0.0, lax.add, (1, *window, 1), (1, *strides, 1), pads)
+
+  def axis_by_axis(x):
+    for axis, width, stride, pads in zip((1, 2), window, strides, padding, strict=True):
+      x = jnp.pad(x, [pads if a == axis else (0, 0) for a in range(4)])
+      last = x.shape[axis] - width
+      x = sum(lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(width))
+    return x
+
+  return lax.platform_dependent(
+    x, cpu=functools.partial(_alone, axis_by_axis), default=plain
+  )
+
+
 # --- BatchNorm, ReLU and max pooling ----------------------------------------------------
 
 
@@ -318,7 +346,7 @@ def _fold(z, axis, starts, sizes):
 
 
 @jax.custom_vjp
-def _times(x, matrix):
+def times(x, matrix):
   """[..., K] @ [K, N] as one matrix product."""
   return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
@@ -328,7 +356,7 @@ def _times_bwd(saved, dy):
   x, matrix = saved
   n = next(n for n in (4, 3, 2, 1) if x.shape[0] % n == 0)
   parts = (y.reshape(n, -1, y.shape[-1]) for y in (x, dy))
-  return _times(dy, matrix.T), jnp.einsum("nmi,nmj->nij", *parts).sum(0)
+  return times(dy, matrix.T), jnp.einsum("nmi,nmj->nij", *parts).sum(0)
 
 
 _unfold.defvjp(
@@ -337,7 +365,7 @@ _unfold.defvjp(
 _fold.defvjp(
   lambda z, *where: (_fold(z, *where), None), lambda *args: (_unfold(args[-1], *args[:3]),)
 )
-_times.defvjp(lambda x, matrix: (_times(x, matrix), (x, matrix)), _times_bwd)
+times.defvjp(lambda x, matrix: (times(x, matrix), (x, matrix)), _times_bwd)
 
 
 def _product_conv(x, kernel, padding):
@@ -348,9 +376,9 @@ def _product_conv(x, kernel, padding):
     rows = tuple(i - top for i in range(kh))
     x = _unfold(x, 1, rows, (h, h_out))
     x = _unfold(x, 2, columns, (w, w_out))
-    return _times(x, kernel.transpose(1, 0, 2, 3).reshape(-1, num_out))
+    return times(x, kernel.transpose(1, 0, 2, 3).reshape(-1, num_out))
   x = _unfold(x, 2, columns, (w, w_out))
-  z = _times(x, kernel.transpose(1, 2, 0, 3).reshape(kw * num_in, kh * num_out))
+  z = times(x, kernel.transpose(1, 2, 0, 3).reshape(kw * num_in, kh * num_out))
   return _fold(z, 1, tuple(top - i for i in range(kh)), (h_out, h))
 
 

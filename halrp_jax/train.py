@@ -55,12 +55,12 @@ def sum_absolute(tree: Params) -> jax.Array:
 
   jax.grad of jnp.abs is 1 at 0, which would wake up the zero columns of U and V.
   """
-  return sum(jnp.vdot(x, jnp.sign(x)) for x in jax.tree.leaves(tree))
+  return sum(jnp.sum(x * jnp.sign(x)) for x in jax.tree.leaves(tree))
 
 
 def sum_squares(tree: Params) -> jax.Array:
   """Squared L2 norm over all leaves."""
-  return sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree))
+  return sum(jnp.sum(x * x) for x in jax.tree.leaves(tree))
 
 
 # --- the plain network: first tasks, single-task learning, warm-up --------------------
