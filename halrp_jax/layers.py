@@ -128,6 +128,25 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
   )
 
 
+def overlapping_max_pool(x: jax.Array) -> jax.Array:
+  """3 x 3 max pooling with stride 2 and padding 1. [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C]"""
+  h, w = x.shape[1:3]
+  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+  return functools.reduce(
+    jnp.maximum, [x[:, i : h + i : 2, j : w + j : 2] for i in range(3) for j in range(3)]
+  )
+
+
+def local_response_norm(
+  x: jax.Array, size: int = 4, alpha: float = 0.001 / 9, beta: float = 0.75, k: float = 1.0
+) -> jax.Array:
+  """x / (k + alpha/size * sum of squares over `size` neighbouring channels)^beta, as in PyTorch."""
+  pads = [(0, 0)] * (x.ndim - 1) + [(size // 2, (size - 1) // 2)]
+  squares = jnp.pad(x * x, pads)
+  total = sum(squares[..., i : i + x.shape[-1]] for i in range(size))
+  return x / (k + alpha / size * total) ** beta
+
+
 def _cells(x, window):
   """[B, H, W, C] -> [B, H/w, W/w, w*w, C]: the places of a pooling window side by side."""
   b, h, w, c = x.shape
@@ -202,9 +221,7 @@ def window_sum(x: jax.Array, window, strides, padding) -> jax.Array:
       x = sum(lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(width))
     return x
 
-  return lax.platform_dependent(
-    x, cpu=functools.partial(_alone, axis_by_axis), default=plain
-  )
+  return lax.platform_dependent(x, cpu=functools.partial(_alone, axis_by_axis), default=plain)
 
 
 # --- BatchNorm, ReLU and max pooling ----------------------------------------------------
@@ -341,8 +358,8 @@ def _fast_conv(x, kernel, *, padding, stride):
 
 
 # --- convolutions as matrix products (NHWC, HWIO) ---------------------------------------
-# Unfold the columns, multiply, fold the rows; autodiff goes the same way back: unfold rows, multiply,
-# fold columns. Where there are few input channels, the whole window is unfolded and nothing folded.
+# Unfold the columns, multiply, fold the rows; autodiff goes the same way back: unfold the rows,
+# multiply, fold the columns. With few input channels the whole window is unfolded, nothing folded.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -406,7 +423,7 @@ times.defvjp(lambda x, matrix: (times(x, matrix), (x, matrix)), _times_bwd)
 
 
 def _product_conv(x, kernel, padding):
-  ((top, bottom), (left, right)), (kh, kw, num_in, num_out) = padding, kernel.shape
+  ((top, _), (left, _)), (kh, kw, num_in, num_out) = padding, kernel.shape
   (h, w), (h_out, w_out) = x.shape[1:3], _output_size(x, kernel, padding)
   columns = tuple(j - left for j in range(kw))
   if kh * kw * num_in < kw * num_in + kh * num_out:  # numbers written for a place
@@ -434,8 +451,8 @@ def _blocked_conv(x, kernel, padding, stride):
   """
   kh, kw, num_in, num_out = kernel.shape
   b, h, w, _ = x.shape
-  (top, bottom), (left, right) = padding
-  h_out, w_out = (h + top + bottom - kh) // stride + 1, (w + left + right - kw) // stride + 1
+  (top, _), (left, _) = padding
+  h_out, w_out = _output_size(x, kernel, padding, stride)
   m = 2 // stride  # outputs per block and axis
   bh, bw = -(-h_out // m), -(-w_out // m)  # blocks of the output
   qh, qw = (kh + m) // 2, (kw + m) // 2  # blocks under the kernel, wherever in a block it starts

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 from flax.linen.linear import canonicalize_padding
 

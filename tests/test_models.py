@@ -30,6 +30,8 @@ def test_lenet_has_the_parameters_of_the_paper(num_classes, parameters):
   ("name", "num_classes", "image_shape", "parameters", "num_perturbed"),
   [
     ("wide_lenet", 12, (32, 32, 1), 24_466_988, 4),
+    ("saha_lenet", 10, (32, 32, 3), 2_991_500, 4),
+    ("saha_lenet_without_lrn", 5, (32, 32, 3), 2_989_000, 4),
     ("alexnet", 10, (32, 32, 3), 6_533_450, 5),
     ("alexnet", 10, (64, 64, 3), 23_310_666, 5),
     ("alexnet", 5, (64, 64, 3), 23_300_421, 5),
@@ -42,7 +44,8 @@ def test_the_networks_of_the_paper(name, num_classes, image_shape, parameters, n
   params, stats = count(name, num_classes, image_shape)
   assert size(params) == parameters
   assert len(perturb.layer_names(params)) == num_perturbed
-  assert bool(stats) == (name != "alexnet")  # AlexNet evaluates with the batch's statistics
+  # AlexNet evaluates with the batch's statistics, the LeNet of GPM has no BatchNorm
+  assert bool(stats) == (name not in ("alexnet", "saha_lenet", "saha_lenet_without_lrn"))
 
 
 def test_dropout_is_active_in_training_alone():
