@@ -170,7 +170,8 @@ def run(
   with open(folder / METRICS, "a", buffering=1) as stream, _compile_clock() as compiled:
 
     def log(event: dict):
-      stream.write(json.dumps(event) + "\n")
+      if event["event"] != "progress":  # between the chunks of an epoch: to be seen, not kept
+        stream.write(json.dumps(event) + "\n")
       show(event)
 
     record = _learn_all(config, benchmark, method, log, compiled)
