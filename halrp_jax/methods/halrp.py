@@ -374,7 +374,7 @@ def _learned(task, perturbation, ranks, rest, stats):
 def _low_rank_values(learned) -> dict[str, np.ndarray]:
   """All entries of U and V below the chosen rank, per layer; padding is no value."""
   return {
-    name: np.concatenate([np.ravel(x[:, : int(learned["rank"][name])]) for x in (p.U, p.V)])
+    name: np.concatenate([np.ravel(np.asarray(x)[:, : learned["rank"][name]]) for x in (p.U, p.V)])
     for name, p in learned["perturbation"].items()
   }
 
