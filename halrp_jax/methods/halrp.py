@@ -165,7 +165,7 @@ def make(config, model, benchmark) -> Method:
     seconds = time.perf_counter() - start
     store.log({"event": "ranks", "phase": store.name, "ranks": ranks, "seconds": seconds})
     learned = fine_tune(f, config, state, perturbation, ranks, params, stats, task, fine_key, store)
-    state = prune_all(state._replace(tasks=(*state.tasks, learned)), m)
+    state = prune_all(f, state._replace(tasks=(*state.tasks, learned)), m)
     return state, {"ranks": ranks, "select_seconds": seconds}
 
   def predict(state, t, image):
@@ -269,7 +269,7 @@ def fine_tune(f, config, state, perturbation, ranks, params, stats, task, key, s
   return _learned(task, trained["perturbation"], ranks, trained["rest"], stats)
 
 
-def prune_all(state: State, m) -> State:
+def prune_all(f, state: State, m) -> State:
   """Line 9: prunes U and V of every task since the second (paper Sect. 4.4)."""
   bound = None if m.prune_bound == "none" else m.prune_bound
   rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state))
@@ -279,7 +279,7 @@ def prune_all(state: State, m) -> State:
   values = [_low_rank_values(p) for p in later]
   taus = lowrank.prune_thresholds(values, m.prune, m.prune_threshold, rate)
   pruned = [
-    p | {"perturbation": {n: lowrank.prune(q, tau[n]) for n, q in p["perturbation"].items()}}
+    p | {"perturbation": {n: f.prune(q, tau[n]) for n, q in p["perturbation"].items()}}
     for p, tau in zip(later, taus, strict=True)
   ]
   return state._replace(tasks=(first, *pruned))
@@ -295,6 +295,7 @@ class _Functions(NamedTuple):
   square_gradients: Callable  # (params, stats, image, label, num_classes) -> {layer: |g_l|^2}
   decompose: Callable  # (kernels, free kernels) -> {layer: Decomposition}
   truncate: Callable  # `lowrank.truncate`
+  prune: Callable  # `lowrank.prune`
   logits: Callable  # (kernels, tasks[t], image) -> logits
 
 
@@ -337,12 +338,13 @@ def _build(config, model, benchmark) -> _Functions:
     return apply_perturbed(learned, frozen, stats, image, False, None)[0]
 
   return _Functions(
-    initialize=lambda key: train.initialize(model, key, benchmark.image_shape),
+    initialize=jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape)),
     fit_free=train.make_fit(config, decay, *train.plain_network(model)),
     fit_perturbed=train.make_fit(config, decay, apply_perturbed, penalty),
     square_gradients=jax.jit(square_gradients),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
+    prune=jax.jit(lowrank.prune),
     logits=jax.jit(logits),
   )
 
