@@ -14,9 +14,9 @@ from halrp_jax.types import UserError
 def use(folder: str) -> pathlib.Path | None:
   """Keeps compiled programs in a folder that is the user's own.
 
-  A program in it is run as it is, hence nobody else may be able to write there; and it fits one kind
-  of processor alone, hence a folder for each below it. JAX's own JAX_COMPILATION_CACHE_DIR goes
-  first. Delete the folder at any time.
+  A program in it is run as it is, hence nobody else may be able to write there; and it fits one
+  kind of processor alone, hence a folder for each below it. JAX's own JAX_COMPILATION_CACHE_DIR
+  goes first. Delete the folder at any time.
 
   Args:
     folder: "" for halrp_jax in $XDG_CACHE_HOME or ~/.cache, "off" for none, or a folder.

@@ -11,7 +11,7 @@ and gets back `fit`, jitted once when the method is made.
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -246,10 +246,10 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
   )
 
   def valid_accuracy(state, frozen, task):
-    def predict_fn(image):
+    def predict_fn(i, image):
       return jit_logits(state.params, frozen, state.stats, image)[:, : task.num_classes]
 
-    return evaluate(predict_fn, task, task.valid, config.batch_size)
+    return evaluate(predict_fn, (task,), "valid", config.batch_size)[0]
 
   def fit(params, stats, frozen, task: Task, key, epochs: int, store: Store):
     num_images = len(task.train.index)
@@ -299,10 +299,30 @@ def load_batch(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, ja
   return prepare_images(split.image[split.index[rows]], inputs), split.label[rows]
 
 
-def evaluate(predict_fn: Callable, task: Task, split: Split, batch_size: int) -> float:
-  """Accuracy in percent, NaN on an empty split. predict_fn: image [B, H, W, C] -> logits [B, K]"""
+@jax.jit
+def _count_hits(logits, label):
+  return jnp.sum(jnp.argmax(logits, -1) == label)
+
+
+def evaluate(
+  predict_fn: Callable, tasks: Sequence[Task], split: str, batch_size: int
+) -> list[float]:
+  """Accuracy in percent on one split of every task, NaN where it is empty.
+
+  All batches of all tasks are handed to the device before the first result is read.
+
+  Args:
+    predict_fn: (position in `tasks`, image [B, H, W, C]) -> logits [B, K]
+    tasks: what to evaluate on.
+    split: "train", "valid" or "test".
+    batch_size: images per batch; a network without running statistics takes those of the batch.
+  """
   hits = []
-  for rows in batches(len(split.index), batch_size):
-    image, label = load_batch(split, task.inputs, rows)
-    hits.append(jnp.sum(jnp.argmax(predict_fn(image), -1) == label))
-  return 100 * int(sum(hits)) / len(split.index) if hits else math.nan
+  for i, task in enumerate(tasks):
+    data = getattr(task, split)
+    parts = (load_batch(data, task.inputs, rows) for rows in batches(len(data.index), batch_size))
+    hits.append([_count_hits(predict_fn(i, image), label) for image, label in parts])
+  return [
+    100 * sum(map(int, h)) / len(getattr(task, split).index) if h else math.nan
+    for h, task in zip(hits, tasks, strict=True)
+  ]

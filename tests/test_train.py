@@ -193,9 +193,13 @@ def test_evaluate_counts_every_image_once(digits_config):
   config = experiment.resolve(digits_config("stl"))
   task = data.load(config).tasks[0]
   label = np.asarray(task.test.label)
-  accuracy = train.evaluate(
-    lambda image: jnp.tile(jnp.arange(10)[None] == 3, (len(image), 1)), task, task.test, 64
-  )
-  assert accuracy == pytest.approx(100 * np.mean(label == 3))
   empty = task.test._replace(index=task.test.index[:0], label=task.test.label[:0])
-  assert np.isnan(train.evaluate(lambda image: image, task, empty, 64))
+  three, four, none = train.evaluate(
+    lambda i, image: jnp.tile(jnp.arange(10)[None] == 3 + i, (len(image), 1)),
+    (task, task, task._replace(test=empty)),
+    "test",
+    64,
+  )
+  assert three == pytest.approx(100 * np.mean(label == 3))
+  assert four == pytest.approx(100 * np.mean(label == 4))
+  assert np.isnan(none)
