@@ -221,7 +221,7 @@ def test_variants_learn(digits_config, variant):
   for t in range(3):
     state, _ = method.learn(state, (benchmark.tasks[t],), jax.random.key(t), QUIET)
   task = benchmark.tasks[2]
-  accuracy = train.evaluate(lambda image: method.predict(state, 2, image), task, task.test, 100)
+  (accuracy,) = train.evaluate(lambda _, x: method.predict(state, 2, x), (task,), "test", 100)
   assert accuracy > 80
   assert config.method.importance == ("mean" if variant == "code" else "sum")
 
