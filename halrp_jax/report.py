@@ -90,6 +90,7 @@ def record_text(record: dict, workdir: str) -> str:
       f"BWT        {_number(record['bwt'])}",
       f"increment  {record['increment'][-1]:.3f}",
       f"seconds    {sum(seconds):.1f}",
+      f"memory     {record['peak_memory_bytes'] / 2**20:.0f} MiB at most",
       f"files      {workdir}/record.json, metrics.jsonl, config.json",
     ]
   )
