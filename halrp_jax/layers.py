@@ -192,8 +192,8 @@ def _alone(fn, *args):
   """
 
   def not_a_number(*args):
-    y = jax.eval_shape(fn, *args)
-    return jnp.full(y.shape, jnp.nan, y.dtype)
+    shapes = jax.eval_shape(fn, *args)
+    return jax.tree.map(lambda y: jnp.full(y.shape, jnp.nan, y.dtype), shapes)
 
   return lax.cond(jnp.isnan(args[0][(0,) * args[0].ndim]), not_a_number, fn, *args)
 
@@ -280,10 +280,13 @@ def _batch_norm_relu_pool_bwd(epsilon, relu, pool, saved, gradients):
   dy = gradients[0]  # mean and variance only feed the running statistics
   if relu:
     dy = jnp.where(y > 0, dy, 0)
-  dz = _alone(_unpool, x * _channels(jnp.where(scale < 0, -1.0, 1.0), x), dy) if pool else dy
-  axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-  d_bias = dy.sum(tuple(range(dy.ndim - 1)))
-  d_scale = ((dz * x).sum(axes) - mean * d_bias) * inverse
+  if pool:  # dz is 0 but at the winners
+    dz, product = _alone(_unpool_normalised, x, jnp.where(scale < 0, -1.0, 1.0), dy)
+  else:
+    dz, product = dy, dy * x
+  count, places = x.size // x.shape[-1], tuple(range(dy.ndim - 1))
+  d_bias = dy.sum(places)
+  d_scale = (product.sum(places) - mean * d_bias) * inverse
   slope = scale * inverse
   linear = -slope * inverse * d_scale / count
   constant = -slope * d_bias / count - linear * mean
@@ -293,6 +296,12 @@ def _batch_norm_relu_pool_bwd(epsilon, relu, pool, saved, gradients):
 
   dx = _alone(combine, dz, x, slope, linear, constant)
   return dx, d_scale, d_bias
+
+
+def _unpool_normalised(x, sign, dy):
+  """-> gradient before pooling [..., w*w, C], and the sum of its product with x per window."""
+  signed = x * _channels(sign, x)
+  return _unpool(signed, dy), _highest(signed) * _channels(sign, dy) * dy
 
 
 _batch_norm_relu_pool.defvjp(_batch_norm_relu_pool_fwd, _batch_norm_relu_pool_bwd)
