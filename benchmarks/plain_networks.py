@@ -1,12 +1,13 @@
 """The networks of halrp_jax.models written plainly: what a newcomer would write in Flax.
 
-Parameter names are the same, so that both can be applied to the same parameters and compared.
+`from_ours` gives them the same parameters, so that both can be compared (tests/test_models.py).
 """
 
 import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax import traverse_util
 
 
 class LeNet(nn.Module):
@@ -99,3 +100,15 @@ NETWORKS = {
   "resnet18": ResNet18,
   "mlp": MLP,
 }
+
+
+def from_ours(params):
+  """The same parameters under the plain networks' names: the bias that our BatchNorm keeps
+  (bn1/input_bias) belongs to the layer before it (conv1/bias)."""
+  flat = {}
+  for path, x in traverse_util.flatten_dict(params).items():
+    if path[-1] == "input_bias":
+      layer = path[-2].replace("bn_fc", "fc").replace("bn_shortcut", "shortcut")
+      path = (*path[:-2], layer.replace("bn", "conv"), "bias")
+    flat[path] = x
+  return traverse_util.unflatten_dict(flat)

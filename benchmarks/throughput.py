@@ -24,12 +24,13 @@ import plain_networks
 
 from halrp_jax import lowrank, models, perturb, train
 
-SETTINGS = {  # network: (batch, image, classes)
-  "lenet": (128, (32, 32, 3), 10),
-  "alexnet": (128, (32, 32, 3), 10),
-  "resnet18": (128, (32, 32, 3), 10),
-  "wide_lenet": (16, (32, 32, 1), 12),
-  "mlp": (128, (32, 32, 3), 10),
+SETTINGS = {  # name: (network, batch, image, classes)
+  "lenet": ("lenet", 128, (32, 32, 3), 10),
+  "alexnet32": ("alexnet", 128, (32, 32, 3), 10),
+  "alexnet64": ("alexnet", 128, (64, 64, 3), 10),
+  "resnet18": ("resnet18", 128, (32, 32, 3), 10),
+  "wide_lenet": ("wide_lenet", 16, (32, 32, 1), 12),
+  "mlp": ("mlp", 128, (32, 32, 3), 10),
 }
 UPPER_RANK = 100
 
@@ -97,13 +98,13 @@ def halrp_step(model, params, stats, image, label):
 
 
 def steps_of(name, with_torch):
-  batch, image_shape, num_classes = SETTINGS[name]
+  network, batch, image_shape, num_classes = SETTINGS[name]
   rng = np.random.default_rng(0)
   image = rng.normal(size=(batch, *image_shape)).astype(np.float32)
   label = rng.integers(0, num_classes, batch).astype(np.int32)
-  model = models.make(name, num_classes)
+  model = models.make(network, num_classes)
   params, stats = train.initialize(model, jax.random.key(0), image_shape)
-  plain = plain_networks.NETWORKS[name](num_classes)
+  plain = plain_networks.NETWORKS[network](num_classes)
   steps = {
     "STL": plain_step(model, params, stats, image, label),
     "HALRP": halrp_step(model, params, stats, image, label),
@@ -113,8 +114,15 @@ def steps_of(name, with_torch):
   if with_torch:
     import torch_networks
 
-    steps["torch"] = torch_networks.make_step(name, image, label, num_classes)
-  return steps, batch
+    steps["torch"] = torch_networks.make_step(network, image, label, num_classes)
+  return steps, batch, 3 * flops_forward(plain, plain_params, plain_stats, image)
+
+
+def flops_forward(model, params, stats, image) -> float:
+  """Floating point operations of one evaluation of the plain network, by XLA's count."""
+  variables = {"params": params, "batch_stats": stats}
+  forward = jax.jit(lambda x: model.apply(variables, x, train=False, mutable=["batch_stats"])[0])
+  return forward.lower(image).compile().cost_analysis()["flops"]
 
 
 def matrix_product_rate() -> float:
@@ -139,10 +147,12 @@ def main() -> int:
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--torch", action="store_true")
   args = parser.parse_args()
-  print(f"1024^3 float32 matrix product: {matrix_product_rate():.0f} GFLOP/s")
-  print("network      step     ms   images/s   time over STL   spread of that ratio over rounds")
+  rate = matrix_product_rate()
+  print(f"1024^3 float32 matrix product: {rate:.0f} GFLOP/s")
+  print("share: 3 x the forward pass's operations at that rate, over the step's time")
+  print("network      step     ms   images/s   share   time over STL   its spread over rounds")
   for name in args.networks.split(","):
-    steps, batch = steps_of(name, args.torch)
+    steps, batch, flops = steps_of(name, args.torch)
     times = {k: [] for k in steps}
     for _ in range(args.rounds):
       for k, run in steps.items():
@@ -151,7 +161,8 @@ def main() -> int:
       ratios = sorted(a / b for a, b in zip(t, times["STL"], strict=True))
       ms = 1e3 * statistics.median(t)
       print(
-        f"{name:<12} {k:<6} {ms:6.1f} {1e3 * batch / ms:10.0f} {statistics.median(ratios):13.2f}"
+        f"{name:<12} {k:<6} {ms:6.1f} {1e3 * batch / ms:10.0f} {flops / rate / ms / 1e6:7.2f}"
+        f" {statistics.median(ratios):15.2f}"
         f"       {ratios[0]:.2f} to {ratios[-1]:.2f}",
         flush=True,
       )

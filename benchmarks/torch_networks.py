@@ -26,14 +26,14 @@ def wide_lenet(num_in, num_classes):
   return lenet(num_in, num_classes, (64, 128), (2500, 1500))
 
 
-def alexnet(num_in, num_classes):
+def alexnet(num_in, num_classes, size=32):
   parts = []
   for features, width, rate in ((64, 4, 0.2), (128, 3, 0.2), (256, 2, 0.5)):
     parts += [nn.Conv2d(num_in, features, width)]
     parts += [nn.BatchNorm2d(features, track_running_stats=False), nn.ReLU()]
     parts += [nn.Dropout(rate), nn.MaxPool2d(2)]
-    num_in = features
-  parts += [nn.Flatten(), *_dense_blocks((1024, 2048, 2048), 0.5)]
+    num_in, size = features, (size - width + 1) // 2
+  parts += [nn.Flatten(), *_dense_blocks((num_in * size**2, 2048, 2048), 0.5)]
   return nn.Sequential(*parts, nn.Linear(2048, num_classes))
 
 
@@ -80,7 +80,8 @@ def mlp(num_in, num_classes):
 
 def make_step(name, image, label, num_classes):
   """One eager training step with Adam and the L2 term, as a function without arguments."""
-  model = globals()[name](image.shape[-1], num_classes).train()
+  size = {"size": image.shape[1]} if name == "alexnet" else {}
+  model = globals()[name](image.shape[-1], num_classes, **size).train()
   x = torch.from_numpy(image).permute(0, 3, 1, 2).contiguous()
   y = torch.from_numpy(label).long()
   optimizer = torch.optim.Adam(model.parameters(), 1e-3)

@@ -30,7 +30,7 @@ def tune() -> bool:
   libc = ctypes.CDLL("libc.so.6")
   for parameter, value in (
     (_M_MMAP_THRESHOLD, 1 << 30),
-    (_M_TRIM_THRESHOLD, 2**31 - 1),
+    (_M_TRIM_THRESHOLD, -1),
     (_M_TOP_PAD, 1 << 28),
     (_M_ARENA_MAX, 1),
     (_M_MMAP_MAX, 0),

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -170,7 +171,8 @@ def run(
   with open(folder / METRICS, "a", buffering=1) as stream, _compile_clock() as compiled:
 
     def log(event: dict):
-      stream.write(json.dumps(event) + "\n")
+      if event["event"] != "progress":  # between the chunks of an epoch: to be seen, not kept
+        stream.write(json.dumps(event) + "\n")
       show(event)
 
     record = _learn_all(config, benchmark, method, log, compiled)
@@ -195,12 +197,22 @@ def _learn_all(config, benchmark, method, log, compiled) -> dict:
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
       jax.block_until_ready(state)
     with _measure(compiled) as evaluating:
-      for i in range(t + 1):
-        accuracy[t, i] = _accuracy(method, state, i, benchmark.tasks[i], "test", config)
-      valid = _accuracy(method, state, t, tasks[-1], "valid", config)
+      accuracy[t, : t + 1] = train.evaluate(
+        functools.partial(method.predict, state),
+        benchmark.tasks[: t + 1],
+        "test",
+        config.batch_size,
+      )
+      (valid,) = train.evaluate(
+        lambda _, image, state=state, t=t: method.predict(state, t, image),
+        benchmark.tasks[t : t + 1],
+        "valid",
+        config.batch_size,
+      )
     size = method.size(state)
     row = {
       "ranks": history.get("ranks"),
+      "ranks_exact": history.get("ranks_exact"),
       "size": {k: v for k, v in size._asdict().items() if k != "paper"},
       "increment": size.increment,
       "seconds": _seconds(learning, evaluating, history.get("select_seconds", 0.0)),
@@ -245,12 +257,6 @@ def _record(config, benchmark, accuracy, rows, state) -> dict:
     "device": _device(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
-
-
-def _accuracy(method, state, i, task, split, config) -> float:
-  return train.evaluate(
-    lambda image: method.predict(state, i, image), task, getattr(task, split), config.batch_size
-  )
 
 
 def state_hash(state) -> str:

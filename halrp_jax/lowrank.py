@@ -36,13 +36,17 @@ class Perturbation(NamedTuple):
 
 
 class Decomposition(NamedTuple):
-  """A warmed-up kernel as scaled base plus full-rank residual: input of the rank choice."""
+  """A warmed-up kernel as scaled base plus residual: input of the rank choice.
+
+  The exact one has all m = min(I, J) singular triplets, the randomised one the largest m.
+  """
 
   R: jax.Array  # [J]
   S: jax.Array  # [I]
-  U: jax.Array  # [J, m]  m = min(I, J)
+  U: jax.Array  # [J, m]
   sigma: jax.Array  # [m] descending
   V: jax.Array  # [I, m]
+  energy: jax.Array  # scalar, sum of *all* squared singular values: |residual|_F^2
 
 
 def identity(base: jax.Array, columns: int, fold: bool) -> Perturbation:
@@ -98,8 +102,46 @@ def residual(base: jax.Array, free: jax.Array, R: jax.Array, S: jax.Array) -> ja
 def decompose(base: jax.Array, free: jax.Array) -> Decomposition:
   """Steps 4 and 5 of Algorithm 1: scales, residual, thin SVD."""
   R, S = least_squares_scales(base, free)
-  U, sigma, Vt = jnp.linalg.svd(residual(base, free, R, S), full_matrices=False)
-  return Decomposition(R, S, U, sigma, Vt.T)
+  rest = residual(base, free, R, S)
+  U, sigma, Vt = jnp.linalg.svd(rest, full_matrices=False)
+  return Decomposition(R, S, U, sigma, Vt.T, jnp.sum(rest**2))
+
+
+_OVERSAMPLING, _POWER_ITERATIONS = 16, 3
+
+
+def decompose_randomized(
+  base: jax.Array, free: jax.Array, key: jax.Array, rank: int
+) -> Decomposition:
+  """`decompose` for the largest `rank` singular triplets only (Halko, Martinsson, Tropp 2011,
+  Alg. 4.4: subspace iteration). The exact one where that would be hardly more than all of them.
+  """
+  num_in, num_out = base.shape[-2:]
+  width = rank + _OVERSAMPLING
+  if width >= min(num_in, num_out):
+    return decompose(base, free)
+  R, S = least_squares_scales(base, free)
+  rest = residual(base, free, R, S)  # [J, I]
+  Q, _ = jnp.linalg.qr(rest @ jax.random.normal(key, (num_in, width)))
+  for _ in range(_POWER_ITERATIONS):
+    P, _ = jnp.linalg.qr(rest.T @ Q)
+    Q, _ = jnp.linalg.qr(rest @ P)
+  U, sigma, Vt = jnp.linalg.svd(Q.T @ rest, full_matrices=False)
+  U = Q @ U
+  return Decomposition(R, S, U[:, :rank], sigma[:rank], Vt[:rank].T, jnp.sum(rest**2))
+
+
+def squared_singular_values(d: Decomposition) -> np.ndarray:
+  """All min(I, J) of them, descending. float64
+
+  Those that a randomised decomposition has not found share the energy that is left, each as large
+  as it can be: the last one found. So the rank choice is the exact one if it keeps none of these.
+  """
+  found = np.asarray(d.sigma, np.float64) ** 2
+  missing = min(d.U.shape[0], d.V.shape[0]) - found.size
+  left = max(float(d.energy) - found.sum(), 0.0)
+  tail = np.clip(left - found[-1] * np.arange(missing), 0, found[-1])
+  return np.concatenate([found, tail])
 
 
 def truncate(d: Decomposition, rank: jax.Array, columns: int, fold: bool) -> Perturbation:

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from absl import flags
 from ml_collections import config_flags
 
-from halrp_jax import data, experiment, methods, models, report, validate
+from halrp_jax import compile_cache, data, experiment, methods, models, report, validate
 from halrp_jax.types import UserError
 
 
@@ -31,6 +31,12 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     "config", None, "FILE.py or FILE.py:METHOD", flag_values=values, sys_argv=argv
   )
   flags.DEFINE_string("workdir", None, "folder for record.json and more", flag_values=values)
+  flags.DEFINE_string(
+    "compile_cache",
+    "",
+    "folder for compiled programs, or off; default: halrp_jax in $XDG_CACHE_HOME or ~/.cache",
+    flag_values=values,
+  )
   for name, text in (
     ("list", "name the benchmarks, networks and methods"),
     ("dry_run", "show what would be done; train nothing"),
@@ -79,6 +85,7 @@ def main(argv: list[str]) -> int:
     elif not args.workdir:
       raise UserError("--workdir is missing: the folder for the results, for example runs/digits")
     else:
+      compile_cache.use(args.compile_cache)
       with report.live_display(sys.stdout) as show:
         record = experiment.run(args.config, args.workdir, show, overwrite=args.overwrite)
       print(report.record_text(record, args.workdir))

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
+from flax.linen.linear import canonicalize_padding
 
-from halrp_jax import lowrank
+from halrp_jax import layers, lowrank
 from halrp_jax.types import Params
 
 HEAD = "head"  # never perturbed
 _SEPARATOR = "/"
+_PASS = 15  # multiply-adds in the time of reading or writing one number (docs/measurements.md)
 
 
 def layer_names(params: Params) -> tuple[str, ...]:
@@ -91,11 +92,12 @@ def apply(
 
 def _perturbed(module, kernel, p, bias, x, *, form):
   detached = module.clone(parent=None, name=None, use_bias=False)
-  if form == "composed" or (form == "auto" and not _factored_is_cheaper(module, p, x)):
-    y = detached.apply({"params": {"kernel": lowrank.compose(kernel, p)}}, x)
-  else:
+  factored = form == "factored" or (form == "auto" and _factored_is_cheaper(kernel, p, x))
+  if factored and _can_be_factored(module):
     y = detached.apply({"params": {"kernel": kernel}}, x * _channels(p.S, x))
-    y = y * _channels(p.R, y) + _low_rank_branch(detached, p, x)
+    y = y * _channels(p.R, y) + _low_rank_branch(module, p, x)
+  else:
+    y = detached.apply({"params": {"kernel": lowrank.compose(kernel, p)}}, x)
   return y if bias is None else y + _channels(bias, y)
 
 
@@ -105,26 +107,38 @@ def _channels(v, like):
 
 
 def _low_rank_branch(module, p, x):
-  """U (Sigma (V' x)), for a convolution summed over its window (authors: 1x1, pool, 1x1)."""
-  z = x @ p.V  # [..., K]
-  if isinstance(module, nn.Conv):
-    columns = z.shape[-1]
-    ones = jnp.ones((*module.kernel_size, 1, columns), z.dtype)
-    window_sum = module.clone(features=columns, feature_group_count=columns)
-    z = window_sum.apply({"params": {"kernel": ones}}, z)
-  return (z if p.sigma is None else z * _channels(p.sigma, z)) @ p.U.T
+  """U (Sigma (V' x)), for a convolution on the sum over its window (authors: 1x1, pool, 1x1)."""
+  u = p.U if p.sigma is None else p.U * _channels(p.sigma, p.U)
+  if not isinstance(module, nn.Conv):
+    return (x @ p.V) @ u.T
+  strides, padding = module.strides or 1, module.padding
+  strides = (strides,) * 2 if isinstance(strides, int) else strides
+  if not isinstance(padding, str):
+    padding = canonicalize_padding(padding, 2)
+  return layers.times(layers.window_sum(x, module.kernel_size, strides, padding), p.V @ u.T)
 
 
-def _factored_is_cheaper(module, p, x) -> bool:
-  """Multiply-adds of one training step: three products for a trained kernel, two for a frozen one.
+def _can_be_factored(module) -> bool:
+  """Whether `_low_rank_branch` knows this layer: all dense ones, ordinary 2-D convolutions."""
+  if not isinstance(module, nn.Conv):
+    return True
+  undilated = all(d in (None, 1, (1, 1)) for d in (module.kernel_dilation, module.input_dilation))
+  ordinary = module.feature_group_count == 1 and module.mask is None and undilated
+  return ordinary and len(module.kernel_size) == 2 and module.padding not in ("CIRCULAR", "REFLECT")
 
-  A convolution is always composed: its factored form saves a third of the products but pays three
-  more passes over activations, which costs more (measured for LeNet, docs/measurements.md).
+
+def _factored_is_cheaper(kernel, p, x) -> bool:
+  """Multiply-adds of one training step and passes over memory, by shape alone.
+
+  Composed: three products with the kernel (output, input gradient, kernel gradient), and the kernel
+  is written and read several times. Factored: two products, the low-rank branch, and more passes
+  over the activations.
   """
-  if isinstance(module, nn.Conv):
-    return False
   num_in, num_out, columns = p.S.size, p.R.size, p.U.shape[-1]
-  rows = x.size // num_in
-  factored = 2 * rows * num_in * num_out + 3 * rows * columns * (num_in + num_out)
-  composed = 3 * rows * num_in * num_out + 3 * columns * num_in * num_out
-  return factored < composed
+  places, window = x.size // num_in, kernel[..., 0, 0].size
+  saved = places * kernel.size + _PASS * 4 * kernel.size + 3 * columns * num_in * num_out
+  if window == 1:
+    branch = 3 * places * columns * (num_in + num_out) + _PASS * places * (2 * num_in + 2 * num_out)
+  else:
+    branch = 3 * places * num_in * num_out + _PASS * places * (6 * num_in + 5 * num_out)
+  return branch < saved

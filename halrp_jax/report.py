@@ -29,6 +29,9 @@ def live_display(stream: TextIO) -> Iterator[Callable[[dict], None]]:
           f"train {event['train_accuracy']:.1f} %"
         )
         progress.update(bar, description=text, total=event["epochs"], completed=event["epoch"])
+      elif event["event"] == "progress":
+        done = event["epoch"] - 1 + event["step"] / event["steps"]
+        progress.update(bar, total=event["epochs"], completed=done)
       elif event["event"] == "evaluation":
         progress.console.print(task_line(event), highlight=False, soft_wrap=True)
 
@@ -87,6 +90,7 @@ def record_text(record: dict, workdir: str) -> str:
       f"BWT        {_number(record['bwt'])}",
       f"increment  {record['increment'][-1]:.3f}",
       f"seconds    {sum(seconds):.1f}",
+      f"memory     {record['peak_memory_bytes'] / 2**20:.0f} MiB at most",
       f"files      {workdir}/record.json, metrics.jsonl, config.json",
     ]
   )

@@ -8,9 +8,10 @@ A method hands over two pure functions:
 and gets back `fit`, jitted once when the method is made.
 """
 
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ from jax import lax
 
 from halrp_jax import perturb
 from halrp_jax.types import Array, Inputs, Params, Split, Store, Task
+
+_CHUNK_SECONDS = 2.0  # of training handed over to the device at once
 
 
 class TrainState(NamedTuple):
@@ -55,12 +58,12 @@ def sum_absolute(tree: Params) -> jax.Array:
 
   jax.grad of jnp.abs is 1 at 0, which would wake up the zero columns of U and V.
   """
-  return sum(jnp.vdot(x, jnp.sign(x)) for x in jax.tree.leaves(tree))
+  return sum(jnp.sum(x * jnp.sign(x)) for x in jax.tree.leaves(tree))
 
 
 def sum_squares(tree: Params) -> jax.Array:
   """Squared L2 norm over all leaves."""
-  return sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree))
+  return sum(jnp.sum(x * x) for x in jax.tree.leaves(tree))
 
 
 # --- the plain network: first tasks, single-task learning, warm-up --------------------
@@ -101,13 +104,17 @@ def plain_network(model) -> tuple[Callable, Callable]:
 
 class RestCount(NamedTuple):
   counted: int  # BatchNorm's scale and bias, and the head
-  biases: int  # biases of the layers with a kernel, which the paper's size leaves out
+  biases: int  # of the layers with a kernel (BatchNorm may keep them): the paper leaves them out
 
 
 def count_rest(rest: Params, kernels: Params, num_classes: int) -> RestCount:
   """Counts everything but the kernels of the features; the head at a task's own width."""
   flat = traverse_util.flatten_dict(rest, sep="/")
-  biases = sum(x.size for path, x in flat.items() if path.removesuffix("/bias") in kernels)
+  biases = sum(
+    x.size
+    for path, x in flat.items()
+    if path.removesuffix("/bias") in kernels or path.endswith("/input_bias")
+  )
   head = sum(x.size // x.shape[-1] * num_classes for x in rest[perturb.HEAD].values())
   others = sum(x.size for path, x in flat.items() if not path.startswith(f"{perturb.HEAD}/"))
   return RestCount(others - biases + head, biases)
@@ -166,42 +173,62 @@ def _make_step(config, tx, apply_fn: Callable, penalty_fn: Callable) -> Callable
 
 
 def _make_epoch(config, step: Callable) -> Callable:
-  """Builds `epoch(state, frozen, data, key) -> state, sums over images`; `state` is donated."""
-  p = config.protocol
+  """Builds `epoch(state, frozen, data, key, progress) -> state, sums over images`.
 
+  `state` is donated. The steps are handed over in chunks of some two seconds, so that signals and
+  progress get through; how an epoch is cut does not change a bit of it.
+  """
+  drop = config.protocol.last_batch == "drop"
+
+  @functools.partial(jax.jit, static_argnums=0)
   def epoch_rows(num_images, key):
-    """Rows of one epoch: full batches [n, B] and the rest [r]."""
+    """Rows of one epoch: full batches [n, B] and the rest [1, r] or [0, 0]."""
     order = jnp.arange(num_images)
-    order = jax.random.permutation(key, order) if p.shuffle else order
+    order = jax.random.permutation(key, order) if config.protocol.shuffle else order
     full = num_images // config.batch_size * config.batch_size
-    rest = order[full:] if p.last_batch == "train" else order[:0]
-    return order[:full].reshape(-1, config.batch_size), rest
+    rest = order[full:full] if drop else order[full:]
+    return order[:full].reshape(-1, config.batch_size), rest.reshape(-1, max(rest.size, 1))
 
-  def scan_epoch(state, frozen, data, key):
+  def one_step(carry, rows, frozen, data, key):
+    state, sums = carry
+    state, more = step(state, rows, frozen, data, key)
+    return state, sums + more
+
+  def many_steps(carry, batches, start, stop, *args):
+    return lax.fori_loop(start, stop, lambda i, c: one_step(c, batches[i], *args), carry)
+
+  jit_one, jit_many = (jax.jit(f, donate_argnums=0) for f in (one_step, many_steps))
+
+  def loop_over_steps(carry, batches, start, stop, *args):
+    for i in range(start, stop):
+      carry = jit_one(carry, batches[i], *args)
+    return carry
+
+  def choose(*args):
+    """XLA:CPU runs the gradient of a plain convolution tens of times slower inside a loop."""
+    if config.loop == "auto" and jax.default_backend() == "cpu":
+      plain = "stablehlo.convolution" in jit_many.lower(*args).as_text()
+      return loop_over_steps if plain else jit_many
+    return loop_over_steps if config.loop == "steps" else jit_many
+
+  advance = None
+
+  def epoch(state, frozen, data, key, progress):
+    nonlocal advance
     shuffle_key, key = jax.random.split(key)
-    batches, rest = epoch_rows(len(data[0].index), shuffle_key)
-    state, sums = lax.scan(lambda s, rows: step(s, rows, frozen, data, key), state, batches)
-    total = sums.sum(0)
-    if len(rest):
-      state, last = step(state, rest, frozen, data, key)
-      total = total + last
-    return state, total
+    carry = state, jnp.zeros(2)
+    for batches in epoch_rows(len(data[0].index), shuffle_key):
+      done, chunk = 0, 1
+      while done < len(batches):
+        start, stop = time.perf_counter(), min(done + chunk, len(batches))
+        advance = advance or choose(carry, batches, done, stop, frozen, data, key)
+        carry = jax.block_until_ready(advance(carry, batches, done, stop, frozen, data, key))
+        chunk = max(1, int(_CHUNK_SECONDS * (stop - done) / (time.perf_counter() - start)))
+        done = stop
+        progress(done)
+    return carry
 
-  jit_step = jax.jit(step, donate_argnums=0)
-  jit_rows = jax.jit(epoch_rows, static_argnums=0)
-
-  def step_epoch(state, frozen, data, key):
-    shuffle_key, key = jax.random.split(key)
-    batches, rest = jit_rows(len(data[0].index), shuffle_key)
-    total = 0
-    for rows in (*batches, rest):
-      if len(rows):
-        state, sums = jit_step(state, rows, frozen, data, key)
-        total = total + sums
-    return state, total
-
-  # Our networks' convolutions are matrix products on the CPU (layers.py): a scan is fast there too.
-  return step_epoch if config.loop == "steps" else jax.jit(scan_epoch, donate_argnums=0)
+  return epoch
 
 
 def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty_fn: Callable):
@@ -219,10 +246,10 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
   )
 
   def valid_accuracy(state, frozen, task):
-    def predict_fn(image):
+    def predict_fn(i, image):
       return jit_logits(state.params, frozen, state.stats, image)[:, : task.num_classes]
 
-    return evaluate(predict_fn, task, task.valid, config.batch_size)
+    return evaluate(predict_fn, (task,), "valid", config.batch_size)[0]
 
   def fit(params, stats, frozen, task: Task, key, epochs: int, store: Store):
     num_images = len(task.train.index)
@@ -232,12 +259,19 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
     params, stats = jax.tree.map(jnp.array, (params, stats))
     state = TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))
     data = (task.train, task.inputs, jnp.int32(task.num_classes), jnp.float32(decay(task)))
+    num_steps = steps_per_epoch(config, len(task.train.index))
+
+    def progress(event, done):
+      store.log(event | {"event": "progress", "step": done, "steps": num_steps})
+
     best = (-1.0, None, None)
     for epoch in range(epochs):
       start = time.perf_counter()
-      state, total = run_epoch(state, frozen, data, jax.random.fold_in(key, epoch))
-      loss, accuracy = (float(x) / num_images for x in total)
       event = {"event": "epoch", "phase": store.name, "epoch": epoch + 1, "epochs": epochs}
+      state, total = run_epoch(
+        state, frozen, data, jax.random.fold_in(key, epoch), functools.partial(progress, event)
+      )
+      loss, accuracy = (float(x) / num_images for x in total)
       event |= {"loss": loss, "train_accuracy": 100 * accuracy}
       if p.keep == "best":
         event["valid_accuracy"] = valid_accuracy(state, frozen, task)
@@ -265,10 +299,30 @@ def load_batch(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, ja
   return prepare_images(split.image[split.index[rows]], inputs), split.label[rows]
 
 
-def evaluate(predict_fn: Callable, task: Task, split: Split, batch_size: int) -> float:
-  """Accuracy in percent, NaN on an empty split. predict_fn: image [B, H, W, C] -> logits [B, K]"""
+@jax.jit
+def _count_hits(logits, label):
+  return jnp.sum(jnp.argmax(logits, -1) == label)
+
+
+def evaluate(
+  predict_fn: Callable, tasks: Sequence[Task], split: str, batch_size: int
+) -> list[float]:
+  """Accuracy in percent on one split of every task, NaN where it is empty.
+
+  All batches of all tasks are handed to the device before the first result is read.
+
+  Args:
+    predict_fn: (position in `tasks`, image [B, H, W, C]) -> logits [B, K]
+    tasks: what to evaluate on.
+    split: "train", "valid" or "test".
+    batch_size: images per batch; a network without running statistics takes those of the batch.
+  """
   hits = []
-  for rows in batches(len(split.index), batch_size):
-    image, label = load_batch(split, task.inputs, rows)
-    hits.append(jnp.sum(jnp.argmax(predict_fn(image), -1) == label))
-  return 100 * int(sum(hits)) / len(split.index) if hits else math.nan
+  for i, task in enumerate(tasks):
+    data = getattr(task, split)
+    parts = (load_batch(data, task.inputs, rows) for rows in batches(len(data.index), batch_size))
+    hits.append([_count_hits(predict_fn(i, image), label) for image, label in parts])
+  return [
+    100 * sum(map(int, h)) / len(getattr(task, split).index) if h else math.nan
+    for h, task in zip(hits, tasks, strict=True)
+  ]

@@ -86,7 +86,10 @@ KEYS = {
   "batch_size": whole(128, 1, None, "images per optimizer step and per evaluation batch"),
   "learning_rate": number(1e-3, 0, None, "of Adam at the start of each phase", open_low=True),
   "loop": one_of(
-    "auto", ("auto", "scan", "steps"), "an epoch is one jitted scan, or a Python loop over steps"
+    "auto",
+    ("auto", "scan", "steps"),
+    "scan: many steps are one jitted loop; steps: a Python loop over jitted steps; auto: scan, on "
+    "the CPU only where the network has no plain convolution",
   ),
   "parallel": one_of("none", ("none",), "how training is spread over devices"),
   "allow_partial": flag(False, "go on with less data than the protocol needs, and say so"),

@@ -13,6 +13,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+  """Programs that tests compile in other processes don't go into the user's cache."""
+  os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> str:
   """The folder of real images in the original archives' layout."""

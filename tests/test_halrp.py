@@ -40,10 +40,18 @@ def method_config(digits_config, **switches):
   return experiment.resolve(digits_config(**overrides)).method
 
 
+class PruneOnly:
+  prune = staticmethod(lowrank.prune)
+
+
+def prune_all(state, m):
+  return halrp.prune_all(PruneOnly, state, m)
+
+
 def test_size_with_all_ranks_at_the_cap(digits_config):
   """Spec a.8 and h.5: Split, all ranks 100, bound .2 -> increment .235 after task 10."""
   m = method_config(digits_config, prune_bound=0.2)
-  state = halrp.prune_all(lenet_state(10, CAP), m)
+  state = prune_all(lenet_state(10, CAP), m)
   assert round(halrp.size(state).increment, 3) == 0.235
 
 
@@ -66,7 +74,7 @@ def test_sigma_is_counted_where_it_is_kept():
 def test_pruned_values_need_a_mask_and_are_no_size(digits_config):
   m = method_config(digits_config, prune_bound=0.1)
   state = lenet_state(2, CAP)
-  pruned = halrp.size(halrp.prune_all(state, m))
+  pruned = halrp.size(prune_all(state, m))
   whole = halrp.size(state)
   assert pruned.mask_bits == 531_469
   assert pruned.dense == whole.dense and pruned.nonzero < whole.nonzero
@@ -78,12 +86,12 @@ def test_pruned_values_need_a_mask_and_are_no_size(digits_config):
 def test_below_the_bound_nothing_is_pruned_not_even_zeros(digits_config):
   m = method_config(digits_config, prune_bound=0.6, prune_threshold=10.0)
   state = lenet_state(2, CAP)
-  assert halrp.prune_all(state, m) is state
+  assert prune_all(state, m) is state
 
 
 def test_unbounded_mixed_pruning_applies_the_absolute_threshold_alone(digits_config):
   m = method_config(digits_config, prune_bound="none", prune_threshold=0.5)
-  p = halrp.prune_all(lenet_state(2, 5), m).tasks[1]["perturbation"]["fc1"]
+  p = prune_all(lenet_state(2, 5), m).tasks[1]["perturbation"]["fc1"]
   before = lenet_state(2, 5).tasks[1]["perturbation"]["fc1"]
   np.testing.assert_array_equal(p.U, np.where(np.abs(before.U) > 0.5, before.U, 0))
 
@@ -94,7 +102,7 @@ def test_percentiles_see_no_padding(digits_config, rule):
   m = method_config(digits_config, prune=rule, prune_rate="fixed", prune_bound=0.5)
   state = lenet_state(3, 5)
   values = [v for p in state.tasks[1:] for v in halrp._low_rank_values(p).values()]
-  after = halrp.prune_all(state, m)
+  after = prune_all(state, m)
   kept = sum(
     int(jnp.count_nonzero(x))
     for p in after.tasks[1:]
@@ -113,7 +121,7 @@ def test_percentiles_see_no_padding(digits_config, rule):
 def test_the_first_task_is_never_pruned(digits_config):
   m = method_config(digits_config, prune_rate="fixed", prune_bound=0.0)
   state = lenet_state(2, 5)
-  assert halrp.prune_all(state, m).tasks[0] is state.tasks[0]
+  assert prune_all(state, m).tasks[0] is state.tasks[0]
 
 
 def learn_two(config):
@@ -142,6 +150,31 @@ def test_rank_rules(digits_config, switches, ranks):
   state, history, _ = learn_two(config)
   assert history["ranks"] == ranks
   assert {n: int(k) for n, k in state.tasks[1]["rank"].items()} == ranks
+
+
+@pytest.mark.parametrize(
+  ("switches", "exact"),
+  [
+    ({"svd_rank": 200}, True),  # all kept values are among the 64 of fc1 and the 200 of fc2
+    ({"svd_rank": 3}, False),
+    ({"svd_rank": 120, "rank_rule": "flat"}, True),
+    ({"svd_rank": 20, "rank_rule": "flat"}, False),
+  ],
+)
+def test_randomised_ranks_are_exact_or_say_that_they_are_not(digits_config, switches, exact):
+  common = {"alpha": 0.6, "upper_rank": 30}
+  runs = []
+  for more in ({}, {"svd": "randomized"}):
+    overrides = {f"method.{k}": v for k, v in (common | switches | more).items()}
+    runs.append(learn_two(digits_config(**overrides)))
+  (_, want, _), (_, got, events) = runs
+  assert want["ranks_exact"] and got["ranks_exact"] == exact
+  if exact:
+    assert got["ranks"] == want["ranks"]
+  else:
+    assert max(got["ranks"].values()) == switches["svd_rank"]
+  (event,) = [e for e in events if e["event"] == "ranks" and e["phase"] == "test"]
+  assert event["ranks_exact"] == exact
 
 
 def test_lrp_ignores_the_importance(digits_config):
@@ -188,7 +221,7 @@ def test_variants_learn(digits_config, variant):
   for t in range(3):
     state, _ = method.learn(state, (benchmark.tasks[t],), jax.random.key(t), QUIET)
   task = benchmark.tasks[2]
-  accuracy = train.evaluate(lambda image: method.predict(state, 2, image), task, task.test, 100)
+  (accuracy,) = train.evaluate(lambda _, x: method.predict(state, 2, x), (task,), "test", 100)
   assert accuracy > 80
   assert config.method.importance == ("mean" if variant == "code" else "sum")
 

@@ -125,7 +125,7 @@ def test_fused_batch_norm_equals_the_plain_one(shape, pool, relu):
 
 def test_pooling_gives_the_gradient_to_the_first_of_equal_values():
   x = jnp.zeros((1, 2, 2, 1))
-  got = layers._unpool(x, jnp.ones((1, 1, 1, 1)), 2)
+  got = jax.grad(lambda x: jnp.sum(layers._pool_apart(layers._cells(x, 2))))(x)
   np.testing.assert_array_equal(got.ravel(), [1, 0, 0, 0])
 
 
@@ -156,3 +156,81 @@ def test_initialisation_is_uniform_within_fan_in():
   assert float(x.std()) == pytest.approx(0.1 / np.sqrt(3), rel=0.02)
   bias = layers.uniform_fan_in(400)(jax.random.key(0), (1000,))
   assert 0.049 < float(jnp.abs(bias).max()) <= 0.05
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_batch_norm_keeps_the_bias_of_the_layer_before(running):
+  """The same as a bias added before BatchNorm, in training and in evaluation."""
+  x, bias = 3 * jax.random.normal(jax.random.key(0), (16, 5)) + 1, jnp.linspace(-2.0, 2.0, 5)
+  with_bias, without = layers.BatchNorm(running, num_in=4), layers.BatchNorm(running)
+  variables = without.init(jax.random.key(1), x, False)
+  params = variables["params"] | {"input_bias": bias}
+  stats = {k: v for k, v in variables.items() if k != "params"}
+  got, got_stats = with_bias.apply({"params": params} | stats, x, True, mutable=["batch_stats"])
+  want, want_stats = without.apply(variables, x + bias[None], True, mutable=["batch_stats"])
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  for a, b in zip(jax.tree.leaves(got_stats), jax.tree.leaves(want_stats), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  got = with_bias.apply({"params": params} | got_stats, 2 * x, False)
+  want = without.apply({"params": variables["params"]} | got_stats, 2 * x + bias[None], False)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("window", "strides", "padding"),
+  [
+    ((5, 5), (1, 1), ((2, 2), (2, 2))),
+    ((3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((2, 3), (1, 2), ((0, 0), (1, 0))),
+    ((3, 2), (2, 2), "SAME"),
+    ((3, 3), (1, 1), "VALID"),
+  ],
+)
+def test_window_sum_equals_a_convolution_with_ones(window, strides, padding):
+  x = jax.random.normal(jax.random.key(0), (3, 9, 8, 4))
+  kernel = jnp.ones((*window, 1, 4))
+
+  def plain(x):
+    return lax.conv_general_dilated(
+      x, kernel, strides, padding, dimension_numbers=DIMENSIONS, feature_group_count=4
+    )
+
+  def ours(x):
+    return layers.window_sum(x, window, strides, padding)
+
+  want = plain(x)
+  weight = jax.random.normal(jax.random.key(1), want.shape)
+  np.testing.assert_allclose(ours(x), want, atol=1e-5)
+  got, want = (jax.grad(lambda x, f=f: jnp.sum(weight * f(x)))(x) for f in (ours, plain))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_not_a_number_stays_not_a_number():
+  """The convolution's way of keeping XLA from fusing is a branch on a not-a-number."""
+  x = jnp.ones((4, 6, 6, 8)).at[0, 0, 0, 0].set(jnp.nan)
+  assert jnp.isnan(ours(x, jnp.ones((3, 3, 8, 2)), "SAME", 1)).any()
+  assert jnp.isnan(layers.max_pool(x)).any()
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_dropout_keeps_the_expectation(rate):
+  x = jnp.ones((250, 401))
+  y = layers.Dropout(rate).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+  assert float(jnp.mean(y == 0)) == pytest.approx(rate, abs=0.01)
+  assert float(y.mean()) == pytest.approx(1, abs=0.01)
+  np.testing.assert_array_equal(layers.Dropout(rate).apply({}, x, False), x)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (2, 7, 5, 3)])
+def test_overlapping_max_pool_equals_flax(shape):
+  x = jax.random.normal(jax.random.key(0), shape)
+  want = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+  np.testing.assert_array_equal(layers.overlapping_max_pool(x), want)
+
+
+def test_local_response_norm_by_hand():
+  x = jnp.arange(1.0, 6.0)[None]  # channels 1 2 3 4 5; a channel sees two before and one behind
+  sums = np.array([1 + 4, 1 + 4 + 9, 1 + 4 + 9 + 16, 4 + 9 + 16 + 25, 9 + 16 + 25])
+  want = np.arange(1, 6) / (2 + 0.3 / 4 * sums) ** 0.5
+  got = layers.local_response_norm(x, size=4, alpha=0.3, beta=0.5, k=2.0)
+  np.testing.assert_allclose(got[0], want, rtol=1e-6)

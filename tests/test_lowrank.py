@@ -232,3 +232,32 @@ def test_prune_rate():
   assert lowrank.prune_rate("fixed_above_bound", 0.2, 0.8) == pytest.approx(0.8)
   assert lowrank.prune_rate("fixed_above_bound", 0.2, 0.1) is None
   assert lowrank.prune_rate("excess", None, 9.0) == 0.0
+
+
+def test_randomised_decomposition_finds_the_largest_triplets_and_the_whole_energy():
+  rng = np.random.default_rng(0)
+  base, noise = (rng.normal(size=(3, 3, 60, 90)).astype(np.float32) for _ in range(2))
+  falling = (0.8 ** np.arange(60))[:, None].astype(np.float32)
+  free = base + noise * falling
+  want = lowrank.decompose(base, free)
+  got = lowrank.decompose_randomized(base, free, jax.random.key(0), 12)
+  np.testing.assert_allclose(got.sigma, want.sigma[:12], rtol=1e-4)
+  np.testing.assert_allclose(got.energy, np.sum(np.asarray(want.sigma) ** 2), rtol=1e-5)
+  np.testing.assert_allclose(
+    (got.U * got.sigma[None]) @ got.V.T,
+    (want.U[:, :12] * want.sigma[None, :12]) @ want.V[:, :12].T,
+    atol=1e-4,
+  )
+  squares = lowrank.squared_singular_values(got)
+  assert squares.size == 60 and squares.sum() == pytest.approx(float(want.energy), rel=1e-5)
+  assert (np.diff(squares) <= 0).all()
+  np.testing.assert_allclose(
+    lowrank.squared_singular_values(want), np.asarray(want.sigma, np.float64) ** 2
+  )
+
+
+def test_a_randomised_decomposition_of_nearly_all_is_the_exact_one():
+  rng = np.random.default_rng(0)
+  base, free = (rng.normal(size=(20, 30)).astype(np.float32) for _ in range(2))
+  got = lowrank.decompose_randomized(base, free, jax.random.key(0), 10)
+  np.testing.assert_array_equal(got.sigma, lowrank.decompose(base, free).sigma)

@@ -126,6 +126,35 @@ def test_runs_repeat_to_the_bit(record, digits_config, method_name):
   assert a["state_hash"] == b["state_hash"]
 
 
+# networks that a method trains, each with its own two traces: a full batch and the last one
+NUM_FITS = {"halrp": 2, "stl": 1}
+
+
+def test_nothing_is_traced_again_as_tasks_come(digits_config, method_name, tmp_path):
+  """At most two traces per phase in ten tasks, whatever their ranks; none after the second task but
+  that of pruning, where growth first passes its bound."""
+  traced, task = [], [None]
+
+  def listen(event, seconds, fun_name="", **_):
+    if event == "/jax/core/compile/jaxpr_trace_duration":
+      traced.append((task[0], fun_name))
+
+  def show(event):
+    if event["event"] == "task":
+      task[0] = event["t"]
+
+  jax.clear_caches()
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    run = experiment.run(digits_config(method_name, loop="scan"), str(tmp_path), show)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert len(run["accuracy"]) == 10
+  fits = [name for _, name in traced if name == "many_steps"]
+  assert 0 < len(fits) <= 2 * NUM_FITS[method_name]
+  assert {name for t, name in traced if t is not None and t > 1} <= {"prune", "_where"}
+
+
 def test_another_seed_is_another_run(record, digits_config, method_name):
   a, b = (record(digits_config(method_name, seed=s)) for s in (0, 1))
   assert a["state_hash"] != b["state_hash"] and a["split_hash"] != b["split_hash"]

@@ -1,8 +1,13 @@
+import importlib.util
+
 import jax
+import numpy as np
 import pytest
 from flax import traverse_util
 
 from halrp_jax import models, perturb, train
+
+from .conftest import ROOT
 
 
 def count(name, num_classes, image_shape):
@@ -30,6 +35,8 @@ def test_lenet_has_the_parameters_of_the_paper(num_classes, parameters):
   ("name", "num_classes", "image_shape", "parameters", "num_perturbed"),
   [
     ("wide_lenet", 12, (32, 32, 1), 24_466_988, 4),
+    ("saha_lenet", 10, (32, 32, 3), 2_991_500, 4),
+    ("saha_lenet_without_lrn", 5, (32, 32, 3), 2_989_000, 4),
     ("alexnet", 10, (32, 32, 3), 6_533_450, 5),
     ("alexnet", 10, (64, 64, 3), 23_310_666, 5),
     ("alexnet", 5, (64, 64, 3), 23_300_421, 5),
@@ -42,7 +49,8 @@ def test_the_networks_of_the_paper(name, num_classes, image_shape, parameters, n
   params, stats = count(name, num_classes, image_shape)
   assert size(params) == parameters
   assert len(perturb.layer_names(params)) == num_perturbed
-  assert bool(stats) == (name != "alexnet")  # AlexNet evaluates with the batch's statistics
+  # AlexNet evaluates with the batch's statistics, the LeNet of GPM has no BatchNorm
+  assert bool(stats) == (name not in ("alexnet", "saha_lenet", "saha_lenet_without_lrn"))
 
 
 def test_dropout_is_active_in_training_alone():
@@ -79,3 +87,47 @@ def test_layers_with_a_kernel_are_perturbed_but_the_head(name):
   flat = traverse_util.flatten_dict(params, sep="/")
   with_kernel = {path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")}
   assert set(names) == with_kernel - {"head"}
+
+
+@pytest.fixture(scope="module")
+def plain_networks():
+  """benchmarks/plain_networks.py: the same networks as a newcomer would write them."""
+  path = ROOT / "benchmarks" / "plain_networks.py"
+  spec = importlib.util.spec_from_file_location("plain_networks", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize("name", ["lenet", "wide_lenet", "alexnet", "resnet18", "mlp"])
+def test_ours_equal_the_plain_networks_in_losses_and_gradients(name, plain_networks):
+  """Leaf by leaf over three steps of gradient descent. AlexNet's dropout draws other numbers, so
+  that it is compared in evaluation, which normalises with the batch's statistics too."""
+  channels = 1 if name == "wide_lenet" else 3
+  ours, plain = models.make(name, 10), plain_networks.NETWORKS[name](10)
+  x = jax.random.normal(jax.random.key(1), (8, 32, 32, channels))
+  label = np.arange(8)
+  params, stats = train.initialize(ours, jax.random.key(0), x.shape[1:])
+  _, plain_stats = train.initialize(plain, jax.random.key(0), x.shape[1:])
+  in_training = name != "alexnet"
+
+  def loss(model, params, stats):
+    variables = {"params": params, "batch_stats": stats}
+    logits, _ = model.apply(variables, x, train=in_training, mutable=["batch_stats"])
+    return train.cross_entropy(logits, label, 10)
+
+  ours_fn, plain_fn = (
+    jax.jit(jax.value_and_grad(lambda p, m=m, s=s: loss(m, p, s)))
+    for m, s in ((ours, stats), (plain, plain_stats))
+  )
+  for _ in range(3):
+    got, gradient = ours_fn(params)
+    want, plain_gradient = plain_fn(plain_networks.from_ours(params))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    flat = traverse_util.flatten_dict(plain_networks.from_ours(gradient), sep="/")
+    plain_flat = traverse_util.flatten_dict(plain_gradient, sep="/")
+    assert flat.keys() == plain_flat.keys()
+    largest = max(np.abs(g).max() for g in plain_flat.values())
+    for path, g in plain_flat.items():
+      np.testing.assert_allclose(flat[path], g, atol=2e-4 * largest, err_msg=path)
+    params = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)

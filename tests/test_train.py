@@ -1,9 +1,10 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halrp_jax import data, experiment, models, train
+from halrp_jax import data, experiment, layers, models, train
 from halrp_jax.types import Inputs, Store
 
 
@@ -26,7 +27,7 @@ def fit_plain(config, epochs=None, seed=0, loss_scale=None):
     epochs or config.epochs,
     Store("test", events.append),
   )
-  return params, events
+  return params, [e for e in events if e["event"] == "epoch"]
 
 
 def test_images_are_scaled_permuted_and_normalised():
@@ -67,6 +68,47 @@ def test_scan_and_steps_learn_the_same(digits_config, rest):
     np.testing.assert_allclose(x, y, atol=1e-4)
   for x, y in zip(events_a, events_b, strict=True):
     assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
+def test_how_an_epoch_is_cut_does_not_change_a_bit(digits_config, monkeypatch):
+  (a, _), (b, _) = (
+    fit_plain(digits_config("stl", batch_size=32, loop="scan"))
+    for seconds in (1e-9, 1e9)
+    if monkeypatch.setattr(train, "_CHUNK_SECONDS", seconds) is None
+  )
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_plain_convolutions_are_not_put_into_a_loop_on_the_cpu(digits_config):
+  """The automatic loop of a network with plain convolutions is the one over steps."""
+
+  class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dense(10, name="head")(nn.Conv(4, (3, 3))(x).reshape(len(x), -1))
+
+  class Fast(Plain):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dense(10, name="head")(layers.conv(4, 3, 1, name="conv")(x).reshape(len(x), -1))
+
+  if jax.default_backend() != "cpu":
+    pytest.skip("the automatic loop asks on the CPU alone")
+  config = experiment.resolve(digits_config("stl"))
+  task = data.load(config).tasks[0]
+  for model, in_a_loop in ((Plain(), False), (Fast(), True)):
+    traces = []
+
+    def apply_fn(params, frozen, stats, image, train_mode, key, model=model, traces=traces):
+      traces.append(image.shape)
+      return model.apply({"params": params}, image), stats
+
+    fit = train.make_fit(config, lambda task: 1.0, apply_fn, lambda params, frozen: 0.0)
+    params, stats = train.initialize(model, jax.random.key(0), (8, 8, 1))
+    fit(params, stats, {}, task, jax.random.key(0), 1, Store("", lambda event: None))
+    # full and last batch; a network that isn't put into a loop is traced once more to find out
+    assert len(traces) == (2 if in_a_loop else 3)
 
 
 def test_the_loss_goes_down(digits_config):
@@ -151,9 +193,13 @@ def test_evaluate_counts_every_image_once(digits_config):
   config = experiment.resolve(digits_config("stl"))
   task = data.load(config).tasks[0]
   label = np.asarray(task.test.label)
-  accuracy = train.evaluate(
-    lambda image: jnp.tile(jnp.arange(10)[None] == 3, (len(image), 1)), task, task.test, 64
-  )
-  assert accuracy == pytest.approx(100 * np.mean(label == 3))
   empty = task.test._replace(index=task.test.index[:0], label=task.test.label[:0])
-  assert np.isnan(train.evaluate(lambda image: image, task, empty, 64))
+  three, four, none = train.evaluate(
+    lambda i, image: jnp.tile(jnp.arange(10)[None] == 3 + i, (len(image), 1)),
+    (task, task, task._replace(test=empty)),
+    "test",
+    64,
+  )
+  assert three == pytest.approx(100 * np.mean(label == 3))
+  assert four == pytest.approx(100 * np.mean(label == 4))
+  assert np.isnan(none)

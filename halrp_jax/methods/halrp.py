@@ -98,7 +98,12 @@ KEYS = {
     "importance: the method; flat: upper_rank everywhere; lrp: singular values alone; random: "
     "upper_rank everywhere with random U and V",
   ),
-  "svd": _one_of("exact", ("exact",), "how the residual is decomposed"),
+  "svd": _one_of(
+    "exact",
+    ("exact", "randomized"),
+    "how the residual is decomposed; randomized: the largest svd_rank singular values of a layer",
+  ),
+  "svd_rank": _whole(256, 1, None, "singular values per layer that svd=randomized finds"),
   "batch_norm": validate.batch_norm(None),
   "upper_rank": _whole(None, 0, None, "largest rank of a layer; 0: no cap"),
   "min_rank": _whole(None, 0, None, "smallest rank of a layer"),
@@ -161,12 +166,13 @@ def make(config, model, benchmark) -> Method:
     warm_key, select_key, fine_key = jax.random.split(key, 3)
     params, stats = warm_up(f, config, state, task, warm_key, store)
     start = time.perf_counter()
-    perturbation, ranks = select(f, config, state, params, stats, task, select_key)
+    perturbation, ranks, exact = select(f, config, state, params, stats, task, select_key)
     seconds = time.perf_counter() - start
-    store.log({"event": "ranks", "phase": store.name, "ranks": ranks, "seconds": seconds})
+    chosen = {"ranks": ranks, "ranks_exact": exact}
+    store.log({"event": "ranks", "phase": store.name} | chosen | {"seconds": seconds})
     learned = fine_tune(f, config, state, perturbation, ranks, params, stats, task, fine_key, store)
-    state = prune_all(state._replace(tasks=(*state.tasks, learned)), m)
-    return state, {"ranks": ranks, "select_seconds": seconds}
+    state = prune_all(f, state._replace(tasks=(*state.tasks, learned)), m)
+    return state, chosen | {"select_seconds": seconds}
 
   def predict(state, t, image):
     learned = state.tasks[t]
@@ -210,14 +216,19 @@ def warm_up(f, config, state, task, key, store):
 
 
 def select(f, config, state, params, stats, task, key):
-  """Lines 4 to 7: from the warmed-up network to perturbations and ranks per layer."""
+  """Lines 4 to 7: from the warmed-up network to perturbations and ranks per layer.
+
+  The last value tells if the ranks are those of the exact SVD: not if a randomised one should have
+  found more singular values than `svd_rank`.
+  """
   m, kernels = config.method, state.shared["kernels"]
   free, _ = perturb.split(params)
   importance = dict.fromkeys(kernels, 1.0)
   if m.rank_rule == "importance":
     importance = layer_importance(f, config, params, stats, task)
-  decomposition = f.decompose(kernels, free)
-  ranks = choose_ranks(m, decomposition, kernels, importance)
+  svd_key, key = jax.random.split(key)
+  decomposition = f.decompose(kernels, free, svd_key)
+  ranks, exact = choose_ranks(m, decomposition, kernels, importance)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
     width = _columns(kernels[name], m)
@@ -226,7 +237,7 @@ def select(f, config, state, params, stats, task, key):
       perturbation[name] = lowrank.random_factors(layer_key, d, ranks[name], width)
     else:
       perturbation[name] = f.truncate(d, ranks[name], width, m.sigma == "folded")
-  return jax.block_until_ready(perturbation), ranks
+  return jax.block_until_ready(perturbation), ranks, exact
 
 
 def layer_importance(f, config, params, stats, task) -> dict[str, float]:
@@ -245,18 +256,23 @@ def layer_importance(f, config, params, stats, task) -> dict[str, float]:
   return total
 
 
-def choose_ranks(m, decomposition, kernels, importance) -> dict[str, int]:
-  """Line 6, for the whole network at once (paper Eq. 11)."""
+def choose_ranks(m, decomposition, kernels, importance) -> tuple[dict[str, int], bool]:
+  """Line 6, for the whole network at once (paper Eq. 11). -> ranks, whether they are exact"""
+  found = [d.sigma.size for d in decomposition.values()]
   if m.rank_rule in ("flat", "random"):
-    return {name: min(m.upper_rank, d.sigma.size) for name, d in decomposition.items()}
-  scores = []
-  for name, d in decomposition.items():
-    window = kernels[name][..., 0, 0].size if m.window_factor else 1
-    scores.append(window * importance[name] * np.asarray(d.sigma, np.float64) ** 2)
-  ranks = lowrank.allocate_ranks(
-    scores, m.alpha, crossing=m.crossing, min_rank=m.min_rank, upper_rank=m.upper_rank
-  )
-  return dict(zip(decomposition, ranks, strict=True))
+    wanted = ranks = [min(m.upper_rank, *kernels[name].shape[-2:]) for name in decomposition]
+  else:
+    scores = []
+    for name, d in decomposition.items():
+      window = kernels[name][..., 0, 0].size if m.window_factor else 1
+      scores.append(window * importance[name] * lowrank.squared_singular_values(d))
+    wanted = lowrank.allocate_ranks(scores, m.alpha, crossing=m.crossing)
+    ranks = lowrank.allocate_ranks(
+      scores, m.alpha, crossing=m.crossing, min_rank=m.min_rank, upper_rank=m.upper_rank
+    )
+  exact = all(k <= n for k, n in zip(wanted, found, strict=True))
+  ranks = [min(k, n) for k, n in zip(ranks, found, strict=True)]
+  return dict(zip(decomposition, ranks, strict=True)), exact
 
 
 def fine_tune(f, config, state, perturbation, ranks, params, stats, task, key, store):
@@ -269,7 +285,7 @@ def fine_tune(f, config, state, perturbation, ranks, params, stats, task, key, s
   return _learned(task, trained["perturbation"], ranks, trained["rest"], stats)
 
 
-def prune_all(state: State, m) -> State:
+def prune_all(f, state: State, m) -> State:
   """Line 9: prunes U and V of every task since the second (paper Sect. 4.4)."""
   bound = None if m.prune_bound == "none" else m.prune_bound
   rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state))
@@ -279,7 +295,7 @@ def prune_all(state: State, m) -> State:
   values = [_low_rank_values(p) for p in later]
   taus = lowrank.prune_thresholds(values, m.prune, m.prune_threshold, rate)
   pruned = [
-    p | {"perturbation": {n: lowrank.prune(q, tau[n]) for n, q in p["perturbation"].items()}}
+    p | {"perturbation": {n: f.prune(q, tau[n]) for n, q in p["perturbation"].items()}}
     for p, tau in zip(later, taus, strict=True)
   ]
   return state._replace(tasks=(first, *pruned))
@@ -293,8 +309,9 @@ class _Functions(NamedTuple):
   fit_free: Callable  # `train.make_fit` of the plain network
   fit_perturbed: Callable  # `train.make_fit` of the perturbed one
   square_gradients: Callable  # (params, stats, image, label, num_classes) -> {layer: |g_l|^2}
-  decompose: Callable  # (kernels, free kernels) -> {layer: Decomposition}
+  decompose: Callable  # (kernels, free kernels, key) -> {layer: Decomposition}
   truncate: Callable  # `lowrank.truncate`
+  prune: Callable  # `lowrank.prune`
   logits: Callable  # (kernels, tasks[t], image) -> logits
 
 
@@ -329,20 +346,28 @@ def _build(config, model, benchmark) -> _Functions:
 
     return {name: jnp.vdot(g, g) for name, g in jax.grad(loss_fn)(kernels).items()}
 
-  def decompose(base, free):
-    return {name: lowrank.decompose(base[name], free[name]) for name in base}
+  def decompose(base, free, key):
+    if m.svd == "exact":
+      return {name: lowrank.decompose(base[name], free[name]) for name in base}
+    return {
+      name: lowrank.decompose_randomized(
+        base[name], free[name], jax.random.fold_in(key, i), m.svd_rank
+      )
+      for i, name in enumerate(base)
+    }
 
   def logits(kernels, learned, image):
     frozen, stats = {"kernels": kernels}, learned["stats"]
     return apply_perturbed(learned, frozen, stats, image, False, None)[0]
 
   return _Functions(
-    initialize=lambda key: train.initialize(model, key, benchmark.image_shape),
+    initialize=jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape)),
     fit_free=train.make_fit(config, decay, *train.plain_network(model)),
     fit_perturbed=train.make_fit(config, decay, apply_perturbed, penalty),
     square_gradients=jax.jit(square_gradients),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
+    prune=jax.jit(lowrank.prune),
     logits=jax.jit(logits),
   )
 
@@ -374,7 +399,7 @@ def _learned(task, perturbation, ranks, rest, stats):
 def _low_rank_values(learned) -> dict[str, np.ndarray]:
   """All entries of U and V below the chosen rank, per layer; padding is no value."""
   return {
-    name: np.concatenate([np.ravel(x[:, : int(learned["rank"][name])]) for x in (p.U, p.V)])
+    name: np.concatenate([np.ravel(np.asarray(x)[:, : learned["rank"][name]]) for x in (p.U, p.V)])
     for name, p in learned["perturbation"].items()
   }
 

@@ -31,6 +31,7 @@ def make(config, model, benchmark) -> Method:
     config, train.learning_rate_decay(config, benchmark), *train.plain_network(model)
   )
   frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
+  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
   logits_fn = jax.jit(
     lambda p, x: train.apply_model(model, p["params"], p["stats"], x, False, None)[0]
   )
@@ -41,7 +42,7 @@ def make(config, model, benchmark) -> Method:
   def learn(state, tasks, key, store):
     (task,) = tasks
     init_key, fit_key = jax.random.split(key)
-    params, stats = train.initialize(model, init_key, benchmark.image_shape)
+    params, stats = initialize(init_key)
     params, stats = fit(params, stats, frozen, task, fit_key, config.epochs, store.child("train"))
     learned = {"params": params, "stats": stats, "num_classes": jnp.int32(task.num_classes)}
     return State(state.shared, (*state.tasks, learned)), {}

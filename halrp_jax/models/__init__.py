@@ -3,6 +3,7 @@
 To add one: a file beside this one and a line in `NETWORKS`.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -12,6 +13,8 @@ from halrp_jax.models import alexnet, lenet, mlp, resnet
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "lenet": lenet.LeNet,
   "wide_lenet": lenet.WideLeNet,
+  "saha_lenet": lenet.SahaLeNet,
+  "saha_lenet_without_lrn": functools.partial(lenet.SahaLeNet, lrn=False),
   "alexnet": alexnet.AlexNet,
   "resnet18": resnet.ResNet18,
   "mlp": mlp.MLP,

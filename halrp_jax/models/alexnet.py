@@ -25,13 +25,15 @@ class AlexNet(nn.Module):
     """[B, H, W, C] -> logits [B, num_classes]"""
     blocks = zip(self.channels, self.kernels, self.dropout, strict=True)
     for i, (features, width, rate) in enumerate(blocks, 1):
-      x = layers.conv(features, width, x.shape[-1], padding=0, name=f"conv{i}")(x)
-      x = layers.BatchNorm(self.running, relu=True, name=f"bn{i}")(x, train)
-      x = nn.Dropout(rate, deterministic=not train)(x)
+      num_in = width**2 * x.shape[-1]
+      x = layers.conv(features, width, padding=0, name=f"conv{i}")(x)
+      x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn{i}")(x, train)
+      x = layers.Dropout(rate)(x, train)
       x = layers.max_pool(x)
     x = x.reshape(len(x), -1)
     for i, features in enumerate(self.hidden, 1):
-      x = layers.dense(features, x.shape[-1], name=f"fc{i}")(x)
-      x = layers.BatchNorm(self.running, relu=True, name=f"bn_fc{i}")(x, train)
-      x = nn.Dropout(0.5, deterministic=not train)(x)
+      num_in = x.shape[-1]
+      x = layers.dense(features, num_in, bias=False, name=f"fc{i}")(x)
+      x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
+      x = layers.Dropout(0.5)(x, train)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)

@@ -23,15 +23,41 @@ class LeNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, C] -> logits [B, num_classes]"""
     for i, features in enumerate(self.channels, 1):
-      x = layers.conv(features, 5, x.shape[-1], padding=2, name=f"conv{i}")(x)
-      norm = layers.BatchNorm(self.running, relu=True, pool=2, name=f"bn{i}")
+      num_in = 5 * 5 * x.shape[-1]
+      x = layers.conv(features, 5, padding=2, name=f"conv{i}")(x)
+      norm = layers.BatchNorm(self.running, relu=True, pool=2, num_in=num_in, name=f"bn{i}")
       x = norm(x, train)  # [B, H/2, W/2, features]
     x = x.reshape(len(x), -1)
     for i, features in enumerate(self.hidden, 1):
-      x = layers.dense(features, x.shape[-1], name=f"fc{i}")(x)
-      x = layers.BatchNorm(self.running, relu=True, name=f"bn_fc{i}")(x, train)
+      num_in = x.shape[-1]
+      x = layers.dense(features, num_in, bias=False, name=f"fc{i}")(x)
+      x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)
 
 
 # Omniglot-Rotation, 1 x 32 x 32, 12 classes: 24,466,988 parameters
 WideLeNet = functools.partial(LeNet, channels=(64, 128), hidden=(2500, 1500))
+
+
+class SahaLeNet(nn.Module):
+  """The LeNet of GPM (Saha et al. 2021) and, without `lrn`, of WSN: no BatchNorm, no biases.
+
+  conv5x5-ReLU-LRN-pool twice, dense-ReLU twice, head; 2,991,500 parameters with 10 classes.
+  """
+
+  num_classes: int
+  channels: tuple[int, int] = (20, 50)
+  hidden: tuple[int, int] = (800, 500)
+  lrn: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """[B, H, W, C] -> logits [B, num_classes]"""
+    for i, features in enumerate(self.channels, 1):
+      x = nn.relu(layers.conv(features, 5, padding=2, name=f"conv{i}")(x))
+      x = layers.local_response_norm(x) if self.lrn else x
+      x = layers.overlapping_max_pool(x)  # [B, H/2, W/2, features]
+    x = x.reshape(len(x), -1)
+    for i, features in enumerate(self.hidden, 1):
+      x = nn.relu(layers.dense(features, x.shape[-1], bias=False, name=f"fc{i}")(x))
+    return layers.dense(self.num_classes, x.shape[-1], bias=False, name="head")(x)

@@ -4,6 +4,8 @@
 Average pooling is 2 x 2, not global.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 
@@ -20,13 +22,15 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[B, H, W, C] -> [B, H/stride, W/stride, features]"""
-    y = layers.conv(self.features, 3, x.shape[-1], 1, self.stride, name="conv1")(x)
-    y = layers.BatchNorm(self.running, relu=True, name="bn1")(y, train)
-    y = layers.conv(self.features, 3, self.features, 1, name="conv2")(y)
-    y = layers.BatchNorm(self.running, name="bn2")(y, train)
+    num_in = x.shape[-1]
+    norm = functools.partial(layers.BatchNorm, self.running)
+    y = layers.conv(self.features, 3, 1, self.stride, name="conv1")(x)
+    y = norm(relu=True, num_in=9 * num_in, name="bn1")(y, train)
+    y = layers.conv(self.features, 3, 1, name="conv2")(y)
+    y = norm(num_in=9 * self.features, name="bn2")(y, train)
     if x.shape != y.shape:
-      x = layers.conv(self.features, 1, x.shape[-1], 0, self.stride, name="shortcut")(x)
-      x = layers.BatchNorm(self.running, name="bn_shortcut")(x, train)
+      x = layers.conv(self.features, 1, 0, self.stride, name="shortcut")(x)
+      x = norm(num_in=num_in, name="bn_shortcut")(x, train)
     return nn.relu(x + y)
 
 
@@ -40,8 +44,9 @@ class ResNet18(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, C] -> logits [B, num_classes]"""
-    x = layers.conv(self.width, 3, x.shape[-1], 1, name="conv1")(x)
-    x = layers.BatchNorm(self.running, relu=True, name="bn1")(x, train)
+    num_in = 9 * x.shape[-1]
+    x = layers.conv(self.width, 3, 1, name="conv1")(x)
+    x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name="bn1")(x, train)
     for stage in range(4):
       for i in range(2):
         stride = 2 if stage and not i else 1

@@ -1,0 +1,69 @@
+"""XLA's compiled programs kept from one start of a program to the next."""
+
+import hashlib
+import os
+import pathlib
+import platform
+import stat
+
+import jax
+
+from halrp_jax.types import UserError
+
+
+def use(folder: str) -> pathlib.Path | None:
+  """Keeps compiled programs in a folder that is the user's own.
+
+  A program in it is run as it is, hence nobody else may be able to write there; and it fits one
+  kind of processor alone, hence a folder for each below it. JAX's own JAX_COMPILATION_CACHE_DIR
+  goes first. Delete the folder at any time.
+
+  Args:
+    folder: "" for halrp_jax in $XDG_CACHE_HOME or ~/.cache, "off" for none, or a folder.
+
+  Returns:
+    The folder in use; None if there is none.
+
+  Raises:
+    UserError: if a folder was named and can't be used. The default is then left alone silently.
+  """
+  if folder == "off" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return None
+  try:
+    path = (pathlib.Path(folder) if folder else _default()) / f"xla-{_processor()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_private(path.parent)
+    _require_private(path)
+  except (OSError, RuntimeError) as e:
+    if folder:
+      raise UserError(
+        f"--compile_cache={folder}: {e}; name a folder of your own that only you can write, or off"
+      ) from e
+    return None
+  jax.config.update("jax_compilation_cache_dir", str(path))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  return path
+
+
+def _default() -> pathlib.Path:
+  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(home) / "halrp_jax"
+
+
+def _require_private(path: pathlib.Path) -> None:
+  status = path.stat()
+  if status.st_uid != os.getuid():
+    raise OSError(f"{path} belongs to another user")
+  if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    raise OSError(f"{path} can be written by others")
+
+
+def _processor() -> str:
+  """A name for processors that can run the same program."""
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+  except OSError:
+    flags = platform.processor()
+  return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]
