@@ -5,12 +5,12 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "halrp_jax"
 LAYERS = (
-  {"types", "allocator"},
+  {"types", "allocator", "stop"},
   {"lowrank", "metrics", "validate", "layers", "data", "compile_cache"},
   {"perturb", "models"},
   {"train", "checkpoint"},
   {"methods"},
-  {"report"},
+  {"report", "workdir"},
   {"experiment"},
   {"commands"},
   {"main", "__main__"},
