@@ -129,5 +129,5 @@ def test_ours_equal_the_plain_networks_in_losses_and_gradients(name, plain_netwo
     assert flat.keys() == plain_flat.keys()
     largest = max(np.abs(g).max() for g in plain_flat.values())
     for path, g in plain_flat.items():
-      np.testing.assert_allclose(flat[path], g, atol=2e-4 * largest, err_msg=path)
+      np.testing.assert_allclose(flat[path], g, atol=2e-3 * largest, err_msg=path)
     params = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)

@@ -26,6 +26,7 @@ def record():
     "increment": [0.0, 0.123],
     "size": [{"nonzero": 1000}, {"nonzero": 1234}],
     "seconds": [{"train": 1.0}, {"train": 2.5}],
+    "peak_memory_bytes": 300 * 2**20,
   }
 
 
