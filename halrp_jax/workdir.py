@@ -252,8 +252,8 @@ def _to_device(x):
 def _restore(found, like, folder):
   """Numpy arrays of the list `found` in the structure of `like`."""
   leaves, structure = jax.tree.flatten(like)
-  expected = [(np.shape(x), np.result_type(x)) for x in leaves]
-  if [(np.shape(x), np.result_type(x)) for x in found] != expected:
+  expected = [(x.shape, x.dtype) for x in leaves]
+  if [(x.shape, x.dtype) for x in found] != expected:
     raise checkpoint.Damaged(f"{folder}: its arrays are not those of this config's model")
   return structure.unflatten(found)
 

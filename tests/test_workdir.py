@@ -1,0 +1,267 @@
+"""A run's folder: what is interrupted goes on to the same bits, what is damaged is noticed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from halrp_jax import experiment, stop, workdir
+from halrp_jax.types import Diverged, Stopped, UserError
+
+from .conftest import ROOT
+
+TIMES = ("seconds", "peak_memory_bytes", "date")
+
+
+def timeless(x):
+  """Without what differs between two equal runs."""
+  if isinstance(x, dict):
+    return {k: timeless(v) for k, v in x.items() if k not in TIMES}
+  return [timeless(y) for y in x] if isinstance(x, list) else x
+
+
+def events(folder):
+  return [timeless(json.loads(x)) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+  """Record and events of two run folders."""
+  records = [timeless(json.loads((f / "record.json").read_text())) for f in (a, b)]
+  return records[0] == records[1] and events(a) == events(b)
+
+
+class StopAt:
+  """Asks to stop at the n-th time it is asked."""
+
+  def __init__(self, n):
+    self.left = n
+
+  def __call__(self):
+    self.left -= 1
+    return self.left == 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """Uninterrupted runs, shared: config -> folder, how often it asked whether to stop."""
+  cache = {}
+
+  def get(config):
+    name = config.method.name
+    if name not in cache:
+      folder, asked = tmp_path_factory.mktemp("whole"), StopAt(-1)
+      experiment.run(config, str(folder), stop_asked=asked)
+      cache[name] = folder, -asked.left - 1
+    return cache[name]
+
+  return get
+
+
+def test_stopped_runs_go_on_to_the_same_bits(whole, digits_config, method_name, tmp_path):
+  config = digits_config(method_name)
+  folder, asked = whole(config)
+  stops = 0
+  for n in (2, asked // 3, asked // 3, 5):
+    try:
+      experiment.run(config, str(tmp_path), stop_asked=StopAt(n))
+    except Stopped:
+      stops += 1
+  experiment.run(config, str(tmp_path))
+  assert stops >= 3 and same(folder, tmp_path)
+
+
+def test_a_finished_run_says_so_and_does_nothing(whole, digits_config):
+  config = digits_config("stl")
+  folder, _ = whole(config)
+  seen = []
+  record = experiment.run(config, str(folder), seen.append)
+  assert seen == [{"event": "finished"}]
+  assert record == json.loads((folder / "record.json").read_text())
+
+
+def test_another_config_is_refused_by_the_keys_that_differ(whole, digits_config):
+  folder, _ = whole(digits_config("stl"))
+  with pytest.raises(UserError, match=r"epochs = 3 \(was 2\).*learning_rate"):
+    experiment.run(digits_config("stl", epochs=3, learning_rate=0.5), str(folder))
+  neutral = digits_config("stl", **{"checkpoint.every_epochs": 7, "data_dir": "/elsewhere"})
+  experiment.run(neutral, str(folder))
+
+
+@pytest.fixture
+def half(digits_config, tmp_path):
+  """A run of two tasks and a bit: folder, config."""
+  config = digits_config("halrp", **{"epochs": 3})
+  seen = []
+
+  def in_third_task():
+    return any(e["event"] == "epoch" and e["phase"] == "task02/finetune" for e in seen)
+
+  with pytest.raises(Stopped):
+    experiment.run(config, str(tmp_path / "run"), seen.append, stop_asked=in_third_task)
+  states = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("state-*"))
+  assert states == ["state-0001", "state-0002"]
+  return tmp_path / "run", config
+
+
+def finish_equals(folder, config, tmp_path):
+  experiment.run(config, str(folder))
+  experiment.run(config, str(tmp_path / "again"))
+  return same(folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize("part", ["state-0002", "task01-*", "shared-*", "now.*"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "folder"])
+def test_damage_is_noticed_and_mended(half, part, damage, tmp_path):
+  folder, config = half
+  for item in (folder / "checkpoints").glob(part):
+    path = max((p for p in item.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = path.read_bytes()
+    if damage == "folder":
+      shutil.rmtree(item)
+      item.mkdir()
+    elif damage == "delete":
+      path.unlink()
+    elif damage == "flip":
+      path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+      path.write_bytes(content[: len(content) // 2])
+  with pytest.warns(UserWarning, match="checkpoints"):
+    experiment.run(config, str(folder))
+  experiment.run(config, str(tmp_path / "again"))
+  assert same(folder, tmp_path / "again")
+
+
+def test_strict_stops_at_damage(half, digits_config):
+  folder, _ = half
+  (folder / "checkpoints" / "state-0002" / "about.json").write_text("")
+  config = digits_config("halrp", **{"epochs": 3, "checkpoint.strict": True})
+  with pytest.raises(UserError, match="about.json: was changed"):
+    experiment.run(config, str(folder))
+
+
+def test_what_an_interrupted_save_left_behind_is_no_harm(half, tmp_path):
+  folder, config = half
+  (folder / "checkpoints" / ".writing-state-0003").mkdir()
+  (folder / "checkpoints" / "stray").mkdir()
+  assert finish_equals(folder, config, tmp_path)
+  assert not (folder / "checkpoints" / "stray").exists()
+
+
+def test_two_runs_in_one_folder(digits_config, tmp_path):
+  config = experiment.resolve(digits_config("stl")).to_dict()
+  arguments = (str(tmp_path), config, False, False, lambda: False)
+  with (
+    workdir.opened(*arguments),
+    pytest.raises(UserError, match=f"in use .process {os.getpid()} on"),
+    workdir.opened(*arguments),
+  ):
+    pass
+  with workdir.opened(*arguments):  # free again
+    pass
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(half, monkeypatch, tmp_path):
+  folder, config = half
+
+  def full(*args):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as m, pytest.raises(UserError, match="No space left on device"):
+    m.setattr(workdir.checkpoint, "save", full)
+    experiment.run(config, str(folder))
+  assert finish_equals(folder, config, tmp_path)
+
+
+def test_infinite_loss_says_where_and_what_to_try(digits_config, tmp_path):
+  config = digits_config("stl", learning_rate=1e30)
+  with pytest.raises(Diverged, match=r"task00/train, epoch \d, step \d+ of \d+: the loss is"):
+    experiment.run(config, str(tmp_path))
+
+
+def test_disk_use_is_the_sum_of_the_parts(whole, digits_config):
+  """One item per task and one for what is shared; nothing is left of the work inside tasks."""
+  folder, _ = whole(digits_config("stl"))
+  names = sorted(p.name.split("-")[0] for p in (folder / "checkpoints").iterdir())
+  assert names == ["shared", "state", "state", *(f"task{t:02d}" for t in range(10))]
+
+
+# --- in processes ---------------------------------------------------------------------
+
+
+def start(folder, *more):
+  command = [sys.executable, "-m", "halrp_jax.main", f"--config={ROOT}/configs/digits.py"]
+  arguments = ["--config.epochs=4", "--config.train_fraction=0.5", f"--workdir={folder}", *more]
+  return subprocess.Popen(
+    [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+
+
+def wait_for_events(folder, n, process):
+  path = folder / "metrics.jsonl"
+  while process.poll() is None:
+    if path.exists() and len(path.read_bytes().splitlines()) >= n:
+      return
+    time.sleep(0.01)
+
+
+def killed_and_finished(folder, kills, seed):
+  """Kills a run at random moments and lets it end. -> kills that hit a run at work"""
+  rng, hits = random.Random(seed), 0
+  for _ in range(kills):
+    process = start(folder)
+    path = folder / "metrics.jsonl"
+    wait_for_events(
+      folder, len(path.read_bytes().splitlines()) + 1 if path.exists() else 1, process
+    )
+    time.sleep(rng.uniform(0, 0.4))
+    process.kill()
+    process.communicate()
+    hits += process.returncode == -signal.SIGKILL
+  process = start(folder)
+  _, err = process.communicate()
+  assert process.returncode == 0, err
+  return hits
+
+
+@pytest.fixture(scope="module")
+def whole_process(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("process")
+  process = start(folder)
+  _, err = process.communicate()
+  assert process.returncode == 0, err
+  return folder
+
+
+def test_killed_runs_end_with_the_same_bits(whole_process, tmp_path):
+  assert killed_and_finished(tmp_path, kills=3, seed=0) >= 1
+  assert same(whole_process, tmp_path)
+
+
+@pytest.mark.slow
+def test_thirty_kills(whole_process, tmp_path):
+  hits, rounds = 0, 0
+  while hits < 30:
+    rounds += 1
+    hits += killed_and_finished(tmp_path / str(rounds), kills=6, seed=rounds)
+    assert same(whole_process, tmp_path / str(rounds))
+  print(f"kills survived: {hits} in {rounds} runs")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_run_soon_with_its_own_exit_code(whole_process, number, tmp_path):
+  process = start(tmp_path)
+  wait_for_events(tmp_path, 3, process)
+  begin = time.monotonic()
+  process.send_signal(number)
+  _, err = process.communicate()
+  assert process.returncode == stop.EXIT_CODE and time.monotonic() - begin < 30
+  assert "Traceback" not in err and "the same command goes on" in err
+  process = start(tmp_path)
+  process.communicate()
+  assert process.returncode == 0 and same(whole_process, tmp_path)
