@@ -129,5 +129,7 @@ def test_ours_equal_the_plain_networks_in_losses_and_gradients(name, plain_netwo
     assert flat.keys() == plain_flat.keys()
     largest = max(np.abs(g).max() for g in plain_flat.values())
     for path, g in plain_flat.items():
-      np.testing.assert_allclose(flat[path], g, atol=2e-3 * largest, err_msg=path)
+      # by norms: rounding turns single ReLUs round, which moves single entries
+      scale = max(np.linalg.norm(g), 1e-3 * largest * np.sqrt(g.size))
+      assert np.linalg.norm(flat[path] - g) < 0.02 * scale, path
     params = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)
