@@ -93,32 +93,54 @@ def test_another_config_is_refused_by_the_keys_that_differ(whole, digits_config)
   experiment.run(neutral, str(folder))
 
 
+THREE_EPOCHS = {"epochs": 3, "train_fraction": 0.3}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+  """Made once: a run that was stopped in its third task, and the same run uninterrupted."""
+  cache = []
+
+  def get(config):
+    if not cache:
+      root, seen = tmp_path_factory.mktemp("half"), []
+
+      def in_third_task():
+        return any(e["event"] == "epoch" and e["phase"] == "task02/finetune" for e in seen)
+
+      with pytest.raises(Stopped):
+        experiment.run(config, str(root / "half"), seen.append, stop_asked=in_third_task)
+      states = sorted(p.name for p in (root / "half" / "checkpoints").glob("state-*"))
+      assert states == ["state-0001", "state-0002"]
+      experiment.run(config, str(root / "whole"))
+      cache.append(root)
+    return cache[0]
+
+  return get
+
+
 @pytest.fixture
-def half(digits_config, tmp_path):
-  """A run of two tasks and a bit: folder, config."""
-  config = digits_config("halrp", **{"epochs": 3})
-  seen = []
-
-  def in_third_task():
-    return any(e["event"] == "epoch" and e["phase"] == "task02/finetune" for e in seen)
-
-  with pytest.raises(Stopped):
-    experiment.run(config, str(tmp_path / "run"), seen.append, stop_asked=in_third_task)
-  states = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("state-*"))
-  assert states == ["state-0001", "state-0002"]
-  return tmp_path / "run", config
+def half(digits_config, originals, tmp_path):
+  """A copy of the stopped run, its config, the uninterrupted run."""
+  config = digits_config("halrp", **THREE_EPOCHS)
+  root = originals(config)
+  shutil.copytree(root / "half", tmp_path / "run")
+  return tmp_path / "run", config, root / "whole"
 
 
-def finish_equals(folder, config, tmp_path):
-  experiment.run(config, str(folder))
-  experiment.run(config, str(tmp_path / "again"))
-  return same(folder, tmp_path / "again")
-
-
-@pytest.mark.parametrize("part", ["state-0002", "task01-*", "shared-*", "now.*"])
-@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "folder"])
-def test_damage_is_noticed_and_mended(half, part, damage, tmp_path):
-  folder, config = half
+@pytest.mark.parametrize(
+  ("part", "damage"),
+  [
+    ("state-0002", "truncate"),
+    ("state-0002", "folder"),
+    ("task01-*", "flip"),
+    ("shared-*", "delete"),
+    ("now.*", "flip"),
+    ("now.*", "delete"),
+  ],
+)
+def test_damage_is_noticed_and_mended(half, part, damage):
+  folder, config, want = half
   for item in (folder / "checkpoints").glob(part):
     path = max((p for p in item.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = path.read_bytes()
@@ -133,23 +155,23 @@ def test_damage_is_noticed_and_mended(half, part, damage, tmp_path):
       path.write_bytes(content[: len(content) // 2])
   with pytest.warns(UserWarning, match="checkpoints"):
     experiment.run(config, str(folder))
-  experiment.run(config, str(tmp_path / "again"))
-  assert same(folder, tmp_path / "again")
+  assert same(folder, want)
 
 
 def test_strict_stops_at_damage(half, digits_config):
-  folder, _ = half
+  folder, _, _ = half
   (folder / "checkpoints" / "state-0002" / "about.json").write_text("")
-  config = digits_config("halrp", **{"epochs": 3, "checkpoint.strict": True})
+  config = digits_config("halrp", **THREE_EPOCHS, **{"checkpoint.strict": True})
   with pytest.raises(UserError, match="about.json: was changed"):
     experiment.run(config, str(folder))
 
 
-def test_what_an_interrupted_save_left_behind_is_no_harm(half, tmp_path):
-  folder, config = half
+def test_what_an_interrupted_save_left_behind_is_no_harm(half):
+  folder, config, want = half
   (folder / "checkpoints" / ".writing-state-0003").mkdir()
   (folder / "checkpoints" / "stray").mkdir()
-  assert finish_equals(folder, config, tmp_path)
+  experiment.run(config, str(folder))
+  assert same(folder, want)
   assert not (folder / "checkpoints" / "stray").exists()
 
 
@@ -166,8 +188,8 @@ def test_two_runs_in_one_folder(digits_config, tmp_path):
     pass
 
 
-def test_a_full_disk_is_one_clear_line_and_loses_nothing(half, monkeypatch, tmp_path):
-  folder, config = half
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(half, monkeypatch):
+  folder, config, want = half
 
   def full(*args):
     raise OSError(28, "No space left on device")
@@ -175,7 +197,8 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(half, monkeypatch, tmp_
   with monkeypatch.context() as m, pytest.raises(UserError, match="No space left on device"):
     m.setattr(workdir.checkpoint, "save", full)
     experiment.run(config, str(folder))
-  assert finish_equals(folder, config, tmp_path)
+  experiment.run(config, str(folder))
+  assert same(folder, want)
 
 
 def test_infinite_loss_says_where_and_what_to_try(digits_config, tmp_path):
