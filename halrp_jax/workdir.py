@@ -54,6 +54,7 @@ class Workdir:
     self._pending: list[Future] = []
     self._num_events = 0  # that are in metrics.jsonl and stay there
     self._metrics = None
+    self._written: set[str] = set()  # parts of the last state
 
   # --- events -----------------------------------------------------------------------
 
@@ -100,18 +101,9 @@ class Workdir:
   def _write(self, name: str, tree) -> None:
     self._submit(self.items / _item(name), tree, {"events": self._num_events})
 
-  def _submit(self, folder, tree, about, unless_there=False) -> None:
+  def _submit(self, folder, tree, about) -> None:
     self._raise_errors(wait=False)
-    packed = checkpoint.pack(tree)
-
-    def write():
-      if unless_there:
-        with contextlib.suppress(checkpoint.Damaged, FileNotFoundError):
-          checkpoint.verify(folder)
-          return
-      checkpoint.save(folder, packed, about)
-
-    self._pending.append(self._writer.submit(write))
+    self._pending.append(self._writer.submit(checkpoint.save, folder, checkpoint.pack(tree), about))
 
   def _raise_errors(self, wait: bool) -> None:
     done = [f for f in self._pending if wait or f.done()]
@@ -132,7 +124,9 @@ class Workdir:
     names = []
     for name, tree in (("shared", state.shared), *_numbered(state.tasks)):
       names.append(f"{name}-{checkpoint.fingerprint(tree)[:16]}")
-      self._submit(self.items / names[-1], {"tree": tree}, {}, unless_there=True)
+      if names[-1] not in self._written:
+        self._submit(self.items / names[-1], {"tree": tree}, {})
+    self._written = set(names)
     about = {"items": names, "results": results, "events": self._num_events}
     self._submit(self.items / f"state-{position:04d}", {}, about)
     self._pending.append(self._writer.submit(self._sweep))
@@ -151,7 +145,7 @@ class Workdir:
       try:
         about = checkpoint.verify(folder)
         shared, *tasks = (checkpoint.load(self.items / n)[0]["tree"] for n in about["items"])
-        self._num_events = about["events"]
+        self._num_events, self._written = about["events"], set(about["items"])
         state = State(*jax.tree.map(jnp.asarray, (shared, tuple(tasks))))
         return int(folder.name.removeprefix("state-")), state, about["results"]
       except (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError) as e:
@@ -206,7 +200,8 @@ def opened(
         run.close()
   except OSError as e:
     raise UserError(
-      f"--workdir={path}: {e.strerror or e}; choose a folder that can be written"
+      f"--workdir={path}: {e.strerror or e} ({e.filename or 'checkpoint'}); choose a folder that "
+      "can be written and has room"
     ) from e
 
 
