@@ -1,10 +1,11 @@
 # make demo    install, learn ten tasks of permuted digits with HALRP and STL, print both
 # make test    install with the test extra, lint, format check, pytest
+# make test-slow    the tests that take minutes: thirty kills
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs
 
-.PHONY: demo test environment test-environment clean
+.PHONY: demo test test-slow environment test-environment clean
 
 demo: environment
 	$(BIN)/python -m halrp_jax.main --config=configs/digits.py --workdir=$(RUNS)/digits-halrp --overwrite
@@ -15,6 +16,9 @@ test: test-environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+test-slow: test-environment
+	$(BIN)/python -m pytest -m slow -rP
 
 environment: .venv/installed
 test-environment: .venv/installed-test

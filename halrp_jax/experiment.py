@@ -3,10 +3,7 @@
 import contextlib
 import datetime
 import functools
-import hashlib
-import json
 import os
-import pathlib
 import platform
 import resource
 import time
@@ -19,11 +16,20 @@ from flax import traverse_util
 from ml_collections import config_dict
 
 import halrp_jax
-from halrp_jax import data, methods, metrics, models, perturb, train, validate
+from halrp_jax import (
+  checkpoint,
+  data,
+  methods,
+  metrics,
+  models,
+  perturb,
+  train,
+  validate,
+  workdir,
+)
 from halrp_jax.types import Benchmark, Method, Store, UserError
 
 SCHEMA = 1  # of record.json
-RECORD, METRICS, CONFIG = "record.json", "metrics.jsonl", "config.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 
 
@@ -61,6 +67,7 @@ def make_config(method: str, *, methods_: dict[str, dict], protocol: dict, **key
 
   config = values(validate.KEYS, keys)
   config["protocol"] = values(validate.PROTOCOL_KEYS, protocol)
+  config["checkpoint"] = values(validate.CHECKPOINT_KEYS, {})
   config["method"] = {"name": method} | values(method_keys, methods_.get(method, {}))
   return config_dict.ConfigDict(config).lock()
 
@@ -78,8 +85,7 @@ def resolve(config) -> config_dict.ConfigDict:
   for key, value in methods.variant_defaults(values["method"]).items():
     if values["method"].get(key) is None:
       values["method"][key] = value
-  flat = {f"{k}.{j}": x for k in ("protocol", "method") for j, x in values[k].items()}
-  flat |= {k: v for k, v in values.items() if k not in ("protocol", "method")}
+  flat = validate.flat(values)
   del flat["method.name"]
   method = methods.METHODS[name]
   lines = validate.errors(flat, validate.keys_of(method.KEYS))
@@ -129,12 +135,8 @@ def plan(config) -> dict:
     for t in benchmark.tasks
   ]
   steps = sum(config.epochs * train.steps_per_epoch(config, t["train"]) for t in tasks)
-  nested = config.to_dict()
-  flat_config = {k: v for k, v in nested.items() if not isinstance(v, dict)}
-  for k in ("protocol", "method"):
-    flat_config |= {f"{k}.{j}": v for j, v in nested[k].items()}
   return {
-    "config": flat_config,
+    "config": validate.flat(config.to_dict()),
     "benchmark": benchmark.name,
     "tasks": tasks,
     "image_shape": benchmark.image_shape,
@@ -146,69 +148,69 @@ def plan(config) -> dict:
 
 def run(
   config,
-  workdir: str,
+  path: str,
   show: Callable[[dict], None] = lambda event: None,
   overwrite: bool = False,
+  stop_asked: Callable[[], bool] = lambda: False,
 ) -> dict:
   """Learns all tasks of a config one after another and writes the record.
 
+  A run that was interrupted goes on where it was; one that is finished returns its record.
+
   Args:
     config: from `make_config`, overrides applied.
-    workdir: folder for config.json, metrics.jsonl and record.json; made if it isn't there.
+    path: folder of the run (`workdir.py`); made if it isn't there.
     show: is called with every event that goes to metrics.jsonl.
-    overwrite: delete the run that is in workdir first.
+    overwrite: delete the run that is in the folder first.
+    stop_asked: asked between the chunks of training; True stops the run.
 
   Returns:
     The contents of record.json.
 
   Raises:
-    UserError: for a config, data or workdir that can't be used; nothing is written then.
+    UserError: for a config, data or folder that can't be used; nothing is lost or half-written.
+    Stopped: if `stop_asked` said so; the same call goes on from there.
+    Diverged: if the loss is not a number.
   """
   config = resolve(config)
+  if not overwrite and (record := workdir.finished_record(path, config.to_dict())):
+    show({"event": "finished"})
+    return record
   benchmark, _, method = build(config)
-  folder = _new_folder(workdir, overwrite)
-  _write_json(folder / CONFIG, config.to_dict())
-  with open(folder / METRICS, "a", buffering=1) as stream, _compile_clock() as compiled:
+  strict = config.checkpoint.strict
+  with (
+    workdir.opened(path, config.to_dict(), overwrite, strict, stop_asked) as folder,
+    _compile_clock() as compiled,
+  ):
 
     def log(event: dict):
       if event["event"] != "progress":  # between the chunks of an epoch: to be seen, not kept
-        stream.write(json.dumps(event) + "\n")
+        folder.log(event)
       show(event)
 
-    record = _learn_all(config, benchmark, method, log, compiled)
-  _write_json(folder / RECORD, record)
+    record = _learn_all(config, benchmark, method, folder, log, compiled)
+    folder.finish(record)
   return record
 
 
-def _learn_all(config, benchmark, method, log, compiled) -> dict:
-  """Folds `learn` over the tasks; returns the record."""
+def _learn_all(config, benchmark, method, folder, log, compiled) -> dict:
+  """Folds `learn` over the tasks that are not learned yet; returns the record."""
   num_tasks = len(benchmark.tasks)
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
-  state = method.init(init_key, benchmark)
-  accuracy = np.full((num_tasks, num_tasks), np.nan)
-  rows = []
-  for group in method.groups(num_tasks):
+  done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
+  rows = results.get("rows", [])
+  accuracy = np.array(results.get("accuracy", np.full((num_tasks, num_tasks), np.nan)), float)
+  for position, group in list(enumerate(method.groups(num_tasks), 1))[done:]:
     t = group[-1]
     tasks = tuple(benchmark.tasks[i] for i in group)
     place = {"t": t, "num_tasks": num_tasks, "task": tasks[-1].name, "task_id": tasks[-1].id}
-    log({"event": "task"} | place)
     with _measure(compiled) as learning:
-      store = Store(f"task{t:02d}", log)
+      store = Store(f"task{t:02d}", log, folder.keep())
+      store.once("begin", lambda place=place: log({"event": "task"} | place) or True)
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
       jax.block_until_ready(state)
     with _measure(compiled) as evaluating:
-      accuracy[t, : t + 1] = train.evaluate(
-        functools.partial(method.predict, state),
-        benchmark.tasks[: t + 1],
-        "test",
-        config.batch_size,
-      )
-      (valid,) = train.evaluate(
-        lambda _, image, state=state, t=t: method.predict(state, t, image),
-        benchmark.tasks[t : t + 1],
-        "valid",
-        config.batch_size,
-      )
+      accuracy[t, : t + 1], valid = _evaluate(config, benchmark, method, state, t)
     size = method.size(state)
     row = {
       "ranks": history.get("ranks"),
@@ -220,7 +222,24 @@ def _learn_all(config, benchmark, method, log, compiled) -> dict:
     }
     rows.append(row)
     log({"event": "evaluation"} | place | row | {"accuracy": accuracy[t, : t + 1].tolist()})
+    nulls = [[None if np.isnan(x) else x for x in a] for a in accuracy]
+    folder.save_state(position, state, {"rows": rows, "accuracy": nulls})
+    folder.check()
   return _record(config, benchmark, accuracy, rows, state)
+
+
+def _evaluate(config, benchmark, method, state, t) -> tuple[list[float], float]:
+  """Test accuracy on the tasks up to t, validation accuracy on task t."""
+  test = train.evaluate(
+    functools.partial(method.predict, state), benchmark.tasks[: t + 1], "test", config.batch_size
+  )
+  (valid,) = train.evaluate(
+    lambda _, image: method.predict(state, t, image),
+    benchmark.tasks[t : t + 1],
+    "valid",
+    config.batch_size,
+  )
+  return test, valid
 
 
 def _seconds(learning: dict, evaluating: dict, select: float) -> dict[str, float]:
@@ -251,7 +270,7 @@ def _record(config, benchmark, accuracy, rows, state) -> dict:
     "peak_memory_bytes": _peak_memory(),
     "partial": benchmark.partial,
     "split_hash": benchmark.split_hash,
-    "state_hash": state_hash(state),
+    "state_hash": checkpoint.fingerprint(state),
     "config": config.to_dict(),
     "versions": _versions(),
     "device": _device(),
@@ -259,43 +278,7 @@ def _record(config, benchmark, accuracy, rows, state) -> dict:
   }
 
 
-def state_hash(state) -> str:
-  """SHA-256 over the paths, shapes and bytes of all leaves: equal hashes, equal models."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    x = np.asarray(leaf)
-    digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}".encode())
-    digest.update(np.ascontiguousarray(x).tobytes())
-  return digest.hexdigest()
-
-
 # --- effects --------------------------------------------------------------------------
-
-
-def _new_folder(workdir: str, overwrite: bool) -> pathlib.Path:
-  folder = pathlib.Path(workdir)
-  old = [folder / name for name in (RECORD, METRICS, CONFIG) if (folder / name).exists()]
-  if old and not overwrite:
-    raise UserError(
-      f"--workdir={workdir} already holds a run: choose another folder or --overwrite"
-    )
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in old:
-      path.unlink()
-    (folder / METRICS).touch()
-  except OSError as e:
-    raise UserError(
-      f"--workdir={workdir}: {e.strerror}; choose a folder that can be written"
-    ) from e
-  return folder
-
-
-def _write_json(path: pathlib.Path, content: dict) -> None:
-  """Whole or not at all."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-  temporary.replace(path)
 
 
 @contextlib.contextmanager

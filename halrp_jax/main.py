@@ -7,22 +7,25 @@
   python -m halrp_jax.main --list
 
 The method stands after the colon (default: halrp). Any key of the config can be set with
---config.KEY=VALUE. Exit codes: 0 done, 2 a mistake in config, data or arguments (one line).
+--config.KEY=VALUE. A run that was interrupted goes on with the same command. Exit codes: 0 done,
+1 the loss is no number, 2 a mistake in config, data or arguments (one line), 75 stopped by SIGTERM
+or SIGINT.
 """
 
 import re
 import sys
 
-from halrp_jax import allocator
+from halrp_jax import allocator, stop
 
-if __name__ == "__main__":
-  allocator.tune()  # before jax is imported
+if __name__ == "__main__":  # before jax is imported
+  allocator.tune()
+  stop_asked = stop.listen()
 
 from absl import flags
 from ml_collections import config_flags
 
 from halrp_jax import compile_cache, data, experiment, methods, models, report, validate
-from halrp_jax.types import UserError
+from halrp_jax.types import Diverged, Stopped, UserError
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
@@ -70,8 +73,8 @@ def _check_key_names(argv: list[str]) -> None:
       raise UserError(f"--config.{key[1]} is not a config key{validate.nearest(key[1], known)}")
 
 
-def main(argv: list[str]) -> int:
-  """Runs the command line; returns the exit code."""
+def main(argv: list[str], stop_asked=lambda: False) -> int:
+  """Runs the command line; returns the exit code. `stop_asked`: see `experiment.run`."""
   try:
     args = _parse(argv)
     if args.help:
@@ -87,13 +90,19 @@ def main(argv: list[str]) -> int:
     else:
       compile_cache.use(args.compile_cache)
       with report.live_display(sys.stdout) as show:
-        record = experiment.run(args.config, args.workdir, show, overwrite=args.overwrite)
+        record = experiment.run(args.config, args.workdir, show, args.overwrite, stop_asked)
       print(report.record_text(record, args.workdir))
   except UserError as e:
     print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
     return 2
+  except Diverged as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  except Stopped:
+    print(f"stopped; the same command goes on from {args.workdir}", file=sys.stderr)
+    return stop.EXIT_CODE
   return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main(sys.argv, stop_asked))

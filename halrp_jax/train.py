@@ -22,7 +22,7 @@ from flax import traverse_util
 from jax import lax
 
 from halrp_jax import perturb
-from halrp_jax.types import Array, Inputs, Params, Split, Store, Task
+from halrp_jax.types import Array, Diverged, Inputs, Params, Split, Store, Task
 
 _CHUNK_SECONDS = 2.0  # of training handed over to the device at once
 
@@ -225,7 +225,7 @@ def _make_epoch(config, step: Callable) -> Callable:
         carry = jax.block_until_ready(advance(carry, batches, done, stop, frozen, data, key))
         chunk = max(1, int(_CHUNK_SECONDS * (stop - done) / (time.perf_counter() - start)))
         done = stop
-        progress(done)
+        progress(np.asarray(carry[1]), done, len(batches))
     return carry
 
   return epoch
@@ -252,24 +252,23 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
     return evaluate(predict_fn, (task,), "valid", config.batch_size)[0]
 
   def fit(params, stats, frozen, task: Task, key, epochs: int, store: Store):
+    result = f"{store.name}/result"
+    if (kept := store.keep.read(result, (params, stats))) is not None:
+      return jax.tree.map(jnp.asarray, kept)
     num_images = len(task.train.index)
     if p.last_batch == "drop":
       num_images -= num_images % config.batch_size
-    # the state is donated to every epoch: the caller's arrays must not be
-    params, stats = jax.tree.map(jnp.array, (params, stats))
-    state = TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))
     data = (task.train, task.inputs, jnp.int32(task.num_classes), jnp.float32(decay(task)))
-    num_steps = steps_per_epoch(config, len(task.train.index))
-
-    def progress(event, done):
-      store.log(event | {"event": "progress", "step": done, "steps": num_steps})
-
-    best = (-1.0, None, None)
-    for epoch in range(epochs):
-      start = time.perf_counter()
+    done, state, best = start(params, stats, store)
+    for epoch in range(done, epochs):
+      begin = time.perf_counter()
       event = {"event": "epoch", "phase": store.name, "epoch": epoch + 1, "epochs": epochs}
       state, total = run_epoch(
-        state, frozen, data, jax.random.fold_in(key, epoch), functools.partial(progress, event)
+        state,
+        frozen,
+        data,
+        jax.random.fold_in(key, epoch),
+        functools.partial(watch, event, store),
       )
       loss, accuracy = (float(x) / num_images for x in total)
       event |= {"loss": loss, "train_accuracy": 100 * accuracy}
@@ -277,9 +276,39 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
         event["valid_accuracy"] = valid_accuracy(state, frozen, task)
         if event["valid_accuracy"] > best[0]:
           copies = jax.tree.map(jnp.array, (state.params, state.stats))
-          best = (event["valid_accuracy"], *copies)
-      store.log(event | {"seconds": time.perf_counter() - start})
-    return best[1:] if p.keep == "best" and epochs else (state.params, state.stats)
+          best = (np.float64(event["valid_accuracy"]), *copies)
+      store.log(event | {"seconds": time.perf_counter() - begin})
+      if (epoch + 1) % config.checkpoint.every_epochs == 0 and epoch + 1 < epochs:
+        progress = (np.int32(epoch + 1), state, best)
+        store.keep.write(f"{store.name}/fit", jax.tree.leaves(progress))
+      store.keep.check()
+    params, stats = best[1:] if p.keep == "best" and epochs else (state.params, state.stats)
+    store.keep.write(result, jax.tree.leaves((params, stats)))
+    return params, stats
+
+  def start(params, stats, store):
+    """-> epochs done, state, best epoch so far: as kept, or from the beginning."""
+    # the state is donated to every epoch: the caller's arrays must not be
+    params, stats = jax.tree.map(jnp.array, (params, stats))
+    state = TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))
+    best = (np.float64(-1), params, stats) if p.keep == "best" else ()
+    kept = store.keep.read(f"{store.name}/fit", (np.int32(0), state, best))
+    if kept is None:
+      # `best` keeps arrays that the first epoch is given away with `state`
+      return 0, jax.tree.map(jnp.array, state), best
+    done, state, best = kept
+    state, best = jax.tree.map(lambda x: jnp.array(x) if np.ndim(x) else x, (state, best))
+    return int(done), state._replace(step=jnp.int32(state.step)), best
+
+  def watch(event, store, sums, step, num_steps):
+    """Between the chunks of an epoch."""
+    if not np.isfinite(sums).all():
+      raise Diverged(
+        f"{event['phase']}, epoch {event['epoch']}, step {step} of {num_steps}: the loss is "
+        f"{float(sums[0])}; try a smaller learning_rate or protocol.gradient_scale"
+      )
+    store.log(event | {"event": "progress", "step": step, "steps": num_steps})
+    store.keep.check()
 
   return fit
 

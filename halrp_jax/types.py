@@ -85,14 +85,44 @@ class State(NamedTuple):
   tasks: tuple[Params, ...]
 
 
+class Stopped(Exception):
+  """The run was asked to stop, at a place where it can go on later."""
+
+
+class Diverged(Exception):
+  """The loss is not a number or infinite; the text says where and what to try."""
+
+
+class Keep(NamedTuple):
+  """What survives an interruption inside a task. By default nothing does."""
+
+  read: Callable = lambda name, like=None: None  # -> what was written under that name, or None
+  write: Callable = lambda name, tree: None
+  check: Callable = lambda: None  # raises Stopped if the run was asked to stop
+
+
 class Store(NamedTuple):
-  """What a method may tell the outside world while it learns. `name` is a path of scopes."""
+  """What a method may tell the outside world while it learns. `name` is a path of scopes.
+
+  On a restart `learn` runs again from its top: what was kept is returned at once. Hence events that
+  belong to a result are logged where it is made, inside `once`.
+  """
 
   name: str  # such as "task03/warmup"
   log: Callable[[dict], None]  # one event: plain numbers and texts
+  keep: Keep = Keep()
 
   def child(self, name: str) -> "Store":
     return self._replace(name=f"{self.name}/{name}")
+
+  def once(self, name: str, fn: Callable[[], Params]) -> Params:
+    """fn(), or what it returned before the run was interrupted."""
+    path = f"{self.name}/{name}"
+    result = self.keep.read(path)
+    if result is None:
+      result = fn()
+      self.keep.write(path, result)
+    return result
 
 
 class Method(NamedTuple):

@@ -115,6 +115,21 @@ PROTOCOL_KEYS = {
   ),
 }
 
+CHECKPOINT_KEYS = {
+  "every_epochs": whole(1, 1, None, "epochs between two checkpoints inside a phase"),
+  "strict": flag(
+    False, "a damaged checkpoint stops the run instead of falling back, with a warning"
+  ),
+}
+SECTIONS = {"protocol": PROTOCOL_KEYS, "checkpoint": CHECKPOINT_KEYS}
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A nested config by dotted names."""
+  nested = {k: v for k, v in config.items() if isinstance(v, Mapping)}
+  plain = {k: v for k, v in config.items() if k not in nested}
+  return plain | {f"{k}.{j}": x for k, v in nested.items() for j, x in v.items()}
+
 
 def batch_norm(default) -> Key:
   """The key `method.batch_norm`, which every method has: some need the other kind."""
@@ -129,7 +144,7 @@ def keys_of(method_keys: Mapping[str, Key]) -> dict[str, Key]:
   """All keys of a run by their dotted names."""
   return (
     KEYS
-    | {f"protocol.{k}": v for k, v in PROTOCOL_KEYS.items()}
+    | {f"{s}.{k}": v for s, keys in SECTIONS.items() for k, v in keys.items()}
     | {f"method.{k}": v for k, v in method_keys.items()}
   )
 

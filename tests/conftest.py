@@ -6,7 +6,7 @@ import pathlib
 import jax
 import pytest
 
-from halrp_jax import experiment, methods
+from halrp_jax import compile_cache, experiment, methods
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -15,8 +15,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-  """Programs that tests compile in other processes don't go into the user's cache."""
-  os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+  """What tests compile is shared by all their processes, and no part of the user's cache."""
+  root = tmp_path_factory.getbasetemp()
+  root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+  os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+  compile_cache.use("")
 
 
 @pytest.fixture(scope="session")

@@ -76,8 +76,10 @@ def test_a_run_is_not_overwritten_unasked(capsys, tmp_path):
   short = [f"{DIGITS}:stl", f"--workdir={tmp_path}/run", "--config.epochs=1"]
   assert run(capsys, *short)[0] == 0
   before = (tmp_path / "run" / "record.json").read_text()
-  code, _, err = run(capsys, *short)
-  assert code == 2 and "--overwrite" in err
+  code, out, _ = run(capsys, *short)
+  assert code == 0 and "finished already" in out
+  code, _, err = run(capsys, *short, "--config.seed=1")
+  assert code == 2 and "seed = 1 (was 0)" in err and "--overwrite" in err
   assert (tmp_path / "run" / "record.json").read_text() == before
   assert run(capsys, *short, "--overwrite", "--config.seed=1")[0] == 0
   assert json.loads((tmp_path / "run" / "record.json").read_text())["seed"] == 1
@@ -88,3 +90,10 @@ def test_verbs(capsys):
   assert "unknown verb 'nothing'; known: compare" in capsys.readouterr().err
   assert verbs.main(["halrp_jax", "--help"]) == 0
   assert "compare" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_has_its_own_exit_code(capsys, tmp_path):
+  code, _, err = run(
+    capsys, f"{DIGITS}:stl", f"--workdir={tmp_path}/run", "--config.learning_rate=1e30"
+  )
+  assert code == 1 and err.count("\n") == 1 and "task00/train, epoch" in err

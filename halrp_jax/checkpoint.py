@@ -1,0 +1,217 @@
+"""Pytrees on disk that can be trusted: the only module that knows Orbax.
+
+An *item* is one pytree in a folder of its own, written once:
+
+  NAME/arrays/        what Orbax writes
+  NAME/about.json     structure of the pytree, and whatever the caller adds
+  NAME/manifest.json  size and SHA-256 of every other file; written last
+
+It is written under another name and renamed when it is whole. Orbax restores a flipped byte without
+a word, so nothing is read before the manifest verifies. No pickle anywhere.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import shutil
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from halrp_jax.types import Params
+
+_ARRAYS, _ABOUT, _MANIFEST = "arrays", "about.json", "manifest.json"
+_TEMPORARY = ".writing-"
+
+
+class Damaged(Exception):
+  """An item that can't be trusted; the text names the file and what is wrong with it."""
+
+
+def fingerprint(tree: Params) -> str:
+  """SHA-256 over the paths, shapes and bytes of all leaves: equal hashes, equal pytrees."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    x = np.asarray(leaf)
+    digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}".encode())
+    digest.update(np.ascontiguousarray(x).tobytes())
+  return digest.hexdigest()
+
+
+class Packed(NamedTuple):
+  """A pytree on the host, ready to be written."""
+
+  structure: dict
+  arrays: list[np.ndarray]
+
+
+def pack(tree: Params) -> Packed:
+  """Copies a pytree to the host: the device may then use its buffers for something else.
+
+  Args:
+    tree: dicts, lists, tuples and NamedTuples of ours, with arrays, numbers, texts and None in it.
+  """
+  arrays = []
+  return Packed(_encode(tree, arrays), arrays)
+
+
+def save(folder: pathlib.Path, packed: Packed, about: dict) -> None:
+  """Writes an item; an older one of that name is replaced when the new one is whole.
+
+  Args:
+    folder: the item's folder; its parent must be there.
+    packed: from `pack`.
+    about: anything JSON can hold.
+
+  Raises:
+    OSError: if the disk is full or can't be written; what was there before is unchanged.
+  """
+  temporary = folder.with_name(_TEMPORARY + folder.name)
+  shutil.rmtree(temporary, ignore_errors=True)
+  structure, arrays = packed
+  try:
+    temporary.mkdir()
+    if arrays:
+      named = {str(i): x for i, x in enumerate(arrays)}
+      _orbax(lambda checkpointer: checkpointer.save(temporary.resolve() / _ARRAYS, named))
+    leaves = [[list(x.shape), str(x.dtype)] for x in arrays]
+    _write(temporary / _ABOUT, about | {"structure": structure, "leaves": leaves})
+    _write(temporary / _MANIFEST, _manifest(temporary))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+def load(folder: pathlib.Path) -> tuple[Params, dict]:
+  """Reads an item that is whole. -> pytree with numpy arrays, about
+
+  Raises:
+    Damaged: if a file is missing or was changed. FileNotFoundError: no such item.
+  """
+  about = verify(folder)
+  arrays = {}
+  try:
+    blank = {str(i): np.zeros(*x) for i, x in enumerate(about["leaves"])}
+    if blank:
+      arrays = _orbax(lambda c: c.restore(folder.resolve() / _ARRAYS, item=blank))
+    for name, x in blank.items():
+      if arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
+        raise Damaged(f"{folder}: array {name} is not the one that was written")
+    return _decode(about["structure"], arrays), about
+  except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
+    raise Damaged(f"{folder}: can't be read ({type(e).__name__}: {e})") from e
+
+
+def _encode(tree: Params, arrays: list) -> dict:
+  """The structure of a pytree as JSON; its arrays are appended to `arrays` as host copies."""
+  if tree is None or isinstance(tree, (bool, int, float, str)):
+    return {"value": tree}
+  if isinstance(tree, dict):
+    return {"dict": [[k, _encode(v, arrays)] for k, v in tree.items()]}
+  if hasattr(tree, "_fields"):
+    name = f"{type(tree).__module__}:{type(tree).__name__}"
+    return {"named": name, "items": [_encode(x, arrays) for x in tree]}
+  if isinstance(tree, (tuple, list)):
+    kind = "tuple" if isinstance(tree, tuple) else "list"
+    return {kind: [_encode(x, arrays) for x in tree]}
+  arrays.append(np.array(tree))  # a copy, never a view of the device's buffer
+  return {"array": len(arrays) - 1}
+
+
+def _decode(node: dict, arrays: dict) -> Params:
+  if "value" in node:
+    return node["value"]
+  if "dict" in node:
+    return {k: _decode(v, arrays) for k, v in node["dict"]}
+  if "array" in node:
+    return np.asarray(arrays[str(node["array"])])
+  if "named" in node:
+    module, _, name = node["named"].partition(":")
+    if not module.startswith("halrp_jax."):
+      raise ValueError(f"{node['named']} is no type of ours")
+    kind = getattr(importlib.import_module(module), name)
+    if not (isinstance(kind, type) and issubclass(kind, tuple)):
+      raise ValueError(f"{node['named']} is no type of ours")
+    return kind(*(_decode(x, arrays) for x in node["items"]))
+  kind = tuple if "tuple" in node else list
+  return kind(_decode(x, arrays) for x in node["tuple" if kind is tuple else "list"])
+
+
+def verify(folder: pathlib.Path) -> dict:
+  """Checks every file of an item against its manifest; returns what `about` holds.
+
+  Raises:
+    Damaged: names the first file that is missing, extra or changed. FileNotFoundError: no item.
+  """
+  if not folder.is_dir():
+    raise FileNotFoundError(folder)
+  manifest = _read(folder / _MANIFEST)
+  found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+  for name in sorted(manifest.keys() | (found - {_MANIFEST})):
+    if name not in found:
+      raise Damaged(f"{folder / name}: missing")
+    if name not in manifest:
+      raise Damaged(f"{folder / name}: is not in the manifest")
+    if _entry(folder / name) != manifest[name]:
+      raise Damaged(f"{folder / name}: was changed after it was written")
+  about = _read(folder / _ABOUT)
+  if not {"leaves", "structure"} <= about.keys():
+    raise Damaged(f"{folder / _ABOUT}: is not what was written")
+  return about
+
+
+def sweep(folder: pathlib.Path, keep: set[str]) -> None:
+  """Deletes the items that are not in `keep`, and what an interrupted `save` left behind."""
+  for path in folder.iterdir():
+    if path.name not in keep:
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def _orbax(fn):
+  checkpointer = ocp.PyTreeCheckpointer()
+  try:
+    return fn(checkpointer)
+  except OSError:
+    raise
+  except Exception as e:  # tensorstore wraps what the disk says in errors of its own
+    raise OSError(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+  finally:
+    checkpointer.close()
+
+
+def _manifest(folder: pathlib.Path) -> dict:
+  return {
+    p.relative_to(folder).as_posix(): _entry(p)
+    for p in sorted(folder.rglob("*"))
+    if p.is_file() and p != folder / _MANIFEST
+  }
+
+
+def _entry(path: pathlib.Path) -> list:
+  with open(path, "rb") as stream:
+    return [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+
+
+def _write(path: pathlib.Path, content) -> None:
+  with open(path, "w") as stream:
+    json.dump(content, stream)
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _read(path: pathlib.Path) -> dict:
+  try:
+    content = json.loads(path.read_text())
+  except FileNotFoundError as e:
+    raise Damaged(f"{path}: missing") from e
+  except (OSError, ValueError) as e:
+    raise Damaged(f"{path}: can't be read ({e})") from e
+  if not isinstance(content, dict):
+    raise Damaged(f"{path}: is not what was written")
+  return content

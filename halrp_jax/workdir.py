@@ -1,0 +1,304 @@
+"""A run's folder: lock, config, events, and checkpoints that let it go on where it was cut off.
+
+  config.json    the resolved config
+  metrics.jsonl  one event per line
+  record.json    when the run is finished
+  lock           who is at work here
+  checkpoints/   items of checkpoint.py:
+    state-0003    after the third group of tasks: names of the parts below, results so far
+    shared-HASH, task00-HASH    parts of the state, each written once
+    now.task03.warmup.fit       inside the task that is being learned
+
+A restart is the same command again: the newest state whose items all verify is restored, finished
+parts of the next task return at once, the interrupted one goes on at its last saved epoch. Events
+after that point are cut off `metrics.jsonl`, since they come again.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from halrp_jax import checkpoint, validate
+from halrp_jax.types import Keep, State, Stopped, UserError
+
+RECORD, METRICS, CONFIG, LOCK, CHECKPOINTS = (
+  "record.json",
+  "metrics.jsonl",
+  "config.json",
+  "lock",
+  "checkpoints",
+)
+NEUTRAL_KEYS = ("data_dir", "checkpoint.every_epochs", "checkpoint.strict")  # change no result
+_KEPT_STATES = 2
+
+
+class Workdir:
+  """An open run folder. Made by `opened`."""
+
+  def __init__(self, folder: pathlib.Path, strict: bool):
+    self.folder, self.items, self.strict = folder, folder / CHECKPOINTS, strict
+    self.stop_asked = lambda: False
+    self._writer = ThreadPoolExecutor(1, "checkpoint")
+    self._pending: list[Future] = []
+    self._num_events = 0  # that are in metrics.jsonl and stay there
+    self._metrics = None
+    self._written: set[str] = set()  # parts of the last state
+
+  # --- events -----------------------------------------------------------------------
+
+  def log(self, event: dict) -> None:
+    """Appends an event; what an interrupted run wrote after its last saved state goes first."""
+    if self._metrics is None:
+      self._metrics = self._cut_metrics()
+    self._metrics.write(json.dumps(event) + "\n")
+    self._num_events += 1
+
+  def _cut_metrics(self):
+    path = self.folder / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if len(lines) < self._num_events:
+      self._complain(f"{path}: {self._num_events - len(lines)} events are missing")
+    write_text(path, "".join(lines[: self._num_events]))
+    return open(path, "a", buffering=1)
+
+  # --- inside a task ----------------------------------------------------------------
+
+  def keep(self) -> Keep:
+    """What `learn` may use to survive an interruption."""
+    return Keep(self._read, self._write, self.check)
+
+  def check(self) -> None:
+    """Raises Stopped if the run was asked to stop."""
+    if self.stop_asked():
+      raise Stopped
+
+  def _read(self, name: str, like=None):
+    """The tree kept under `name`; with `like` the list of leaves kept there in that structure."""
+    folder = self.items / _item(name)
+    try:
+      tree, about = checkpoint.load(folder)
+      tree = jax.tree.map(_to_device, tree) if like is None else _restore(tree, like, folder)
+    except FileNotFoundError:
+      return None
+    except checkpoint.Damaged as e:
+      self._complain(f"{e}; this part is computed again")
+      return None
+    self._num_events = max(self._num_events, about["events"])
+    return tree
+
+  def _write(self, name: str, tree) -> None:
+    self._submit(self.items / _item(name), tree, {"events": self._num_events})
+
+  def _submit(self, folder, tree, about) -> None:
+    self._raise_errors(wait=False)
+    self._pending.append(self._writer.submit(checkpoint.save, folder, checkpoint.pack(tree), about))
+
+  def _raise_errors(self, wait: bool) -> None:
+    done = [f for f in self._pending if wait or f.done()]
+    self._pending = [f for f in self._pending if f not in done]
+    for future in done:
+      try:
+        future.result()
+      except OSError as e:
+        raise UserError(
+          f"{self.items}: a checkpoint can't be written ({e.strerror or e}); make room and start "
+          "the same command again: what was saved before is whole"
+        ) from e
+
+  # --- between tasks ----------------------------------------------------------------
+
+  def save_state(self, position: int, state: State, results: dict) -> None:
+    """Saves the state after a group of tasks; parts that have not changed are not written again."""
+    names = []
+    for name, tree in (("shared", state.shared), *_numbered(state.tasks)):
+      names.append(f"{name}-{checkpoint.fingerprint(tree)[:16]}")
+      if names[-1] not in self._written:
+        self._submit(self.items / names[-1], {"tree": tree}, {})
+    self._written = set(names)
+    about = {"items": names, "results": results, "events": self._num_events}
+    self._submit(self.items / f"state-{position:04d}", {}, about)
+    self._pending.append(self._writer.submit(self._sweep))
+
+  def _sweep(self) -> None:
+    """Deletes what neither of the last states needs, and the parts of the task they end with."""
+    keep = set()
+    for folder in sorted(self.items.glob("state-*"))[-_KEPT_STATES:]:
+      with contextlib.suppress(checkpoint.Damaged):
+        keep |= {folder.name, *checkpoint.verify(folder)["items"]}
+    checkpoint.sweep(self.items, keep)
+
+  def restore_state(self) -> tuple[int, State, dict] | None:
+    """The newest state whose files all verify: position, state, results. None: start anew."""
+    for folder in sorted(self.items.glob("state-*"), reverse=True):
+      try:
+        about = checkpoint.verify(folder)
+        shared, *tasks = (checkpoint.load(self.items / n)[0]["tree"] for n in about["items"])
+        self._num_events, self._written = about["events"], set(about["items"])
+        state = State(*jax.tree.map(jnp.asarray, (shared, tuple(tasks))))
+        return int(folder.name.removeprefix("state-")), state, about["results"]
+      except (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError) as e:
+        self._complain(f"{e}; the state before {folder.name} is used instead")
+        for now in self.items.glob("now.*"):  # they belong to the task after this state
+          shutil.rmtree(now, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+  def _complain(self, text: str) -> None:
+    if self.strict:
+      raise UserError(f"{text} (checkpoint.strict=False goes on)")
+    warnings.warn(text, stacklevel=3)
+
+  # --- the end ----------------------------------------------------------------------
+
+  def finish(self, record: dict) -> None:
+    """Writes the record; the last state stays, so that the model can be used."""
+    self._raise_errors(wait=True)
+    write_json(self.folder / RECORD, record)
+
+  def close(self) -> None:
+    """Waits for what is being written."""
+    self._writer.shutdown(wait=True)
+    if self._metrics is not None:
+      self._metrics.close()
+
+
+@contextlib.contextmanager
+def opened(
+  path: str, config: dict, overwrite: bool, strict: bool, stop_asked: Callable[[], bool]
+) -> Iterator[Workdir]:
+  """Opens or makes a run folder for a resolved config; nobody else can until it is closed.
+
+  Raises:
+    UserError: if it can't be written, belongs to another config, or is in use.
+  """
+  folder = pathlib.Path(path)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+      if overwrite:
+        _delete_run(folder)
+      _check_config(folder, config)
+      (folder / CHECKPOINTS).mkdir(exist_ok=True)
+      (folder / METRICS).touch()
+      run = Workdir(folder, strict)
+      run.stop_asked = stop_asked
+      try:
+        yield run
+      finally:
+        run.close()
+  except OSError as e:
+    raise UserError(
+      f"--workdir={path}: {e.strerror or e} ({e.filename or 'checkpoint'}); choose a folder that "
+      "can be written and has room"
+    ) from e
+
+
+def finished_record(path: str, config: dict) -> dict | None:
+  """The record of a finished run of this config; None if there is none."""
+  file = pathlib.Path(path) / RECORD
+  if not file.exists():
+    return None
+  _check_config(file.parent, config)
+  try:
+    return json.loads(file.read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(f"{file}: can't be read ({e}); --overwrite starts anew") from e
+
+
+def write_json(path: pathlib.Path, content) -> None:
+  """Whole or not at all."""
+  write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Whole or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  with open(temporary, "w") as stream:
+    stream.write(text)
+    stream.flush()
+    os.fsync(stream.fileno())
+  temporary.replace(path)
+
+
+def _item(name: str) -> str:
+  return "now." + name.replace("/", ".")
+
+
+def _numbered(tasks):
+  return ((f"task{t:02d}", tree) for t, tree in enumerate(tasks))
+
+
+def _to_device(x):
+  return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+def _restore(found, like, folder):
+  """Numpy arrays of the list `found` in the structure of `like`."""
+  leaves, structure = jax.tree.flatten(like)
+  expected = [(x.shape, x.dtype) for x in leaves]
+  if [(x.shape, x.dtype) for x in found] != expected:
+    raise checkpoint.Damaged(f"{folder}: its arrays are not those of this config's model")
+  return structure.unflatten(found)
+
+
+def _check_config(folder: pathlib.Path, config: dict) -> None:
+  """Refuses a folder with another config; writes the config into a new one."""
+  path = folder / CONFIG
+  if not path.exists():
+    if any((folder / name).exists() for name in (RECORD, CHECKPOINTS)):
+      raise UserError(f"{path}: missing; --overwrite starts anew")
+    write_json(path, config)
+    return
+  try:
+    old = validate.flat(json.loads(path.read_text()))
+  except (OSError, ValueError, AttributeError) as e:
+    raise UserError(f"{path}: can't be read ({e}); --overwrite starts anew") from e
+  new = validate.flat(config)
+  keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+  if odd := [k for k in keys if k not in NEUTRAL_KEYS]:
+    changes = ", ".join(f"{k} = {new.get(k)!r} (was {old.get(k)!r})" for k in odd)
+    raise UserError(
+      f"--workdir={folder} holds a run of another config: {changes}; take another folder, or "
+      "--overwrite"
+    )
+
+
+def _delete_run(folder: pathlib.Path) -> None:
+  shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+  for name in (RECORD, METRICS, CONFIG):
+    (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+  """The system gives the lock back when its holder ends, however it ends: none goes stale."""
+  path = folder / LOCK
+  with open(path, "a+") as stream:
+    try:
+      fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      stream.seek(0)
+      raise UserError(
+        f"--workdir={folder} is in use ({stream.read().strip()}): wait for that run, stop it, or "
+        "take another folder"
+      ) from e
+    stream.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    stream.write(f"process {os.getpid()} on {platform.node()} since {since}\n")
+    stream.flush()
+    try:
+      yield
+    finally:
+      stream.truncate(0)  # not deleted: another process may hold the file open by now

@@ -1,0 +1,207 @@
+"""A run's folder: what is interrupted goes on to the same bits, what is damaged is noticed."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from halrp_jax import experiment, workdir
+from halrp_jax.types import Diverged, Stopped, UserError
+
+TIMES = ("seconds", "peak_memory_bytes", "date")
+
+
+def timeless(x):
+  """Without what differs between two equal runs."""
+  if isinstance(x, dict):
+    return {k: timeless(v) for k, v in x.items() if k not in TIMES}
+  return [timeless(y) for y in x] if isinstance(x, list) else x
+
+
+def events(folder):
+  return [timeless(json.loads(x)) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+  """Record and events of two run folders."""
+  records = [timeless(json.loads((f / "record.json").read_text())) for f in (a, b)]
+  return records[0] == records[1] and events(a) == events(b)
+
+
+class StopAt:
+  """Asks to stop at the n-th time it is asked."""
+
+  def __init__(self, n):
+    self.left = n
+
+  def __call__(self):
+    self.left -= 1
+    return self.left == 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """Uninterrupted runs, shared: config -> folder, how often it asked whether to stop."""
+  cache = {}
+
+  def get(config):
+    name = config.method.name
+    if name not in cache:
+      folder, asked = tmp_path_factory.mktemp("whole"), StopAt(-1)
+      experiment.run(config, str(folder), stop_asked=asked)
+      cache[name] = folder, -asked.left - 1
+    return cache[name]
+
+  return get
+
+
+def test_stopped_runs_go_on_to_the_same_bits(whole, digits_config, method_name, tmp_path):
+  config = digits_config(method_name)
+  folder, asked = whole(config)
+  stops = 0
+  for n in (2, asked // 3, asked // 3, 5):
+    try:
+      experiment.run(config, str(tmp_path), stop_asked=StopAt(n))
+    except Stopped:
+      stops += 1
+  experiment.run(config, str(tmp_path))
+  assert stops >= 3 and same(folder, tmp_path)
+
+
+def test_a_finished_run_says_so_and_does_nothing(whole, digits_config):
+  config = digits_config("stl")
+  folder, _ = whole(config)
+  seen = []
+  record = experiment.run(config, str(folder), seen.append)
+  assert seen == [{"event": "finished"}]
+  assert record == json.loads((folder / "record.json").read_text())
+
+
+def test_another_config_is_refused_by_the_keys_that_differ(whole, digits_config):
+  folder, _ = whole(digits_config("stl"))
+  with pytest.raises(UserError, match=r"epochs = 3 \(was 2\).*learning_rate"):
+    experiment.run(digits_config("stl", epochs=3, learning_rate=0.5), str(folder))
+  neutral = digits_config("stl", **{"checkpoint.every_epochs": 7, "data_dir": "/elsewhere"})
+  experiment.run(neutral, str(folder))
+
+
+THREE_EPOCHS = {"epochs": 3, "train_fraction": 0.3}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+  """Made once: a run that was stopped in its third task, and the same run uninterrupted."""
+  cache = []
+
+  def get(config):
+    if not cache:
+      root, seen = tmp_path_factory.mktemp("half"), []
+
+      def in_third_task():
+        return any(e["event"] == "epoch" and e["phase"] == "task02/finetune" for e in seen)
+
+      with pytest.raises(Stopped):
+        experiment.run(config, str(root / "half"), seen.append, stop_asked=in_third_task)
+      states = sorted(p.name for p in (root / "half" / "checkpoints").glob("state-*"))
+      assert states == ["state-0001", "state-0002"]
+      experiment.run(config, str(root / "whole"))
+      cache.append(root)
+    return cache[0]
+
+  return get
+
+
+@pytest.fixture
+def half(digits_config, originals, tmp_path):
+  """A copy of the stopped run, its config, the uninterrupted run."""
+  config = digits_config("halrp", **THREE_EPOCHS)
+  root = originals(config)
+  shutil.copytree(root / "half", tmp_path / "run")
+  return tmp_path / "run", config, root / "whole"
+
+
+@pytest.mark.parametrize(
+  ("part", "damage"),
+  [
+    ("state-0002", "truncate"),
+    ("state-0002", "folder"),
+    ("task01-*", "flip"),
+    ("shared-*", "delete"),
+    ("now.*", "flip"),
+    ("now.*", "delete"),
+  ],
+)
+def test_damage_is_noticed_and_mended(half, part, damage):
+  folder, config, want = half
+  for item in (folder / "checkpoints").glob(part):
+    path = max((p for p in item.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = path.read_bytes()
+    if damage == "folder":
+      shutil.rmtree(item)
+      item.mkdir()
+    elif damage == "delete":
+      path.unlink()
+    elif damage == "flip":
+      path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+      path.write_bytes(content[: len(content) // 2])
+  with pytest.warns(UserWarning, match="checkpoints"):
+    experiment.run(config, str(folder))
+  assert same(folder, want)
+
+
+def test_strict_stops_at_damage(half, digits_config):
+  folder, _, _ = half
+  (folder / "checkpoints" / "state-0002" / "about.json").write_text("")
+  config = digits_config("halrp", **THREE_EPOCHS, **{"checkpoint.strict": True})
+  with pytest.raises(UserError, match="about.json: was changed"):
+    experiment.run(config, str(folder))
+
+
+def test_what_an_interrupted_save_left_behind_is_no_harm(half):
+  folder, config, want = half
+  (folder / "checkpoints" / ".writing-state-0003").mkdir()
+  (folder / "checkpoints" / "stray").mkdir()
+  experiment.run(config, str(folder))
+  assert same(folder, want)
+  assert not (folder / "checkpoints" / "stray").exists()
+
+
+def test_two_runs_in_one_folder(digits_config, tmp_path):
+  config = experiment.resolve(digits_config("stl")).to_dict()
+  arguments = (str(tmp_path), config, False, False, lambda: False)
+  with (
+    workdir.opened(*arguments),
+    pytest.raises(UserError, match=f"in use .process {os.getpid()} on"),
+    workdir.opened(*arguments),
+  ):
+    pass
+  with workdir.opened(*arguments):  # free again
+    pass
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(half, monkeypatch):
+  folder, config, want = half
+
+  def full(*args):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as m, pytest.raises(UserError, match="No space left on device"):
+    m.setattr(workdir.checkpoint, "save", full)
+    experiment.run(config, str(folder))
+  experiment.run(config, str(folder))
+  assert same(folder, want)
+
+
+def test_infinite_loss_says_where_and_what_to_try(digits_config, tmp_path):
+  config = digits_config("stl", learning_rate=1e30)
+  with pytest.raises(Diverged, match=r"task00/train, epoch \d, step \d+ of \d+: the loss is"):
+    experiment.run(config, str(tmp_path))
+
+
+def test_disk_use_is_the_sum_of_the_parts(whole, digits_config):
+  """One item per task and one for what is shared; nothing is left of the work inside tasks."""
+  folder, _ = whole(digits_config("stl"))
+  names = sorted(p.name.split("-")[0] for p in (folder / "checkpoints").iterdir())
+  assert names == ["shared", "state", "state", *(f"task{t:02d}" for t in range(10))]
