@@ -21,8 +21,13 @@ def get_config(method: str = "halrp"):
     epochs=20,
     batch_size=128,
     learning_rate=1e-3,
-    # the authors' loader never shuffles these
-    protocol={"shuffle": False, "schedule": "code", "validation_fraction": 0.2},
+    # the authors' loader never shuffles these, and takes its fraction of a task's images together
+    protocol={
+      "shuffle": False,
+      "schedule": "code",
+      "validation_fraction": 0.2,
+      "fraction_per_class": False,
+    },
     methods_={
       "halrp": {
         "alpha": 0.9,

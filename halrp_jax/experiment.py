@@ -36,13 +36,16 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 # --- config ---------------------------------------------------------------------------
 
 
-def make_config(method: str, *, methods_: dict[str, dict], protocol: dict, **keys):
+def make_config(
+  method: str, *, methods_: dict[str, dict], protocol: dict, data_: dict | None = None, **keys
+):
   """A locked config: defaults of every key, then what a benchmark's file chooses.
 
   Args:
     method: name of the method, the part after the colon of --config=FILE:method.
     methods_: hyper-parameters of each method on this benchmark: {method: {key: value}}.
     protocol: values of protocol.*.
+    data_: values of data.*.
     **keys: values of the other keys.
 
   Raises:
@@ -67,6 +70,7 @@ def make_config(method: str, *, methods_: dict[str, dict], protocol: dict, **key
 
   config = values(validate.KEYS, keys)
   config["protocol"] = values(validate.PROTOCOL_KEYS, protocol)
+  config["data"] = values(validate.DATA_KEYS, data_ or {})
   config["checkpoint"] = values(validate.CHECKPOINT_KEYS, {})
   config["method"] = {"name": method} | values(method_keys, methods_.get(method, {}))
   return config_dict.ConfigDict(config).lock()
@@ -119,9 +123,12 @@ def build(config) -> tuple[Benchmark, object, Method]:
 def plan(config) -> dict:
   """What a run of this config would do, as plain numbers and texts (--dry_run)."""
   config = resolve(config)
-  benchmark, model, _ = build(config)
+  image_shape, tasks, missing = _planned_tasks(config)
+  model = models.make(
+    config.network, max(t["num_classes"] for t in tasks), config.method.batch_norm
+  )
   shapes, _ = jax.eval_shape(
-    lambda key: train.initialize(model, key, benchmark.image_shape), jax.random.key(0)
+    lambda key: train.initialize(model, key, image_shape), jax.random.key(0)
   )
   perturbed = perturb.layer_names(shapes)
   flat = traverse_util.flatten_dict(shapes, sep="/")
@@ -129,21 +136,33 @@ def plan(config) -> dict:
   for path, x in flat.items():
     layer = path.rpartition("/")[0]
     layers[layer] = layers.get(layer, 0) + x.size
-  tasks = [
-    {"id": t.id, "name": t.name, "class_names": t.class_names}
-    | {split: len(getattr(t, split).index) for split in ("train", "valid", "test")}
-    for t in benchmark.tasks
-  ]
   steps = sum(config.epochs * train.steps_per_epoch(config, t["train"]) for t in tasks)
   return {
     "config": validate.flat(config.to_dict()),
-    "benchmark": benchmark.name,
+    "benchmark": config.benchmark,
     "tasks": tasks,
-    "image_shape": benchmark.image_shape,
+    "missing": missing,
+    "image_shape": image_shape,
     "layers": [(name, count, name in perturbed) for name, count in layers.items()],
     "parameters": sum(layers.values()),
     "steps": steps,
   }
+
+
+def _planned_tasks(config) -> tuple[tuple, list[dict], str]:
+  """Image shape, tasks; of the protocol if the data are not there, and then why."""
+  try:
+    benchmark, _, _ = build(config)
+  except data.sources.Missing as e:
+    if (planned := data.planned(config)) is None:
+      raise
+    return *planned, str(e)
+  tasks = [
+    {"id": t.id, "name": t.name, "num_classes": t.num_classes, "class_names": t.class_names}
+    | {split: len(getattr(t, split).index) for split in ("train", "valid", "test")}
+    for t in benchmark.tasks
+  ]
+  return benchmark.image_shape, tasks, ""
 
 
 def run(

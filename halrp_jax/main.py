@@ -43,6 +43,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
   for name, text in (
     ("list", "name the benchmarks, networks and methods"),
     ("dry_run", "show what would be done; train nothing"),
+    ("download", "fetch the original data files that data_dir lacks"),
     ("overwrite", "delete the run that is in workdir and start anew"),
     ("help", "show this text and all config keys"),
   ):
@@ -88,6 +89,8 @@ def main(argv: list[str], stop_asked=lambda: False) -> int:
     elif not args.workdir:
       raise UserError("--workdir is missing: the folder for the results, for example runs/digits")
     else:
+      if args.download:
+        data.download(experiment.resolve(args.config), print)
       compile_cache.use(args.compile_cache)
       with report.live_display(sys.stdout) as show:
         record = experiment.run(args.config, args.workdir, show, args.overwrite, stop_asked)

@@ -114,8 +114,7 @@ def compare_text(records: dict[str, dict]) -> str:
     ("parameters", [f"{r['size'][-1]['nonzero']:,}" for r in records.values()]),
     ("seconds", [f"{sum(sum(s.values()) for s in r['seconds']):.1f}" for r in records.values()]),
   ]
-  num_tasks = max(len(r["task_ids"]) for r in records.values())
-  for i in range(num_tasks):
+  for i in sorted({i for r in records.values() for i in r["task_ids"]}):
     cells = []
     for r in records.values():
       by_id = dict(zip(r["task_ids"], r["accuracy"][-1], strict=True))
@@ -133,10 +132,13 @@ def plan_text(plan: dict) -> str:
   lines = ["config"]
   lines += [f"  {k} = {v!r}" for k, v in plan["config"].items()]
   lines.append(f"tasks of {plan['benchmark']} in the order of training")
+  if plan["missing"]:
+    lines.append(f"  (sizes of the protocol; {plan['missing']})")
   for t, task in enumerate(plan["tasks"]):
+    classes = ", ".join(task.get("class_names", ())) or f"{task['num_classes']} classes"
     lines.append(
       f"  {t + 1}: id {task['id']} {task['name']}: train {task['train']}, valid {task['valid']}, "
-      f"test {task['test']}; {', '.join(task['class_names'])}"
+      f"test {task['test']}; {classes}"
     )
   lines.append(f"network {plan['config']['network']}, input {plan['image_shape']}")
   for name, count, perturbed in plan["layers"]:
@@ -153,7 +155,7 @@ def list_text(benchmarks: dict, networks: dict, methods: dict) -> str:
     return (doc or "").strip().split("\n")[0]
 
   lines = ["benchmarks"]
-  lines += [f"  {n:<22}{summary(f.__doc__)}" for n, f in benchmarks.items()]
+  lines += [f"  {n:<22}{summary(f.outline.__doc__)}" for n, f in benchmarks.items()]
   lines += ["networks"]
   lines += [f"  {n:<22}{summary(c.__doc__)}" for n, c in networks.items()]
   lines += ["methods"]

@@ -38,8 +38,21 @@ def prepare_images(image: Array, inputs: Inputs) -> jax.Array:
   """uint8 [B, H, W, C] -> float32 network input [B, H, W, C] (`Inputs` says how)."""
   x = image.astype(jnp.float32) / 255
   if inputs.permutation is not None:
-    x = x.reshape(len(x), -1)[:, inputs.permutation].reshape(x.shape)
+    x = x.reshape(len(x), -1)[:, inputs.permutation].reshape(*x.shape[:3], -1)
   return (x - inputs.mean[None, None, None]) / inputs.std[None, None, None]
+
+
+def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4) -> jax.Array:
+  """A random crop of every image [B, H, W, C] padded with zeros, half of them mirrored."""
+  crop_key, flip_key = jax.random.split(key)
+  num_images, height, width, _ = image.shape
+  padded = jnp.pad(image, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+  top, left = jax.random.randint(crop_key, (2, num_images), 0, 2 * padding + 1)
+  cropped = jax.vmap(lambda x, i, j: lax.dynamic_slice(x, (i, j, 0), (height, width, x.shape[-1])))(
+    padded, top, left
+  )
+  mirrored = jax.random.bernoulli(flip_key, shape=(num_images, 1, 1, 1))
+  return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
 
 
 def mask_classes(logits: jax.Array, num_classes: jax.Array) -> jax.Array:
@@ -159,8 +172,11 @@ def _make_step(config, tx, apply_fn: Callable, penalty_fn: Callable) -> Callable
 
   def step(state, rows, frozen, data, key):
     split, inputs, num_classes, gamma = data
-    image, label = load_batch(split, inputs, rows)
     key = jax.random.fold_in(key, state.step)
+    image, label = split.image[split.index[rows]], split.label[rows]
+    if config.protocol.augment == "crop_flip":
+      image = crop_and_flip(jax.random.fold_in(key, 1), image)
+    image = prepare_images(image, inputs)
     grad, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(
       state.params, frozen, state.stats, image, label, num_classes, key
     )

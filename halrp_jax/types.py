@@ -26,11 +26,15 @@ class Split(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """How stored uint8 images become network inputs: x / 255, permute, (x - mean) / std."""
+  """How stored uint8 images become network inputs: x / 255, permute, (x - mean) / std.
+
+  C is the number of channels of the input. The stored image may have fewer: a permutation can name
+  a value several times.
+  """
 
   mean: Array  # float32 [C]
   std: Array  # float32 [C]
-  permutation: Array | None  # int32 [H*W*C], applied to the flattened image; None: no permutation
+  permutation: Array | None  # int32 [H*W*C], rows of the flattened image; None: no permutation
 
 
 class Task(NamedTuple):
@@ -55,7 +59,9 @@ class Benchmark(NamedTuple):
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    return tuple(self.tasks[0].train.image.shape[1:])
+    """Of the network's input [H, W, C]."""
+    height, width, _ = self.tasks[0].train.image.shape[1:]
+    return height, width, len(self.tasks[0].inputs.mean)
 
   @property
   def max_classes(self) -> int:

@@ -78,7 +78,9 @@ def whole(default, low, high, meaning: str) -> Key:
 KEYS = {
   "benchmark": text("digits", "which tasks (--list names them)"),
   "data_dir": text("", "folder with the original data files"),
-  "order": text("0", "task order: a letter A to E or a seed number 0 to 4 as in the paper, or ids"),
+  "order": text(
+    "0", "task order: a letter A to E or a seed number 0 to 4 as in the paper, natural, or ids"
+  ),
   "seed": whole(0, 0, 2**31 - 1, "root of every random choice"),
   "train_fraction": number(1.0, 0, 1, "share of each task's training images used", open_low=True),
   "network": text("mlp", "which network (--list names them)"),
@@ -110,18 +112,53 @@ PROTOCOL_KEYS = {
   "last_batch": one_of(
     "train", ("train", "drop"), "what happens to the last, smaller batch of an epoch"
   ),
+  "fraction_per_class": flag(
+    True, "train_fraction of every class; false: of all images of a task together"
+  ),
+  "augment": one_of(
+    "none",
+    ("none", "crop_flip"),
+    "crop_flip: training images are padded by 4 zeros, cropped at random, half of them mirrored",
+  ),
   "order_source": one_of(
     "paper", ("paper", "code"), "whose task orders the letters and seed numbers mean"
   ),
 }
 
+DATA_KEYS = {
+  "source": one_of(
+    "original",
+    ("original", "tfds"),
+    "original files, or what TFDS has prepared in data_dir (as array_record)",
+  ),
+  "cache": text(
+    "", "folder for decoded images, or off; default: halrp_jax/data in $XDG_CACHE_HOME or ~/.cache"
+  ),
+  "mnist_size": Key(
+    32,
+    "28 or 32",
+    lambda x: _is_number(x, int) and x in (28, 32),
+    "pmnist: resized to 32 x 32 x 3 (the authors' program), or 28 x 28 x 1 as it is",
+  ),
+  "tiny_test": one_of(
+    "held_out",
+    ("held_out", "official"),
+    "tinyimagenet: images tested on: a held-out tenth of the training images (the authors' program "
+    "and the published numbers), or the official validation set (the paper's text)",
+  ),
+  "tasks": text("", "custom, source=tfds: names of the TFDS sets, with commas"),
+  "image_size": whole(32, 8, 1024, "custom: height and width that other sizes are resized to"),
+  "test_fraction": number(
+    0.2, 0, 0.9, "custom: share of every class that is tested on, without a test set", True
+  ),
+}
 CHECKPOINT_KEYS = {
   "every_epochs": whole(1, 1, None, "epochs between two checkpoints inside a phase"),
   "strict": flag(
     False, "a damaged checkpoint stops the run instead of falling back, with a warning"
   ),
 }
-SECTIONS = {"protocol": PROTOCOL_KEYS, "checkpoint": CHECKPOINT_KEYS}
+SECTIONS = {"protocol": PROTOCOL_KEYS, "data": DATA_KEYS, "checkpoint": CHECKPOINT_KEYS}
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,12 @@ RECORD, METRICS, CONFIG, LOCK, CHECKPOINTS = (
   "lock",
   "checkpoints",
 )
-NEUTRAL_KEYS = ("data_dir", "checkpoint.every_epochs", "checkpoint.strict")  # change no result
+NEUTRAL_KEYS = (  # change no result
+  "data_dir",
+  "data.cache",
+  "checkpoint.every_epochs",
+  "checkpoint.strict",
+)
 _KEPT_STATES = 2
 
 

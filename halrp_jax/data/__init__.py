@@ -1,24 +1,54 @@
 """The benchmarks by name, and what all of them share: fractions, validation split, order, hash.
 
-A family's function `(config) -> tasks, partial` gives its tasks in the order of their ids, `train`
-being the whole pool and `valid` empty, and whether data are missing. To add one: a file beside
-this one and a line in `BENCHMARKS`.
+A family gives two functions of the config: `outline` (what the protocol asks for, known without
+the data) and `read` (the tasks in the order of their ids, `train` being the whole pool and `valid`
+empty, but where the benchmark has a validation set of its own). To add one: a file beside this one
+and a line in `BENCHMARKS`.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from halrp_jax.data import cifar100, digits, orders
+from halrp_jax.data import (
+  cifar100,
+  custom,
+  digits,
+  five_datasets,
+  mnist,
+  omniglot,
+  orders,
+  sources,
+  tinyimagenet,
+)
+from halrp_jax.data.tasks import Outline
 from halrp_jax.types import Benchmark, Split, Task, UserError
 
-BENCHMARKS: dict[str, Callable] = {
-  "cifar100_split": cifar100.load_split,
-  "cifar100_superclass": cifar100.load_superclass,
-  "digits": digits.load,
+
+class Family(NamedTuple):
+  outline: Callable[..., Outline | None]  # (config) -> what the protocol asks for; None: anything
+  read: Callable[..., list[Task]]  # (config) -> tasks by id
+  originals: tuple[str, ...] = ()  # data sets it is made of: keys of `sources.ORIGINALS`
+
+
+BENCHMARKS: dict[str, Family] = {
+  "cifar100_split": Family(cifar100.outline_split, cifar100.read_split, ("cifar100",)),
+  "cifar100_superclass": Family(
+    cifar100.outline_superclass, cifar100.read_superclass, ("cifar100",)
+  ),
+  "pmnist": Family(mnist.outline, mnist.read, ("mnist",)),
+  "five_datasets": Family(five_datasets.outline, five_datasets.read, five_datasets.NAMES),
+  "omniglot_rotation": Family(omniglot.outline, omniglot.read, ("omniglot",)),
+  "tinyimagenet20": Family(tinyimagenet.outline_20, tinyimagenet.read_20, ("tiny_imagenet",)),
+  "tinyimagenet40": Family(tinyimagenet.outline_40, tinyimagenet.read_40, ("tiny_imagenet",)),
+  "pmnist20": Family(mnist.outline_20, mnist.read_20, ("mnist",)),
+  "cifar100_20": Family(cifar100.outline_random, cifar100.read_random, ("cifar100",)),
+  "digits": Family(digits.outline, digits.read),
+  "custom": Family(custom.outline, custom.read),
 }
 
 
@@ -26,40 +56,116 @@ def load(config) -> Benchmark:
   """The benchmark a config names, split, in the order of training, images on the device.
 
   Raises:
-    UserError: if data are missing, damaged or too few, or the order is none.
+    sources.Missing: if the data are not there.
+    UserError: if they are damaged or too few, or the order is none.
   """
-  tasks, partial = BENCHMARKS[config.benchmark](config)
-  order = orders.resolve(config.order, config.benchmark, len(tasks), config.protocol.order_source)
-  tasks = [_hold_out(task, config) for task in tasks]
-  split_hash = _hash(tasks)
-  image = jax.device_put(tasks[0].train.image)  # one array for all splits of all tasks
-  tasks = [_on_device(task, image) for task in tasks]
-  return Benchmark(config.benchmark, tuple(tasks[i] for i in order), split_hash, partial)
+  family = BENCHMARKS[config.benchmark]
+  outline = family.outline(config)
+  order = _order(config, len(outline.tasks)) if outline else None
+  tasks = family.read(config)
+  order = order or _order(config, len(tasks))
+  for task in tasks:
+    _require_classes(task)
+  lacks = _lacks(tasks, outline) if outline else []
+  if lacks and not config.allow_partial:
+    more = f" (and {len(lacks) - 1} more)" if len(lacks) > 1 else ""
+    raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
+  tasks = {task.id: _hold_out(task, config) for task in tasks}
+  split_hash = _hash(tasks.values())
+  image = jax.device_put(next(iter(tasks.values())).train.image)  # one array for all tasks
+  tasks = tuple(_on_device(tasks[i], image) for i in order if i in tasks)
+  return Benchmark(config.benchmark, tasks, split_hash, bool(lacks))
+
+
+def planned(config) -> tuple[tuple[int, int, int], list[dict]] | None:
+  """What `load` would give if the data were there: image shape, tasks in the order of training.
+
+  None: the benchmark asks for nothing certain.
+  """
+  outline = BENCHMARKS[config.benchmark].outline(config)
+  if outline is None:
+    return None
+  fraction, tasks = config.protocol.validation_fraction, []
+  for i in _order(config, len(outline.tasks)):
+    task = outline.tasks[i]
+    used = math.ceil(config.train_fraction * task.num_train)
+    valid = math.floor(fraction * used)
+    sizes = {"train": used - valid, "valid": valid, "test": task.num_test}
+    if task.num_valid:
+      sizes |= {"train": used, "valid": math.ceil(config.train_fraction * task.num_valid)}
+    tasks.append({"id": i, "name": task.name, "num_classes": task.num_classes} | sizes)
+  return outline.image_shape, tasks
+
+
+def _order(config, num_tasks: int) -> tuple[int, ...]:
+  return orders.resolve(config.order, config.benchmark, num_tasks, config.protocol.order_source)
+
+
+def _require_classes(task: Task) -> None:
+  for split, kind in ((task.train, "training"), (task.test, "test")):
+    counts = np.bincount(split.label, minlength=task.num_classes)
+    if not counts.all():
+      name = task.class_names[int(counts.argmin())]
+      raise UserError(f"task {task.name!r} has no {kind} images of class {name!r}")
+
+
+def _lacks(tasks: list[Task], outline: Outline) -> list[str]:
+  """Lines that say which task has fewer images than the protocol asks for, and by how many."""
+  found, lines = {task.id: task for task in tasks}, []
+  for i, wanted in enumerate(outline.tasks):
+    if i not in found:
+      lines.append(f"task {wanted.name!r} is missing")
+      continue
+    counts = [len(split.index) for split in (found[i].train, found[i].test, found[i].valid)]
+    asked = (wanted.num_train, wanted.num_test, wanted.num_valid)
+    for count, ask, kind in zip(counts, asked, ("training", "test", "validation"), strict=True):
+      if count < ask:
+        lines.append(
+          f"task {wanted.name!r} has {count:,} {kind} images, {ask - count:,} fewer than the "
+          f"{ask:,} of the protocol"
+        )
+  return lines
 
 
 def _hold_out(task: Task, config) -> Task:
-  """Takes `train_fraction` of the pool and holds out the validation images (spec c).
+  """Takes `train_fraction` of the images and holds out the validation images (spec c).
 
-  Keyed by seed and the task's own id: the same images in every order.
+  Keyed by seed and the task's own id: the same images in every order. The test set stays whole.
   """
   pool, fraction = task.train, config.protocol.validation_fraction
-  num_pool = len(pool.index)
-  num_used = math.ceil(config.train_fraction * num_pool)
+  if len(task.valid.index):
+    train, valid = (_fraction(s, config, (config.seed, task.id)) for s in (pool, task.valid))
+    return task._replace(train=train, valid=valid)
+  used = _fraction(pool, config, (config.seed, task.id))
+  num_used = len(used.index)
   num_valid = math.floor(fraction * num_used)
   if num_used - num_valid < 1 or (fraction > 0 and num_valid < 1):
     raise UserError(
       f"train_fraction = {config.train_fraction} leaves task {task.name!r} {num_used - num_valid} "
-      f"training and {num_valid} validation images of {num_pool}: take a larger fraction"
+      f"training and {num_valid} validation images of {len(pool.index)}: take a larger fraction"
     )
-  rows = np.random.default_rng((config.seed, task.id)).permutation(num_pool)[:num_used]
+  valid, train = (
+    Split(used.image, used.index[part], used.label[part])
+    for part in (slice(num_valid), slice(num_valid, None))
+  )
+  return task._replace(valid=valid, train=train)
 
-  def part(rows):
-    return Split(pool.image, pool.index[rows], pool.label[rows])
 
-  return task._replace(valid=part(rows[:num_valid]), train=part(rows[num_valid:]))
+def _fraction(split: Split, config, key: tuple[int, int]) -> Split:
+  """`train_fraction` of a split, shuffled: of every class, or of all images together."""
+  rows = np.random.default_rng(key).permutation(len(split.index))
+  if config.protocol.fraction_per_class and config.train_fraction < 1:
+    label = split.label[rows]
+    parts = [np.flatnonzero(label == c) for c in np.unique(label)]
+    kept = [p[: math.ceil(config.train_fraction * len(p))] for p in parts]
+    rows = rows[np.sort(np.concatenate(kept))]
+  else:
+    rows = rows[: math.ceil(config.train_fraction * len(rows))]
+  return Split(split.image, split.index[rows], split.label[rows])
 
 
-def _hash(tasks: list[Task]) -> str:
+def _hash(tasks) -> str:
+  tasks = list(tasks)
   digest = hashlib.sha256(np.ascontiguousarray(tasks[0].train.image))
   for task in tasks:
     for split in (task.train, task.valid, task.test):
@@ -80,3 +186,10 @@ def _on_device(task: Task, image: jax.Array) -> Task:
     valid=move(task.valid),
     test=move(task.test),
   )
+
+
+def download(config, tell: Callable[[str], None]) -> None:
+  """Fetches the original files that the config's benchmark needs and `data_dir` lacks."""
+  if config.data.source == "tfds":
+    raise UserError("--download fetches originals; with data.source=tfds, TFDS prepares its own")
+  sources.download(config.data_dir, BENCHMARKS[config.benchmark].originals, tell)

@@ -1,101 +1,113 @@
-"""CIFAR-100 from the original binary version: 10 tasks of 10 classes, or the 20 superclasses.
+"""CIFAR-100: 10 tasks of 10 classes, the 20 superclasses, or 20 tasks of 5 classes by chance.
 
 Split: task i holds the fine labels 10i to 10i+9. SuperClass: task i holds the fine labels whose
-coarse label is i. The label within a task is the position in the ascending list of its class ids.
-Normalisation as in the authors' program; no augmentation.
+coarse label is i. Both normalised as in the authors' program; no augmentation. CIFAR100-20 is the
+setting of IRU (paper Table 4): "classes randomly divided into 20 tasks of 5"; nobody says how, so
+it is numpy's permutation of seed 0.
 
 Reference: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 """
 
 import numpy as np
 
-from halrp_jax.data import sources
-from halrp_jax.types import Inputs, Split, Task, UserError
+from halrp_jax.data import formats, sources
+from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
+from halrp_jax.types import Inputs, Task, UserError
 
-FOLDER, ARCHIVE = "cifar-100-binary", "cifar-100-binary.tar.gz"
-NUM_TRAIN, NUM_TEST = 50_000, 10_000
-_NUM_COARSE, _NUM_FINE = 20, 100
-_RECORD = 2 + 3 * 32 * 32  # coarse label, fine label, red, green and blue plane
 _MEAN, _STD = np.float32([0.507, 0.487, 0.441]), np.float32([0.267, 0.256, 0.276])
+# The superclasses as the archive names them; the images say which classes they hold.
+_COARSE = (
+  "aquatic_mammals",
+  "fish",
+  "flowers",
+  "food_containers",
+  "fruit_and_vegetables",
+  "household_electrical_devices",
+  "household_furniture",
+  "insects",
+  "large_carnivores",
+  "large_man-made_outdoor_things",
+  "large_natural_outdoor_scenes",
+  "large_omnivores_and_herbivores",
+  "medium_mammals",
+  "non-insect_invertebrates",
+  "people",
+  "reptiles",
+  "small_mammals",
+  "trees",
+  "vehicles_1",
+  "vehicles_2",
+)
 
 
-def load_split(config) -> tuple[list[Task], bool]:
-  """CIFAR100-Split, 10 tasks of 10 classes. -> tasks by id, whether images are missing"""
-  data = _read(config)
-  groups = [(f"classes {10 * i} to {10 * i + 9}", range(10 * i, 10 * i + 10)) for i in range(10)]
-  return _tasks(data, groups), data["partial"]
+def outline_split(config) -> Outline:
+  """CIFAR100-Split: 10 tasks of 10 classes."""
+  return _outline([f"classes {10 * i} to {10 * i + 9}" for i in range(10)], 10)
 
 
-def load_superclass(config) -> tuple[list[Task], bool]:
-  """CIFAR100-SuperClass, 20 tasks of 5 classes. -> tasks by id, whether images are missing"""
-  data = _read(config)
-  groups = [
-    (name, sorted({int(c) for c in data["fine"][data["coarse"] == i]}))
-    for i, name in enumerate(data["coarse_names"])
-  ]
-  return _tasks(data, groups), data["partial"]
+def outline_superclass(config) -> Outline:
+  """CIFAR100-SuperClass: 20 tasks of 5 classes, the superclasses."""
+  return _outline(_COARSE, 5)
 
 
-def _read(config) -> dict:
+def outline_random(config) -> Outline:
+  """CIFAR100-20: 20 tasks of 5 classes by chance (IRU's setting)."""
+  return _outline([f"group {i}" for i in range(20)], 5)
+
+
+def _outline(names, num_classes) -> Outline:
+  sizes = (num_classes, 500 * num_classes, 100 * num_classes)
+  return Outline((32, 32, 3), tuple(TaskOutline(name, *sizes) for name in names))
+
+
+def read_split(config) -> list[Task]:
+  data, _, _ = read(config)
+  groups = [(t.name, range(10 * i, 10 * i + 10)) for i, t in enumerate(outline_split(config).tasks)]
+  return _tasks(data, groups)
+
+
+def read_superclass(config) -> list[Task]:
+  data, coarse, names = read(config)
+  return _tasks(data, [(name, np.unique(data.label[coarse == i])) for i, name in enumerate(names)])
+
+
+def read_random(config) -> list[Task]:
+  data, _, _ = read(config)
+  groups = np.random.RandomState(0).permutation(100).reshape(20, 5)
+  return _tasks(data, [(f"group {i}", sorted(g)) for i, g in enumerate(groups)])
+
+
+def read(config) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
+  """Images with fine labels, coarse labels [N], names of the superclasses."""
+  if config.data.source == "tfds":
+    from halrp_jax.data import prepared
+
+    return prepared.cifar100(config.data_dir)
+  files = sources.find(config.data_dir, "cifar100")
   names = ("train.bin", "test.bin", "fine_label_names.txt", "coarse_label_names.txt")
-  files = sources.read_members(config.data_dir, FOLDER, ARCHIVE, names)
-  parts = [
-    _records(files[name], name, expected, config.allow_partial)
-    for name, expected in (("train.bin", NUM_TRAIN), ("test.bin", NUM_TEST))
-  ]
-  records = np.concatenate(parts)
-  coarse, fine = records[:, 0], records[:, 1]
-  if coarse.max() >= _NUM_COARSE or fine.max() >= _NUM_FINE:
-    raise UserError(
-      f"{FOLDER}: a label is out of range; the files are damaged, download them again"
-    )
-  image = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-  return {
-    "image": np.ascontiguousarray(image),  # uint8 [N, 32, 32, 3], training images first
-    "coarse": coarse,
-    "fine": fine,
-    "num_train": len(parts[0]),
-    "fine_names": _label_names(files, "fine_label_names.txt", _NUM_FINE),
-    "coarse_names": _label_names(files, "coarse_label_names.txt", _NUM_COARSE),
-    "partial": len(records) < NUM_TRAIN + NUM_TEST,
-  }
+  train, test, fine, coarse = files.read(*names)
+  (x, y), (x_test, y_test) = (
+    formats.cifar(c, f"{files.place}: {n}", 2) for c, n in ((train, names[0]), (test, names[1]))
+  )
+  label = np.concatenate([y, y_test])
+  if label[:, 0].max() >= 20 or label[:, 1].max() >= 100:
+    raise UserError(f"{files.place}: a label is out of range; damaged, download it again")
+  data = ImageSet(
+    np.concatenate([x, x_test]),
+    label[:, 1],
+    len(x),
+    _names(fine, f"{files.place}: {names[2]}", 100),
+  )
+  return data, label[:, 0], _names(coarse, f"{files.place}: {names[3]}", 20)
 
 
-def _records(contents: bytes, name: str, expected: int, allow_partial: bool) -> np.ndarray:
-  num_images, rest = divmod(len(contents), _RECORD)
-  whole = num_images == expected and not rest
-  if not whole and not (allow_partial and num_images and not rest):
-    raise UserError(
-      f"{FOLDER}/{name}: {len(contents)} bytes, expected {expected * _RECORD} "
-      f"({expected} images); truncated or damaged, download it again"
-      + ("" if rest or allow_partial else ", or set allow_partial=True")
-    )
-  return np.frombuffer(contents, np.uint8).reshape(-1, _RECORD)
-
-
-def _label_names(files: dict[str, bytes], name: str, expected: int) -> tuple[str, ...]:
-  names = tuple(files[name].decode("utf-8", "replace").split())
+def _names(contents: bytes, name: str, expected: int) -> tuple[str, ...]:
+  names = tuple(contents.decode("utf-8", "replace").split())
   if len(names) != expected:
-    raise UserError(f"{FOLDER}/{name}: {len(names)} names, expected {expected}")
+    raise UserError(f"{name}: {len(names)} names, expected {expected}; download it again")
   return names
 
 
-def _tasks(data: dict, groups) -> list[Task]:
-  is_train = np.arange(len(data["fine"])) < data["num_train"]
-
-  def split(mask, classes):
-    rows = np.flatnonzero(mask)
-    return Split(data["image"], rows, np.searchsorted(classes, data["fine"][rows]))
-
-  tasks = []
-  for i, (name, classes) in enumerate(groups):
-    classes = np.asarray(classes)
-    member = np.isin(data["fine"], classes)
-    train, test = split(member & is_train, classes), split(member & ~is_train, classes)
-    for part, kind in ((train, "training"), (test, "test")):
-      if len(np.unique(part.label)) < len(classes):
-        raise UserError(f"{FOLDER}: task {name!r} lacks {kind} images of some classes")
-    names = tuple(data["fine_names"][c] for c in classes)
-    empty = split(np.zeros_like(is_train), classes)
-    tasks.append(Task(i, name, names, Inputs(_MEAN, _STD, None), train, empty, test))
-  return tasks
+def _tasks(data: ImageSet, groups) -> list[Task]:
+  inputs = Inputs(_MEAN, _STD, None)
+  return [make_task(i, name, data, classes, inputs) for i, (name, classes) in enumerate(groups)]

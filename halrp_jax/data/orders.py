@@ -1,8 +1,23 @@
 """Task orders of the paper (Appendix F.1) and, where they differ, of the authors' program."""
 
+import random
+
 import numpy as np
 
 from halrp_jax.types import UserError
+
+
+def _numpy(num_tasks: int, seeds=range(5)) -> dict[str, tuple[int, ...]]:
+  """The rule behind most lists of the paper: numpy's permutation of the seed number."""
+  return {str(s): tuple(map(int, np.random.RandomState(s).permutation(num_tasks))) for s in seeds}
+
+
+def _shuffled(num_tasks: int) -> dict[str, tuple[int, ...]]:
+  """The rule of the authors' TinyImageNet program."""
+  lists = {str(s): list(range(num_tasks)) for s in range(5)}
+  for seed, ids in lists.items():
+    random.Random(int(seed)).shuffle(ids)
+  return {seed: tuple(ids) for seed, ids in lists.items()}
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -24,17 +39,32 @@ PAPER = {
     "D": _ids("11 9 6 5 12 4 0 10 13 7 14 3 15 16 8 1 2 19 18 17"),
     "E": _ids("6 14 0 11 12 17 13 4 9 1 7 19 8 10 3 15 18 5 2 16"),
   },
-  # Ours, not the paper's: numpy's permutation of the seed number, as its other benchmarks have it.
-  "digits": {str(s): tuple(map(int, np.random.RandomState(s).permutation(10))) for s in range(5)},
+  "pmnist": _numpy(10) | {"0": _ids("6 1 9 2 7 5 8 0 3 4")},
+  "five_datasets": _numpy(5) | {"1": _ids("1 0 4 2 3")},
+  "omniglot_rotation": _numpy(100),
+  "tinyimagenet20": {
+    "0": _ids("10 18 16 14 0 17 11 2 3 9 5 7 4 19 6 15 8 1 13 12"),
+    "1": _ids("11 5 17 19 9 0 16 1 15 6 10 13 14 12 7 3 8 2 18 4"),
+    "2": _ids("7 6 17 8 19 15 13 0 3 9 14 4 10 12 16 5 11 18 2 1"),
+    "3": _ids("8 3 6 5 15 16 2 12 0 1 13 10 19 9 14 11 4 17 18 7"),
+    "4": _ids("17 19 10 14 5 18 16 11 4 8 6 0 13 1 2 15 12 3 9 7"),
+  },
+  "tinyimagenet40": _numpy(40),
+  # Ours, not the paper's, by the same rule.
+  "digits": _numpy(10),
+  "pmnist20": _numpy(20),
+  "cifar100_20": _numpy(20),
 }
-CODE: dict[str, dict[str, tuple[int, ...]]] = {}  # only where it differs from PAPER
+# Only where it differs from PAPER.
+CODE = {"pmnist": _numpy(10), "five_datasets": _numpy(5), "tinyimagenet40": _shuffled(40)}
 
 
 def resolve(order: str, benchmark: str, num_tasks: int, source: str = "paper") -> tuple[int, ...]:
   """Text of the config key `order` -> task ids in the order of training.
 
   Args:
-    order: a letter or seed number of the benchmark's table, or ids such as "2,0,1".
+    order: a letter or seed number of the benchmark's table, "natural" (0, 1, 2 ...), or ids such as
+      "2,0,1".
     benchmark: name of the benchmark.
     num_tasks: number of its tasks.
     source: "paper" or "code": whose table.
@@ -45,12 +75,14 @@ def resolve(order: str, benchmark: str, num_tasks: int, source: str = "paper") -
   named = PAPER.get(benchmark, {}) | (CODE.get(benchmark, {}) if source == "code" else {})
   if order in named:
     return named[order]
+  if order == "natural":
+    return tuple(range(num_tasks))
   try:
     ids = tuple(int(part) for part in order.split(","))
   except ValueError:
     ids = ()
   if sorted(ids) != list(range(num_tasks)):
-    names = f"one of {', '.join(named)}, or " if named else ""
+    names = f"one of {', '.join(named)}, natural, or " if named else "natural, or "
     raise UserError(
       f"order must be {names}the ids 0 to {num_tasks - 1} in any order with commas "
       f"for {benchmark}, got {order!r}"

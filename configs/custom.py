@@ -1,0 +1,34 @@
+r"""Your own images: a folder per task, an .npz per task, or TFDS sets (halrp_jax/data/custom.py).
+
+  python -m halrp_jax check_data --config=configs/custom.py --config.data_dir=DIR
+  python -m halrp_jax.main --config=configs/custom.py --config.data_dir=DIR --workdir=RUN \
+      [--config.network=resnet18] [--config.data.image_size=64]
+
+DIR holds TASK/CLASS/*.png or *.jpg, or TASK/train/CLASS/... and TASK/test/CLASS/..., or TASK.npz.
+The hyper-parameters are those of CIFAR100-Split with the images shuffled: a start, not a result.
+"""
+
+from halrp_jax import experiment
+
+
+def get_config(method: str = "halrp"):
+  return experiment.make_config(
+    method,
+    benchmark="custom",
+    order="natural",
+    network="lenet",
+    epochs=20,
+    batch_size=32,
+    learning_rate=1e-3,
+    protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.2},
+    methods_={
+      "halrp": {
+        "alpha": 0.9,
+        "warmup_epochs": 1,
+        "l1": 1e-4,
+        "l2": 1e-4,
+        "prune_bound": 0.2,
+      },
+      "stl": {"l2": 1e-4},
+    },
+  )

@@ -1,0 +1,99 @@
+"""Decoded images on the disk, memory-mapped: the second start takes seconds.
+
+  KEY.npy     uint8 [N, H, W, C]
+  KEY.json    SHA-256 of the array's bytes, written last
+
+The key has the hash of the source in it, so that other files make another entry. Delete the folder
+at any time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from halrp_jax.types import UserError
+
+
+def folder(setting: str) -> pathlib.Path | None:
+  """The folder that the config key `data.cache` means; None: keep nothing."""
+  if setting == "off":
+    return None
+  if setting:
+    return pathlib.Path(setting).expanduser()
+  try:
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  except RuntimeError:  # a user without a home
+    return None
+  return pathlib.Path(home) / "halrp_jax" / "data"
+
+
+def images(
+  setting: str, key: str, shape: tuple[int, ...], decode: Callable[[np.ndarray], None]
+) -> np.ndarray:
+  """The array that `decode` fills, from the cache if it is there.
+
+  Args:
+    setting: the config key `data.cache`.
+    key: name of the entry: what was decoded, how, and the hash of its source.
+    shape: of the array, uint8.
+    decode: fills the array it is given.
+
+  Raises:
+    UserError: if a folder was named and can't be written.
+  """
+  place = folder(setting)
+  if place is not None:
+    name = f"{key[:40]}-{hashlib.sha256(f'{key} {shape}'.encode()).hexdigest()[:24]}"
+    try:
+      place.mkdir(parents=True, exist_ok=True)
+      found = _load(place / f"{name}.npy", shape)
+      return _fill(place / f"{name}.npy", shape, decode) if found is None else found
+    except OSError as e:
+      if setting:
+        raise UserError(
+          f"data.cache={setting}: {e.strerror or e}; name a folder that can be written and has "
+          "room, or off"
+        ) from e
+  image = np.empty(shape, np.uint8)
+  decode(image)
+  return image
+
+
+def _load(path: pathlib.Path, shape) -> np.ndarray | None:
+  try:
+    sums = json.loads(path.with_suffix(".json").read_text())
+    image = np.load(path, mmap_mode="r", allow_pickle=False)
+    if image.shape == tuple(shape) and image.dtype == np.uint8 and sums["sha256"] == digest(image):
+      return image
+  except (OSError, ValueError, KeyError, TypeError):
+    pass
+  return None
+
+
+def _fill(path: pathlib.Path, shape, decode) -> np.ndarray:
+  temporary = path.with_name(f".{os.getpid()}-{path.name}")
+  try:
+    image = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=tuple(shape))
+    with open(temporary, "r+b") as stream:  # a full disk is an error here, a crash later
+      os.posix_fallocate(stream.fileno(), 0, temporary.stat().st_size)
+    decode(image)
+    image.flush()
+    temporary.replace(path)
+    sums = temporary.with_suffix(".json")
+    sums.write_text(json.dumps({"sha256": digest(image)}))
+    sums.replace(path.with_suffix(".json"))
+  except BaseException:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise
+  return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def digest(image: np.ndarray) -> str:
+  """SHA-256 of an array's bytes."""
+  return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()

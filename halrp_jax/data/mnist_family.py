@@ -1,0 +1,36 @@
+"""MNIST and FashionMNIST: the IDX files, gzipped or not."""
+
+import numpy as np
+
+from halrp_jax.data import formats, sources
+from halrp_jax.data.tasks import ImageSet
+from halrp_jax.types import UserError
+
+_FILES = (
+  ("train-images-idx3-ubyte", 3),
+  ("train-labels-idx1-ubyte", 1),
+  ("t10k-images-idx3-ubyte", 3),
+  ("t10k-labels-idx1-ubyte", 1),
+)
+
+
+def read(config, name: str) -> ImageSet:
+  """MNIST or a data set in its format. image [N, 28, 28, 1]"""
+  if config.data.source == "tfds":
+    from halrp_jax.data import prepared
+
+    return prepared.labelled(config.data_dir, name, (28, 28, 1))
+  files = sources.find(config.data_dir, name)
+  arrays = []
+  for file, dimensions in _FILES:
+    file = file if file in files.names else f"{file}.gz"
+    (contents,) = files.read(file)
+    arrays.append(formats.idx(contents, f"{files.place}: {file}", dimensions))
+  x, y, x_test, y_test = arrays
+  label = np.concatenate([y, y_test]).astype(np.int64)
+  if len(x) != len(y) or len(x_test) != len(y_test) or (len(label) and label.max() > 9):
+    raise UserError(f"{files.place}: images and labels don't fit; damaged, download it again")
+  if x.shape[1:] != (28, 28) or x_test.shape[1:] != (28, 28):
+    raise UserError(f"{files.place}: images are not 28 x 28; not the original, download it again")
+  image = np.concatenate([x, x_test])[..., None]
+  return ImageSet(image, label, len(x), tuple("0123456789"))
