@@ -10,11 +10,15 @@ It is written under another name and renamed when it is whole. Orbax restores a 
 a word, so nothing is read before the manifest verifies. No pickle anywhere.
 """
 
+import errno
 import hashlib
 import importlib
 import json
+import logging
 import os
 import pathlib
+import re
+import resource
 import shutil
 from typing import NamedTuple
 
@@ -76,6 +80,7 @@ def save(folder: pathlib.Path, packed: Packed, about: dict) -> None:
   try:
     temporary.mkdir()
     if arrays:
+      _require_room(temporary, sum(x.nbytes for x in arrays))
       named = {str(i): x for i, x in enumerate(arrays)}
       _orbax(lambda checkpointer: checkpointer.save(temporary.resolve() / _ARRAYS, named))
     leaves = [[list(x.shape), str(x.dtype)] for x in arrays]
@@ -174,15 +179,33 @@ def sweep(folder: pathlib.Path, keep: set[str]) -> None:
 
 
 def _orbax(fn):
-  checkpointer = ocp.PyTreeCheckpointer()
+  """fn(checkpointer); whatever goes wrong is an OSError, told once and by the caller."""
+  checkpointer, logger = ocp.PyTreeCheckpointer(), logging.getLogger("absl")
+  logger.addFilter(_is_no_error)  # Orbax logs tracebacks of what it raises
   try:
     return fn(checkpointer)
   except OSError:
     raise
   except Exception as e:  # tensorstore wraps what the disk says in errors of its own
+    if code := re.search(r"os_error_code='(\d+)'", str(e)):
+      raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
     raise OSError(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
   finally:
+    logger.removeFilter(_is_no_error)
     checkpointer.close()
+
+
+def _require_room(folder: pathlib.Path, size: int) -> None:
+  """Looks before it leaps: tensorstore prints more than an error when a write fails."""
+  if shutil.disk_usage(folder).free < size:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+  most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+  if most != resource.RLIM_INFINITY and most < size:
+    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(folder))
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+  return record.levelno < logging.ERROR
 
 
 def _manifest(folder: pathlib.Path) -> dict:

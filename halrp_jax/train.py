@@ -241,7 +241,7 @@ def _make_epoch(config, step: Callable) -> Callable:
         carry = jax.block_until_ready(advance(carry, batches, done, stop, frozen, data, key))
         chunk = max(1, int(_CHUNK_SECONDS * (stop - done) / (time.perf_counter() - start)))
         done = stop
-        progress(np.asarray(carry[1]), done, len(batches))
+        progress(*carry, done, len(batches))
     return carry
 
   return epoch
@@ -316,12 +316,16 @@ def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty
     state, best = jax.tree.map(lambda x: jnp.array(x) if np.ndim(x) else x, (state, best))
     return int(done), state._replace(step=jnp.int32(state.step)), best
 
-  def watch(event, store, sums, step, num_steps):
+  def watch(event, store, state, sums, step, num_steps):
     """Between the chunks of an epoch."""
     if not np.isfinite(sums).all():
+      place = store.keep.write(
+        f"{store.name}/diverged", {"params": state.params, "stats": state.stats, "step": state.step}
+      )
       raise Diverged(
         f"{event['phase']}, epoch {event['epoch']}, step {step} of {num_steps}: the loss is "
         f"{float(sums[0])}; try a smaller learning_rate or protocol.gradient_scale"
+        + (f" (the weights then: {place}, read by halrp_jax.checkpoint.load)" if place else "")
       )
     store.log(event | {"event": "progress", "step": step, "steps": num_steps})
     store.keep.check()

@@ -103,7 +103,7 @@ class Keep(NamedTuple):
   """What survives an interruption inside a task. By default nothing does."""
 
   read: Callable = lambda name, like=None: None  # -> what was written under that name, or None
-  write: Callable = lambda name, tree: None
+  write: Callable = lambda name, tree: ""  # -> where it will be
   check: Callable = lambda: None  # raises Stopped if the run was asked to stop
 
 

@@ -103,8 +103,10 @@ class Workdir:
     self._num_events = max(self._num_events, about["events"])
     return tree
 
-  def _write(self, name: str, tree) -> None:
-    self._submit(self.items / _item(name), tree, {"events": self._num_events})
+  def _write(self, name: str, tree) -> str:
+    folder = self.items / _item(name)
+    self._submit(folder, tree, {"events": self._num_events})
+    return str(folder)
 
   def _submit(self, folder, tree, about) -> None:
     self._raise_errors(wait=False)

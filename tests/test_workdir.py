@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 
-from halrp_jax import experiment, workdir
+from halrp_jax import checkpoint, data, experiment, workdir
+from halrp_jax.data import digits
 from halrp_jax.types import Diverged, Stopped, UserError
 
 TIMES = ("seconds", "peak_memory_bytes", "date")
@@ -198,6 +200,16 @@ def test_infinite_loss_says_where_and_what_to_try(digits_config, tmp_path):
   config = digits_config("stl", learning_rate=1e30)
   with pytest.raises(Diverged, match=r"task00/train, epoch \d, step \d+ of \d+: the loss is"):
     experiment.run(config, str(tmp_path))
+  saved, _ = checkpoint.load(tmp_path / "checkpoints" / "now.task00.train.diverged")
+  assert saved["step"] > 0 and not np.isfinite(saved["params"]["fc1"]["kernel"]).all()
+
+
+def test_disk_use_stays_near_the_size_of_the_model(whole, digits_config, method_name):
+  """Two states are kept, which share what has not changed; padding is compressed away."""
+  folder, _ = whole(digits_config(method_name))
+  files = [p for p in (folder / "checkpoints").rglob("*") if p.is_file()]
+  model = 4 * json.loads((folder / "record.json").read_text())["size"][-1]["dense"]
+  assert sum(p.stat().st_size for p in files) < 2 * model + 2_000 * len(files)
 
 
 def test_disk_use_is_the_sum_of_the_parts(whole, digits_config):
@@ -205,3 +217,33 @@ def test_disk_use_is_the_sum_of_the_parts(whole, digits_config):
   folder, _ = whole(digits_config("stl"))
   names = sorted(p.name.split("-")[0] for p in (folder / "checkpoints").iterdir())
   assert names == ["shared", "state", "state", *(f"task{t:02d}" for t in range(10))]
+
+
+def test_the_test_split_is_never_seen(whole, digits_config, method_name, monkeypatch, tmp_path):
+  """Noise for test images and shuffled test labels: everything that is learned stays the same."""
+  rng = np.random.default_rng(0)
+  read = digits.read
+
+  def spoiled(config):
+    tasks = read(config)
+    image = np.array(tasks[0].train.image)
+    rows = tasks[0].test.index
+    image[rows] = rng.integers(0, 256, image[rows].shape)
+    label = rng.permutation(tasks[0].test.label)
+    return [
+      t._replace(
+        train=t.train._replace(image=image),
+        valid=t.valid._replace(image=image),
+        test=t.test._replace(image=image, label=label),
+      )
+      for t in tasks
+    ]
+
+  family = data.BENCHMARKS["digits"]._replace(read=spoiled)
+  monkeypatch.setitem(data.BENCHMARKS, "digits", family)
+  config = digits_config(method_name)
+  folder, _ = whole(config)
+  noisy = experiment.run(config, str(tmp_path))
+  clean = json.loads((folder / "record.json").read_text())
+  assert noisy["state_hash"] == clean["state_hash"]
+  assert noisy["average_accuracy"] < 50 < clean["average_accuracy"]

@@ -1,0 +1,126 @@
+"""Real processes where something is missing, full or not allowed: one line, or no harm."""
+
+import ctypes
+import os
+import resource
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from halrp_jax import experiment
+
+from .conftest import ROOT
+from .test_workdir import same
+
+
+def run(workdir, *more, config="digits.py:stl", env=None, **popen):
+  command = [sys.executable, "-m", "halrp_jax.main", f"--config={ROOT}/configs/{config}"]
+  short = ["--config.epochs=2", "--config.train_fraction=0.3", f"--workdir={workdir}"]
+  short = short if "digits" in config else short[2:]
+  return subprocess.run(
+    [*command, *short, *more],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=env,
+    timeout=120,
+    **popen,
+  )
+
+
+def assert_one_line(result, *says):
+  assert result.returncode == 2, result.stderr
+  assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+  for text in says:
+    assert text in result.stderr
+
+
+def held_back():
+  """For `preexec_fn`: permissions hold for the process that is started, also if it is root's."""
+  if os.getuid() == 0:
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+      assert ctypes.CDLL(None).prctl(24, capability) == 0  # PR_CAPBSET_DROP
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
+  """RLIMIT_FSIZE stands for the disk: no file may grow beyond 40 kB, so no model is saved."""
+
+  def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+  result = run(tmp_path / "run", "--compile_cache=off", preexec_fn=limit)
+  assert_one_line(result, "checkpoints: a checkpoint can't be written", "File too large")
+  items = list((tmp_path / "run" / "checkpoints").iterdir())
+  assert not [p for p in items if p.name.startswith(".writing")]
+  assert run(tmp_path / "run").returncode == 0
+  assert run(tmp_path / "whole").returncode == 0
+  assert same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_workdir_that_can_not_be_written(tmp_path):
+  workdir = tmp_path / "run"
+  workdir.mkdir(mode=0o555)
+  assert_one_line(run(workdir, preexec_fn=held_back), f"--workdir={workdir}", "Permission denied")
+  assert not list(workdir.iterdir())
+
+
+def test_a_data_dir_that_can_not_be_written_is_no_harm(tmp_path):
+  data = tmp_path / "data"
+  make_custom(data)
+  for path in (*data.rglob("*"), data):
+    path.chmod(0o555 if path.is_dir() else 0o444)
+  before = sorted(data.rglob("*"))
+  result = run(
+    tmp_path / "run",
+    f"--config.data_dir={data}",
+    "--config.network=mlp",
+    "--config.epochs=1",
+    config="custom.py:stl",
+    preexec_fn=held_back,
+  )
+  assert result.returncode == 0, result.stderr
+  assert sorted(data.rglob("*")) == before
+
+
+def test_spaces_and_unicode_in_every_path(tmp_path):
+  data, workdir = tmp_path / "meine Daten 数据", tmp_path / "läuft schön"
+  make_custom(data)
+  more = (f"--config.data_dir={data}", "--config.network=mlp", "--config.epochs=1")
+  for expected in ("ACC", "finished already"):
+    result = run(workdir, *more, config="custom.py:stl")
+    assert result.returncode == 0 and expected in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("missing", ["HOME", "XDG_CACHE_HOME"])
+def test_without_a_home(tmp_path, missing):
+  env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+  if missing == "XDG_CACHE_HOME":
+    env["HOME"] = "/nonexistent"
+  else:
+    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+  assert run(tmp_path / "run", env=env).returncode == 0
+
+
+def test_without_a_network(digits_config, tmp_path, monkeypatch):
+  def refuse(*args):
+    raise AssertionError("a connection was tried")
+
+  monkeypatch.setattr(socket.socket, "connect", refuse)
+  monkeypatch.setattr(socket, "getaddrinfo", refuse)
+  experiment.run(digits_config("stl", epochs=1), str(tmp_path))
+
+
+def make_custom(folder):
+  """Two tasks of two classes with twenty images each."""
+  import numpy as np
+  from PIL import Image
+
+  rng = np.random.default_rng(0)
+  for task in ("erste Aufgabe", "zweite"):
+    for c in ("Äpfel", "Birnen"):
+      place = folder / task / c
+      place.mkdir(parents=True)
+      for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(place / f"{i}.png")
