@@ -2,6 +2,7 @@
 
 import sys
 
+from halrp_jax import arguments
 from halrp_jax.commands import COMMANDS
 from halrp_jax.types import UserError
 
@@ -23,4 +24,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+  arguments.plain_warnings()
   sys.exit(main(sys.argv))

@@ -30,6 +30,16 @@ from halrp_jax.types import Params
 
 _ARRAYS, _ABOUT, _MANIFEST = "arrays", "about.json", "manifest.json"
 _TEMPORARY = ".writing-"
+_UNREADABLE = (  # what a forged item can raise
+  OSError,
+  KeyError,
+  TypeError,
+  ValueError,
+  AttributeError,
+  ImportError,
+  MemoryError,
+  RecursionError,
+)
 
 
 class Damaged(Exception):
@@ -109,7 +119,7 @@ def load(folder: pathlib.Path) -> tuple[Params, dict]:
       if arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
         raise Damaged(f"{folder}: array {name} is not the one that was written")
     return _decode(about["structure"], arrays), about
-  except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
+  except _UNREADABLE as e:
     raise Damaged(f"{folder}: can't be read ({type(e).__name__}: {e})") from e
 
 
@@ -233,7 +243,7 @@ def _read(path: pathlib.Path) -> dict:
     content = json.loads(path.read_text())
   except FileNotFoundError as e:
     raise Damaged(f"{path}: missing") from e
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise Damaged(f"{path}: can't be read ({e})") from e
   if not isinstance(content, dict):
     raise Damaged(f"{path}: is not what was written")

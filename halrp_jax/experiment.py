@@ -84,7 +84,7 @@ def resolve(config) -> config_dict.ConfigDict:
   """
   values = config.to_dict()
   name = values["method"].get("name")
-  if name not in methods.METHODS:
+  if not isinstance(name, str) or name not in methods.METHODS:
     raise UserError(f"method.name must be one of {', '.join(methods.METHODS)}, got {name!r}")
   for key, value in methods.variant_defaults(values["method"]).items():
     if values["method"].get(key) is None:
@@ -94,8 +94,8 @@ def resolve(config) -> config_dict.ConfigDict:
   method = methods.METHODS[name]
   lines = validate.errors(flat, validate.keys_of(method.KEYS))
   for key, known in (("benchmark", data.BENCHMARKS), ("network", models.NETWORKS)):
-    if flat[key] not in known:
-      hint = validate.nearest(str(flat[key]), known)
+    if isinstance(flat.get(key), str) and flat[key] not in known:
+      hint = validate.nearest(flat[key], known)
       lines.append(f"{key} must be one of {', '.join(known)}, got {flat[key]!r}{hint}")
   config = config_dict.ConfigDict(values)
   if not lines and hasattr(method, "check"):

@@ -212,6 +212,37 @@ def opened(
     ) from e
 
 
+def inspect(path: str) -> tuple[list[dict], State | None, dict]:
+  """Verifies every file of a run; changes nothing.
+
+  Returns:
+    Per item: name, files, bytes, problem (a line, or None); the newest state that is whole; the
+    results that belong to it.
+
+  Raises:
+    UserError: if there is no run.
+  """
+  folder = pathlib.Path(path)
+  if not (folder / CONFIG).is_file():
+    raise UserError(f"--workdir={path}: holds no {CONFIG}; give the folder of a run")
+  items, trees = [], {}
+  for item in sorted((folder / CHECKPOINTS).glob("[!.]*")):
+    files = [p for p in item.rglob("*") if p.is_file()]
+    found = {"name": item.name, "files": len(files), "problem": None}
+    found["bytes"] = sum(p.stat().st_size for p in files)
+    try:
+      trees[item.name] = checkpoint.load(item)
+    except (checkpoint.Damaged, FileNotFoundError, NotADirectoryError) as e:
+      found["problem"] = str(e)
+    items.append(found)
+  for name in sorted((n for n in trees if n.startswith("state-")), reverse=True):
+    about = trees[name][1]
+    if set(about["items"]) <= trees.keys():
+      shared, *tasks = (trees[n][0]["tree"] for n in about["items"])
+      return items, State(shared, tuple(tasks)), about["results"]
+  return items, None, {}
+
+
 def finished_record(path: str, config: dict) -> dict | None:
   """The record of a finished run of this config; None if there is none."""
   file = pathlib.Path(path) / RECORD

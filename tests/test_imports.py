@@ -11,7 +11,7 @@ LAYERS = (
   {"train", "checkpoint"},
   {"methods"},
   {"report", "workdir"},
-  {"experiment"},
+  {"experiment", "arguments"},
   {"commands"},
   {"main", "__main__"},
 )

@@ -32,7 +32,10 @@ def run(capsys, *arguments):
     ([f"{DIGITS}:stl", "--config.method.alpha=0.5"], "--config.method.alpha is not a config key"),
     ([DIGITS, "--workdir=x", "--config.epochs=many"], "epochs must be a whole number"),
     ([DIGITS, "--workdir=x", "--config.epochs"], "epochs must be a whole number"),
-    ([DIGITS, "--workdir=x", "--config.order=F"], "order must be one of 0, 1, 2, 3, 4, or the ids"),
+    (
+      [DIGITS, "--workdir=x", "--config.order=F"],
+      "order must be one of 0, 1, 2, 3, 4, natural, or",
+    ),
     ([DIGITS, "--workdir=x", "--config.order=0,1"], "order must be"),
     ([DIGITS, "--workdir=x", "--config.method.name=nobody"], "method.name"),
     ([DIGITS, "--wrkdir=x"], "wrkdir"),

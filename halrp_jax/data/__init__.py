@@ -77,6 +77,13 @@ def load(config) -> Benchmark:
   return Benchmark(config.benchmark, tasks, split_hash, bool(lacks))
 
 
+def lacking(config) -> list[str]:
+  """Lines that say what the data lack of the protocol."""
+  family = BENCHMARKS[config.benchmark]
+  outline = family.outline(config)
+  return _lacks(family.read(config), outline) if outline else []
+
+
 def planned(config) -> tuple[tuple[int, int, int], list[dict]] | None:
   """What `load` would give if the data were there: image shape, tasks in the order of training.
 

@@ -22,4 +22,5 @@ def make(config, model, benchmark) -> Method:
 def variant_defaults(method_config: dict) -> dict:
   """What the keys left None mean under `method.variant`; empty for methods without variants."""
   variants = getattr(METHODS[method_config["name"]], "VARIANTS", {})
-  return variants.get(method_config.get("variant"), {})
+  chosen = method_config.get("variant")
+  return variants.get(chosen, {}) if isinstance(chosen, str) else {}

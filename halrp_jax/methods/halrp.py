@@ -84,7 +84,7 @@ _number, _whole, _flag, _one_of = (
 )
 KEYS = {
   "variant": _one_of("published", tuple(VARIANTS), "what the switches left None mean"),
-  "alpha": _number(0.9, 0, None, "share of the total importance that the ranks keep; >= 1: all"),
+  "alpha": _number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all"),
   "warmup_epochs": _whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`"),
   "l1": _number(0.0, 0, None, "lambda_0: L1 coefficient on U and V"),
   "l2": _number(0.0, 0, None, "lambda_1: L2 coefficient on R, S, U, V; on the kernels in task 0"),

@@ -1,0 +1,78 @@
+"""Command lines -> flags and config. Every mistake is a UserError."""
+
+import argparse
+import re
+import warnings
+
+from absl import flags
+from ml_collections import config_flags
+
+from halrp_jax import methods, validate
+from halrp_jax.types import UserError
+
+
+def plain_warnings() -> None:
+  """Warnings as one line, for people: call it once, in a program."""
+  warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+
+
+def parse_config(
+  argv: list[str], texts: dict[str, str], switches: dict[str, str]
+) -> flags.FlagValues:
+  """Flags of a command line with a config.
+
+  Args:
+    argv: program name first.
+    texts: flags with a value: name -> help.
+    switches: flags without: name -> help.
+
+  Returns:
+    The flags; `config` is locked and not yet checked (`experiment.resolve`), None if not given.
+  """
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", None, "FILE.py or FILE.py:METHOD", flag_values=values, sys_argv=argv
+  )
+  for name, text in texts.items():
+    flags.DEFINE_string(name, "", text, flag_values=values)
+  for name, text in switches.items():
+    flags.DEFINE_boolean(name, False, text, flag_values=values)
+  _check_key_names(argv)
+  try:
+    rest = values(argv)[1:]
+    if values.config is not None:
+      values.config.to_dict()  # config_flags keeps the error of a bad file until it is used
+  except UserError:
+    raise
+  except Exception as e:  # absl, config_flags and the user's own file raise whatever they like
+    file = next((a for a in argv if re.match(r"--?config=", a)), "arguments")
+    raise UserError(f"{file}: {str(e).rpartition('failure to load: ')[2]}") from e
+  if rest:
+    raise UserError(f"arguments: {rest[0]!r} is not a flag; flags start with --")
+  return values
+
+
+def _check_key_names(argv: list[str]) -> None:
+  """config_flags names an unknown key badly, so look first."""
+  name = next((a.rpartition(":")[2] for a in argv if re.match(r"--?config=.*:", a)), None)
+  chosen = [methods.METHODS[name]] if name in methods.METHODS else methods.METHODS.values()
+  known = {"method.name"}.union(*(validate.keys_of(m.KEYS) for m in chosen))
+  for arg in argv:
+    key = re.match(r"--?(?:no)?config\.([^=]*)", arg)
+    if key and key[1] not in known:
+      raise UserError(f"--config.{key[1]} is not a config key{validate.nearest(key[1], known)}")
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise UserError(f"{self.prog}: {message}")
+
+
+def parser(verb: str, doc: str) -> argparse.ArgumentParser:
+  """For the verbs without a config: an argparse parser whose mistakes are UserErrors."""
+  return _Parser(
+    prog=verb,
+    description=doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )

@@ -1,0 +1,191 @@
+"""doctor [--workdir=RUN] [--data_dir=DIR]: is everything as it should be?
+
+Prints versions and devices with a short numerical self-test; for a run its steps, the verification
+of every file, sizes and ranks; for data what is found, counts and hashes. Lines that begin with
+"WRONG" say what to do; exit code 1 if there is one.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import halrp_jax
+from halrp_jax import arguments, checkpoint, data, experiment, layers, validate, workdir
+from halrp_jax.data import sources
+from halrp_jax.types import UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+_TOLERANCE = 2e-2  # relative; matrix units of GPUs and TPUs round to 10 bits and fewer
+
+Finding = tuple[str, str]  # a line, and what to do if it is wrong or ""
+
+
+def main(argv: list[str]) -> int:
+  """Prints what it finds; 1 if anything is wrong."""
+  parser = arguments.parser("doctor", __doc__)
+  parser.add_argument("--workdir", default="", help="the folder of a run")
+  parser.add_argument("--data_dir", default="", help="the folder of the original data")
+  options = parser.parse_args(argv)
+  findings = [*_versions(), *_devices()]
+  if options.workdir:
+    findings += _run(options.workdir)
+  if options.data_dir:
+    findings += _data(options.data_dir)
+  for line, remedy in findings:
+    print(f"WRONG  {line}: {remedy}" if remedy else f"ok     {line}")
+  wrong = sum(bool(remedy) for _, remedy in findings)
+  print(f"{wrong} of {len(findings)} checks are wrong" if wrong else "all is well")
+  return 1 if wrong else 0
+
+
+# --- this machine ---------------------------------------------------------------------
+
+
+def _versions() -> Iterator[Finding]:
+  yield f"halrp_jax {halrp_jax.__version__}, python {platform.python_version()}", ""
+  yield ", ".join(f"{n} {importlib.metadata.version(n)}" for n in _PACKAGES), ""
+
+
+def _devices() -> Iterator[Finding]:
+  for device in jax.local_devices():
+    with jax.default_device(device):
+      for what, error in _self_test().items():
+        line = f"{device.device_kind} ({device}): {what}, relative error {error:.1e}"
+        good = np.isfinite(error) and error < _TOLERANCE
+        yield line, "" if good else "do not use this device; check its driver and jaxlib's version"
+
+
+def _self_test() -> dict[str, float]:
+  """Our layers against plain lax, the SVD against what it decomposes."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  image = jax.random.normal(keys[0], (8, 16, 16, 20))
+  kernel = jax.random.normal(keys[1], (5, 5, 20, 50))
+
+  def plain(x, w):
+    return jax.lax.conv_general_dilated(
+      x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+  def ours(x, w):
+    return layers.conv(50, 5, padding=2, name="conv").apply({"params": {"kernel": w}}, x)
+
+  def gradients(fn):
+    return jax.grad(lambda x, w: jnp.sum(fn(x, w) ** 2), argnums=(0, 1))(image, kernel)
+
+  matrix = jax.random.normal(keys[2], (300, 200))
+  u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+  norm = layers.BatchNorm(running=False, relu=True, pool=2)
+  normed = norm.apply(norm.init(keys[0], image, train=True), image, train=True)
+  mean, std = image.mean((0, 1, 2)), image.std((0, 1, 2))
+  wanted = jnp.maximum((image - mean[None, None, None]) / std[None, None, None], 0)
+  wanted = wanted.reshape(8, 8, 2, 8, 2, 20).max((2, 4))
+  return {
+    "convolution": _error(ours(image, kernel), plain(image, kernel)),
+    "its gradients": max(map(_error, gradients(ours), gradients(plain))),
+    "batch normalisation": _error(normed, wanted),
+    "SVD": _error((u * s[None]) @ vt, matrix),
+  }
+
+
+def _error(found, wanted) -> float:
+  return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+
+
+# --- a run ----------------------------------------------------------------------------
+
+
+def _run(path: str) -> Iterator[Finding]:
+  items, state, results = workdir.inspect(path)
+  folder = pathlib.Path(path)
+  config, broken = _json(folder / workdir.CONFIG)
+  yield f"{folder / workdir.CONFIG}{_summary(config)}", broken
+  for item in items:
+    line = f"{item['name']}: {item['files']} files, {item['bytes']:,} bytes"
+    remedy = f"{item['problem']}; start the run again, it falls back on what is whole"
+    yield line, remedy if item["problem"] else ""
+  rows = results.get("rows", [])
+  for t, row in enumerate(rows):
+    ranks = " ".join(f"{k}:{v}" for k, v in (row["ranks"] or {}).items())
+    size = f"{row['size']['nonzero']:,} non-zero numbers, growth {100 * row['increment']:+.1f} %"
+    yield f"task {t + 1}: {size}" + (f", ranks {ranks}" if ranks else ""), ""
+  if not (folder / workdir.RECORD).exists():
+    yield f"{len(rows)} tasks learned, not finished: the same command goes on", ""
+    return
+  record, broken = _json(folder / workdir.RECORD)
+  yield f"{folder / workdir.RECORD}", broken
+  if state is None:
+    yield "no state is whole", "the model is lost; --overwrite learns it anew"
+  elif not broken:
+    same = checkpoint.fingerprint(state) == record.get("state_hash")
+    yield (
+      "the model is the one of the record",
+      "" if same else ("the newest whole state is another; start the run again with --overwrite"),
+    )
+
+
+def _json(path: pathlib.Path) -> tuple[dict, str]:
+  """Contents, and what to do if it can't be read."""
+  try:
+    content = json.loads(path.read_text())
+    if isinstance(content, dict):
+      return content, ""
+    return {}, "is no JSON object; --overwrite starts anew"
+  except (OSError, ValueError, RecursionError) as e:
+    return {}, f"can't be read ({e}); --overwrite starts anew"
+
+
+def _summary(config: dict) -> str:
+  flat = validate.flat(config)
+  keys = ("method.name", "benchmark", "network", "order", "seed")
+  return ": " + ", ".join(f"{k} {flat[k]}" for k in keys if k in flat) if flat else ""
+
+
+# --- data -----------------------------------------------------------------------------
+
+
+def _data(data_dir: str) -> Iterator[Finding]:
+  if not pathlib.Path(data_dir).expanduser().is_dir():
+    raise UserError(f"--data_dir={data_dir}: no such folder")
+  there = []
+  for name in sources.ORIGINALS:
+    try:
+      files = sources.find(data_dir, name)
+    except sources.Missing:
+      yield f"{name}: not there", ""
+    except UserError as e:
+      yield name, str(e)
+    else:
+      there.append(name)
+      yield f"{name}: {files.place}, {len(files.names):,} files, {sources.fingerprint(files)}", ""
+  for benchmark, family in data.BENCHMARKS.items():
+    if set(family.originals) & set(there):
+      yield _load(benchmark, data_dir)
+
+
+def _load(benchmark: str, data_dir: str) -> Finding:
+  """Reads a benchmark as a run would."""
+  config = experiment.make_config(
+    "stl",
+    benchmark=benchmark,
+    data_dir=data_dir,
+    order="natural",
+    allow_partial=True,
+    methods_={},
+    protocol={"validation_fraction": 0.0},
+  )
+  try:
+    found = data.load(experiment.resolve(config))
+  except UserError as e:
+    return benchmark, str(e)
+  counts = [sum(len(getattr(t, s).index) for t in found.tasks) for s in ("train", "valid", "test")]
+  line = (
+    f"{benchmark}: {len(found.tasks)} tasks, {counts[0] + counts[1]:,} training and {counts[2]:,}"
+  )
+  partial = ", a part of the protocol's (allow_partial)" if found.partial else ""
+  return f"{line} test images{partial}, split hash {found.split_hash[:16]}", ""
