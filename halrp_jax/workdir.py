@@ -94,6 +94,8 @@ class Workdir:
     folder = self.items / _item(name)
     try:
       tree, about = checkpoint.load(folder)
+      if not isinstance(about.get("events"), int):
+        raise checkpoint.Damaged(f"{folder}: was not written inside a task")
       tree = jax.tree.map(_to_device, tree) if like is None else _restore(tree, like, folder)
     except FileNotFoundError:
       return None
@@ -151,7 +153,7 @@ class Workdir:
     for folder in sorted(self.items.glob("state-*"), reverse=True):
       try:
         about = checkpoint.verify(folder)
-        shared, *tasks = (checkpoint.load(self.items / n)[0]["tree"] for n in about["items"])
+        shared, *tasks = (_part(self.items / n) for n in about["items"])
         self._num_events, self._written = about["events"], set(about["items"])
         state = State(*jax.tree.map(jnp.asarray, (shared, tuple(tasks))))
         return int(folder.name.removeprefix("state-")), state, about["results"]
@@ -232,6 +234,8 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
     found["bytes"] = sum(p.stat().st_size for p in files)
     try:
       trees[item.name] = checkpoint.load(item)
+      if not item.name.startswith(("now.", "state-")):
+        _part(item)
     except (checkpoint.Damaged, FileNotFoundError, NotADirectoryError) as e:
       found["problem"] = str(e)
     items.append(found)
@@ -282,11 +286,20 @@ def _to_device(x):
   return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
+def _part(folder: pathlib.Path):
+  """A part of a state; its name says what is in it, so that another run's can't stand there."""
+  tree = checkpoint.load(folder)[0]["tree"]
+  if not folder.name.endswith(f"-{checkpoint.fingerprint(tree)[:16]}"):
+    raise checkpoint.Damaged(f"{folder}: holds something else than its name says")
+  return tree
+
+
 def _restore(found, like, folder):
   """Numpy arrays of the list `found` in the structure of `like`."""
   leaves, structure = jax.tree.flatten(like)
   expected = [(x.shape, x.dtype) for x in leaves]
-  if [(x.shape, x.dtype) for x in found] != expected:
+  arrays = isinstance(found, list) and all(isinstance(x, np.ndarray) for x in found)
+  if not arrays or [(x.shape, x.dtype) for x in found] != expected:
     raise checkpoint.Damaged(f"{folder}: its arrays are not those of this config's model")
   return structure.unflatten(found)
 

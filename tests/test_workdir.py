@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -149,6 +150,28 @@ def test_damage_is_noticed_and_mended(half, part, damage):
     else:
       path.write_bytes(content[: len(content) // 2])
   with pytest.warns(UserWarning, match="checkpoints"):
+    experiment.run(config, str(folder))
+  assert same(folder, want)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"network": "lenet"}])
+@pytest.mark.parametrize("part", ["task01-*", "now.task02.finetune.fit"])
+def test_a_checkpoint_of_another_run_is_noticed(half, digits_config, tmp_path, part, other):
+  """Whole in itself, so that only its contents can tell."""
+  folder, config, want = half
+  if other == {"network": "lenet"}:  # another model: no kernel has the shape it should have
+    params = {"fc1": {"kernel": np.ones((3, 4), np.float32)}}
+    foreign = {"tree": params} if part == "task01-*" else [params["fc1"]["kernel"]]
+  else:  # another seed or dtype: the same shapes
+    (item,) = (folder / "checkpoints").glob(part)
+    foreign = jax.tree.map(
+      lambda x: x.astype(np.float64) + 1 if isinstance(x, np.ndarray) else x,
+      checkpoint.load(item)[0],
+    )
+  (item,) = (folder / "checkpoints").glob(part)
+  about = {"events": json.loads((item / "about.json").read_text()).get("events", 0)}
+  checkpoint.save(item, checkpoint.pack(foreign), about)
+  with pytest.warns(UserWarning, match="something else|not those of this config's model"):
     experiment.run(config, str(folder))
   assert same(folder, want)
 
