@@ -31,5 +31,7 @@ def get_config(method: str = "halrp"):
         "prune_bound": 0.6,
       },
       "stl": {"l2": 1e-4},
+      "bn": {"l2": 1e-4},
+      "be": {"l2": 1e-4},
     },
   )

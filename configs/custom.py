@@ -30,5 +30,7 @@ def get_config(method: str = "halrp"):
         "prune_bound": 0.2,
       },
       "stl": {"l2": 1e-4},
+      "bn": {"l2": 1e-4},
+      "be": {"l2": 1e-4},
     },
   )

@@ -38,5 +38,7 @@ def get_config(method: str = "halrp"):
         "upper_rank": 120,
       },
       "stl": {"l2": 1e-4},
+      "bn": {"l2": 1e-4},
+      "be": {"l2": 1e-4},
     },
   )

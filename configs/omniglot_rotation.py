@@ -36,5 +36,7 @@ def get_config(method: str = "halrp"):
         "svd": "randomized",
       },
       "stl": {"l2": 1e-4},
+      "bn": {"l2": 1e-4},
+      "be": {"l2": 1e-4},
     },
   )

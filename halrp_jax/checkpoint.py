@@ -89,9 +89,9 @@ def save(folder: pathlib.Path, packed: Packed, about: dict) -> None:
   structure, arrays = packed
   try:
     temporary.mkdir()
-    if arrays:
+    named = {str(i): x for i, x in enumerate(arrays) if x.size}  # Orbax refuses empty arrays
+    if named:
       _require_room(temporary, sum(x.nbytes for x in arrays))
-      named = {str(i): x for i, x in enumerate(arrays)}
       _orbax(lambda checkpointer: checkpointer.save(temporary.resolve() / _ARRAYS, named))
     leaves = [[list(x.shape), str(x.dtype)] for x in arrays]
     _write(temporary / _ABOUT, about | {"structure": structure, "leaves": leaves})
@@ -110,11 +110,11 @@ def load(folder: pathlib.Path) -> tuple[Params, dict]:
     Damaged: if a file is missing or was changed. FileNotFoundError: no such item.
   """
   about = verify(folder)
-  arrays = {}
   try:
     blank = {str(i): np.zeros(*x) for i, x in enumerate(about["leaves"])}
-    if blank:
-      arrays = _orbax(lambda c: c.restore(folder.resolve() / _ARRAYS, item=blank))
+    arrays = {name: x for name, x in blank.items() if not x.size}
+    if full := {name: x for name, x in blank.items() if x.size}:
+      arrays |= _orbax(lambda c: c.restore(folder.resolve() / _ARRAYS, item=full))
     for name, x in blank.items():
       if arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
         raise Damaged(f"{folder}: array {name} is not the one that was written")

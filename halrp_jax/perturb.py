@@ -8,7 +8,7 @@ call of each perturbed Dense and Conv. Two exact ways to compute such a layer:
   needed, which makes the backward pass a third cheaper.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import flax.linen as nn
 import jax
@@ -43,6 +43,28 @@ def join(kernels: Mapping[str, jax.Array], rest: Params) -> Params:
   flat = traverse_util.flatten_dict(rest, sep=_SEPARATOR)
   flat |= {f"{name}/kernel": kernel for name, kernel in kernels.items()}
   return traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+
+
+def split_biases(rest: Params, names: Iterable[str]) -> tuple[dict[str, jax.Array], Params]:
+  """Everything but the kernels -> (biases of the layers `names` by path, everything else).
+
+  A bias before BatchNorm is a parameter of the BatchNorm (`layers.BatchNorm`).
+  """
+  flat = traverse_util.flatten_dict(rest, sep=_SEPARATOR)
+  biases = {path: flat.pop(path) for path in list(flat) if is_bias(path, names)}
+  return biases, traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+
+
+def join_biases(biases: Mapping[str, jax.Array], others: Params) -> Params:
+  """The inverse of `split_biases`."""
+  flat = traverse_util.flatten_dict(others, sep=_SEPARATOR)
+  return traverse_util.unflatten_dict(flat | dict(biases), sep=_SEPARATOR)
+
+
+def is_bias(path: str, names: Iterable[str]) -> bool:
+  """Whether a parameter is the bias of one of the layers `names`."""
+  suffix = f"{_SEPARATOR}bias"
+  return path.removesuffix(suffix) in names or path.endswith(f"{_SEPARATOR}input_bias")
 
 
 def merge(

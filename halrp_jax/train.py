@@ -22,7 +22,7 @@ from flax import traverse_util
 from jax import lax
 
 from halrp_jax import perturb
-from halrp_jax.types import Array, Diverged, Inputs, Params, Split, Store, Task
+from halrp_jax.types import Array, Diverged, Inputs, Params, Size, Split, Store, Task
 
 _CHUNK_SECONDS = 2.0  # of training handed over to the device at once
 
@@ -115,6 +115,23 @@ def plain_network(model) -> tuple[Callable, Callable]:
   return apply_fn, penalty_fn
 
 
+def perturbed_network(model) -> Callable:
+  """apply_fn of the network with perturbed kernels.
+
+  `params` is {"perturbation": by layer, "rest": all but the kernels}; `frozen` has "kernels".
+  """
+
+  def apply_fn(params, frozen, stats, image, train, key):
+    variables = {"params": params["rest"], "batch_stats": stats}
+    args = (model, frozen["kernels"], params["perturbation"], variables, image)
+    if not train:
+      return perturb.apply(*args, train=False), stats
+    logits, new = perturb.apply(*args, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+    return logits, new.get("batch_stats", {})
+
+  return apply_fn
+
+
 class RestCount(NamedTuple):
   counted: int  # BatchNorm's scale and bias, and the head
   biases: int  # of the layers with a kernel (BatchNorm may keep them): the paper leaves them out
@@ -123,14 +140,34 @@ class RestCount(NamedTuple):
 def count_rest(rest: Params, kernels: Params, num_classes: int) -> RestCount:
   """Counts everything but the kernels of the features; the head at a task's own width."""
   flat = traverse_util.flatten_dict(rest, sep="/")
-  biases = sum(
-    x.size
-    for path, x in flat.items()
-    if path.removesuffix("/bias") in kernels or path.endswith("/input_bias")
-  )
+  biases = sum(x.size for path, x in flat.items() if perturb.is_bias(path, kernels))
   head = sum(x.size // x.shape[-1] * num_classes for x in rest[perturb.HEAD].values())
   others = sum(x.size for path, x in flat.items() if not path.startswith(f"{perturb.HEAD}/"))
   return RestCount(others - biases + head, biases)
+
+
+def network_count(kernels: Params, rest: Params, num_classes: int) -> int:
+  """Parameters of a whole network, the head at a task's own width."""
+  count = count_rest(rest, kernels, num_classes)
+  return sum(w.size for w in kernels.values()) + count.counted + count.biases
+
+
+def count_leaves(tree: Params) -> int:
+  """How many numbers a pytree has."""
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) -> Size:
+  """Size of a model without zeros and masks.
+
+  Args:
+    base: parameters of the network of the first task.
+    counted: numbers that later tasks add and the paper counts (spec a.9).
+    uncounted: those it leaves out: biases of later tasks, running statistics of all.
+    training_only: numbers kept for training alone.
+  """
+  dense = base + counted + uncounted
+  return Size(base, dense, dense, 0, training_only, base + counted)
 
 
 # --- fit ------------------------------------------------------------------------------

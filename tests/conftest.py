@@ -43,7 +43,8 @@ def digits_config():
       epochs=2,
       batch_size=64,
       protocol={},
-      methods_={"halrp": {"l1": 1e-5, "l2": 1e-4}, "stl": {"l2": 1e-4}},
+      methods_={name: {"l2": 1e-4} for name in methods.METHODS}
+      | {"halrp": {"l1": 1e-5, "l2": 1e-4}},
     )
     with config.unlocked():
       config.update_from_flattened_dict(overrides)

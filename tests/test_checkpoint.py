@@ -14,6 +14,7 @@ TREE = {
   "n": (np.int32(4), 7, True, None, "text"),
   "list": [np.arange(6, dtype=np.uint8).reshape(2, 3)],
   "empty": {},
+  "no rows": np.zeros((0, 4), np.float32),
 }
 
 

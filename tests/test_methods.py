@@ -10,7 +10,7 @@ from halrp_jax.types import Benchmark, Store
 NUM_TASKS = 3
 QUIET = Store("test", lambda event: None)
 # what switches off the only source of forgetting of a method
-NO_FORGETTING = {"halrp": {"method.prune": "none"}, "stl": {}}
+NO_FORGETTING = {"halrp": {"method.prune": "none"}, "stl": {}, "bn": {}, "be": {}}
 
 
 def learn(config) -> tuple[list, Benchmark, object]:
@@ -92,7 +92,7 @@ def test_sizes_are_ordered_and_start_at_the_base(learned, method_name, digits_co
 
 
 def test_the_first_task_is_that_of_single_task_learning(learned, method_name, digits_config):
-  if method_name not in ("halrp", "stl"):
+  if method_name not in ("halrp", "stl", "bn", "be"):
     pytest.skip("this method changes the first task")
   states, benchmark, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING[method_name])
@@ -127,7 +127,7 @@ def test_runs_repeat_to_the_bit(record, digits_config, method_name):
 
 
 # networks that a method trains, each with its own two traces: a full batch and the last one
-NUM_FITS = {"halrp": 2, "stl": 1}
+NUM_FITS = {"halrp": 2, "stl": 1, "bn": 2, "be": 2}
 
 
 def test_nothing_is_traced_again_as_tasks_come(digits_config, method_name, tmp_path):

@@ -8,10 +8,10 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
-from halrp_jax.methods import halrp, stl
+from halrp_jax.methods import be, bn, halrp, stl
 from halrp_jax.types import Method
 
-METHODS = {"halrp": halrp, "stl": stl}
+METHODS = {"halrp": halrp, "stl": stl, "bn": bn, "be": be}
 
 
 def make(config, model, benchmark) -> Method:

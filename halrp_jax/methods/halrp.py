@@ -324,13 +324,7 @@ class _Functions(NamedTuple):
 def _build(config, model, benchmark) -> _Functions:
   m, decay = config.method, train.learning_rate_decay(config, benchmark)
 
-  def apply_perturbed(params, frozen, stats, image, train_mode, key):
-    variables = {"params": params["rest"], "batch_stats": stats}
-    args = (model, frozen["kernels"], params["perturbation"], variables, image)
-    if not train_mode:
-      return perturb.apply(*args, train=False), stats
-    logits, new = perturb.apply(*args, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
-    return logits, new.get("batch_stats", {})
+  apply_perturbed = train.perturbed_network(model)
 
   def penalty(params, frozen):
     """Paper Eq. 12. Sigma has no term there, and none here."""
@@ -421,8 +415,7 @@ def _fixed_count(learned) -> int:
 
 def _base_count(state) -> int:
   first = state.tasks[0]
-  rest = train.count_rest(first["rest"], state.shared["kernels"], int(first["num_classes"]))
-  return sum(w.size for w in state.shared["kernels"].values()) + rest.counted + rest.biases
+  return train.network_count(state.shared["kernels"], first["rest"], int(first["num_classes"]))
 
 
 def _dense_growth(state) -> float:
@@ -438,7 +431,7 @@ def size(state: State) -> Size:
   base = _base_count(state)
   paper, dense, nonzero, mask_bits = base, base, base, 0
   for t, learned in enumerate(state.tasks):
-    uncounted = sum(x.size for x in jax.tree.leaves(learned["stats"]))
+    uncounted = train.count_leaves(learned["stats"])
     if t:
       rest = train.count_rest(learned["rest"], learned["perturbation"], int(learned["num_classes"]))
       values = np.concatenate([*_low_rank_values(learned).values()])

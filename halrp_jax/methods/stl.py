@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax import perturb, train, validate
-from halrp_jax.types import Method, Size, State, one_at_a_time
+from halrp_jax.types import Method, State, one_at_a_time
 
 KEYS = {
   "batch_norm": validate.batch_norm("own"),
@@ -52,20 +52,10 @@ def make(config, model, benchmark) -> Method:
     return logits_fn(learned, image)[:, : int(learned["num_classes"])]
 
   def size(state):
-    counts = []
-    for learned in state.tasks:
-      kernels, rest = perturb.split(learned["params"])
-      count = train.count_rest(rest, kernels, int(learned["num_classes"]))
-      counts.append(sum(w.size for w in kernels.values()) + count.counted + count.biases)
-    total = sum(counts)
-    stats = sum(x.size for p in state.tasks for x in jax.tree.leaves(p["stats"]))
-    return Size(
-      base=counts[0],
-      dense=total + stats,
-      nonzero=total + stats,
-      mask_bits=0,
-      training_only=0,
-      paper=total,
-    )
+    counts = [
+      train.network_count(*perturb.split(p["params"]), int(p["num_classes"])) for p in state.tasks
+    ]
+    stats = train.count_leaves([p["stats"] for p in state.tasks])
+    return train.dense_size(counts[0], sum(counts[1:]), stats)
 
   return Method(init, one_at_a_time, learn, predict, size)

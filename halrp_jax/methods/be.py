@@ -1,0 +1,94 @@
+"""BE: BatchEnsemble for lifelong learning, a frozen base times a rank-1 matrix per task.
+
+Update rule: W_t = W * (r_t s_t'), the same for all positions of a convolution's window. Task 0
+trains W; every later task trains r_t, s_t, biases, BatchNorm and head.
+
+| paper      | here                                | meaning |
+|------------|-------------------------------------|---------|
+| W          | shared["kernels"][layer]            | kernels after the first task, frozen for ever |
+| r, s       | tasks[t]["perturbation"][layer]      | scales R of outputs, S of inputs, 1 at first |
+| -          | tasks[t]["rest"], ["stats"]         | biases, BatchNorm and head; running statistics |
+
+It is HALRP at rank 0 without warm-up. r_0 and s_0 are 1 and belong to W (Eq. 6 trains them with
+W, which they only rescale).
+
+Reference: Y. Wen et al., "BatchEnsemble: an alternative approach to efficient ensemble and lifelong
+learning", 2020, Eq. 1, 6, 7; spec/baselines.md 3.6. Biases and BatchNorm per task are our reading.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from halrp_jax import lowrank, perturb, train, validate
+from halrp_jax.types import Method, State, one_at_a_time
+
+KEYS = {
+  "batch_norm": validate.batch_norm("own"),
+  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features in task 0"),
+  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+  "l2_scales": validate.number(0.0, 0, None, "L2 coefficient on r and s"),
+}
+
+
+def make(config, model, benchmark) -> Method:
+  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  half = 0.5 if m.l2_half else 1.0
+
+  def penalty(params, frozen):
+    scales = [(p.R, p.S) for p in params["perturbation"].values()]
+    return half * m.l2_scales * train.sum_squares(scales)
+
+  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  apply_scaled = train.perturbed_network(model)
+  fit_base = train.make_fit(config, decay, *train.plain_network(model))
+  fit_scaled = train.make_fit(config, decay, apply_scaled, penalty)
+  logits_fn = jax.jit(
+    lambda shared, p, image: apply_scaled(p, shared, p["stats"], image, False, None)[0]
+  )
+
+  def init(key, benchmark):
+    return State(shared={}, tasks=())
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    init_key, fit_key = jax.random.split(key)
+    params, stats = initialize(init_key)
+    if not state.tasks:
+      store = store.child("base")
+      frozen = {"l2": half * m.l2}
+      params, stats = fit_base(params, stats, frozen, task, fit_key, config.epochs, store)
+      kernels, rest = perturb.split(params)
+      ones = {name: lowrank.identity(w, 0, fold=True) for name, w in kernels.items()}
+      learned = _learned(task, {"perturbation": ones, "rest": rest}, stats)
+      return State({"kernels": kernels}, (learned,)), {}
+    first = state.tasks[0]
+    start = {
+      "perturbation": first["perturbation"],
+      "rest": first["rest"] | {perturb.HEAD: params[perturb.HEAD]},
+    }
+    store = store.child("scales")
+    trained, stats = fit_scaled(
+      start, first["stats"], state.shared, task, fit_key, config.epochs, store
+    )
+    return State(state.shared, (*state.tasks, _learned(task, trained, stats))), {}
+
+  def predict(state, t, image):
+    learned = state.tasks[t]
+    return logits_fn(state.shared, learned, image)[:, : int(learned["num_classes"])]
+
+  return Method(init, one_at_a_time, learn, predict, size)
+
+
+def _learned(task, trained, stats):
+  return trained | {"stats": stats, "num_classes": jnp.int32(task.num_classes)}
+
+
+def size(state: State):
+  """Later tasks add r, s, BatchNorm and head; biases and running statistics."""
+  kernels, (first, *later) = state.shared["kernels"], state.tasks
+  counts = [train.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
+  scales = train.count_leaves([p["perturbation"] for p in later])
+  uncounted = train.count_leaves([p["stats"] for p in state.tasks])
+  base = train.network_count(kernels, first["rest"], int(first["num_classes"]))
+  counted = scales + sum(c.counted for c in counts)
+  return train.dense_size(base, counted, uncounted + sum(c.biases for c in counts))

@@ -1,0 +1,95 @@
+"""BN: a frozen base whose BatchNorm and head are trained anew for every task ("BN-Tuned").
+
+Update rule: kernels and biases stay those of task 0; BatchNorm's scale and bias, its running
+statistics and the head are trained per task by Adam on the cross-entropy.
+
+| symbol      | here                    | meaning |
+|-------------|-------------------------|---------|
+| W           | shared["kernels"]       | kernels after the first task, frozen for ever |
+| gamma, beta | tasks[t]["rest"]        | BatchNorm's scale and bias, head; biases too |
+| -           | tasks[t]["stats"]       | BatchNorm's running statistics |
+
+Phases: task 0 trains everything, as STL does; every later task starts from task 0's BatchNorm
+(method.start) with a fresh head and trains these alone. Nothing is forgotten.
+
+References: S. Ioffe and C. Szegedy, 2015, which the HALRP paper cites; the lifelong-learning
+baseline of Y. Wen et al., "BatchEnsemble", 2020, Sect. 4.1; spec/baselines.md 3.5. The paper does
+not say whether biases are trained: `method.train_biases`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from halrp_jax import perturb, train, validate
+from halrp_jax.types import Method, State, one_at_a_time
+
+KEYS = {
+  "batch_norm": validate.batch_norm("own"),
+  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features in task 0"),
+  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+  "start": validate.one_of(
+    "task0", ("task0", "fresh"), "where a later task's BatchNorm starts: task 0's, or anew"
+  ),
+  "train_biases": validate.flag(False, "later tasks train biases of their own too"),
+}
+
+
+def make(config, model, benchmark) -> Method:
+  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  fit_all = train.make_fit(config, decay, *train.plain_network(model))
+
+  def apply_tuned(params, frozen, stats, image, train_mode, key):
+    rest = perturb.join_biases(frozen["biases"] | params["biases"], params["others"])
+    params = perturb.join(frozen["kernels"], rest)
+    return train.apply_model(model, params, stats, image, train_mode, key)
+
+  fit_tuned = train.make_fit(config, decay, apply_tuned, lambda params, frozen: 0.0)
+  logits_fn = jax.jit(
+    lambda kernels, p, image: train.apply_model(
+      model, perturb.join(kernels, p["rest"]), p["stats"], image, False, None
+    )[0]
+  )
+
+  def init(key, benchmark):
+    return State(shared={}, tasks=())
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    init_key, fit_key = jax.random.split(key)
+    params, stats = initialize(init_key)
+    if not state.tasks:
+      frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
+      store = store.child("base")
+      params, stats = fit_all(params, stats, frozen, task, fit_key, config.epochs, store)
+      kernels, rest = perturb.split(params)
+      return State({"kernels": kernels}, (_learned(task, rest, stats),)), {}
+    kernels, first = state.shared["kernels"], state.tasks[0]
+    _, fresh = perturb.split(params)
+    rest, stats = (fresh, stats) if m.start == "fresh" else (first["rest"], first["stats"])
+    biases, _ = perturb.split_biases(first["rest"], kernels)
+    _, others = perturb.split_biases(rest | {perturb.HEAD: fresh[perturb.HEAD]}, kernels)
+    trained = {"biases": biases if m.train_biases else {}, "others": others}
+    frozen = {"kernels": kernels, "biases": biases}
+    store = store.child("tune")
+    trained, stats = fit_tuned(trained, stats, frozen, task, fit_key, config.epochs, store)
+    rest = perturb.join_biases(biases | trained["biases"], trained["others"])
+    return State(state.shared, (*state.tasks, _learned(task, rest, stats))), {}
+
+  def predict(state, t, image):
+    logits = logits_fn(state.shared["kernels"], state.tasks[t], image)
+    return logits[:, : int(state.tasks[t]["num_classes"])]
+
+  def size(state):
+    kernels, (first, *later) = state.shared["kernels"], state.tasks
+    counts = [train.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
+    uncounted = train.count_leaves([p["stats"] for p in state.tasks])
+    uncounted += sum(c.biases for c in counts) if m.train_biases else 0
+    base = train.network_count(kernels, first["rest"], int(first["num_classes"]))
+    return train.dense_size(base, sum(c.counted for c in counts), uncounted)
+
+  return Method(init, one_at_a_time, learn, predict, size)
+
+
+def _learned(task, rest, stats):
+  return {"rest": rest, "stats": stats, "num_classes": jnp.int32(task.num_classes)}
