@@ -33,5 +33,7 @@ def get_config(method: str = "halrp"):
         "prune_bound": 0.6,
       },
       "stl": {"l2": 1e-3},
+      "bn": {"l2": 1e-3},
+      "be": {"l2": 1e-3},
     },
   )

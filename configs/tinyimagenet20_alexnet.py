@@ -35,5 +35,7 @@ def get_config(method: str = "halrp"):
         "prune_bound": 0.6,
       },
       "stl": {"l2": 5e-4},
+      "bn": {"l2": 5e-4},
+      "be": {"l2": 5e-4},
     },
   )

@@ -17,6 +17,12 @@ class UserError(Exception):
   """Something the user can mend: config, data, arguments. Shown as one line, exit code 2."""
 
 
+def brief(error: BaseException) -> str:
+  """What an error of a library says, on one line of bearable length."""
+  said = " ".join(str(error).split()) or type(error).__name__
+  return said if len(said) <= 200 else said[:200] + " ..."
+
+
 class Split(NamedTuple):
   """Index set over the images that all splits of a benchmark share."""
 

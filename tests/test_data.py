@@ -44,6 +44,7 @@ def write_small_cifar(folder: pathlib.Path, per_class=10):
 
 def test_orders_of_the_paper():
   assert orders.resolve("B", "cifar100_split", 10) == (1, 7, 4, 5, 2, 0, 8, 6, 9, 3)
+  assert orders.resolve("natural", "cifar100_split", 3) == (0, 1, 2)
   assert orders.resolve("2,0,1", "cifar100_split", 3) == (2, 0, 1)
   assert orders.resolve("0", "digits", 10) == tuple(np.random.RandomState(0).permutation(10))
 
@@ -65,9 +66,14 @@ def test_orders_equal_the_spec_where_it_is_at_hand():
   spec = pathlib.Path(__file__).parents[2] / "shared" / "spec" / "task_orders.json"
   if not spec.is_file():
     pytest.skip("no ../shared/spec here")
-  paper = json.loads(spec.read_text())["paper"]
-  for name in ("cifar100_split", "cifar100_superclass"):
-    assert {k: list(v) for k, v in orders.PAPER[name].items()} == paper[name]
+  spec, ours = json.loads(spec.read_text()), {"five_dataset": "five_datasets"}
+  ours |= {f"tinyimagenet_{n}split": f"tinyimagenet{n}" for n in (20, 40)}
+  for name, paper in spec["paper"].items():
+    name_here = ours.get(name, name)
+    assert {k: list(v) for k, v in orders.PAPER[name_here].items()} == paper
+    for order, ids in spec["code"].get(name, {}).items():
+      num_tasks = spec["T"][name]
+      assert list(orders.resolve(order, name_here, num_tasks, "code")) == ids
 
 
 def test_digits_are_real_and_split_without_overlap(digits_config):
@@ -91,10 +97,15 @@ def test_the_split_depends_on_seed_and_task_and_not_on_the_order(digits_config):
   assert not np.array_equal(a[0], a[1])
 
 
+PER_TASK = {"protocol.fraction_per_class": False}
+
+
 @pytest.mark.parametrize(("fraction", "train", "valid"), [(1.0, 80, 20), (0.05, 4, 1)])
 def test_fractions_as_in_the_authors_loader(tmp_path, fraction, train, valid):
   write_small_cifar(tmp_path)
-  benchmark = data.load(cifar_config(tmp_path, allow_partial=True, train_fraction=fraction))
+  benchmark = data.load(
+    cifar_config(tmp_path, allow_partial=True, train_fraction=fraction, **PER_TASK)
+  )
   assert benchmark.partial
   for task in benchmark.tasks:
     assert (len(task.train.index), len(task.valid.index)) == (train, valid)
@@ -104,7 +115,26 @@ def test_fractions_as_in_the_authors_loader(tmp_path, fraction, train, valid):
 def test_too_small_a_fraction_is_refused(tmp_path):
   write_small_cifar(tmp_path)
   with pytest.raises(UserError, match="train_fraction = 0.01 leaves task"):
-    data.load(cifar_config(tmp_path, allow_partial=True, train_fraction=0.01))
+    data.load(cifar_config(tmp_path, allow_partial=True, train_fraction=0.01, **PER_TASK))
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.99, 1.0])
+def test_fractions_per_class_are_balanced_and_nested(tmp_path, fraction):
+  write_small_cifar(tmp_path)
+
+  def used(fraction):
+    benchmark = data.load(cifar_config(tmp_path, allow_partial=True, train_fraction=fraction))
+    return {
+      t.id: np.concatenate([np.asarray(s.index) for s in (t.train, t.valid)])
+      for t in benchmark.tasks
+    }
+
+  label = np.tile(np.arange(100), 10)
+  rows, whole = used(fraction), used(1.0)
+  for i, found in rows.items():
+    counts = np.bincount(label[found], minlength=100)[10 * i : 10 * i + 10]
+    assert (counts == np.ceil(fraction * 10)).all()
+    assert set(found) <= set(whole[i]) and len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("benchmark", ["cifar100_split", "cifar100_superclass"])
@@ -159,12 +189,12 @@ def damage(folder: pathlib.Path, how: str):
   ("how", "partial", "says"),
   [
     ("truncated", True, "train.bin: .* truncated or damaged"),
-    ("short", False, "train.bin: 153700 bytes, expected 153700000 .*allow_partial"),
+    ("short", False, "has no training images of class"),
     ("empty", True, "train.bin: 0 bytes"),
-    ("missing", True, "test.bin: missing"),
+    ("missing", True, "test.bin is missing"),
     ("label", True, "label is out of range"),
     ("names", True, "fine_label_names.txt: 2 names, expected 100"),
-    ("class", True, "lacks training images of some classes"),
+    ("class", True, "has no training images of class 'fine7'"),
   ],
 )
 def test_damaged_data_get_one_clear_line(tmp_path, how, partial, says):
@@ -173,8 +203,15 @@ def test_damaged_data_get_one_clear_line(tmp_path, how, partial, says):
     data.load(cifar_config(tmp_path, allow_partial=partial))
 
 
+def test_too_few_images_are_refused_by_how_many(tmp_path):
+  write_small_cifar(tmp_path)
+  says = "task 'classes 0 to 9' has 100 training images, 4,900 fewer than the 5,000 of the protocol"
+  with pytest.raises(UserError, match=f"{says} .and 19 more.; .* allow_partial=True"):
+    data.load(cifar_config(tmp_path))
+
+
 def test_missing_data_name_what_was_looked_for(tmp_path):
-  with pytest.raises(UserError, match="found neither cifar-100-binary/train.bin nor"):
+  with pytest.raises(UserError, match="found neither cifar-100-binary/ nor cifar-100-binary.tar"):
     data.load(cifar_config(tmp_path))
   with pytest.raises(UserError, match="data_dir is not set"):
     data.load(cifar_config(""))
@@ -197,7 +234,7 @@ def test_an_archive_of_something_else_gets_one_clear_line(tmp_path):
   with tarfile.open(tmp_path / "cifar-100-binary.tar.gz", "w:gz") as tar:
     member = tarfile.TarInfo("other/file")
     tar.addfile(member, io.BytesIO(b""))
-  with pytest.raises(UserError, match="not the archive that was expected"):
+  with pytest.raises(UserError, match="train.bin is missing; get the original archive again"):
     data.load(cifar_config(tmp_path))
 
 

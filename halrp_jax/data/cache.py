@@ -70,7 +70,7 @@ def _load(path: pathlib.Path, shape) -> np.ndarray | None:
     image = np.load(path, mmap_mode="r", allow_pickle=False)
     if image.shape == tuple(shape) and image.dtype == np.uint8 and sums["sha256"] == digest(image):
       return image
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, EOFError, ValueError, KeyError, TypeError):
     pass
   return None
 

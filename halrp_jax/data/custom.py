@@ -19,7 +19,7 @@ from PIL import Image
 
 from halrp_jax.data import cache, formats, sources
 from halrp_jax.data.tasks import ImageSet, join, make_task
-from halrp_jax.types import Inputs, Task, UserError
+from halrp_jax.types import Inputs, Task, UserError, brief
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _MOST = 2_000_000_000  # bytes of one file
@@ -142,10 +142,10 @@ def _classes(place, names, has_test) -> tuple[str, ...]:
 def _npz(path: pathlib.Path) -> ImageSet:
   """A task's .npz."""
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
       found = {k: archive[k] for k in archive.files}
   except Exception as e:  # zipfile, zlib and numpy raise many kinds
-    raise UserError(f"{path}: can't be read ({e}); write it with numpy.savez") from e
+    raise UserError(f"{path}: can't be read ({brief(e)}); write it with numpy.savez") from e
   parts = [_npz_part(path, found, "")]
   if "test_image" in found:
     parts.append(_npz_part(path, found, "test_"))
@@ -171,8 +171,8 @@ def _npz_part(path, found: dict, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     if key not in found:
       raise UserError(f"{path}: holds no array {key!r}; expected image and label")
   image, label = found[f"{prefix}image"], found[f"{prefix}label"]
-  image = image[..., None] if image.ndim == 3 else image
-  if image.dtype != np.uint8 or image.ndim != 4 or image.shape[3] not in (1, 3):
+  shape = image.shape if image.ndim == 4 else (*image.shape, 1)
+  if image.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
     raise UserError(
       f"{path}: {prefix}image is {image.dtype} {image.shape}, expected uint8 [N, H, W], "
       "[N, H, W, 1] or [N, H, W, 3]"
@@ -183,7 +183,7 @@ def _npz_part(path, found: dict, prefix: str) -> tuple[np.ndarray, np.ndarray]:
       f"{path}: {prefix}label is {label.dtype} {label.shape}, expected whole numbers >= 0 "
       f"[{len(image)}]"
     )
-  return image, label.astype(np.int64)
+  return image.reshape(shape), label.astype(np.int64)
 
 
 # --- TFDS -----------------------------------------------------------------------------

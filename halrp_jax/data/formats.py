@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from halrp_jax.data import sources
-from halrp_jax.types import UserError
+from halrp_jax.types import UserError, brief
 
 _MOST_IDX = 60_000_000  # bytes; MNIST's training images have 47 million
 _MOST_PIXELS = 64_000_000
@@ -53,7 +53,9 @@ def svhn(contents: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
       found = scipy_io.loadmat(io.BytesIO(contents), variable_names=("X", "y"))
     image, label = np.asarray(found["X"]), np.asarray(found["y"]).reshape(-1)
   except Exception as e:  # a damaged file makes scipy raise almost anything
-    raise UserError(f"{name}: not a MATLAB 5 file with X and y ({e}); download it again") from e
+    raise UserError(
+      f"{name}: not a MATLAB 5 file with X and y ({brief(e)}); download it again"
+    ) from e
   if image.dtype != np.uint8 or image.ndim != 4 or image.shape[:3] != (32, 32, 3):
     raise UserError(f"{name}: X is {image.dtype} {image.shape}, expected uint8 (32, 32, 3, N)")
   if len(label) != image.shape[3]:
@@ -82,7 +84,7 @@ def picture(contents: bytes, name: str, mode: str, size: tuple[int, int] | None)
       if not wrong and image.size[0] * image.size[1] <= _MOST_PIXELS:
         return _eight_bits(image).convert(mode)
   except Exception as e:  # a damaged file makes Pillow raise almost anything
-    raise UserError(f"{name}: not a PNG or JPEG that can be read ({e}); get it again") from e
+    raise UserError(f"{name}: not a PNG or JPEG that can be read ({brief(e)}); get it again") from e
   expected = f"{size[0]} x {size[1]}" if wrong else f"at most {_MOST_PIXELS:,} pixels"
   raise UserError(f"{name}: {image.size[0]} x {image.size[1]} pixels, expected {expected}")
 

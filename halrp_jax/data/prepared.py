@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from halrp_jax.data.tasks import ImageSet
-from halrp_jax.types import UserError
+from halrp_jax.types import UserError, brief
 
 _TFDS = {  # our names -> theirs, where they differ
   "svhn": "svhn_cropped",
@@ -53,7 +53,7 @@ def _read(data_dir: str, name: str, keys, size: int | None = None):
   try:
     builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
   except Exception as e:  # TFDS raises many kinds
-    raise UserError(f"TFDS has no set {name!r} ({_line(e)})") from e
+    raise UserError(f"TFDS has no set {name!r} ({brief(e)})") from e
   _prepare(tfds, builder, data_dir)
   info = builder.info
   if lacking := [k for k in keys if k not in (info.features or {})]:
@@ -80,7 +80,7 @@ def _prepare(tfds, builder, data_dir: str) -> None:
   try:
     builder.download_and_prepare(download_config=config)
   except Exception as e:  # the network, the disk, TFDS
-    raise UserError(f"TFDS set {builder.name} can't be prepared ({_line(e)})") from e
+    raise UserError(f"TFDS set {builder.name} can't be prepared ({brief(e)})") from e
 
 
 def _arrays(builder, name: str, split: str, keys, size) -> list[np.ndarray]:
@@ -89,7 +89,7 @@ def _arrays(builder, name: str, split: str, keys, size) -> list[np.ndarray]:
     examples = (source[i] for i in range(len(source)))
     rows = [[example[k] for k in keys] for example in examples]
   except Exception as e:  # a damaged file makes its reader raise almost anything
-    raise UserError(f"TFDS set {name}, split {split}: can't be read ({_line(e)})") from e
+    raise UserError(f"TFDS set {name}, split {split}: can't be read ({brief(e)})") from e
   if not rows:
     raise UserError(f"TFDS set {name}: split {split} is empty")
   images, *labels = zip(*rows, strict=True)
@@ -105,7 +105,3 @@ def _sized(image: np.ndarray, size: int | None) -> np.ndarray:
     return image
   picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
   return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def _line(error: Exception) -> str:
-  return " ".join(str(error).split())[:200]

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from halrp_jax.types import UserError
+from halrp_jax.types import UserError, brief
 
 
 class Remote(NamedTuple):
@@ -316,9 +316,9 @@ def _refusing(place):
   try:
     yield
   except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as e:
-    raise UserError(f"{place}: damaged or truncated ({e}); download it again") from e
+    raise UserError(f"{place}: damaged or truncated ({brief(e)}); download it again") from e
   except (NotImplementedError, RuntimeError, KeyError, MemoryError) as e:
-    raise UserError(f"{place}: can't be read ({e}); download it again") from e
+    raise UserError(f"{place}: can't be read ({brief(e)}); download it again") from e
 
 
 def _require_inside(path, name: str) -> None:
@@ -436,8 +436,7 @@ def _fetch(remote: Remote, place: pathlib.Path, tell) -> None:
       downloader=pooch.HTTPDownloader(progressbar=True, timeout=60),
     )
   except Exception as e:  # requests, urllib3, pooch and the disk raise what they like
-    said = " ".join(str(e).split())[:300]
     raise UserError(
-      f"--download: {remote.url} is not in {place} as published ({said}); try again, or get it by "
-      "hand"
+      f"--download: {remote.url} is not in {place} as published ({brief(e)}); try again, or get "
+      "it by hand"
     ) from e

@@ -3,11 +3,11 @@
 Update rule: W_t = W * (r_t s_t'), the same for all positions of a convolution's window. Task 0
 trains W; every later task trains r_t, s_t, biases, BatchNorm and head.
 
-| paper      | here                                | meaning |
-|------------|-------------------------------------|---------|
-| W          | shared["kernels"][layer]            | kernels after the first task, frozen for ever |
-| r, s       | tasks[t]["perturbation"][layer]      | scales R of outputs, S of inputs, 1 at first |
-| -          | tasks[t]["rest"], ["stats"]         | biases, BatchNorm and head; running statistics |
+| paper | here                             | meaning |
+|-------|----------------------------------|---------|
+| W     | shared["kernels"][layer]         | kernels after the first task, frozen for ever |
+| r, s  | tasks[t]["perturbation"][layer]  | R and S: scales of outputs and inputs, 1 at first |
+| r, s  | tasks[t]["perturbation"][layer]  | R and S: scales of outputs and inputs, 1 at first |
 
 It is HALRP at rank 0 without warm-up. r_0 and s_0 are 1 and belong to W (Eq. 6 trains them with
 W, which they only rescale).
