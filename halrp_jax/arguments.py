@@ -29,6 +29,8 @@ def parse_config(
   Returns:
     The flags; `config` is locked and not yet checked (`experiment.resolve`), None if not given.
   """
+  # config_flags wants the file before its keys
+  argv = [argv[0], *sorted(argv[1:], key=lambda a: not re.match(r"--?config=", a))]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     "config", None, "FILE.py or FILE.py:METHOD", flag_values=values, sys_argv=argv

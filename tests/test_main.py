@@ -66,6 +66,11 @@ def test_help(capsys):
   assert code == 0 and "--workdir" in out and "method.alpha [halrp]" in out
 
 
+def test_flags_stand_in_any_order(capsys):
+  code, out, _ = run(capsys, "--config.epochs=3", "--dry_run", f"{DIGITS}:stl", "--config.seed=4")
+  assert code == 0 and "epochs = 3" in out and "seed = 4" in out
+
+
 def test_dry_run_resolves_the_overrides_and_trains_nothing(capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   code, out, _ = run(

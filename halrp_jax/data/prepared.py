@@ -54,27 +54,19 @@ def _read(data_dir: str, name: str, keys, size: int | None = None):
     builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
   except Exception as e:  # TFDS raises many kinds
     raise UserError(f"TFDS has no set {name!r} ({brief(e)})") from e
-  _prepare(tfds, builder, data_dir)
+  _prepare(tfds, builder)
   info = builder.info
   if lacking := [k for k in keys if k not in (info.features or {})]:
     raise UserError(f"TFDS set {name}: has no feature {lacking[0]!r}; it needs image and label")
-  for split in ("train", "test"):
-    if split not in info.splits:
-      raise UserError(f"TFDS set {name}: has no split {split!r}, it has {', '.join(info.splits)}")
   parts = [_arrays(builder, name, split, keys, size) for split in ("train", "test")]
   return *parts, info
 
 
-def _prepare(tfds, builder, data_dir: str) -> None:
+def _prepare(tfds, builder) -> None:
   """Prepares a set that isn't, where TensorFlow can."""
   place = pathlib.Path(builder.data_dir)
-  if place.exists():
+  if place.exists() or importlib.util.find_spec("tensorflow") is None:
     return
-  if importlib.util.find_spec("tensorflow") is None:
-    raise UserError(
-      f"data_dir={data_dir}: TFDS set {builder.name} is not prepared there ({place}); preparing "
-      "needs TensorFlow: pip install 'halrp-jax[tfds]', or prepare it elsewhere as array_record"
-    )
   # A folder of its own: sharing one mixes MNIST and FashionMNIST, whose archives have equal names.
   config = tfds.download.DownloadConfig(extract_dir=str(place.parent / "extracted" / builder.name))
   try:
@@ -89,6 +81,11 @@ def _arrays(builder, name: str, split: str, keys, size) -> list[np.ndarray]:
     examples = (source[i] for i in range(len(source)))
     rows = [[example[k] for k in keys] for example in examples]
   except Exception as e:  # a damaged file makes its reader raise almost anything
+    if not pathlib.Path(builder.data_dir).exists():
+      raise UserError(
+        f"TFDS set {name} is not prepared in {builder.data_dir} (data_dir); preparing needs "
+        "TensorFlow: pip install 'halrp-jax[tfds]', or prepare it elsewhere as array_record"
+      ) from e
     raise UserError(f"TFDS set {name}, split {split}: can't be read ({brief(e)})") from e
   if not rows:
     raise UserError(f"TFDS set {name}: split {split} is empty")
