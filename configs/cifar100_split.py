@@ -28,16 +28,19 @@ def get_config(method: str = "halrp"):
       "validation_fraction": 0.2,
       "fraction_per_class": False,
     },
+    # The published rows fit networks that evaluate with the statistics of the batch, not those of
+    # the released LeNet (docs/measurements.md); all methods do here, so that they compare.
     methods_={
       "halrp": {
+        "batch_norm": "batch",
         "alpha": 0.9,
         "warmup_epochs": 1,
         "l1": 1e-4,
         "l2": 1e-4,
         "prune_bound": 0.2,
       },
-      "stl": {"l2": 1e-4},
-      "bn": {"l2": 1e-4},
-      "be": {"l2": 1e-4},
+      "stl": {"batch_norm": "batch", "l2": 1e-4},
+      "bn": {"batch_norm": "batch", "l2": 1e-4},
+      "be": {"batch_norm": "batch", "l2": 1e-4},
     },
   )
