@@ -1,8 +1,6 @@
 """Real processes where something is missing, full or not allowed: one line, or no harm."""
 
-import ctypes
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -15,8 +13,15 @@ from .conftest import ROOT
 from .test_workdir import same
 
 
-def run(workdir, *more, config="digits.py:stl", env=None, **popen):
-  command = [sys.executable, "-m", "halrp_jax.main", f"--config={ROOT}/configs/{config}"]
+def run(workdir, *more, config="digits.py:stl", env=None, before=""):
+  """Runs a program of its own; `before`: Python that it runs first, in place of a forked hook."""
+  main = ["-m", "halrp_jax.main"]
+  if before:
+    main = [
+      "-c",
+      f"import os, sys; {before}; os.execv(sys.executable, ['python', *sys.argv[1:]])",
+    ] + main
+  command = [sys.executable, *main, f"--config={ROOT}/configs/{config}"]
   short = ["--config.epochs=2", "--config.train_fraction=0.3", f"--workdir={workdir}"]
   short = short if "digits" in config else short[2:]
   return subprocess.run(
@@ -26,7 +31,6 @@ def run(workdir, *more, config="digits.py:stl", env=None, **popen):
     cwd=ROOT,
     env=env,
     timeout=120,
-    **popen,
   )
 
 
@@ -37,20 +41,18 @@ def assert_one_line(result, *says):
     assert text in result.stderr
 
 
-def held_back():
-  """For `preexec_fn`: permissions hold for the process that is started, also if it is root's."""
-  if os.getuid() == 0:
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-      assert ctypes.CDLL(None).prctl(24, capability) == 0  # PR_CAPBSET_DROP
+# Permissions hold for the program that is started, also if it is root's: without CAP_DAC_OVERRIDE
+# and CAP_DAC_READ_SEARCH, by prctl(PR_CAPBSET_DROP).
+HELD_BACK = (
+  "import ctypes; drop = ctypes.CDLL(None).prctl; "
+  "assert os.getuid() or drop(24, 1) == drop(24, 2) == 0"
+)
+NO_LARGE_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
   """RLIMIT_FSIZE stands for the disk: no file may grow beyond 40 kB, so no model is saved."""
-
-  def limit():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-  result = run(tmp_path / "run", "--compile_cache=off", preexec_fn=limit)
+  result = run(tmp_path / "run", "--compile_cache=off", before=NO_LARGE_FILES)
   assert_one_line(result, "checkpoints: a checkpoint can't be written", "File too large")
   items = list((tmp_path / "run" / "checkpoints").iterdir())
   assert not [p for p in items if p.name.startswith(".writing")]
@@ -62,7 +64,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
 def test_a_workdir_that_can_not_be_written(tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir(mode=0o555)
-  assert_one_line(run(workdir, preexec_fn=held_back), f"--workdir={workdir}", "Permission denied")
+  assert_one_line(run(workdir, before=HELD_BACK), f"--workdir={workdir}", "Permission denied")
   assert not list(workdir.iterdir())
 
 
@@ -78,7 +80,7 @@ def test_a_data_dir_that_can_not_be_written_is_no_harm(tmp_path):
     "--config.network=mlp",
     "--config.epochs=1",
     config="custom.py:stl",
-    preexec_fn=held_back,
+    before=HELD_BACK,
   )
   assert result.returncode == 0, result.stderr
   assert sorted(data.rglob("*")) == before
