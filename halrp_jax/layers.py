@@ -51,6 +51,9 @@ def conv(features: int, width: int, padding: int, stride: int = 1, *, name: str)
   )
 
 
+MOMENTUM = 0.1  # weight of the new batch in BatchNorm's running statistics
+
+
 class BatchNorm(nn.Module):
   """Batch normalisation over all axes but the last, then max pooling and ReLU if asked for.
 
@@ -66,7 +69,7 @@ class BatchNorm(nn.Module):
   relu: bool = False
   pool: int = 1  # width of the max pooling window; 1: none
   num_in: int = 0  # fan-in of the layer before; 0: it has no bias
-  momentum: float = 0.1  # weight of the new batch in the running statistics
+  momentum: float = MOMENTUM
   epsilon: float = 1e-5
 
   @nn.compact

@@ -67,6 +67,24 @@ def is_bias(path: str, names: Iterable[str]) -> bool:
   return path.removesuffix(suffix) in names or path.endswith(f"{_SEPARATOR}input_bias")
 
 
+def split_private(params: Params, norm: bool) -> tuple[Params, Params]:
+  """Parameters -> (what tasks share, what each has alone: the head, and BatchNorm if `norm`)."""
+  flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
+  norms = {p.rpartition(_SEPARATOR)[0] for p in flat if p.endswith(f"{_SEPARATOR}scale")}
+
+  def is_private(path):
+    return path.split(_SEPARATOR)[0] == HEAD or (norm and path.rpartition(_SEPARATOR)[0] in norms)
+
+  parts = [{p: x for p, x in flat.items() if is_private(p) is own} for own in (False, True)]
+  return tuple(traverse_util.unflatten_dict(part, sep=_SEPARATOR) for part in parts)
+
+
+def join_private(shared: Params, private: Params) -> Params:
+  """The inverse of `split_private`."""
+  flat = [traverse_util.flatten_dict(tree, sep=_SEPARATOR) for tree in (shared, private)]
+  return traverse_util.unflatten_dict(flat[0] | flat[1], sep=_SEPARATOR)
+
+
 def merge(
   kernels: Mapping[str, jax.Array],
   perturbation: Mapping[str, lowrank.Perturbation],

@@ -21,7 +21,7 @@ import optax
 from flax import traverse_util
 from jax import lax
 
-from halrp_jax import perturb
+from halrp_jax import layers, perturb
 from halrp_jax.types import Array, Diverged, Inputs, Params, Size, Split, Store, Task
 
 _CHUNK_SECONDS = 2.0  # of training handed over to the device at once
@@ -97,6 +97,27 @@ def apply_model(model, params, stats, image, train, key):
     variables, image, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
   )
   return logits, updates.get("batch_stats", {})
+
+
+def with_batch_statistics(model, params, image):
+  """A network without running statistics -> the same with those of a batch held fixed.
+
+  -> model that evaluates with them, the statistics; of no effect without BatchNorm.
+  """
+  if not hasattr(model, "running"):
+    return model, {}
+  running = model.clone(running=True)
+  start = running.init(jax.random.key(0), image[:1], train=False)["batch_stats"]
+  # after one step s1 = (1 - momentum) s0 + momentum b: solve for the batch's b
+  variables = {"params": params, "batch_stats": start}
+  _, updates = running.apply(
+    variables, image, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"]
+  )
+  momentum = layers.MOMENTUM
+  stats = jax.tree.map(
+    lambda new, old: (new - (1 - momentum) * old) / momentum, updates["batch_stats"], start
+  )
+  return running, jax.lax.stop_gradient(stats)
 
 
 def plain_network(model) -> tuple[Callable, Callable]:

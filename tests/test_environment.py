@@ -19,7 +19,7 @@ def run(workdir, *more, config="digits.py:stl", env=None, before=""):
   if before:
     main = [
       "-c",
-      f"import os, sys; {before}; os.execv(sys.executable, ['python', *sys.argv[1:]])",
+      f"import os, sys; {before}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
     ] + main
   command = [sys.executable, *main, f"--config={ROOT}/configs/{config}"]
   short = ["--config.epochs=2", "--config.train_fraction=0.3", f"--workdir={workdir}"]

@@ -9,8 +9,12 @@ from halrp_jax.types import Benchmark, Store
 
 NUM_TASKS = 3
 QUIET = Store("test", lambda event: None)
-# what switches off the only source of forgetting of a method
+# methods that forget nothing, and what switches off the only source of forgetting they may have
 NO_FORGETTING = {"halrp": {"method.prune": "none"}, "stl": {}, "bn": {}, "be": {}}
+
+
+# methods whose first task is learned as alone
+SAME_FIRST_TASK = ("halrp", "stl", "bn", "be", "l2", "ewc")
 
 
 def learn(config) -> tuple[list, Benchmark, object]:
@@ -47,25 +51,30 @@ def logits(method, state, benchmark, t):
 
 def test_every_task_is_learned(learned, method_name, digits_config):
   states, benchmark, method = learned(
-    method_name, digits_config(method_name, **NO_FORGETTING[method_name])
+    method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
   )
   assert len(states[-1].tasks) == NUM_TASKS
   for t in range(NUM_TASKS):
     label = np.asarray(benchmark.tasks[t].test.label[:100])
-    assert np.mean(logits(method, states[-1], benchmark, t).argmax(-1) == label) > 0.6
+    least = 0.6 if method_name in NO_FORGETTING or t == NUM_TASKS - 1 else 0.3  # chance: 0.1
+    assert np.mean(logits(method, states[-1], benchmark, t).argmax(-1) == label) > least
 
 
+@pytest.mark.parametrize("method_name", NO_FORGETTING)
 def test_nothing_is_forgotten_to_the_bit(learned, method_name, digits_config):
   states, benchmark, method = learned(
-    method_name, digits_config(method_name, **NO_FORGETTING[method_name])
+    method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
   )
   for t in range(NUM_TASKS):
     before = logits(method, states[t], benchmark, t)
     np.testing.assert_array_equal(logits(method, states[-1], benchmark, t), before)
 
 
+@pytest.mark.parametrize("method_name", NO_FORGETTING)
 def test_shared_and_earlier_leaves_do_not_move(learned, method_name, digits_config):
-  states, _, _ = learned(method_name, digits_config(method_name, **NO_FORGETTING[method_name]))
+  states, _, _ = learned(
+    method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
+  )
   first, last = states[0], states[-1]
   for a, b in (
     (first.shared, last.shared),
@@ -76,13 +85,17 @@ def test_shared_and_earlier_leaves_do_not_move(learned, method_name, digits_conf
 
 def test_all_tasks_have_the_same_shapes(learned, method_name, digits_config):
   """So that nothing recompiles as tasks come."""
-  states, _, _ = learned(method_name, digits_config(method_name, **NO_FORGETTING[method_name]))
+  states, _, _ = learned(
+    method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
+  )
   first, *others = (jax.tree.map(lambda x: (x.shape, x.dtype), task) for task in states[-1].tasks)
   assert all(other == first for other in others)
 
 
 def test_sizes_are_ordered_and_start_at_the_base(learned, method_name, digits_config):
-  states, _, method = learned(method_name, digits_config(method_name, **NO_FORGETTING[method_name]))
+  states, _, method = learned(
+    method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
+  )
   sizes = [method.size(state) for state in states]
   assert sizes[0].paper == sizes[0].base and sizes[0].increment == 0
   for a, b in zip(sizes, sizes[1:], strict=False):
@@ -91,11 +104,10 @@ def test_sizes_are_ordered_and_start_at_the_base(learned, method_name, digits_co
     assert s.base <= s.nonzero <= s.dense and s.training_only >= 0 and s.mask_bits >= 0
 
 
+@pytest.mark.parametrize("method_name", SAME_FIRST_TASK)
 def test_the_first_task_is_that_of_single_task_learning(learned, method_name, digits_config):
-  if method_name not in ("halrp", "stl", "bn", "be"):
-    pytest.skip("this method changes the first task")
   states, benchmark, method = learned(
-    method_name, digits_config(method_name, **NO_FORGETTING[method_name])
+    method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
   )
   stl_states, _, stl = learned("stl", digits_config("stl"))
   np.testing.assert_allclose(
@@ -127,7 +139,7 @@ def test_runs_repeat_to_the_bit(record, digits_config, method_name):
 
 
 # networks that a method trains, each with its own two traces: a full batch and the last one
-NUM_FITS = {"halrp": 2, "stl": 1, "bn": 2, "be": 2}
+NUM_FITS = {"halrp": 2, "stl": 1, "bn": 2, "be": 2, "l2": 1, "ewc": 1}
 
 
 def test_nothing_is_traced_again_as_tasks_come(digits_config, method_name, tmp_path):

@@ -95,13 +95,20 @@ def planned(config) -> tuple[tuple[int, int, int], list[dict]] | None:
   fraction, tasks = config.protocol.validation_fraction, []
   for i in _order(config, len(outline.tasks)):
     task = outline.tasks[i]
-    used = math.ceil(config.train_fraction * task.num_train)
+    used = _planned_fraction(config, task.num_train, task.num_classes)
     valid = math.floor(fraction * used)
     sizes = {"train": used - valid, "valid": valid, "test": task.num_test}
     if task.num_valid:
-      sizes |= {"train": used, "valid": math.ceil(config.train_fraction * task.num_valid)}
+      valid = _planned_fraction(config, task.num_valid, task.num_classes)
+      sizes |= {"train": used, "valid": valid}
     tasks.append({"id": i, "name": task.name, "num_classes": task.num_classes} | sizes)
   return outline.image_shape, tasks
+
+
+def _planned_fraction(config, num_images: int, num_classes: int) -> int:
+  """How many images `_fraction` leaves, if the classes are equally large."""
+  groups = num_classes if config.protocol.fraction_per_class else 1
+  return min(num_images, groups * math.ceil(config.train_fraction * (num_images / groups)))
 
 
 def _order(config, num_tasks: int) -> tuple[int, ...]:
@@ -113,7 +120,10 @@ def _require_classes(task: Task) -> None:
     counts = np.bincount(split.label, minlength=task.num_classes)
     if not counts.all():
       name = task.class_names[int(counts.argmin())]
-      raise UserError(f"task {task.name!r} has no {kind} images of class {name!r}")
+      raise UserError(
+        f"task {task.name!r} has no {kind} images of class {name!r}; complete the data: every "
+        "class needs some, also with allow_partial"
+      )
 
 
 def _lacks(tasks: list[Task], outline: Outline) -> list[str]:

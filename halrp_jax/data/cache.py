@@ -12,10 +12,14 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+import secrets
+import time
 from collections.abc import Callable
 
 import numpy as np
 
+from halrp_jax.data import sources
 from halrp_jax.types import UserError
 
 
@@ -24,7 +28,7 @@ def folder(setting: str) -> pathlib.Path | None:
   if setting == "off":
     return None
   if setting:
-    return pathlib.Path(setting).expanduser()
+    return sources.path_of("data.cache", setting)
   try:
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   except RuntimeError:  # a user without a home
@@ -48,7 +52,8 @@ def images(
   """
   place = folder(setting)
   if place is not None:
-    name = f"{key[:40]}-{hashlib.sha256(f'{key} {shape}'.encode()).hexdigest()[:24]}"
+    whole = hashlib.sha256(os.fsencode(f"{key} {shape}")).hexdigest()
+    name = f"{re.sub(r'[^A-Za-z0-9._-]', '_', key[:40])}-{whole[:24]}"  # a key may hold a path
     try:
       place.mkdir(parents=True, exist_ok=True)
       found = _load(place / f"{name}.npy", shape)
@@ -67,16 +72,19 @@ def images(
 def _load(path: pathlib.Path, shape) -> np.ndarray | None:
   try:
     sums = json.loads(path.with_suffix(".json").read_text())
-    image = np.load(path, mmap_mode="r", allow_pickle=False)
+    image = np.lib.format.open_memmap(path, mode="r")
     if image.shape == tuple(shape) and image.dtype == np.uint8 and sums["sha256"] == digest(image):
       return image
-  except (OSError, EOFError, ValueError, KeyError, TypeError):
+  except Exception:  # what is damaged makes json and numpy raise almost anything
     pass
   return None
 
 
 def _fill(path: pathlib.Path, shape, decode) -> np.ndarray:
-  temporary = path.with_name(f".{os.getpid()}-{path.name}")
+  _remove_left_behind(path)
+  # a process id alone is the same in many containers that share a folder
+  temporary = path.with_name(f".{os.getpid()}{secrets.token_hex(4)}-{path.name}")
+  sums = temporary.with_suffix(".json")
   try:
     image = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=tuple(shape))
     with open(temporary, "r+b") as stream:  # a full disk is an error here, a crash later
@@ -84,14 +92,22 @@ def _fill(path: pathlib.Path, shape, decode) -> np.ndarray:
     decode(image)
     image.flush()
     temporary.replace(path)
-    sums = temporary.with_suffix(".json")
     sums.write_text(json.dumps({"sha256": digest(image)}))
     sums.replace(path.with_suffix(".json"))
   except BaseException:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
+      sums.unlink(missing_ok=True)
     raise
-  return np.load(path, mmap_mode="r", allow_pickle=False)
+  return np.lib.format.open_memmap(path, mode="r")
+
+
+def _remove_left_behind(path: pathlib.Path) -> None:
+  """Deletes what processes that were killed a day ago or earlier had written of an entry."""
+  for old in path.parent.glob(f".*-{path.stem}.*"):
+    with contextlib.suppress(OSError):
+      if old.stat().st_mtime < time.time() - 24 * 3600:
+        old.unlink()
 
 
 def digest(image: np.ndarray) -> str:

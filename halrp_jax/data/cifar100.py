@@ -91,7 +91,9 @@ def read(config) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
   )
   label = np.concatenate([y, y_test])
   if label[:, 0].max() >= 20 or label[:, 1].max() >= 100:
-    raise UserError(f"{files.place}: a label is out of range; damaged, download it again")
+    raise UserError(
+      f"{files.place}: a label is out of range; damaged, delete and download it again"
+    )
   data = ImageSet(
     np.concatenate([x, x_test]),
     label[:, 1],
@@ -104,7 +106,9 @@ def read(config) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
 def _names(contents: bytes, name: str, expected: int) -> tuple[str, ...]:
   names = tuple(contents.decode("utf-8", "replace").split())
   if len(names) != expected:
-    raise UserError(f"{name}: {len(names)} names, expected {expected}; download it again")
+    raise UserError(
+      f"{name}: {len(names)} names, expected {expected}; delete and download it again"
+    )
   return names
 
 

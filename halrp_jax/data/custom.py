@@ -80,7 +80,7 @@ def _inputs(task: Task) -> Inputs:
 def _read_folder(config) -> dict[str, ImageSet]:
   if not config.data_dir:
     raise UserError("data_dir is not set: give the folder with one folder or .npz per task")
-  root = pathlib.Path(config.data_dir).expanduser()
+  root = sources.path_of("data_dir", config.data_dir)
   try:
     entries = sorted(p for p in root.iterdir() if not p.name.startswith("."))
   except OSError as e:

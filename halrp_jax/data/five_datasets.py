@@ -84,11 +84,16 @@ def _read_cifar10(files: sources.Files) -> ImageSet:
   *contents, meta = files.read(*names, "batches.meta.txt")
   parts = [formats.cifar(c, f"{files.place}: {n}", 1) for c, n in zip(contents, names, strict=True)]
   images, labels = zip(*parts, strict=True)
-  label, classes = np.concatenate(labels)[:, 0].astype(np.int64), meta.decode("utf-8", "replace")
-  if label.max() > 9 or len(classes.split()) != 10:
-    raise UserError(f"{files.place}: a label is out of range; damaged, download it again")
+  label = np.concatenate(labels)[:, 0].astype(np.int64)
+  classes = tuple(meta.decode("utf-8", "replace").split())
+  if label.max() > 9:
+    raise UserError(
+      f"{files.place}: a label is out of range; damaged, delete and download it again"
+    )
+  if len(classes) != 10:
+    raise UserError(f"{files.place}: batches.meta.txt has {len(classes)} names, expected 10")
   num_train = sum(map(len, images[:-1]))
-  return ImageSet(np.concatenate(images), label, num_train, tuple(classes.split()))
+  return ImageSet(np.concatenate(images), label, num_train, classes)
 
 
 def _read_svhn(files: sources.Files) -> ImageSet:

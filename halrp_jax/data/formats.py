@@ -1,8 +1,10 @@
 """Bytes of the original files -> arrays. Every format is checked before it is believed."""
 
 import io
+import math
 import struct
 import warnings
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -11,7 +13,10 @@ from halrp_jax.data import sources
 from halrp_jax.types import UserError, brief
 
 _MOST_IDX = 60_000_000  # bytes; MNIST's training images have 47 million
+_MOST_MAT = 400_000_000  # bytes; SVHN's training images have 225 million
 _MOST_PIXELS = 64_000_000
+_MAT_PACKED = 15  # kind of the elements of a MATLAB file that are zlib streams
+_MAT_NUMBERS = {"double", "single", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))}
 
 
 def idx(contents: bytes, name: str, dimensions: int) -> np.ndarray:
@@ -19,12 +24,14 @@ def idx(contents: bytes, name: str, dimensions: int) -> np.ndarray:
   contents = sources.gunzip(contents, name, _MOST_IDX)
   header = 4 + 4 * dimensions
   if len(contents) < header or contents[:4] != bytes([0, 0, 8, dimensions]):
-    raise UserError(f"{name}: not an IDX file of {dimensions} dimensions; download it again")
+    raise UserError(
+      f"{name}: not an IDX file of {dimensions} dimensions; delete it and download it again"
+    )
   shape = struct.unpack(f">{dimensions}I", contents[4:header])
   if len(contents) - header != int(np.prod(shape, dtype=object)):
     raise UserError(
       f"{name}: {len(contents) - header:,} bytes for an array of {' x '.join(map(str, shape))}; "
-      "truncated or damaged, download it again"
+      "truncated or damaged, delete it and download it again"
     )
   return np.frombuffer(contents, np.uint8, offset=header).reshape(shape)
 
@@ -36,7 +43,7 @@ def cifar(contents: bytes, name: str, num_labels: int) -> tuple[np.ndarray, np.n
   if rest or not num_images:
     raise UserError(
       f"{name}: {len(contents):,} bytes are no whole number of {record}-byte records; truncated or "
-      "damaged, download it again"
+      "damaged, delete it and download it again"
     )
   rows = np.frombuffer(contents, np.uint8).reshape(-1, record)
   planes = rows[:, num_labels:].reshape(-1, 3, 32, 32)
@@ -48,20 +55,66 @@ def svhn(contents: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
   from scipy import io as scipy_io  # slow to import, needed for this alone
 
   try:
+    _require_mat(contents, name)
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # what is odd in the file is checked here
+      for declared in scipy_io.whosmat(io.BytesIO(contents)):
+        _require_svhn(name, *declared)
       found = scipy_io.loadmat(io.BytesIO(contents), variable_names=("X", "y"))
     image, label = np.asarray(found["X"]), np.asarray(found["y"]).reshape(-1)
+  except UserError:
+    raise
   except Exception as e:  # a damaged file makes scipy raise almost anything
     raise UserError(
-      f"{name}: not a MATLAB 5 file with X and y ({brief(e)}); download it again"
+      f"{name}: not a MATLAB 5 file with X and y ({brief(e)}); delete it and download it again"
     ) from e
-  if image.dtype != np.uint8 or image.ndim != 4 or image.shape[:3] != (32, 32, 3):
-    raise UserError(f"{name}: X is {image.dtype} {image.shape}, expected uint8 (32, 32, 3, N)")
-  if len(label) != image.shape[3]:
-    raise UserError(f"{name}: {len(label)} labels for {image.shape[3]} images; damaged")
-  label = label.astype(np.int64) % 10
-  return np.ascontiguousarray(image.transpose(3, 0, 1, 2)), label
+  if image.dtype != np.uint8:  # logical or complex
+    raise UserError(f"{name}: X is {image.dtype}, expected uint8")
+  if len(label) != image.shape[3] or not np.isin(label, np.arange(11)).all():
+    raise UserError(
+      f"{name}: y has {len(label)} labels, expected one from 1 to 10 for each of {image.shape[3]} "
+      "images; damaged, delete it and download it again"
+    )
+  return np.ascontiguousarray(image.transpose(3, 0, 1, 2)), label.real.astype(np.int64) % 10
+
+
+def _require_svhn(name: str, variable: str, shape: tuple[int, ...], kind: str) -> None:
+  """Refuses what a variable declares before memory is taken for it."""
+  size = math.prod(shape)
+  if variable == "X":
+    good = kind == "uint8" and len(shape) == 4 and shape[:3] == (32, 32, 3)
+    expected = "uint8 (32, 32, 3, N)"
+  else:
+    good = variable != "y" or (kind in _MAT_NUMBERS and size == max(shape))
+    expected = "numbers (N, 1)"
+  if not good or size > _MOST_MAT:
+    raise UserError(f"{name}: {variable} is {kind} {shape}, expected {expected}")
+
+
+def _require_mat(contents: bytes, name: str) -> None:
+  """Refuses what is no MATLAB 5 file, or unpacks to more than any of SVHN's does."""
+  order = {b"IM": "<", b"MI": ">"}.get(contents[126:128])
+  if order is None or len(contents) < 136:
+    raise UserError(f"{name}: not a MATLAB 5 file; delete it and download it again")
+  at, total = 128, 0
+  while at + 8 <= len(contents):
+    kind, size = struct.unpack(f"{order}2I", contents[at : at + 8])
+    at += 8
+    if kind == _MAT_PACKED:
+      total += _unpacked_size(memoryview(contents)[at : at + size], _MOST_MAT - total)
+      if total > _MOST_MAT:
+        raise UserError(f"{name}: unpacks to more than {_MOST_MAT:,} bytes; it is not the original")
+    at += size
+
+
+def _unpacked_size(packed: memoryview, most: int) -> int:
+  """How many bytes zlib makes of these; it stops at more than `most`."""
+  unpacker, total = zlib.decompressobj(), 0
+  for at in range(0, len(packed), 2**16):  # of which zlib makes 64 MiB at most
+    total += len(unpacker.decompress(packed[at : at + 2**16]))
+    if total > most or unpacker.eof:
+      break
+  return total
 
 
 def picture(contents: bytes, name: str, mode: str, size: tuple[int, int] | None) -> Image.Image:

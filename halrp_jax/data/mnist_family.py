@@ -28,9 +28,15 @@ def read(config, name: str) -> ImageSet:
     arrays.append(formats.idx(contents, f"{files.place}: {file}", dimensions))
   x, y, x_test, y_test = arrays
   label = np.concatenate([y, y_test]).astype(np.int64)
-  if len(x) != len(y) or len(x_test) != len(y_test) or (len(label) and label.max() > 9):
-    raise UserError(f"{files.place}: images and labels don't fit; damaged, download it again")
-  if x.shape[1:] != (28, 28) or x_test.shape[1:] != (28, 28):
-    raise UserError(f"{files.place}: images are not 28 x 28; not the original, download it again")
+  again = "delete the files and download them again"
+  for images, labels, part in ((x, y, "training"), (x_test, y_test, "test")):
+    if images.shape[1:] != (28, 28):
+      size = " x ".join(map(str, images.shape[1:]))
+      raise UserError(f"{files.place}: {part} images are {size}, expected 28 x 28; {again}")
+    if len(images) != len(labels):
+      counts = f"{len(labels)} labels for {len(images)} {part} images"
+      raise UserError(f"{files.place}: {counts}; {again}")
+  if len(label) and label.max() > 9:
+    raise UserError(f"{files.place}: a label is {label.max()}, expected 0 to 9; {again}")
   image = np.concatenate([x, x_test])[..., None]
   return ImageSet(image, label, len(x), tuple("0123456789"))

@@ -29,7 +29,7 @@ def outline(config) -> Outline:
 
 
 def read(config) -> list[Task]:
-  archives = _archives(config.data_dir)
+  archives = _archives(config.data_dir, config.allow_partial)
   characters = _characters(archives, config.allow_partial)
   wanted = [(archive, name) for _, files in characters for archive, name in files]
   fingerprint = "-".join(sources.fingerprint(files) for files in archives.values())
@@ -54,15 +54,17 @@ def read(config) -> list[Task]:
   return tasks
 
 
-def _archives(data_dir: str) -> dict[str, sources.Files]:
+def _archives(data_dir: str, allow_partial: bool) -> dict[str, sources.Files]:
   """The two halves, each a zip file or its folder."""
   files = sources.find(data_dir, "omniglot")
   found = {}
   for half in _ALPHABETS:
     if f"{half}.zip" in files.names:
       found[half] = sources.archive(files.place / f"{half}.zip", half, _MOST)
-    else:
+    elif (files.place / half).is_dir():
       found[half] = sources.folder(files.place / half, _MOST)
+    elif not allow_partial or not found:
+      raise UserError(f"{files.place}: neither {half}/ nor {half}.zip is there; get the archive")
   return found
 
 

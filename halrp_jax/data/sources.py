@@ -7,11 +7,12 @@ import contextlib
 import gzip
 import hashlib
 import io
+import os
 import pathlib
 import stat
+import sys
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ _IDX = (
   "t10k-images-idx3-ubyte",
   "t10k-labels-idx1-ubyte",
 )
+_GZIP = b"\x1f\x8b"  # what every gzip file starts with
 
 
 def _idx(base: str, published: tuple[tuple[int, str], ...]) -> tuple[Remote, ...]:
@@ -217,7 +219,7 @@ def find(data_dir: str, name: str) -> Files:
   original = ORIGINALS[name]
   if not data_dir:
     raise Missing(f"data_dir is not set: give the folder that holds {_wanted(original)}")
-  root = pathlib.Path(data_dir).expanduser()
+  root = path_of("data_dir", data_dir)
   try:
     places = [root / name for name in original.folders]
     places += [root] if root.name in original.folders else []
@@ -231,6 +233,14 @@ def find(data_dir: str, name: str) -> Files:
   except OSError as e:
     raise UserError(f"data_dir={data_dir}: {e.filename or root}: {e.strerror or e}") from e
   raise Missing(f"data_dir={data_dir}: {_missing(root, name, original)}")
+
+
+def path_of(key: str, text: str) -> pathlib.Path:
+  """A path that the user gave for some key; ~ is the home."""
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError as e:  # ~nobody, or a user without a home
+    raise UserError(f"{key}={text}: ~ stands for no folder here; write the whole path") from e
 
 
 def _has(place: pathlib.Path, marker: str) -> bool:
@@ -289,7 +299,7 @@ def read_file(path: pathlib.Path, most: int) -> bytes:
 
 def gunzip(contents: bytes, name: str, most: int) -> bytes:
   """Unpacks gzip, at most `most` bytes; what is not packed is returned as it is."""
-  if contents[:2] != b"\x1f\x8b":
+  if contents[:2] != _GZIP:
     return contents
   with _refusing(name), gzip.open(io.BytesIO(contents)) as stream:
     plain = stream.read(most + 1)
@@ -299,7 +309,7 @@ def gunzip(contents: bytes, name: str, most: int) -> bytes:
 
 
 def archive(path: pathlib.Path, folder: str, most: int) -> Files:
-  """The files below `folder/` inside a zip or tar archive.
+  """The files below `folder/` inside a zip, tar or tar.gz archive.
 
   Raises:
     UserError: if it is damaged, or if a member has an absolute path, a path with .., is a link out
@@ -315,10 +325,14 @@ def archive(path: pathlib.Path, folder: str, most: int) -> Files:
 def _refusing(place):
   try:
     yield
-  except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as e:
-    raise UserError(f"{place}: damaged or truncated ({brief(e)}); download it again") from e
-  except (NotImplementedError, RuntimeError, KeyError, MemoryError) as e:
-    raise UserError(f"{place}: can't be read ({brief(e)}); download it again") from e
+  except UserError:
+    raise
+  except Exception as e:  # a damaged archive makes its reader raise almost anything
+    if isinstance(e, OSError) and e.errno:  # the disk's own
+      raise UserError(f"{place}: {e.strerror}") from e
+    raise UserError(
+      f"{place}: damaged or truncated ({brief(e)}); delete it and download it again"
+    ) from e
 
 
 def _require_inside(path, name: str) -> None:
@@ -340,6 +354,8 @@ def _zip(path, folder: str, most: int) -> Files:
       kind = stat.S_IFMT(info.external_attr >> 16)
       if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UserError(f"{path}: refused, since {info.filename!r} is a link or a device")
+      if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"{path}: refused, since {info.filename!r} is encrypted or oddly packed")
       total += info.file_size
       _require_size(path, total, most)
       if not info.is_dir() and info.filename.startswith(f"{folder}/"):
@@ -355,22 +371,20 @@ def _zip(path, folder: str, most: int) -> Files:
 
 def _tar(path, folder: str, most: int) -> Files:
   names, total = [], 0
-  with tarfile.open(path) as opened:
+  with _opened_tar(path, most) as (opened, plain):
     for member in opened:
-      _require_inside(path, member.name)
-      if member.islnk() or member.issym():
-        start = pathlib.PurePosixPath(member.name).parent if member.issym() else ""
-        _require_inside(path, f"{start}/{member.linkname}".lstrip("/"))
-        _require_inside(path, member.linkname)
-      elif not (member.isfile() or member.isdir()):
-        raise UserError(f"{path}: refused, since {member.name!r} is a device")
+      _require_tar_member(path, member)
       total += member.size
       _require_size(path, total, most)
       if member.isfile() and member.name.startswith(f"{folder}/"):
         names.append(member.name.removeprefix(f"{folder}/"))
+    # tarfile takes a damaged header for the end; reading on makes gzip check its checksum, too
+    while block := plain.read(2**16):
+      if any(block):
+        raise ValueError("something follows its last member")
 
   def stream(wanted):
-    with _refusing(path), tarfile.open(path) as opened:
+    with _refusing(path), _opened_tar(path, most) as (opened, _):
       for member in opened:  # in order: a compressed tar can't be searched
         name = member.name.removeprefix(f"{folder}/")
         if member.isfile() and name in wanted:
@@ -379,15 +393,64 @@ def _tar(path, folder: str, most: int) -> Files:
   return Files(path, tuple(sorted(set(names))), stream)
 
 
+@contextlib.contextmanager
+def _opened_tar(path, most: int):
+  """A tar archive, gzipped or not, and the stream it is read from."""
+  with open(path, "rb") as packed:
+    is_gzip = packed.read(2) == _GZIP
+    packed.seek(0)
+    with (
+      gzip.open(packed) if is_gzip else contextlib.nullcontext(packed) as plain,
+      tarfile.open(fileobj=_Forward(plain, 2 * most), mode="r:") as opened,
+    ):
+      yield opened, plain
+
+
+class _Forward:
+  """A stream that goes forward only, and not beyond some byte.
+
+  tarfile believes every size that a header declares: a negative one takes it back to where it was,
+  for ever; a huge one makes it read all of an archive, unpacked, into the memory.
+  """
+
+  def __init__(self, stream, most: int):
+    self._stream, self._most, self.tell = stream, most, stream.tell
+
+  def read(self, size: int) -> bytes:
+    self._require(self.tell() + size)
+    return self._stream.read(size)
+
+  def seek(self, position: int) -> int:
+    self._require(position)
+    return self._stream.seek(position)
+
+  def _require(self, end: int) -> None:
+    if not self.tell() <= end <= self._most:
+      raise ValueError("a header declares an impossible size")
+
+
+def _require_tar_member(path, member: tarfile.TarInfo) -> None:
+  _require_inside(path, member.name)
+  if member.islnk() or member.issym():
+    _require_inside(path, member.linkname)
+  elif not (member.isfile() or member.isdir()):
+    raise UserError(f"{path}: refused, since {member.name!r} is a device")
+  if member.size < 0:
+    raise UserError(f"{path}: refused, since {member.name!r} declares {member.size:,} bytes")
+
+
 def fingerprint(files: Files) -> str:
   """SHA-256 that stands for the contents: of an archive's bytes, of a folder's sizes and times."""
   digest = hashlib.sha256()
-  if files.place.is_file():
-    with open(files.place, "rb") as stream:
-      return hashlib.file_digest(stream, "sha256").hexdigest()
-  for name in files.names:
-    status = (files.place / name).stat()
-    digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+  try:
+    if files.place.is_file():
+      with open(files.place, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+    for name in files.names:
+      status = (files.place / name).stat()
+      digest.update(os.fsencode(name) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
+  except OSError as e:
+    raise UserError(f"{e.filename or files.place}: {e.strerror or e}") from e
   return digest.hexdigest()
 
 
@@ -407,15 +470,20 @@ def download(data_dir: str, names: Iterable[str], tell: Callable[[str], None]) -
   """
   if not data_dir:
     raise UserError("data_dir is not set: name the folder to download to")
+  root = path_of("data_dir", data_dir)
   for name in names:
+    original = ORIGINALS[name]
     try:
-      find(data_dir, name)
+      place, found = find(data_dir, name).place, True
     except Missing:
-      original = ORIGINALS[name]
-      root = pathlib.Path(data_dir).expanduser()
-      place = root if original.archive else root / original.folders[0]
-      for remote in original.files:
+      place, found = root if original.archive else root / original.folders[0], False
+    for remote in original.files:
+      if not (found and (original.archive or _has(place, _unpacked(remote.name)))):
         _fetch(remote, place, tell)
+
+
+def _unpacked(name: str) -> str:
+  return name.removesuffix(".gz").removesuffix(".zip")
 
 
 def _fetch(remote: Remote, place: pathlib.Path, tell) -> None:
@@ -427,13 +495,11 @@ def _fetch(remote: Remote, place: pathlib.Path, tell) -> None:
       f"get {remote.url} by hand and put it into {place}"
     )
   tell(f"downloading {_published(remote)} to {place}")
+  pooch.get_logger().setLevel("WARNING")  # `tell` has said it
+  get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=2**16, timeout=60)
   try:
     pooch.retrieve(
-      remote.url,
-      known_hash=remote.hash,
-      fname=remote.name,
-      path=place,
-      downloader=pooch.HTTPDownloader(progressbar=True, timeout=60),
+      remote.url, known_hash=remote.hash, fname=remote.name, path=place, downloader=get
     )
   except Exception as e:  # requests, urllib3, pooch and the disk raise what they like
     raise UserError(

@@ -8,10 +8,10 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
-from halrp_jax.methods import be, bn, halrp, stl
+from halrp_jax.methods import be, bn, ewc, halrp, l2, stl
 from halrp_jax.types import Method
 
-METHODS = {"halrp": halrp, "stl": stl, "bn": bn, "be": be}
+METHODS = {"halrp": halrp, "stl": stl, "bn": bn, "be": be, "l2": l2, "ewc": ewc}
 
 
 def make(config, model, benchmark) -> Method:

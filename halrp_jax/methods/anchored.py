@@ -1,0 +1,115 @@
+"""What L2 and EWC share: one network for all tasks, held near where the tasks before left it.
+
+| here                       | meaning |
+|----------------------------|---------|
+| shared["params"]           | features, which every task goes on training |
+| shared["stats"]            | running statistics, where BatchNorm is shared |
+| shared["anchor"]           | what the penalty is made of, for training alone |
+| tasks[t]["private"]        | head; BatchNorm too with method.bn_scope = "task" |
+| tasks[t]["stats"]          | its running statistics then |
+
+A task is predicted with the features as they are now, hence these methods forget.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from halrp_jax import perturb, train, validate
+from halrp_jax.types import Method, Params, State, one_at_a_time
+
+KEYS = {
+  "batch_norm": validate.batch_norm("own"),
+  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
+  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+  "bn_scope": validate.one_of(
+    "shared", ("shared", "task"), "whether BatchNorm is one of the shared features or the task's"
+  ),
+}
+
+
+def make(
+  config,
+  model,
+  benchmark,
+  first_anchor: Callable[[Params], Params],
+  distance: Callable[[Params, Params], jax.Array],
+  next_anchor: Callable[[Params, Params, Params, object], Params],
+) -> Method:
+  """A method with a penalty on leaving an anchor.
+
+  Args:
+    config, model, benchmark: as in every method.
+    first_anchor: (shared parameters) -> anchor that penalises nothing.
+    distance: (shared parameters, anchor) -> penalty.
+    next_anchor: (anchor, all parameters after a task, statistics, task) -> anchor for the next one.
+  """
+  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  own_norm = m.bn_scope == "task"
+  apply_fn, l2_penalty = train.plain_network(model)
+
+  def penalty(params, frozen):
+    shared, _ = perturb.split_private(params, own_norm)
+    return l2_penalty(params, frozen) + distance(shared, frozen["anchor"])
+
+  fit = train.make_fit(config, decay, apply_fn, penalty)
+  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  logits_fn = jax.jit(
+    lambda shared, private, stats, image: train.apply_model(
+      model, perturb.join_private(shared, private), stats, image, False, None
+    )[0]
+  )
+
+  def init(key, benchmark):
+    return State(shared={}, tasks=())
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    init_key, fit_key = jax.random.split(key)
+    params, stats = initialize(init_key)
+    if state.tasks:
+      params, stats, anchor = _warm_start(state, params, own_norm)
+    else:
+      anchor = first_anchor(perturb.split_private(params, own_norm)[0])
+    frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0), "anchor": anchor}
+    params, stats = fit(params, stats, frozen, task, fit_key, config.epochs, store.child("train"))
+    anchor = store.once("anchor", lambda: next_anchor(anchor, params, stats, task))
+    shared, private = perturb.split_private(params, own_norm)
+    learned = {
+      "private": private,
+      "stats": stats if own_norm else {},
+      "num_classes": jnp.int32(task.num_classes),
+    }
+    shared = {"params": shared, "stats": {} if own_norm else stats, "anchor": anchor}
+    return State(shared, (*state.tasks, learned)), {}
+
+  def predict(state, t, image):
+    shared, learned = state.shared, state.tasks[t]
+    stats = learned["stats"] or shared["stats"]
+    logits = logits_fn(shared["params"], learned["private"], stats, image)
+    return logits[:, : int(learned["num_classes"])]
+
+  return Method(init, one_at_a_time, learn, predict, size)
+
+
+def _warm_start(state, fresh, own_norm: bool):
+  """Everything as the task before left it, but for a fresh head. -> params, stats, anchor"""
+  before = state.tasks[-1]
+  private = before["private"] | {perturb.HEAD: fresh[perturb.HEAD]}
+  params = perturb.join_private(state.shared["params"], private)
+  stats = before["stats"] if own_norm else state.shared["stats"]
+  return params, stats, state.shared["anchor"]
+
+
+def size(state: State):
+  """Later tasks add their heads, and BatchNorm where it is theirs; anchors are for training."""
+  first, *later = state.tasks
+  counts = []
+  for learned in state.tasks:
+    params = perturb.join_private(state.shared["params"], learned["private"])
+    counts.append(train.network_count(*perturb.split(params), int(learned["num_classes"])))
+  private = [train.count_rest(p["private"], {}, int(p["num_classes"])).counted for p in later]
+  stats = train.count_leaves([state.shared["stats"], *(p["stats"] for p in state.tasks)])
+  anchors = train.count_leaves(state.shared["anchor"])
+  return train.dense_size(counts[0], sum(private), stats, anchors)

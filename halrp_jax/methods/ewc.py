@@ -1,0 +1,113 @@
+"""EWC: one network for all tasks, each parameter held as firmly as the tasks before need it.
+
+Update rule: Adam on the cross-entropy + wd + lambda/2 sum_k sum_p F_kp (theta_p - theta*_kp)^2,
+theta*_k and F_k being the shared parameters and the diagonal Fisher information after task k.
+
+| paper        | here                       | meaning |
+|--------------|----------------------------|---------|
+| theta        | shared["params"]           | features; heads are the tasks' own |
+| sum_k F_k    | shared["anchor"]["fisher"] | A |
+| theta*       | shared["anchor"]["center"] | sum_k F_k theta*_k / A |
+| lambda       | method.strength            | |
+
+The sum over tasks is A (theta - center)^2 and a constant, exactly: memory does not grow.
+F = E_x [(d log p(y|x) / d theta)^2] over samples one by one, never of a batch's mean, with true
+labels (empirical Fisher) or labels drawn from the model (method.fisher), BatchNorm in evaluation
+mode (with the statistics of a chunk of samples, held fixed, where it keeps no running ones).
+
+Phases: training; after every task the Fisher information on method.fisher_samples training images.
+
+References: J. Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017,
+Eq. 3; J. Schwarz et al., "Progress & compress", 2018 (online variant); spec/baselines.md 3.4.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from halrp_jax import perturb, train, validate
+from halrp_jax.methods import anchored
+
+_CHUNK = 16  # samples whose gradients are in memory at once
+
+KEYS = anchored.KEYS | {
+  "strength": validate.number(1e3, 0, None, "lambda: coefficient on the Fisher-weighted distance"),
+  "fisher": validate.one_of("true_label", ("true_label", "sampled_label"), "labels of the Fisher"),
+  "fisher_samples": validate.whole(1000, 1, None, "training images of a task for its Fisher"),
+  "accumulate": validate.one_of(
+    "separate", ("separate", "online"), "separate: every task's own anchor; online: the last one's"
+  ),
+  "decay": validate.number(0.95, 0, 1, "accumulate=online: what earlier Fisher is multiplied by"),
+}
+
+
+def make(config, model, benchmark):
+  m = config.method
+  own_norm = m.bn_scope == "task"
+  fisher_chunk = jax.jit(_fisher_of(model, own_norm, m.fisher == "sampled_label"))
+
+  def first_anchor(shared):
+    return {"fisher": jax.tree.map(jnp.zeros_like, shared), "center": shared}
+
+  def distance(shared, anchor):
+    terms = jax.tree.map(
+      lambda x, f, c: jnp.sum(f * (x - c) ** 2), shared, anchor["fisher"], anchor["center"]
+    )
+    return 0.5 * m.strength * sum(jax.tree.leaves(terms))
+
+  def next_anchor(anchor, params, stats, task):
+    found = fisher(fisher_chunk, params, stats, task, m.fisher_samples, own_norm)
+    here, _ = perturb.split_private(params, own_norm)
+    if m.accumulate == "online":
+      total = jax.tree.map(lambda a, f: m.decay * a + f, anchor["fisher"], found)
+      return {"fisher": total, "center": here}
+    total = jax.tree.map(jnp.add, anchor["fisher"], found)
+    center = jax.tree.map(_weighted, anchor["fisher"], anchor["center"], found, here)
+    return {"fisher": total, "center": center}
+
+  return anchored.make(config, model, benchmark, first_anchor, distance, next_anchor)
+
+
+def _weighted(a, x, b, y):
+  """(a x + b y) / (a + b), and y where both weights are 0."""
+  total = a + b
+  return jnp.where(total > 0, (a * x + b * y) / jnp.where(total > 0, total, 1), y)
+
+
+def fisher(fisher_chunk, params, stats, task, num_samples: int, own_norm: bool):
+  """Diagonal Fisher information of the shared parameters, a mean over training images."""
+  rows = np.arange(min(num_samples, len(task.train.index)))
+  total = jax.tree.map(jnp.zeros_like, perturb.split_private(params, own_norm)[0])
+  for start in range(0, len(rows), _CHUNK):
+    part = rows[start : start + _CHUNK]
+    padded = np.resize(part, _CHUNK)  # one shape for all chunks
+    weight = (np.arange(_CHUNK) < len(part)).astype(np.float32)
+    image, label = train.load_batch(task.train, task.inputs, padded)
+    key = jax.random.fold_in(jax.random.key(task.id), start)
+    squares = fisher_chunk(params, stats, image, label, weight, jnp.int32(task.num_classes), key)
+    total = jax.tree.map(jnp.add, total, squares)
+  return jax.tree.map(lambda x: x / len(rows), total)
+
+
+def _fisher_of(model, own_norm: bool, sampled: bool):
+  """Builds (params, stats, image, label, weight [B], num_classes, key) -> sum of squares."""
+
+  def chunk(params, stats, image, label, weight, num_classes, key):
+    shared, private = perturb.split_private(params, own_norm)
+    if not stats:  # BatchNorm takes a batch's statistics: the chunk's, held fixed
+      frozen_model, fixed = train.with_batch_statistics(model, params, image)
+    else:
+      frozen_model, fixed = model, stats
+    if sampled:
+      logits, _ = train.apply_model(frozen_model, params, fixed, image, False, None)
+      label = jax.random.categorical(key, train.mask_classes(logits, num_classes))
+
+    def log_likelihood(shared, x, y):
+      params = perturb.join_private(shared, private)
+      logits, _ = train.apply_model(frozen_model, params, fixed, x[None], False, None)
+      return -train.cross_entropy(logits, y[None], num_classes)
+
+    gradients = jax.vmap(jax.grad(log_likelihood), (None, 0, 0))(shared, image, label)
+    return jax.tree.map(lambda g: jnp.tensordot(weight, g * g, 1), gradients)
+
+  return chunk

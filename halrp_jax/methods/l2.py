@@ -1,0 +1,43 @@
+"""L2: one network for all tasks, held near the weights after the task before ("L2-transfer").
+
+Update rule: Adam on the cross-entropy + wd + lambda |theta - theta*|^2, theta* being the shared
+parameters when the task began; every task starts there with a fresh head.
+
+| symbol     | here                       | meaning |
+|------------|----------------------------|---------|
+| theta      | shared["params"]           | features; heads are the tasks' own |
+| theta*     | shared["anchor"]["params"] | the same after the task before |
+| lambda     | method.strength            | 0 for the first task |
+| wd         | method.l2                  | L2 coefficient on the kernels |
+
+Reference: a baseline of the HALRP paper (Sect. 5.1) and of APD's (Yoon et al., 2020);
+spec/baselines.md 3.3. Neither says lambda.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from halrp_jax import train, validate
+from halrp_jax.methods import anchored
+from halrp_jax.perturb import split_private
+
+KEYS = anchored.KEYS | {
+  "strength": validate.number(1e-2, 0, None, "lambda: coefficient on the distance to the anchor"),
+}
+
+
+def make(config, model, benchmark):
+  m = config.method
+
+  def first_anchor(shared):
+    return {"params": shared, "strength": jnp.float32(0)}
+
+  def distance(shared, anchor):
+    gaps = jax.tree.map(lambda x, a: x - a, shared, anchor["params"])
+    return anchor["strength"] * train.sum_squares(gaps)
+
+  def next_anchor(anchor, params, stats, task):
+    shared, _ = split_private(params, m.bn_scope == "task")
+    return {"params": shared, "strength": jnp.float32(m.strength)}
+
+  return anchored.make(config, model, benchmark, first_anchor, distance, next_anchor)
