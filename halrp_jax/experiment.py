@@ -116,8 +116,25 @@ def build(config) -> tuple[Benchmark, object, Method]:
         f"batch_size = {config.batch_size} with protocol.last_batch = 'drop' leaves task "
         f"{task.name!r} no batch out of {len(task.train.index)} images: take a smaller one"
       )
+  benchmark = _with_validation_images(config, benchmark)
   model = models.make(config.network, benchmark.max_classes, config.method.batch_norm)
   return benchmark, model, methods.make(config, model, benchmark)
+
+
+def _with_validation_images(config, benchmark: Benchmark) -> Benchmark:
+  """Refuses a config that needs validation images where there are none; hides the test images
+  with protocol.evaluate_on = "validation"."""
+  needs = {"keep": ("best", "best_loss"), "schedule": ("plateau",), "evaluate_on": ("validation",)}
+  named = [f"protocol.{k} = {v}" for k, v in config.protocol.items() if v in needs.get(k, ())]
+  for task in benchmark.tasks:
+    if named and not len(task.valid.index):
+      raise UserError(
+        f"{', '.join(named)}: task {task.name!r} has no validation images; give some, or raise "
+        "protocol.validation_fraction"
+      )
+  if config.protocol.evaluate_on == "test":
+    return benchmark
+  return benchmark._replace(tasks=tuple(t._replace(test=t.valid) for t in benchmark.tasks))
 
 
 def plan(config) -> dict:

@@ -140,6 +140,52 @@ def overlapping_max_pool(x: jax.Array) -> jax.Array:
   )
 
 
+def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Every channel by itself. [B, H, W, C], kernel [h, w, C] (odd) -> [B, H, W, C], zero-padded"""
+  h, w, channels = kernel.shape
+
+  def plain(x, kernel):
+    kernel = kernel[:, :, None]
+    return lax.conv_general_dilated(
+      x, kernel, (1, 1), "SAME", dimension_numbers=_DIMENSIONS, feature_group_count=channels
+    )
+
+  def shifted(x, kernel):
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (h // 2, h // 2), (w // 2, w // 2), (0, 0)))
+    return sum(
+      x[:, i : i + height, j : j + width] * kernel[i, j][None, None, None]
+      for i in range(h)
+      for j in range(w)
+    )
+
+  return lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+
+
+def patches(x: jax.Array, window, strides, padding) -> jax.Array:
+  """What a convolution's kernel is multiplied with, place by place.
+
+  Args:
+    x: [B, H, W, C]
+    window: height and width of the kernel.
+    strides: along height and width.
+    padding: "SAME", "VALID" or ((top, bottom), (left, right)).
+
+  Returns:
+    [B, H', W', h * w * C], in the order of a kernel [h, w, C, J] seen as a matrix [h * w * C, J].
+  """
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  last = [(n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True)]
+  parts = [
+    x[:, i : i + last[0] : strides[0], j : j + last[1] : strides[1]]
+    for i in range(window[0])
+    for j in range(window[1])
+  ]
+  return jnp.concatenate(parts, -1)
+
+
 def local_response_norm(
   x: jax.Array, size: int = 4, alpha: float = 0.001 / 9, beta: float = 0.75, k: float = 1.0
 ) -> jax.Array:

@@ -130,6 +130,40 @@ def apply(
     return model.apply(variables, *args, **kwargs)
 
 
+def layer_inputs(
+  model: nn.Module, names: Iterable[str], variables: Mapping[str, Params], image: jax.Array
+) -> dict[str, jax.Array]:
+  """What reaches the layers `names` in evaluation: rows that their kernels are multiplied with.
+
+  -> by layer path [B, d], for a convolution its patches [B, H', W', d]; the kernel seen as a matrix
+  is [d, J].
+  """
+  found = {}
+
+  def intercept(next_fun, args, kwargs, context):
+    module, name = context.module, _SEPARATOR.join(context.module.path)
+    if name in names and context.method_name == "__call__":
+      found[name] = _rows(module, args[0])
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(intercept):
+    model.apply(variables, image, train=False)
+  return found
+
+
+def _rows(module, x):
+  if not isinstance(module, nn.Conv):
+    return x
+  return layers.patches(x, module.kernel_size, *_strides_and_padding(module))
+
+
+def _strides_and_padding(module):
+  """Of a 2-D convolution, as pairs; padding by name stays."""
+  strides, padding = module.strides or 1, module.padding
+  strides = (strides,) * 2 if isinstance(strides, int) else strides
+  return strides, padding if isinstance(padding, str) else canonicalize_padding(padding, 2)
+
+
 def _perturbed(module, kernel, p, bias, x, *, form):
   detached = module.clone(parent=None, name=None, use_bias=False)
   factored = form == "factored" or (form == "auto" and _factored_is_cheaper(kernel, p, x))
@@ -151,11 +185,8 @@ def _low_rank_branch(module, p, x):
   u = p.U if p.sigma is None else p.U * _channels(p.sigma, p.U)
   if not isinstance(module, nn.Conv):
     return (x @ p.V) @ u.T
-  strides, padding = module.strides or 1, module.padding
-  strides = (strides,) * 2 if isinstance(strides, int) else strides
-  if not isinstance(padding, str):
-    padding = canonicalize_padding(padding, 2)
-  return layers.times(layers.window_sum(x, module.kernel_size, strides, padding), p.V @ u.T)
+  total = layers.window_sum(x, module.kernel_size, *_strides_and_padding(module))
+  return layers.times(total, p.V @ u.T)
 
 
 def _can_be_factored(module) -> bool:

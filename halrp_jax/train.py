@@ -5,7 +5,9 @@ A method hands over two pure functions:
   apply_fn(params, frozen, stats, image, train, key) -> logits, stats
   penalty_fn(params, frozen)                         -> scalar
 
-and gets back `fit`, jitted once when the method is made.
+and gets back `fit`, jitted once when the method is made. Where cross-entropy on the logits is not
+what it minimises it hands over an objective, where its updates are restricted an `edit_fn`, where
+its own recipe belongs to it a `Recipe`.
 """
 
 import functools
@@ -27,6 +29,42 @@ from halrp_jax.types import Array, Diverged, Inputs, Params, Size, Split, Store,
 _CHUNK_SECONDS = 2.0  # of training handed over to the device at once
 
 
+class Batch(NamedTuple):
+  image: jax.Array  # float32 [B, H, W, C] network input
+  label: jax.Array  # int32 [B]
+  num_classes: jax.Array  # int32 [], or [B, 1] where several tasks are learned at once
+  owner: jax.Array | None  # int32 [B] which of them; None: one task
+
+
+class Joint(NamedTuple):
+  """Several tasks to be learned at once. Made by `join_tasks`; `fit` takes it like a `Task`."""
+
+  train: Split
+  valid: Split
+  inputs: Inputs  # with a leading axis [T]
+  num_classes: Array  # int32 [T]
+  blocks: tuple[int, ...]  # numbers of consecutive training rows that share no batch with others
+
+
+class Recipe(NamedTuple):
+  """How `fit` optimises: the protocol's (`recipe`), unless a method brings its own."""
+
+  optimizer: str  # protocol.optimizer, and so on
+  momentum: float
+  learning_rate: float
+  gradient_scale: float
+  schedule: str
+  keep: str
+
+
+class Plateau(NamedTuple):
+  """Where schedule="plateau" is."""
+
+  best: np.float64  # least validation loss so far
+  left: np.int32  # epochs without a lower one until the rate is cut
+  rate: np.float64  # learning rate now
+
+
 class TrainState(NamedTuple):
   params: Params
   stats: Params  # running statistics of BatchNorm
@@ -34,12 +72,45 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32, optimizer steps done
 
 
-def prepare_images(image: Array, inputs: Inputs) -> jax.Array:
-  """uint8 [B, H, W, C] -> float32 network input [B, H, W, C] (`Inputs` says how)."""
+def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> jax.Array:
+  """uint8 [B, H, W, C] -> float32 network input [B, H, W, C] (`Inputs` says how).
+
+  `owner` [B]: which row of `inputs` is each image's, if they have a leading axis.
+  """
   x = image.astype(jnp.float32) / 255
+  if owner is None:
+    if inputs.permutation is not None:
+      x = x.reshape(len(x), -1)[:, inputs.permutation].reshape(*x.shape[:3], -1)
+    return (x - inputs.mean[None, None, None]) / inputs.std[None, None, None]
   if inputs.permutation is not None:
-    x = x.reshape(len(x), -1)[:, inputs.permutation].reshape(*x.shape[:3], -1)
-  return (x - inputs.mean[None, None, None]) / inputs.std[None, None, None]
+    permuted = jnp.take_along_axis(x.reshape(len(x), -1), inputs.permutation[owner], 1)
+    x = permuted.reshape(*x.shape[:3], -1)
+  return (x - inputs.mean[owner][:, None, None]) / inputs.std[owner][:, None, None]
+
+
+def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
+  """All the tasks as one thing to learn; `mixed`: a batch holds images of several of them."""
+
+  def join(kind):
+    splits = [getattr(task, kind) for task in tasks]
+    owner = np.concatenate([np.full(len(s.index), t, np.int32) for t, s in enumerate(splits)])
+    index, label = (jnp.concatenate([s[i] for s in splits]) for i in (1, 2))
+    return Split(splits[0].image, index, label, jnp.asarray(owner))
+
+  mean, std = (jnp.stack([task.inputs[i] for task in tasks]) for i in (0, 1))
+  permutation = None
+  if any(task.inputs.permutation is not None for task in tasks):
+    same = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
+    own = [task.inputs.permutation for task in tasks]
+    permutation = jnp.stack([same if p is None else p for p in own])
+  sizes = tuple(len(task.train.index) for task in tasks)
+  return Joint(
+    join("train"),
+    join("valid"),
+    Inputs(mean, std, permutation),
+    jnp.array([task.num_classes for task in tasks], jnp.int32),
+    (sum(sizes),) if mixed else sizes,
+  )
 
 
 def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4) -> jax.Array:
@@ -58,6 +129,19 @@ def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4) -> jax.Arr
 def mask_classes(logits: jax.Array, num_classes: jax.Array) -> jax.Array:
   """Outputs beyond a task's own classes can't be predicted and get no gradient."""
   return jnp.where(jnp.arange(logits.shape[-1])[None] < num_classes, logits, -jnp.inf)
+
+
+def cross_entropy_objective(apply_fn: Callable) -> Callable:
+  """What `fit` minimises by default, beside the penalty.
+
+  -> objective_fn(params, frozen, stats, batch, train, key) -> loss, logits [B, K], stats
+  """
+
+  def objective_fn(params, frozen, stats, batch, train, key):
+    logits, stats = apply_fn(params, frozen, stats, batch.image, train, key)
+    return cross_entropy(logits, batch.label, batch.num_classes), logits, stats
+
+  return objective_fn
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:
@@ -194,20 +278,28 @@ def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) 
 # --- fit ------------------------------------------------------------------------------
 
 
-def learning_rate_decay(config, benchmark) -> Callable[[Task], float]:
+def recipe(config) -> Recipe:
+  """The protocol's."""
+  p = config.protocol
+  return Recipe(p.optimizer, p.momentum, config.learning_rate, p.gradient_scale, p.schedule, p.keep)
+
+
+def learning_rate_decay(config, benchmark) -> Callable[[Task | Joint], float]:
   """Task -> factor on the learning rate per optimizer step (`protocol.schedule`, spec a.10).
 
   "code" is the authors' formula, which hard-codes the 50,000 images of CIFAR-100 for every
-  benchmark; "epoch" multiplies by 0.95 per true epoch; "constant" does not decay.
+  benchmark; "epoch" multiplies by 0.95 per true epoch; "constant" does not decay, "plateau" not
+  here.
   """
   p, num_tasks = config.protocol, len(benchmark.tasks)
 
-  def decay(task: Task) -> float:
-    if p.schedule == "constant":
+  def decay(task: Task | Joint) -> float:
+    if p.schedule in ("constant", "plateau"):
       return 1.0
     images = len(task.train.index)
     if p.schedule == "code":
-      images = 50000 / num_tasks * config.train_fraction * (1 - p.validation_fraction)
+      share = len(task.num_classes) / num_tasks if isinstance(task, Joint) else 1 / num_tasks
+      images = 50000 * share * config.train_fraction * (1 - p.validation_fraction)
     return 0.95 ** (config.batch_size / images)
 
   return decay
@@ -219,35 +311,51 @@ def steps_per_epoch(config, num_images: int) -> int:
   return full + (rest > 0 and config.protocol.last_batch == "train")
 
 
-def _make_step(config, tx, apply_fn: Callable, penalty_fn: Callable) -> Callable:
-  """Builds `step(state, rows [B], frozen, data, key) -> state, [B * loss, B * accuracy]`."""
+def _make_batch(split: Split, inputs: Inputs, num_classes, rows, image_fn=lambda image: image):
+  """The rows [B] of a split as the network gets them."""
+  image, label = image_fn(split.image[split.index[rows]]), split.label[rows]
+  if split.owner is None:
+    return Batch(prepare_images(image, inputs), label, num_classes, None)
+  owner = split.owner[rows]
+  return Batch(prepare_images(image, inputs, owner), label, num_classes[owner][:, None], owner)
 
-  def loss_fn(params, frozen, stats, image, label, num_classes, key):
-    logits, stats = apply_fn(params, frozen, stats, image, True, key)
-    loss = cross_entropy(logits, label, num_classes)
-    hits = jnp.argmax(mask_classes(logits, num_classes), -1) == label
-    return loss + penalty_fn(params, frozen), (stats, jnp.stack([loss, hits.mean()]))
+
+def _count_right(logits, batch: Batch):
+  return jnp.sum(jnp.argmax(mask_classes(logits, batch.num_classes), -1) == batch.label)
+
+
+def _make_step(config, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn: Callable):
+  """Builds `step(state, rows [B], frozen, data, key) -> state, [B * loss, hits]`."""
+
+  def loss_fn(params, frozen, stats, batch, key):
+    loss, logits, stats = objective_fn(params, frozen, stats, batch, True, key)
+    sums = jnp.stack([len(batch.label) * loss, _count_right(logits, batch)])
+    return loss + penalty_fn(params, frozen), (stats, sums)
 
   def step(state, rows, frozen, data, key):
-    split, inputs, num_classes, gamma = data
+    split, inputs, num_classes, rate, gamma = data
     key = jax.random.fold_in(key, state.step)
-    image, label = split.image[split.index[rows]], split.label[rows]
-    if config.protocol.augment == "crop_flip":
-      image = crop_and_flip(jax.random.fold_in(key, 1), image)
-    image = prepare_images(image, inputs)
-    grad, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(
-      state.params, frozen, state.stats, image, label, num_classes, key
+
+    def augment(image):
+      if config.protocol.augment == "crop_flip":
+        return crop_and_flip(jax.random.fold_in(key, 1), image)
+      return image
+
+    batch = _make_batch(split, inputs, num_classes, rows, augment)
+    grad, (stats, sums) = jax.grad(loss_fn, has_aux=True)(
+      state.params, frozen, state.stats, batch, key
     )
     updates, opt_state = tx.update(grad, state.opt_state, state.params)
-    rate = -config.learning_rate * gamma**state.step
+    updates = edit_fn(updates, frozen)
+    rate = -rate * gamma**state.step
     params = jax.tree.map(lambda x, u: x + rate * u, state.params, updates)
-    return TrainState(params, stats, opt_state, state.step + 1), len(rows) * metrics
+    return TrainState(params, stats, opt_state, state.step + 1), sums
 
   return step
 
 
 def _make_epoch(config, step: Callable) -> Callable:
-  """Builds `epoch(state, frozen, data, key, progress) -> state, sums over images`.
+  """Builds `epoch(state, frozen, data, blocks, key, progress) -> state, sums over images`.
 
   `state` is donated. The steps are handed over in chunks of some two seconds, so that signals and
   progress get through; how an epoch is cut does not change a bit of it.
@@ -255,13 +363,21 @@ def _make_epoch(config, step: Callable) -> Callable:
   drop = config.protocol.last_batch == "drop"
 
   @functools.partial(jax.jit, static_argnums=0)
-  def epoch_rows(num_images, key):
-    """Rows of one epoch: full batches [n, B] and the rest [1, r] or [0, 0]."""
-    order = jnp.arange(num_images)
-    order = jax.random.permutation(key, order) if config.protocol.shuffle else order
-    full = num_images // config.batch_size * config.batch_size
-    rest = order[full:full] if drop else order[full:]
-    return order[:full].reshape(-1, config.batch_size), rest.reshape(-1, max(rest.size, 1))
+  def epoch_rows(blocks, key):
+    """Rows of one epoch: full batches [n, B], the blocks taking turns, then the smaller ones."""
+    keys = (key,) if len(blocks) == 1 else jax.random.split(key, len(blocks))
+    full, rest, turns, begin = [], {}, [], 0
+    for t, (num_images, key) in enumerate(zip(blocks, keys, strict=True)):
+      order = jnp.arange(num_images)
+      order = begin + (jax.random.permutation(key, order) if config.protocol.shuffle else order)
+      whole = num_images // config.batch_size * config.batch_size
+      full.append(order[:whole].reshape(-1, config.batch_size))
+      turns += [(i, t) for i in range(len(full[-1]))]
+      if whole < num_images and not drop:
+        rest.setdefault(num_images - whole, []).append(order[whole:])
+      begin += num_images
+    turn = np.array(sorted(range(len(turns)), key=turns.__getitem__), np.int32)
+    return [jnp.concatenate(full)[turn], *map(jnp.stack, rest.values())]
 
   def one_step(carry, rows, frozen, data, key):
     state, sums = carry
@@ -287,11 +403,11 @@ def _make_epoch(config, step: Callable) -> Callable:
 
   advance = None
 
-  def epoch(state, frozen, data, key, progress):
+  def epoch(state, frozen, data, blocks, key, progress):
     nonlocal advance
     shuffle_key, key = jax.random.split(key)
     carry = state, jnp.zeros(2)
-    for batches in epoch_rows(len(data[0].index), shuffle_key):
+    for batches in epoch_rows(blocks, shuffle_key):
       done, chunk = 0, 1
       while done < len(batches):
         start, stop = time.perf_counter(), min(done + chunk, len(batches))
@@ -305,74 +421,127 @@ def _make_epoch(config, step: Callable) -> Callable:
   return epoch
 
 
-def make_fit(config, decay: Callable[[Task], float], apply_fn: Callable, penalty_fn: Callable):
+def make_fit(
+  config,
+  decay: Callable[[Task | Joint], float],
+  apply_fn: Callable,
+  penalty_fn: Callable,
+  *,
+  objective_fn: Callable | None = None,
+  edit_fn: Callable = lambda updates, frozen: updates,
+  how: Recipe | None = None,
+):
   """Builds `fit(params, stats, frozen, task, key, epochs, store) -> params, stats`.
 
-  Adam on gradient_scale * gradient, starting with empty moments and the full learning rate; the
-  rate is multiplied by `decay(task)` after every step. With `protocol.keep = "best"` the epoch of
-  the best validation accuracy is returned, otherwise the last.
+  The optimizer sees gradient_scale * gradient and starts with empty moments and the full learning
+  rate, which is multiplied by `decay(task)` after every step; with schedule="plateau" it is cut
+  when the validation loss has stopped falling, and training ends when it is too low. Returned are
+  the weights of the last epoch, or of the best one on the validation images (keep).
+
+  Args:
+    config: resolved.
+    decay: from `learning_rate_decay`.
+    apply_fn: see the top of this file.
+    penalty_fn: see the top of this file.
+    objective_fn: what is minimised beside the penalty, by default `cross_entropy_objective`.
+    edit_fn: (updates, frozen) -> updates, applied to what the optimizer makes of the gradients.
+    how: by default the protocol's recipe.
   """
-  p = config.protocol
-  tx = optax.chain(optax.scale(p.gradient_scale), optax.scale_by_adam())
-  run_epoch = _make_epoch(config, _make_step(config, tx, apply_fn, penalty_fn))
-  jit_logits = jax.jit(
-    lambda params, frozen, stats, x: apply_fn(params, frozen, stats, x, False, None)[0]
-  )
+  how = how or recipe(config)
+  objective_fn = objective_fn or cross_entropy_objective(apply_fn)
+  moments = optax.scale_by_adam() if how.optimizer == "adam" else optax.trace(how.momentum)
+  tx = optax.chain(optax.scale(how.gradient_scale), moments)
+  run_epoch = _make_epoch(config, _make_step(config, tx, objective_fn, penalty_fn, edit_fn))
+  is_judged = how.schedule == "plateau" or how.keep != "last"
 
-  def valid_accuracy(state, frozen, task):
-    def predict_fn(i, image):
-      return jit_logits(state.params, frozen, state.stats, image)[:, : task.num_classes]
+  @jax.jit
+  def judge(state, frozen, split, inputs, num_classes, rows):
+    """[sum of losses, hits] on some rows of a split."""
+    batch = _make_batch(split, inputs, num_classes, rows)
+    loss, logits, _ = objective_fn(state.params, frozen, state.stats, batch, False, None)
+    return jnp.stack([len(rows) * loss, _count_right(logits, batch)])
 
-    return evaluate(predict_fn, (task,), "valid", config.batch_size)[0]
+  def validate(state, frozen, task, num_classes) -> tuple[float, float]:
+    """Loss and accuracy in percent on the validation images."""
+    num_images = len(task.valid.index)
+    if not num_images:
+      return math.nan, math.nan
+    args = (state, frozen, task.valid, task.inputs, num_classes)
+    parts = [judge(*args, rows) for rows in batches(num_images, config.batch_size)]
+    loss, hits = sum(np.asarray(x, np.float64) for x in parts) / num_images
+    return float(loss), 100 * float(hits)
 
-  def fit(params, stats, frozen, task: Task, key, epochs: int, store: Store):
+  def fit(params, stats, frozen, task: Task | Joint, key, epochs: int, store: Store):
     result = f"{store.name}/result"
     if (kept := store.keep.read(result, (params, stats))) is not None:
       return jax.tree.map(jnp.asarray, kept)
-    num_images = len(task.train.index)
-    if p.last_batch == "drop":
-      num_images -= num_images % config.batch_size
-    data = (task.train, task.inputs, jnp.int32(task.num_classes), jnp.float32(decay(task)))
-    done, state, best = start(params, stats, store)
+    num_classes = jnp.asarray(task.num_classes, jnp.int32)
+    blocks = task.blocks if isinstance(task, Joint) else (len(task.train.index),)
+    num_images = sum(blocks)
+    if config.protocol.last_batch == "drop":
+      num_images -= sum(n % config.batch_size for n in blocks)
+    data = (task.train, task.inputs, num_classes)
+    gamma = jnp.float32(decay(task))
+    done, state, best, plateau = start(params, stats, store)
     for epoch in range(done, epochs):
+      if plateau.rate < config.protocol.stop_rate and how.schedule == "plateau":
+        break
       begin = time.perf_counter()
       event = {"event": "epoch", "phase": store.name, "epoch": epoch + 1, "epochs": epochs}
       state, total = run_epoch(
         state,
         frozen,
-        data,
+        (*data, jnp.float32(plateau.rate), gamma),
+        blocks,
         jax.random.fold_in(key, epoch),
         functools.partial(watch, event, store),
       )
       loss, accuracy = (float(x) / num_images for x in total)
       event |= {"loss": loss, "train_accuracy": 100 * accuracy}
-      if p.keep == "best":
-        event["valid_accuracy"] = valid_accuracy(state, frozen, task)
-        if event["valid_accuracy"] > best[0]:
-          copies = jax.tree.map(jnp.array, (state.params, state.stats))
-          best = (np.float64(event["valid_accuracy"]), *copies)
+      if is_judged:
+        valid = validate(state, frozen, task, num_classes)
+        event |= {"valid_loss": valid[0], "valid_accuracy": valid[1]}
+        best, plateau = keep_best(best, state, *valid), slow_down(plateau, valid[0])
       store.log(event | {"seconds": time.perf_counter() - begin})
       if (epoch + 1) % config.checkpoint.every_epochs == 0 and epoch + 1 < epochs:
-        progress = (np.int32(epoch + 1), state, best)
+        progress = (np.int32(epoch + 1), state, best, plateau)
         store.keep.write(f"{store.name}/fit", jax.tree.leaves(progress))
       store.keep.check()
-    params, stats = best[1:] if p.keep == "best" and epochs else (state.params, state.stats)
+    params, stats = (state.params, state.stats) if how.keep == "last" or not epochs else best[1:]
     store.keep.write(result, jax.tree.leaves((params, stats)))
     return params, stats
 
   def start(params, stats, store):
-    """-> epochs done, state, best epoch so far: as kept, or from the beginning."""
+    """-> epochs done, state, best epoch so far, plateau: as kept, or from the beginning."""
     # the state is donated to every epoch: the caller's arrays must not be
     params, stats = jax.tree.map(jnp.array, (params, stats))
     state = TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))
-    best = (np.float64(-1), params, stats) if p.keep == "best" else ()
-    kept = store.keep.read(f"{store.name}/fit", (np.int32(0), state, best))
+    best = () if how.keep == "last" else (np.float64(-np.inf), params, stats)
+    patience = np.int32(config.protocol.patience)
+    plateau = Plateau(np.float64(np.inf), patience, np.float64(how.learning_rate))
+    kept = store.keep.read(f"{store.name}/fit", (np.int32(0), state, best, plateau))
     if kept is None:
       # `best` keeps arrays that the first epoch is given away with `state`
-      return 0, jax.tree.map(jnp.array, state), best
-    done, state, best = kept
+      return 0, jax.tree.map(jnp.array, state), best, plateau
+    done, state, best, plateau = kept
     state, best = jax.tree.map(lambda x: jnp.array(x) if np.ndim(x) else x, (state, best))
-    return int(done), state._replace(step=jnp.int32(state.step)), best
+    return int(done), state._replace(step=jnp.int32(state.step)), best, plateau
+
+  def keep_best(best, state, loss, accuracy):
+    """The score and weights of the best epoch; an earlier one wins a tie."""
+    score = {"last": -np.inf, "best": accuracy, "best_loss": -loss}[how.keep]
+    if how.keep == "last" or not score > best[0]:
+      return best
+    return np.float64(score), *jax.tree.map(jnp.array, (state.params, state.stats))
+
+  def slow_down(plateau, loss):
+    """GPM's and WSN's: after `patience` epochs that are no better, the rate is cut."""
+    p = config.protocol
+    if loss < plateau.best:
+      return Plateau(np.float64(loss), np.int32(p.patience), plateau.rate)
+    if plateau.left > 1:
+      return plateau._replace(left=np.int32(plateau.left - 1))
+    return Plateau(plateau.best, np.int32(p.patience), np.float64(plateau.rate * p.plateau_factor))
 
   def watch(event, store, state, sums, step, num_steps):
     """Between the chunks of an epoch."""

@@ -29,6 +29,7 @@ class Split(NamedTuple):
   image: Array  # uint8 [N, H, W, C], the same array object in every split of a benchmark
   index: Array  # int32 [n] rows of `image`
   label: Array  # int32 [n] class within the task, 0..K-1
+  owner: Array | None = None  # int32 [n] which of several tasks learned at once; None: one task
 
 
 class Inputs(NamedTuple):

@@ -100,15 +100,32 @@ PROTOCOL_KEYS = {
   "shuffle": flag(True, "new order of the training images in every epoch"),
   "schedule": one_of(
     "epoch",
-    ("code", "epoch", "constant"),
+    ("code", "epoch", "constant", "plateau"),
     "learning rate per step: 0.95 per epoch; code: 0.95 per 50,000 / T * train_fraction * "
-    "(1 - validation_fraction) images as the authors' program has it; constant",
+    "(1 - validation_fraction) images as the authors' program has it; constant; plateau: cut where "
+    "the validation loss stops falling",
   ),
+  "patience": whole(6, 1, None, "schedule=plateau: epochs without a lower validation loss"),
+  "plateau_factor": number(
+    0.5, 0, 1, "schedule=plateau: what the rate is then multiplied by", True
+  ),
+  "stop_rate": number(1e-5, 0, None, "schedule=plateau: training ends below this learning rate"),
+  "optimizer": one_of("adam", ("adam", "sgd"), "Adam, or stochastic gradient descent"),
+  "momentum": number(0.0, 0, 1, "optimizer=sgd: its momentum"),
   "gradient_scale": number(10.0, 0, None, "factor on every gradient before Adam", open_low=True),
   "validation_fraction": number(
     0.2, 0, 0.9, "share of the training images that are held out for validation"
   ),
-  "keep": one_of("last", ("last", "best"), "weights of the last epoch, or of the best validation"),
+  "keep": one_of(
+    "last",
+    ("last", "best", "best_loss"),
+    "weights of the last epoch, of the highest validation accuracy, of the lowest validation loss",
+  ),
+  "evaluate_on": one_of(
+    "test",
+    ("test", "validation"),
+    "images the accuracies are of; validation: the test images are nowhere in the run (`tune`)",
+  ),
   "last_batch": one_of(
     "train", ("train", "drop"), "what happens to the last, smaller batch of an epoch"
   ),

@@ -195,7 +195,8 @@ def _hash(tasks) -> str:
 
 def _on_device(task: Task, image: jax.Array) -> Task:
   def move(split):
-    return Split(image, *(jax.device_put(np.asarray(x, np.int32)) for x in split[1:]))
+    index, label = (jax.device_put(np.asarray(x, np.int32)) for x in (split.index, split.label))
+    return Split(image, index, label)
 
   return task._replace(
     inputs=jax.device_put(task.inputs),

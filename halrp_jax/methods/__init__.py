@@ -8,10 +8,21 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
-from halrp_jax.methods import be, bn, ewc, halrp, l2, stl
+from halrp_jax.methods import be, bn, clr, ewc, gpm, halrp, l2, mtl, stl, wsn
 from halrp_jax.types import Method
 
-METHODS = {"halrp": halrp, "stl": stl, "bn": bn, "be": be, "l2": l2, "ewc": ewc}
+METHODS = {
+  "halrp": halrp,
+  "stl": stl,
+  "mtl": mtl,
+  "l2": l2,
+  "ewc": ewc,
+  "bn": bn,
+  "be": be,
+  "clr": clr,
+  "wsn": wsn,
+  "gpm": gpm,
+}
 
 
 def make(config, model, benchmark) -> Method:

@@ -1,0 +1,143 @@
+"""CLR: a frozen base and a depthwise 3x3 convolution per task after each of its convolutions.
+
+Update rule: y = K_t * (W * x), K_t one 3x3 kernel for each channel, the identity at first. Task 0
+trains W; then every task, the first included, trains K_t, BatchNorm and a fresh head by Adam on the
+cross-entropy + l2 |K_t|^2.
+
+| paper | here                       | meaning |
+|-------|----------------------------|---------|
+| W     | shared["kernels"]          | kernels after the first task, frozen for ever; biases too |
+| K_t   | tasks[t]["adapters"]       | [3, 3, C] by layer; none after 1x1 convolutions |
+| -     | shared["norm"], ["stats"]  | BatchNorm with method.bn_scope = "shared" |
+| -     | tasks[t]["norm"], ["stats"] | BatchNorm with method.bn_scope = "task" |
+| -     | tasks[t]["head"]           | |
+
+Phases: base (task 0 alone), reprogram (every task), both of config.epochs.
+
+Shared BatchNorm, which every task goes on training, is what the HALRP authors' port does: earlier
+tasks then change, its only forgetting. With BatchNorm per task, as in the original, there is none.
+A bias before BatchNorm stays behind the depthwise kernel: BatchNorm takes it out either way, but at
+the border of the image. Dense layers are frozen and have no adapter.
+
+Reference: Y. Ge et al., "CLR: channel-wise lightweight reprogramming for continual learning", 2023,
+Sect. 3; spec/baselines.md 3.13. The original starts from an ImageNet network.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from halrp_jax import layers, perturb, train, validate
+from halrp_jax.types import Method, State, one_at_a_time
+
+KEYS = {
+  "batch_norm": validate.batch_norm("batch"),
+  "l2": validate.number(0.0, 0, None, "L2 coefficient on kernels and depthwise kernels"),
+  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+  "bn_scope": validate.one_of(
+    "shared", ("shared", "task"), "one BatchNorm that all tasks train, or each its own"
+  ),
+}
+
+
+def make(config, model, benchmark) -> Method:
+  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  l2 = m.l2 * (0.5 if m.l2_half else 1.0)
+  own_norm = m.bn_scope == "task"
+
+  def apply_fn(params, frozen, stats, image, train_mode, key):
+    rest = perturb.join_biases(frozen["biases"], params["norm"] | {perturb.HEAD: params["head"]})
+    weights = perturb.join(frozen["kernels"], rest)
+    with nn.intercept_methods(_reprogrammed(params["adapters"])):
+      return train.apply_model(model, weights, stats, image, train_mode, key)
+
+  def penalty(params, frozen):
+    return l2 * train.sum_squares(params["adapters"])
+
+  fit_base = train.make_fit(config, decay, *train.plain_network(model))
+  fit = train.make_fit(config, decay, apply_fn, penalty)
+  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  logits_fn = jax.jit(
+    lambda params, frozen, stats, image: apply_fn(params, frozen, stats, image, False, None)[0]
+  )
+
+  def init(key, benchmark):
+    return State(shared={}, tasks=())
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    init_key, fit_key, base_key = jax.random.split(key, 3)
+    params, stats = initialize(init_key)
+    head = params[perturb.HEAD]
+    shared = state.shared
+    if not state.tasks:
+      base, stats = fit_base(
+        params, stats, {"l2": l2}, task, base_key, config.epochs, store.child("base")
+      )
+      shared = _freeze(base, stats)
+    start = {"adapters": _identities(shared["kernels"]), "norm": shared["norm"], "head": head}
+    frozen = {k: shared[k] for k in ("kernels", "biases")}
+    trained, stats = fit(
+      start, shared["stats"], frozen, task, fit_key, config.epochs, store.child("reprogram")
+    )
+    norm = {"norm": trained["norm"], "stats": stats}
+    learned = trained | (norm if own_norm else {"norm": {}, "stats": {}})
+    shared = shared if own_norm else shared | norm
+    learned |= {"num_classes": jnp.int32(task.num_classes)}
+    return State(shared, (*state.tasks, learned)), {}
+
+  def predict(state, t, image):
+    shared, learned = state.shared, state.tasks[t]
+    norm = learned if own_norm else shared
+    params = {k: learned[k] for k in ("adapters", "head")} | {"norm": norm["norm"]}
+    frozen = {k: shared[k] for k in ("kernels", "biases")}
+    return logits_fn(params, frozen, norm["stats"], image)[:, : int(learned["num_classes"])]
+
+  return Method(init, one_at_a_time, learn, predict, size)
+
+
+def _freeze(params, stats):
+  """The base: kernels and biases; BatchNorm as the first task leaves it."""
+  kernels, rest = perturb.split(params)
+  biases, others = perturb.split_biases(rest, kernels)
+  norm = {name: x for name, x in others.items() if name != perturb.HEAD}
+  return {"kernels": kernels, "biases": biases, "norm": norm, "stats": stats}
+
+
+def _identities(kernels):
+  """A depthwise kernel that changes nothing for every convolution wider than 1x1."""
+  identity = jnp.zeros((3, 3)).at[1, 1].set(1.0)
+  return {
+    name: jnp.tile(identity[:, :, None], w.shape[-1])
+    for name, w in kernels.items()
+    if w.ndim == 4 and w.shape[:2] != (1, 1)
+  }
+
+
+def _reprogrammed(adapters):
+  def intercept(next_fun, args, kwargs, context):
+    y = next_fun(*args, **kwargs)
+    name = "/".join(context.module.path)
+    if context.method_name != "__call__" or name not in adapters:
+      return y
+    return layers.depthwise_conv(y, adapters[name])
+
+  return intercept
+
+
+def size(state: State):
+  """Every task adds its depthwise kernels, every later one its head and its own BatchNorm."""
+  shared, (first, *later) = state.shared, state.tasks
+  norm = first["norm"] or shared["norm"]
+  rest = perturb.join_biases(shared["biases"], norm | {perturb.HEAD: first["head"]})
+  base = train.network_count(shared["kernels"], rest, int(first["num_classes"]))
+  adapters = train.count_leaves([p["adapters"] for p in state.tasks])
+  private = [p["norm"] | {perturb.HEAD: p["head"]} for p in later]
+  counts = [
+    train.count_rest(rest, {}, int(p["num_classes"])).counted
+    for rest, p in zip(private, later, strict=True)
+  ]
+  own_stats = train.count_leaves([p["stats"] for p in state.tasks])
+  return train.dense_size(
+    base, adapters + sum(counts), own_stats or train.count_leaves(shared["stats"])
+  )

@@ -1,0 +1,189 @@
+"""GPM: one network; later tasks move each kernel only where earlier tasks' inputs don't reach.
+
+Update rule: dW <- dW - M (M' dW), the columns of M being an orthonormal basis of what the layer saw
+in earlier tasks (a convolution: its patches). Biases and BatchNorm's scale and bias are frozen
+after the first task; every task has its own head.
+
+| paper | here                     | meaning |
+|-------|--------------------------|---------|
+| W     | shared["kernels"]        | features, as a matrix [d, J] per layer; trained by every task |
+| M     | shared["basis"]          | [d, k] and zero columns; for training alone |
+| k     | shared["num_directions"] | |
+| eps   | method.threshold         | share of a layer's energy that M must carry; + step * t |
+| -     | shared["others"]         | biases, BatchNorm's scale and bias, frozen after task 0 |
+| -     | tasks[t]["head"], ["stats"] | BatchNorm's running statistics are the task's own |
+
+Phases: training; then method.samples training images pass through and M grows (bases.py).
+
+method.optimizer = "sgd" is the paper's: plain gradients, rate method.learning_rate, cut where the
+validation loss stops falling, weights of its lowest. "adam" is the protocol's recipe, and what Adam
+makes of the gradients is projected: Adam on projected gradients would leave the subspace, since it
+scales every weight by itself.
+
+Reference: G. Saha et al., "Gradient projection memory for continual learning", 2021, Alg. 1 and 2;
+spec/baselines.md 3.10. Its networks have neither biases nor running statistics.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from halrp_jax import bases, perturb, train, validate
+from halrp_jax.types import Method, State, one_at_a_time
+
+_CHUNK = 25  # images whose patches are in memory at once
+
+KEYS = {
+  "batch_norm": validate.batch_norm("own"),
+  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
+  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+  "optimizer": validate.one_of(
+    "adam", ("sgd", "adam"), "sgd: the paper's recipe; adam: the protocol's, its updates projected"
+  ),
+  "learning_rate": validate.number(0.01, 0, None, "of optimizer=sgd", True),
+  "threshold": validate.number(0.97, 0, 1, "eps: share of the energy that the basis carries"),
+  "threshold_step": validate.number(0.003, 0, 1, "added to eps for every task, up to 1"),
+  "samples": validate.whole(125, 1, None, "training images of a task that its basis is made from"),
+}
+
+
+def make(config, model, benchmark) -> Method:
+  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  how = train.recipe(config)
+  if m.optimizer == "sgd":
+    how = train.Recipe("sgd", 0.0, m.learning_rate, 1.0, "plateau", "best_loss")
+    decay = _no_decay
+  plain, penalty = train.plain_network(model)
+
+  def whole(params, others):
+    return perturb.join(params["kernels"], others | {perturb.HEAD: params["head"]})
+
+  def apply_fn(params, frozen, stats, image, train_mode, key):
+    return plain(whole(params, frozen["others"]), {}, stats, image, train_mode, key)
+
+  def projected(updates, frozen):
+    kernels = {n: _project(u, frozen["basis"][n]) for n, u in updates["kernels"].items()}
+    return updates | {"kernels": kernels}
+
+  fit_first = train.make_fit(config, decay, plain, penalty, how=how)
+  fit = train.make_fit(
+    config,
+    decay,
+    apply_fn,
+    lambda params, frozen: frozen["l2"] * train.sum_squares(params["kernels"]),
+    edit_fn=projected,
+    how=how,
+  )
+  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  logits_fn = jax.jit(
+    lambda shared, learned, image: plain(
+      whole(shared | learned, shared["others"]), {}, learned["stats"], image, False, None
+    )[0]
+  )
+  inputs_fn = jax.jit(_inputs_of(model))
+
+  def init(key, benchmark):
+    return State(shared={}, tasks=())
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    t, frozen = len(state.tasks), {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
+    init_key, fit_key, sample_key = jax.random.split(key, 3)
+    params, stats = initialize(init_key)
+    phase = store.child("train")
+    if not t:
+      params, stats = fit_first(params, stats, frozen, task, fit_key, config.epochs, phase)
+      kernels, rest = perturb.split(params)
+      shared = {"kernels": kernels, "others": _without_head(rest)} | _empty_bases(kernels)
+      head = params[perturb.HEAD]
+    else:
+      shared, stats = state.shared, state.tasks[-1]["stats"]
+      start = {"kernels": shared["kernels"], "head": params[perturb.HEAD]}
+      frozen |= {"others": shared["others"], "basis": shared["basis"]}
+      got, stats = fit(start, stats, frozen, task, fit_key, config.epochs, phase)
+      shared, head = shared | {"kernels": got["kernels"]}, got["head"]
+    learned = {"head": head, "stats": stats, "num_classes": jnp.int32(task.num_classes)}
+
+    def grow():
+      params = whole(shared | learned, shared["others"])
+      energy = min(1.0, m.threshold + m.threshold_step * t)
+      return _grow(inputs_fn, params, stats, task, sample_key, m.samples, shared, energy)
+
+    shared = shared | store.once("basis", grow)
+    return State(shared, (*state.tasks, learned)), {}
+
+  def predict(state, t, image):
+    shared = {k: state.shared[k] for k in ("kernels", "others")}
+    return logits_fn(shared, state.tasks[t], image)[:, : int(state.tasks[t]["num_classes"])]
+
+  return Method(init, one_at_a_time, learn, predict, size)
+
+
+def _no_decay(task):
+  return 1.0
+
+
+def _project(update, basis):
+  """[.., J] -> the same without what lies in the span of basis [d, k]."""
+  u = update.reshape(-1, update.shape[-1])
+  return (u - basis @ (basis.T @ u)).reshape(update.shape)
+
+
+def _without_head(rest):
+  return {name: x for name, x in rest.items() if name != perturb.HEAD}
+
+
+def _empty_bases(kernels):
+  dims = {n: w.size // w.shape[-1] for n, w in kernels.items()}
+  return {
+    "basis": {n: jnp.zeros((d, 0)) for n, d in dims.items()},
+    "num_directions": {n: jnp.int32(0) for n in dims},
+  }
+
+
+def _inputs_of(model):
+  """Builds (params, stats, image [B, H, W, C]) -> per layer x' x of a convolution's patches
+  [d, d], or the rows x [B, d] of a dense layer."""
+
+  def inputs(params, stats, image):
+    variables = {"params": params, "batch_stats": stats}
+    rows = perturb.layer_inputs(model, perturb.layer_names(params), variables, image)
+    return {n: x if x.ndim == 2 else _moment(x.reshape(-1, x.shape[-1])) for n, x in rows.items()}
+
+  return inputs
+
+
+def _moment(x):
+  return x.T @ x
+
+
+def _grow(inputs_fn, params, stats, task, key, num_samples, shared, energy):
+  """The bases after a task, and how many directions they have."""
+  chosen = np.asarray(jax.random.permutation(key, len(task.train.index)))[:num_samples]
+  parts = []
+  for rows in np.split(chosen, range(_CHUNK, len(chosen), _CHUNK)):
+    image, _ = train.load_batch(task.train, task.inputs, rows)
+    parts.append(jax.tree.map(np.asarray, inputs_fn(params, stats, image)))
+  grown = {"basis": {}, "num_directions": {}}
+  for name, kernel in shared["kernels"].items():
+    seen = [part[name] for part in parts]
+    moment = sum(x.astype(np.float64) for x in seen)
+    if kernel.ndim == 2:
+      moment = bases.of_rows(np.concatenate(seen))
+    count = int(shared["num_directions"][name])
+    known = np.asarray(shared["basis"][name])[:, :count]
+    basis = bases.grow(known, moment, energy, first=not count)
+    grown["basis"][name] = jnp.asarray(bases.padded(basis))
+    grown["num_directions"][name] = jnp.int32(basis.shape[1])
+  return grown
+
+
+def size(state: State):
+  """Later tasks add their heads; the bases are for training."""
+  shared, (first, *later) = state.shared, state.tasks
+  rest = shared["others"] | {perturb.HEAD: first["head"]}
+  base = train.network_count(shared["kernels"], rest, int(first["num_classes"]))
+  heads = [train.count_rest({perturb.HEAD: p["head"]}, {}, int(p["num_classes"])) for p in later]
+  stats = train.count_leaves([p["stats"] for p in state.tasks])
+  basis = sum(len(x) * int(shared["num_directions"][n]) for n, x in shared["basis"].items())
+  return train.dense_size(base, sum(count.counted for count in heads), stats, basis)

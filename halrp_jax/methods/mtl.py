@@ -1,0 +1,87 @@
+"""MTL: all tasks at once, one network with a head for each (joint training).
+
+Update rule: Adam on the mean cross-entropy over the images of all tasks + l2 |W|^2 (kernels of the
+features). An epoch is one pass over all of them. No continual learning: what it may be compared to.
+
+| symbol | here                    | meaning |
+|--------|-------------------------|---------|
+| W      | shared["params"]        | features, for all tasks |
+| -      | shared["stats"]         | BatchNorm's running statistics |
+| -      | tasks[t]["head"]        | head of task t |
+
+The accuracy matrix has one row, the last; there is no backward transfer.
+
+Reference: the multi-task baseline of the HALRP paper (Sect. 5.1); spec/baselines.md 3.2. The paper
+does not say whether a batch holds images of one task (as its loaders suggest) or of all:
+`method.mix`. It matters where BatchNorm takes the statistics of a batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from halrp_jax import perturb, train, validate
+from halrp_jax.types import Method, State
+
+KEYS = {
+  "batch_norm": validate.batch_norm("own"),
+  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
+  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+  "mix": validate.one_of(
+    "single", ("single", "mixed"), "images in a batch: of one task, the tasks in turn; of all"
+  ),
+}
+
+
+def make(config, model, benchmark) -> Method:
+  m, decay, width = config.method, train.learning_rate_decay(config, benchmark), model.num_classes
+  wide = model.clone(num_classes=len(benchmark.tasks) * width)  # the heads side by side
+  apply_fn, penalty_fn = train.plain_network(wide)
+
+  def objective(params, frozen, stats, batch, train_mode, key):
+    logits, stats = apply_fn(params, frozen, stats, batch.image, train_mode, key)
+    by_task = logits.reshape(len(logits), -1, width)  # [B, T, K]
+    own = jnp.take_along_axis(by_task, batch.owner[:, None, None], 1)[:, 0]
+    return train.cross_entropy(own, batch.label, batch.num_classes), own, stats
+
+  fit = train.make_fit(config, decay, apply_fn, penalty_fn, objective_fn=objective)
+  frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
+  initialize = jax.jit(lambda key: train.initialize(wide, key, benchmark.image_shape))
+  logits_fn = jax.jit(
+    lambda shared, head, image: train.apply_model(
+      model, shared["params"] | {perturb.HEAD: head}, shared["stats"], image, False, None
+    )[0]
+  )
+
+  def init(key, benchmark):
+    return State(shared={}, tasks=())
+
+  def learn(state, tasks, key, store):
+    init_key, fit_key = jax.random.split(key)
+    params, stats = initialize(init_key)
+    joint = train.join_tasks(tasks, m.mix == "mixed")
+    params, stats = fit(params, stats, frozen, joint, fit_key, config.epochs, store.child("train"))
+    features, heads = perturb.split_private(params, norm=False)
+    learned = tuple(
+      {
+        "head": jax.tree.map(lambda x, t=t: x[..., t * width : (t + 1) * width], heads["head"]),
+        "num_classes": jnp.int32(task.num_classes),
+      }
+      for t, task in enumerate(tasks)
+    )
+    return State({"params": features, "stats": stats}, learned), {}
+
+  def predict(state, t, image):
+    learned = state.tasks[t]
+    return logits_fn(state.shared, learned["head"], image)[:, : int(learned["num_classes"])]
+
+  return Method(init, lambda num_tasks: (tuple(range(num_tasks)),), learn, predict, size)
+
+
+def size(state: State):
+  """Every task but the first adds its head."""
+  first, *later = state.tasks
+  kernels, rest = perturb.split(state.shared["params"] | {perturb.HEAD: first["head"]})
+  base = train.network_count(kernels, rest, int(first["num_classes"]))
+  heads = [train.count_rest({perturb.HEAD: p["head"]}, {}, int(p["num_classes"])) for p in later]
+  stats = train.count_leaves(state.shared["stats"])
+  return train.dense_size(base, sum(count.counted for count in heads), stats)
