@@ -22,16 +22,13 @@ def get_config(method: str = "halrp"):
     learning_rate=1e-3,
     # the paper gives no hyper-parameters here: these are ours, after CIFAR100-SuperClass
     protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.2},
+    every_method={"l2": 1e-4},
     methods_={
       "halrp": {
         "alpha": 0.9,
         "warmup_epochs": 1,
         "l1": 1e-4,
-        "l2": 1e-4,
         "prune_bound": 0.6,
       },
-      "stl": {"l2": 1e-4},
-      "bn": {"l2": 1e-4},
-      "be": {"l2": 1e-4},
     },
   )

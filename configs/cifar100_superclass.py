@@ -30,17 +30,13 @@ def get_config(method: str = "halrp"):
     },
     # The published rows fit networks that evaluate with the statistics of the batch, not those of
     # the released LeNet (docs/measurements.md); all methods do here, so that they compare.
+    every_method={"batch_norm": "batch", "l2": 1e-4},
     methods_={
       "halrp": {
-        "batch_norm": "batch",
         "alpha": 0.9,
         "warmup_epochs": 1,
         "l1": 1e-4,
-        "l2": 1e-4,
         "prune_bound": 0.2,
       },
-      "stl": {"batch_norm": "batch", "l2": 1e-4},
-      "bn": {"batch_norm": "batch", "l2": 1e-4},
-      "be": {"batch_norm": "batch", "l2": 1e-4},
     },
   )

@@ -19,16 +19,13 @@ def get_config(method: str = "halrp"):
     batch_size=32,
     learning_rate=1e-3,
     protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.2},
+    every_method={"l2": 1e-4},
     methods_={
       "halrp": {
         "alpha": 0.9,
         "warmup_epochs": 3,
         "l1": 1e-5,
-        "l2": 1e-4,
         "prune_bound": 0.6,
       },
-      "stl": {"l2": 1e-4},
-      "bn": {"l2": 1e-4},
-      "be": {"l2": 1e-4},
     },
   )

@@ -24,19 +24,16 @@ def get_config(method: str = "halrp"):
     # WSN's loader, which the paper follows, validates on the training images; the bound is ours,
     # that of the paper's other benchmarks with grey images
     protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.0},
+    every_method={"l2": 1e-4},
     methods_={
       "halrp": {
         "alpha": 0.99,
         "warmup_epochs": 1,
         "l1": 9e-5,
-        "l2": 1e-4,
         "prune_bound": 0.6,
         "importance_split": "train",
         # the largest layer is 8,192 x 2,500 and no rank can pass 100
         "svd": "randomized",
       },
-      "stl": {"l2": 1e-4},
-      "bn": {"l2": 1e-4},
-      "be": {"l2": 1e-4},
     },
   )

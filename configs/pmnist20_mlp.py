@@ -25,16 +25,13 @@ def get_config(method: str = "halrp"):
       "validation_fraction": 0.2,
       "last_batch": "drop",
     },
+    every_method={"l2": 1e-4},
     methods_={
       "halrp": {
         "alpha": 0.9,
         "warmup_epochs": 1,
         "l1": 1e-6,
-        "l2": 1e-4,
         "prune_bound": 0.6,
       },
-      "stl": {"l2": 1e-4},
-      "bn": {"l2": 1e-4},
-      "be": {"l2": 1e-4},
     },
   )

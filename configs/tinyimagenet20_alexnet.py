@@ -26,16 +26,13 @@ def get_config(method: str = "halrp"):
       "validation_fraction": 0.1,
       "augment": "crop_flip",
     },
+    every_method={"l2": 5e-4},
     methods_={
       "halrp": {
         "alpha": 0.9,
         "warmup_epochs": 25,
         "l1": 1e-5,
-        "l2": 5e-4,
         "prune_bound": 0.6,
       },
-      "stl": {"l2": 5e-4},
-      "bn": {"l2": 5e-4},
-      "be": {"l2": 5e-4},
     },
   )

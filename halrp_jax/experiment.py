@@ -37,14 +37,21 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 
 
 def make_config(
-  method: str, *, methods_: dict[str, dict], protocol: dict, data_: dict | None = None, **keys
+  method: str,
+  *,
+  protocol: dict,
+  every_method: dict | None = None,
+  methods_: dict[str, dict] | None = None,
+  data_: dict | None = None,
+  **keys,
 ):
   """A locked config: defaults of every key, then what a benchmark's file chooses.
 
   Args:
     method: name of the method, the part after the colon of --config=FILE:method.
-    methods_: hyper-parameters of each method on this benchmark: {method: {key: value}}.
     protocol: values of protocol.*.
+    every_method: values of method.* for all methods that have the key.
+    methods_: values for one method each: {method: {key: value}}.
     data_: values of data.*.
     **keys: values of the other keys.
 
@@ -72,7 +79,11 @@ def make_config(
   config["protocol"] = values(validate.PROTOCOL_KEYS, protocol)
   config["data"] = values(validate.DATA_KEYS, data_ or {})
   config["checkpoint"] = values(validate.CHECKPOINT_KEYS, {})
-  config["method"] = {"name": method} | values(method_keys, methods_.get(method, {}))
+  if unknown := set(every_method or ()) - set().union(*(m.KEYS for m in methods.METHODS.values())):
+    raise UserError(f"config file: no method has the keys {', '.join(sorted(unknown))}")
+  common = {k: v for k, v in (every_method or {}).items() if k in method_keys}
+  own = (methods_ or {}).get(method, {})
+  config["method"] = {"name": method} | values(method_keys, common | own)
   return config_dict.ConfigDict(config).lock()
 
 
@@ -256,7 +267,7 @@ def _learn_all(config, benchmark, method, folder, log, compiled) -> dict:
       "seconds": _seconds(learning, evaluating, history.get("select_seconds", 0.0)),
       "validation_accuracy": None if np.isnan(valid) else valid,
     }
-    rows.append(row)
+    rows = [*rows, row]  # the list before may still be on its way to the disk
     log({"event": "evaluation"} | place | row | {"accuracy": accuracy[t, : t + 1].tolist()})
     nulls = [[None if np.isnan(x) else x for x in a] for a in accuracy]
     folder.save_state(position, state, {"rows": rows, "accuracy": nulls})

@@ -124,6 +124,17 @@ def compare_text(records: dict[str, dict]) -> str:
   return "\n".join(f"{name:<14}" + "".join(f"{c:>{width}}" for c in cells) for name, cells in rows)
 
 
+def tune_text(results: dict[str, dict]) -> str:
+  """The cells of a grid, the best first. `results`: name -> average_accuracy, bwt, seconds."""
+  width = max(map(len, results)) + 2
+  lines = [f"{'cell':<{width}}{'valid. ACC %':>12}{'BWT':>9}{'seconds':>10}"]
+  for name, r in results.items():
+    accuracy = "diverged" if r["average_accuracy"] is None else _number(r["average_accuracy"])
+    seconds = _number(r["seconds"])
+    lines.append(f"{name:<{width}}{accuracy:>12}{_number(r['bwt']):>9}{seconds:>10}")
+  return "\n".join(lines)
+
+
 # --- before it ------------------------------------------------------------------------
 
 

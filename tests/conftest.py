@@ -43,8 +43,8 @@ def digits_config():
       epochs=2,
       batch_size=64,
       protocol={},
-      methods_={name: {"l2": 1e-4} for name in methods.METHODS}
-      | {"halrp": {"l1": 1e-5, "l2": 1e-4}},
+      every_method={"l2": 1e-4},
+      methods_={"halrp": {"l1": 1e-5}},
     )
     with config.unlocked():
       config.update_from_flattened_dict(overrides)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -70,6 +71,24 @@ def test_stopped_runs_go_on_to_the_same_bits(whole, digits_config, method_name, 
       stops += 1
   experiment.run(config, str(tmp_path))
   assert stops >= 3 and same(folder, tmp_path)
+
+
+def test_a_slow_disk_saves_what_was_known_then(whole, digits_config, tmp_path, monkeypatch):
+  """Saves run in a thread, behind the tasks that are learned meanwhile."""
+  config, save, seen = digits_config("stl"), workdir.checkpoint.save, []
+
+  def slow(folder, packed, about):
+    time.sleep(0.2 if folder.name.startswith("state-") else 0)
+    save(folder, packed, about)
+
+  def in_sixth_task():
+    return any(e["event"] == "task" and e["t"] == 5 for e in seen)
+
+  with monkeypatch.context() as m, pytest.raises(Stopped):
+    m.setattr(workdir.checkpoint, "save", slow)
+    experiment.run(config, str(tmp_path), seen.append, stop_asked=in_sixth_task)
+  experiment.run(config, str(tmp_path))
+  assert same(whole(config)[0], tmp_path)
 
 
 def test_a_finished_run_says_so_and_does_nothing(whole, digits_config):

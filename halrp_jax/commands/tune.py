@@ -1,0 +1,108 @@
+"""tune --config=FILE:METHOD --grid=KEY=V,V,...[;KEY=V,...] --workdir=DIR: the best of a grid.
+
+  python -m halrp_jax tune --config=configs/cifar100_split.py:ewc --config.data_dir=DIR \\
+      --grid=method.strength=10,100,1000 --workdir=runs/tune-ewc
+
+Every cell is a run of its own below DIR, with a quarter of the training images (unless
+--config.train_fraction says otherwise); the accuracies are those on the validation images after the
+last task, and no test image is in the run. A second start goes on where the first was stopped.
+Prints a table, the best cell first, and writes it to DIR/tune.json.
+"""
+
+import itertools
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from halrp_jax import arguments, compile_cache, experiment, report, stop, validate, workdir
+from halrp_jax.types import Diverged, Stopped, UserError
+
+_FLAGS = {
+  "grid": "KEY=VALUE,VALUE,... for one or more keys, with semicolons between",
+  "workdir": "folder for the runs and tune.json",
+  "compile_cache": "as in halrp_jax.main",
+}
+_FRACTION = 0.25  # of the training images
+
+
+def main(argv: list[str]) -> int:
+  """Runs the cells that are not finished; prints the table."""
+  args = arguments.parse_config(["tune", *argv], _FLAGS, {"help": "show this text"})
+  if args.help:
+    print(__doc__)
+    return 0
+  for flag in ("config", "grid", "workdir"):
+    if not getattr(args, flag):
+      raise UserError(f"tune: --{flag} is missing; python -m halrp_jax tune --help")
+  keep_fraction = any(a.lstrip("-").startswith("config.train_fraction") for a in argv)
+  cells = {
+    name: _cell_config(args.config, values, keep_fraction)
+    for name, values in _cells(args.grid).items()
+  }
+  for config in cells.values():
+    experiment.resolve(config)  # a mistake in any cell is found before the first run
+  compile_cache.use(args.compile_cache)
+  root, stop_asked = pathlib.Path(args.workdir), stop.listen()
+  results = {}
+  try:
+    for name, config in cells.items():
+      print(f"--- {name}")
+      results[name] = _run(config, root / name, stop_asked)
+  except Stopped:
+    print(f"stopped; the same command goes on from {root}", file=sys.stderr)
+    return stop.EXIT_CODE
+  table = sorted(results.items(), key=lambda item: -(item[1]["average_accuracy"] or -np.inf))
+  workdir.write_json(root / "tune.json", dict(table))
+  print(report.tune_text(dict(table)))
+  return 0
+
+
+def _cells(grid: str) -> dict[str, dict]:
+  """The text of --grid -> {name: {key: value}} for every combination."""
+  axes = []
+  for axis in filter(None, grid.split(";")):
+    key, equals, texts = axis.partition("=")
+    if not equals or not all(texts.split(",")):
+      raise UserError(f"--grid={grid}: {axis!r} is not KEY=VALUE,VALUE,...")
+    axes.append([(key.strip(), text.strip()) for text in texts.split(",")])
+  return {
+    ",".join(f"{k}={v}" for k, v in cell).replace("/", "_"): {k: _value(v) for k, v in cell}
+    for cell in itertools.product(*axes)
+  }
+
+
+def _value(text: str):
+  words = {"True": True, "False": False}
+  try:
+    return words[text] if text in words else json.loads(text)
+  except ValueError:
+    return text
+
+
+def _cell_config(config, values: dict, keep_fraction: bool):
+  """The config of one cell, which sees no test image."""
+  cell = config.copy_and_resolve_references()
+  known = validate.flat(cell.to_dict())
+  for key in values:
+    if key not in known:
+      raise UserError(f"--grid: {key} is not a config key{validate.nearest(key, known)}")
+  values = {"protocol.evaluate_on": "validation"} | values
+  values |= {} if keep_fraction else {"train_fraction": _FRACTION}
+  with cell.unlocked():
+    for key, value in values.items():
+      section, _, name = key.rpartition(".")
+      (cell[section] if section else cell)[name] = value
+  return cell
+
+
+def _run(config, folder: pathlib.Path, stop_asked) -> dict:
+  try:
+    with report.live_display(sys.stdout) as show:
+      record = experiment.run(config, str(folder), show, stop_asked=stop_asked)
+  except Diverged as e:
+    print(f"diverged: {e}")
+    return {"average_accuracy": None, "bwt": None, "seconds": None}
+  seconds = sum(sum(s.values()) for s in record["seconds"])
+  return {k: record[k] for k in ("average_accuracy", "bwt")} | {"seconds": seconds}
