@@ -78,7 +78,7 @@ def test_a_slow_disk_saves_what_was_known_then(whole, digits_config, tmp_path, m
   config, save, seen = digits_config("stl"), workdir.checkpoint.save, []
 
   def slow(folder, packed, about):
-    time.sleep(0.2 if folder.name.startswith("state-") else 0)
+    time.sleep(0.5 if folder.name.startswith("state-") else 0)
     save(folder, packed, about)
 
   def in_sixth_task():
@@ -87,6 +87,12 @@ def test_a_slow_disk_saves_what_was_known_then(whole, digits_config, tmp_path, m
   with monkeypatch.context() as m, pytest.raises(Stopped):
     m.setattr(workdir.checkpoint, "save", slow)
     experiment.run(config, str(tmp_path), seen.append, stop_asked=in_sixth_task)
+  items = tmp_path / "checkpoints"
+  for later in (
+    items / "state-0005",
+    *items.glob("now.*"),
+  ):  # as if killed before these were written
+    shutil.rmtree(later)
   experiment.run(config, str(tmp_path))
   assert same(whole(config)[0], tmp_path)
 
