@@ -125,7 +125,7 @@ def load(folder: pathlib.Path) -> tuple[Params, dict]:
 
 def _encode(tree: Params, arrays: list) -> dict:
   """The structure of a pytree as JSON; its arrays are appended to `arrays` as host copies."""
-  if tree is None or isinstance(tree, (bool, int, float, str)):
+  if tree is None or type(tree) in (bool, int, float, str):  # numpy's float64 is a float, too
     return {"value": tree}
   if isinstance(tree, dict):
     return {"dict": [[k, _encode(v, arrays)] for k, v in tree.items()]}

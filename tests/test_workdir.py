@@ -73,6 +73,31 @@ def test_stopped_runs_go_on_to_the_same_bits(whole, digits_config, method_name, 
   assert stops >= 3 and same(folder, tmp_path)
 
 
+PLATEAU = {
+  "epochs": 12,
+  "learning_rate": 3e-2,
+  "train_fraction": 0.3,
+  "protocol.schedule": "plateau",
+  "protocol.patience": 1,
+  "protocol.stop_rate": 1e-2,
+}
+
+
+@pytest.mark.parametrize("keep", ["best", "best_loss"])
+def test_best_weights_and_plateaus_survive_stops(keep, digits_config, tmp_path):
+  config = digits_config("stl", **PLATEAU, **{"protocol.keep": keep})
+  whole, seen = tmp_path / "whole", []
+  asked = StopAt(-1)
+  experiment.run(config, str(whole), seen.append, stop_asked=asked)
+  epochs = [e for e in seen if e["event"] == "epoch"]
+  assert len(epochs) < 10 * 12 and max(e["epoch"] for e in epochs) > 3  # plateaus end some early
+  for n in (-asked.left // 5, -asked.left // 3):
+    with pytest.raises(Stopped):
+      experiment.run(config, str(tmp_path / "parts"), stop_asked=StopAt(n))
+  experiment.run(config, str(tmp_path / "parts"))
+  assert same(whole, tmp_path / "parts")
+
+
 def test_a_slow_disk_saves_what_was_known_then(whole, digits_config, tmp_path, monkeypatch):
   """Saves run in a thread, behind the tasks that are learned meanwhile."""
   config, save, seen = digits_config("stl"), workdir.checkpoint.save, []
