@@ -277,14 +277,15 @@ def _learn_all(config, benchmark, method, folder, log, compiled) -> dict:
 
 def _evaluate(config, benchmark, method, state, t) -> tuple[list[float], float]:
   """Test accuracy on the tasks up to t, validation accuracy on task t."""
+  size = train.evaluation_batch_size(config)
   test = train.evaluate(
-    functools.partial(method.predict, state), benchmark.tasks[: t + 1], "test", config.batch_size
+    functools.partial(method.predict, state), benchmark.tasks[: t + 1], "test", size
   )
   (valid,) = train.evaluate(
     lambda _, image: method.predict(state, t, image),
     benchmark.tasks[t : t + 1],
     "valid",
-    config.batch_size,
+    size,
   )
   return test, valid
 

@@ -467,7 +467,7 @@ def make_fit(
     if not num_images:
       return math.nan, math.nan
     args = (state, frozen, task.valid, task.inputs, num_classes)
-    parts = [judge(*args, rows) for rows in batches(num_images, config.batch_size)]
+    parts = [judge(*args, rows) for rows in batches(num_images, evaluation_batch_size(config))]
     loss, hits = sum(np.asarray(x, np.float64) for x in parts) / num_images
     return float(loss), 100 * float(hits)
 
@@ -561,6 +561,11 @@ def make_fit(
 
 
 # --- evaluation -----------------------------------------------------------------------
+
+
+def evaluation_batch_size(config) -> int:
+  """Images per evaluation batch."""
+  return config.evaluation_batch_size or config.batch_size
 
 
 def batches(num_images: int, batch_size: int) -> list[np.ndarray]:

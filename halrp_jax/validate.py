@@ -85,7 +85,10 @@ KEYS = {
   "train_fraction": number(1.0, 0, 1, "share of each task's training images used", open_low=True),
   "network": text("mlp", "which network (--list names them)"),
   "epochs": whole(20, 1, None, "n: epochs per task, warm-up included"),
-  "batch_size": whole(128, 1, None, "images per optimizer step and per evaluation batch"),
+  "batch_size": whole(128, 1, None, "images per optimizer step"),
+  "evaluation_batch_size": whole(
+    0, 0, None, "images per evaluation batch, on whose statistics some networks depend; 0: as above"
+  ),
   "learning_rate": number(1e-3, 0, None, "of Adam at the start of each phase", open_low=True),
   "loop": one_of(
     "auto",

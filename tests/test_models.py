@@ -66,6 +66,8 @@ def test_dropout_is_active_in_training_alone():
 
 
 def test_batch_norm_is_chosen_when_the_model_is_made():
+  assert models.make("wide_lenet", 12, "own").running
+  assert not models.make("wide_lenet", 12, "batch").running
   assert models.make("lenet", 10, "own").running and models.make("lenet", 10, "running").running
   model = models.make("lenet", 10, "batch")
   params, stats = train.initialize(model, jax.random.key(0), (32, 32, 3))

@@ -149,6 +149,7 @@ def _hold_out(task: Task, config) -> Task:
 
   Keyed by seed and the task's own id: the same images in every order. The test set stays whole.
   """
+  task = task._replace(test=_mixed(task.test, task.id))
   pool, fraction = task.train, config.protocol.validation_fraction
   if len(task.valid.index):
     train, valid = (_fraction(s, config, (config.seed, task.id)) for s in (pool, task.valid))
@@ -166,6 +167,15 @@ def _hold_out(task: Task, config) -> Task:
     for part in (slice(num_valid), slice(num_valid, None))
   )
   return task._replace(valid=valid, train=train)
+
+
+def _mixed(split: Split, task_id: int) -> Split:
+  """Images that come class by class in a random order, always the same: a network that evaluates
+  with the statistics of a batch needs all classes in it."""
+  if (np.diff(split.label) < 0).any():
+    return split
+  rows = np.random.default_rng((task_id,)).permutation(len(split.index))
+  return Split(split.image, split.index[rows], split.label[rows])
 
 
 def _fraction(split: Split, config, key: tuple[int, int]) -> Split:

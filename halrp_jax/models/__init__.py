@@ -31,7 +31,7 @@ def make(name: str, num_classes: int, batch_norm: str = "own") -> nn.Module:
       evaluates with those of the batch; "own": as the paper's network of that name does. Of no
       effect on a network without BatchNorm.
   """
-  network = NETWORKS[name]
+  network = NETWORKS[name](num_classes=num_classes)
   if batch_norm == "own" or not hasattr(network, "running"):
-    return network(num_classes=num_classes)
-  return network(num_classes=num_classes, running=batch_norm == "running")
+    return network
+  return network.clone(running=batch_norm == "running")
