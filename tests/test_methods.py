@@ -53,9 +53,9 @@ def learned():
   return get
 
 
-def logits(method, state, benchmark, t):
+def logits(method, state, benchmark, t, num_images=100):
   task = benchmark.tasks[t]
-  image, _ = train.load_batch(task.test, task.inputs, np.arange(100))
+  image, _ = train.load_batch(task.test, task.inputs, np.arange(num_images))
   return np.asarray(method.predict(state, t, image))
 
 
@@ -146,6 +146,44 @@ def test_the_first_task_is_that_of_single_task_learning(learned, method_name, di
   np.testing.assert_allclose(
     logits(method, states[0], benchmark, 0), logits(stl, stl_states[0], benchmark, 0), atol=1e-4
   )
+
+
+def test_penalties_have_the_slope_of_finite_differences(method_name, digits_config, monkeypatch):
+  """Along random directions, where each phase starts and with what it holds fixed."""
+  make_fit, slopes = train.make_fit, []
+
+  def checking(config, decay, apply_fn, penalty_fn, **kwargs):
+    fit = make_fit(config, decay, apply_fn, penalty_fn, **kwargs)
+
+    def checked(params, stats, frozen, *args):
+      slopes.append(_slopes(lambda p: penalty_fn(p, frozen), params, len(slopes)))
+      return fit(params, stats, frozen, *args)
+
+    return checked
+
+  monkeypatch.setattr(train, "make_fit", checking)
+  learn(digits_config(method_name, epochs=2, train_fraction=0.3))
+  assert slopes
+  for exact, estimated in slopes:
+    assert estimated == pytest.approx(exact, rel=2e-2, abs=1e-5)
+  assert any(exact for exact, _ in slopes) == (method_name != "wsn")
+
+
+def _slopes(fn, params, seed):
+  leaves, structure = jax.tree.flatten(params)
+  rng = np.random.default_rng(seed)
+
+  def random(scale):
+    return structure.unflatten(
+      [scale * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
+    )
+
+  point = jax.tree.map(lambda x, noise: x + noise, params, random(0.05))
+  step = random(1e-3)
+  ends = [fn(jax.tree.map(lambda x, d, s=s: x + s * d, point, step)) for s in (1, -1)]
+  value, exact = jax.jvp(lambda p: fn(p) + 0.0, (point,), (step,))
+  scale = max(abs(float(value)), 1e-12)
+  return float(exact) / scale, float(ends[0] - ends[1]) / 2 / scale
 
 
 @pytest.fixture(scope="module")

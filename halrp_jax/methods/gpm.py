@@ -80,7 +80,7 @@ def make(config, model, benchmark) -> Method:
       whole(shared | learned, shared["others"]), {}, learned["stats"], image, False, None
     )[0]
   )
-  inputs_fn = jax.jit(_inputs_of(model))
+  inputs_fn = jax.jit(_inputs_of(model, m.samples))
 
   def init(key, benchmark):
     return State(shared={}, tasks=())
@@ -141,20 +141,22 @@ def _empty_bases(kernels):
   }
 
 
-def _inputs_of(model):
-  """Builds (params, stats, image [B, H, W, C]) -> per layer x' x of a convolution's patches
-  [d, d], or the rows x [B, d] of a dense layer."""
+def _inputs_of(model, num_samples: int):
+  """Builds (params, stats, image [B, H, W, C]) -> rows x that each layer sees [n, d], or, where all
+  samples give more than d, x' x [d, d] in a tuple of one."""
 
   def inputs(params, stats, image):
     variables = {"params": params, "batch_stats": stats}
-    rows = perturb.layer_inputs(model, perturb.layer_names(params), variables, image)
-    return {n: x if x.ndim == 2 else _moment(x.reshape(-1, x.shape[-1])) for n, x in rows.items()}
+    seen = perturb.layer_inputs(model, perturb.layer_names(params), variables, image)
+
+    def summary(x):
+      rows = x.reshape(-1, x.shape[-1])
+      few = num_samples * (len(rows) // len(image)) <= rows.shape[1]
+      return rows if few else (rows.T @ rows,)
+
+    return {name: summary(x) for name, x in seen.items()}
 
   return inputs
-
-
-def _moment(x):
-  return x.T @ x
 
 
 def _grow(inputs_fn, params, stats, task, key, num_samples, shared, energy):
@@ -165,10 +167,11 @@ def _grow(inputs_fn, params, stats, task, key, num_samples, shared, energy):
     image, _ = train.load_batch(task.train, task.inputs, rows)
     parts.append(jax.tree.map(np.asarray, inputs_fn(params, stats, image)))
   grown = {"basis": {}, "num_directions": {}}
-  for name, kernel in shared["kernels"].items():
+  for name in shared["kernels"]:
     seen = [part[name] for part in parts]
-    moment = sum(x.astype(np.float64) for x in seen)
-    if kernel.ndim == 2:
+    if isinstance(seen[0], tuple):
+      moment = sum(x.astype(np.float64) for (x,) in seen)
+    else:
       moment = bases.of_rows(np.concatenate(seen))
     count = int(shared["num_directions"][name])
     known = np.asarray(shared["basis"][name])[:, :count]

@@ -43,12 +43,8 @@ def make(config, model, benchmark) -> Method:
   m, decay = config.method, train.learning_rate_decay(config, benchmark)
 
   def masked(params):
-    def weights(kernel, score):
-      size = jnp.abs(score)
-      # 0 is added; its gradient makes that of the score
-      return kernel * (largest(size, m.share) + (size - lax.stop_gradient(size)))
-
-    kernels = {n: weights(w, params["scores"][n]) for n, w in params["kernels"].items()}
+    scores = params["scores"]
+    kernels = {n: masked_kernel(w, scores[n], m.share) for n, w in params["kernels"].items()}
     return perturb.join(kernels, params["rest"])
 
   def apply_fn(params, frozen, stats, image, train_mode, key):
@@ -105,6 +101,13 @@ def make(config, model, benchmark) -> Method:
     return logits_fn(state.shared["kernels"], learned, image)[:, : int(learned["num_classes"])]
 
   return Method(init, one_at_a_time, learn, predict, size)
+
+
+def masked_kernel(kernel: jax.Array, score: jax.Array, share: float) -> jax.Array:
+  """theta * m, whose gradient passes the mask on its way to the score."""
+  size = jnp.abs(score)
+  # 0 is added; its gradient makes that of the score
+  return kernel * (largest(size, share) + (size - lax.stop_gradient(size)))
 
 
 def largest(size: jax.Array, share: float) -> jax.Array:

@@ -1,0 +1,90 @@
+"""Every network takes two tasks of every method, a few steps each."""
+
+import jax
+import numpy as np
+import pytest
+
+from halrp_jax import experiment, methods, models, perturb
+from halrp_jax.types import Benchmark, Inputs, Split, Task
+
+from .test_methods import NO_FORGETTING, QUIET, logits
+
+COLOURS = {"wide_lenet": 1}
+# narrow, since what is tested is how methods and layers fit together
+NARROW = {
+  "alexnet": {"channels": (4, 5, 6), "hidden": (16, 12)},
+  "resnet18": {"width": 4},
+  "mlp": {"hidden": (16, 12)},
+} | dict.fromkeys(
+  ("lenet", "wide_lenet", "saha_lenet", "saha_lenet_without_lrn"),
+  {"channels": (4, 5), "hidden": (16, 12)},
+)
+
+
+@pytest.fixture(scope="module")
+def benchmark_of():
+  """(channels) -> two tasks of three classes, 24 random images of 32 x 32 each."""
+
+  def make(channels):
+    rng = np.random.default_rng(0)
+    image = jax.numpy.asarray(rng.integers(0, 256, (48, 32, 32, channels), np.uint8))
+    inputs = Inputs(np.full(channels, 0.5, np.float32), np.full(channels, 0.3, np.float32), None)
+
+    def split(rows):
+      index = np.asarray(rows, np.int32)
+      return Split(image, jax.numpy.asarray(index), jax.numpy.asarray(index % 3))
+
+    tasks = []
+    for t in range(2):
+      train, valid, test = (split(np.arange(*r) + 24 * t) for r in ((0, 16), (16, 19), (19, 24)))
+      tasks.append(Task(t, f"task {t}", ("a", "b", "c"), inputs, train, valid, test))
+    return Benchmark("random", tuple(tasks), "", False)
+
+  return make
+
+
+@pytest.mark.parametrize("network", models.NETWORKS)
+def test_two_tasks_are_learned(network, method_name, benchmark_of):
+  benchmark = benchmark_of(COLOURS.get(network, 3))
+  config = experiment.make_config(
+    method_name,
+    protocol={},
+    every_method={"l2": 1e-4},
+    methods_={
+      "halrp": {"svd": "randomized", "svd_rank": 8, "upper_rank": 8, "prune": "none"},
+      "clr": {"bn_scope": "task"},
+      "ewc": {"fisher_samples": 5},
+      "gpm": {"samples": 3},
+    },
+    network=network,
+    epochs=2,
+    batch_size=8,
+  )
+  config = experiment.resolve(config)
+  model = models.make(network, 3, config.method.batch_norm).clone(**NARROW[network])
+  method = methods.make(config, model, benchmark)
+  state = method.init(jax.random.key(0), benchmark)
+  first = None
+  for group in method.groups(2):
+    tasks = tuple(benchmark.tasks[t] for t in group)
+    before = state
+    state, _ = method.learn(state, tasks, jax.random.key(group[0]), QUIET)
+    first = logits(method, state, benchmark, 0, 5) if first is None else first
+  got = [logits(method, state, benchmark, t, 5) for t in range(2)]
+  assert all(x.shape == (5, 3) and x.dtype == np.float32 and np.isfinite(x).all() for x in got)
+  if method_name in NO_FORGETTING:
+    np.testing.assert_array_equal(got[0], first)
+  assert method.size(state).base > 0 and before is not state
+
+
+def test_layers_with_kernels_are_known_to_every_method():
+  """What `perturb.layer_inputs` sees fits the kernels, strides and shortcuts included."""
+  image = jax.numpy.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), np.float32)
+  for network in ("lenet", "alexnet", "resnet18"):
+    model = models.make(network, 3, "batch").clone(**NARROW[network])
+    params = model.init(jax.random.key(0), image, train=False)["params"]
+    kernels, _ = perturb.split(params)
+    rows = perturb.layer_inputs(model, kernels.keys(), {"params": params}, image)
+    assert {n: x.shape[-1] for n, x in rows.items()} == {
+      n: w.size // w.shape[-1] for n, w in kernels.items()
+    }
