@@ -108,10 +108,10 @@ def resolve(config) -> config_dict.ConfigDict:
     if isinstance(flat.get(key), str) and flat[key] not in known:
       hint = validate.nearest(flat[key], known)
       lines.append(f"{key} must be one of {', '.join(known)}, got {flat[key]!r}{hint}")
-  config = config_dict.ConfigDict(values)
-  if not lines and hasattr(method, "check"):
-    lines = method.check(config)
   validate.require(lines)
+  config = config_dict.ConfigDict(values)
+  if hasattr(method, "check"):
+    validate.require(method.check(config))
   return config_dict.FrozenConfigDict(config)
 
 

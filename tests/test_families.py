@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy import io as scipy_io
 
-from halrp_jax import arguments, data, experiment, train
+from halrp_jax import arguments, data, experiment, methods, train
 from halrp_jax.types import UserError
 
 from . import originals
@@ -21,6 +21,7 @@ from .conftest import ROOT
 ASKED = {
   "cifar100_split": (10, 10, 4000, 1000, 1000, 2_995_620),
   "cifar100_superclass": (20, 5, 2000, 500, 500, 2_993_115),
+  "saha_superclass": (20, 5, 2375, 125, 500, 2_989_000),
   "pmnist": (10, 10, 48_000, 12_000, 10_000, 2_995_620),
   "omniglot_rotation": (100, 12, 720, 0, 240, 24_466_988),
   "tinyimagenet20_alexnet": (20, 10, 4500, 500, 500, 23_310_666),
@@ -106,7 +107,7 @@ def test_hyper_parameters_are_those_of_table_8():
 
 
 @pytest.mark.parametrize("name", sorted({*ASKED, "custom", "digits"}))
-@pytest.mark.parametrize("method", ["halrp", "stl", "bn", "be"])
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_every_config_fits_every_method(name, method):
   config = arguments.parse_config(
     ["x", f"--config={ROOT}/configs/{name}.py:{method}"], {}, {}

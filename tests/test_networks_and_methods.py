@@ -43,8 +43,23 @@ def benchmark_of():
   return make
 
 
-@pytest.mark.parametrize("network", models.NETWORKS)
-def test_two_tasks_are_learned(network, method_name, benchmark_of):
+class TestAlexNet:  # in classes, for pytest-xdist to share them out
+  def test_two_tasks_are_learned(self, method_name, benchmark_of):
+    learn_two_tasks("alexnet", method_name, benchmark_of)
+
+
+class TestResNet18:
+  def test_two_tasks_are_learned(self, method_name, benchmark_of):
+    learn_two_tasks("resnet18", method_name, benchmark_of)
+
+
+class TestOthers:
+  @pytest.mark.parametrize("network", sorted(models.NETWORKS.keys() - {"alexnet", "resnet18"}))
+  def test_two_tasks_are_learned(self, network, method_name, benchmark_of):
+    learn_two_tasks(network, method_name, benchmark_of)
+
+
+def learn_two_tasks(network, method_name, benchmark_of):
   benchmark = benchmark_of(COLOURS.get(network, 3))
   config = experiment.make_config(
     method_name,
