@@ -133,11 +133,15 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
 
 def overlapping_max_pool(x: jax.Array) -> jax.Array:
   """3 x 3 max pooling with stride 2 and padding 1. [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C]"""
-  h, w = x.shape[1:3]
-  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-  return functools.reduce(
-    jnp.maximum, [x[:, i : h + i : 2, j : w + j : 2] for i in range(3) for j in range(3)]
-  )
+
+  def highest(x):
+    h, w = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    return functools.reduce(
+      jnp.maximum, [x[:, i : h + i : 2, j : w + j : 2] for i in range(3) for j in range(3)]
+    )
+
+  return lax.platform_dependent(x, cpu=_apart(highest), default=highest)
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -190,10 +194,15 @@ def local_response_norm(
   x: jax.Array, size: int = 4, alpha: float = 0.001 / 9, beta: float = 0.75, k: float = 1.0
 ) -> jax.Array:
   """x / (k + alpha/size * sum of squares over `size` neighbouring channels)^beta, as in PyTorch."""
-  pads = [(0, 0)] * (x.ndim - 1) + [(size // 2, (size - 1) // 2)]
-  squares = jnp.pad(x * x, pads)
-  total = sum(squares[..., i : i + x.shape[-1]] for i in range(size))
-  return x / (k + alpha / size * total) ** beta
+
+  def norm(x):
+    pads = [(0, 0)] * (x.ndim - 1) + [(size // 2, (size - 1) // 2)]
+    squares = jnp.pad(x * x, pads)
+    total = k + alpha / size * sum(squares[..., i : i + x.shape[-1]] for i in range(size))
+    # roots are several times faster than a power
+    return x * (lax.rsqrt(total) * lax.rsqrt(jnp.sqrt(total)) if beta == 0.75 else total**-beta)
+
+  return lax.platform_dependent(x, cpu=_apart(norm), default=norm)
 
 
 def _cells(x, window):
@@ -245,6 +254,17 @@ def _alone(fn, *args):
     return jax.tree.map(lambda y: jnp.full(y.shape, jnp.nan, y.dtype), shapes)
 
   return lax.cond(jnp.isnan(args[0][(0,) * args[0].ndim]), not_a_number, fn, *args)
+
+
+def _apart(fn):
+  """fn(x), whose value and gradient are each computed `_alone`; the gradient from x again."""
+
+  def back(x, dy):
+    return (_alone(lambda x, dy: jax.vjp(fn, x)[1](dy)[0], x, dy),)
+
+  apart = jax.custom_vjp(functools.partial(_alone, fn))
+  apart.defvjp(lambda x: (apart(x), x), back)
+  return apart
 
 
 def window_sum(x: jax.Array, window, strides, padding) -> jax.Array:
