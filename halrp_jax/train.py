@@ -172,6 +172,16 @@ def initialize(model, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Par
   return variables["params"], variables.get("batch_stats", {})
 
 
+def make_initialize(model, benchmark) -> Callable:
+  """Builds the jitted `initialize(key) -> params, stats`."""
+  return jax.jit(lambda key: initialize(model, key, benchmark.image_shape))
+
+
+def l2_coefficient(method_config) -> float:
+  """What |W|^2 is multiplied by, of a method with `validate.NETWORK_KEYS`."""
+  return method_config.l2 * (0.5 if method_config.l2_half else 1.0)
+
+
 def apply_model(model, params, stats, image, train, key):
   """`model.apply` with running statistics. -> logits [B, K], new stats"""
   variables = {"params": params, "batch_stats": stats}

@@ -148,6 +148,11 @@ class Method(NamedTuple):
   size: Callable[[State], Size]
 
 
+def nothing_learned(key, benchmark) -> State:
+  """The default of `Method.init`."""
+  return State(shared={}, tasks=())
+
+
 def one_at_a_time(num_tasks: int) -> tuple[tuple[int, ...], ...]:
   """The default of `Method.groups`: every task alone, in order."""
   return tuple((t,) for t in range(num_tasks))

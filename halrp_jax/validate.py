@@ -197,6 +197,14 @@ def batch_norm(default) -> Key:
   )
 
 
+# of the methods that train a plain network, at first or always
+NETWORK_KEYS = {
+  "batch_norm": batch_norm("own"),
+  "l2": number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
+  "l2_half": flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+}
+
+
 def keys_of(method_keys: Mapping[str, Key]) -> dict[str, Key]:
   """All keys of a run by their dotted names."""
   return (

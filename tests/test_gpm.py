@@ -4,22 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from halrp_jax import experiment
 from halrp_jax.methods import gpm
 
-from .test_methods import QUIET
+from .test_methods import learn
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_kernels_move_only_outside_the_basis(optimizer, digits_config):
   config = digits_config("gpm", **{"method.optimizer": optimizer, "method.threshold": 0.9})
-  config = experiment.resolve(config)
-  benchmark, _, method = experiment.build(config)
-  state = method.init(jax.random.key(0), benchmark)
-  states = []
-  for t in range(3):
-    state, _ = method.learn(state, (benchmark.tasks[t],), jax.random.key(t), QUIET)
-    states.append(state)
+  states, _, _ = learn(config)
   for before, after in zip(states, states[1:], strict=False):
     for name, kernel in after.shared["kernels"].items():
       moved = np.asarray(kernel) - np.asarray(before.shared["kernels"][name])

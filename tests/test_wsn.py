@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halrp_jax import experiment
 from halrp_jax.methods import wsn
 
-from .test_methods import QUIET
+from .test_methods import learn
 
 
 def test_largest_is_the_k_largest_of_a_sort():
@@ -25,18 +24,14 @@ def test_largest_is_the_k_largest_of_a_sort():
 @pytest.mark.parametrize("bn", ["task", "noaffine"])
 def test_masks_hold_their_share_and_their_weights_stay(bn, digits_config):
   config = digits_config("wsn", **{"method.share": 0.2, "method.bn": bn})
-  benchmark, _, method = experiment.build(experiment.resolve(config))
-  state = method.init(jax.random.key(0), benchmark)
-  states = []
-  for t in range(3):
-    state, _ = method.learn(state, (benchmark.tasks[t],), jax.random.key(t), QUIET)
-    states.append(state)
+  states, _, _ = learn(config)
   for before, after in zip(states, states[1:], strict=False):
     for name, kernel in before.shared["kernels"].items():
       used = np.asarray(before.shared["used"][name])
       new = np.asarray(after.shared["kernels"][name])
       np.testing.assert_array_equal(new[used], np.asarray(kernel)[used])
       assert (new[~used] != np.asarray(kernel)[~used]).mean() > 0.02
+  state = states[-1]
   for learned in state.tasks:
     for name, kernel in state.shared["kernels"].items():
       mask = np.unpackbits(np.asarray(learned["mask"][name]))[: kernel.size]

@@ -17,12 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax import perturb, train, validate
-from halrp_jax.types import Method, Params, State, one_at_a_time
+from halrp_jax.types import Method, Params, State, nothing_learned, one_at_a_time
 
-KEYS = {
-  "batch_norm": validate.batch_norm("own"),
-  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
-  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+KEYS = validate.NETWORK_KEYS | {
   "bn_scope": validate.one_of(
     "shared", ("shared", "task"), "whether BatchNorm is one of the shared features or the task's"
   ),
@@ -54,15 +51,12 @@ def make(
     return l2_penalty(params, frozen) + distance(shared, frozen["anchor"])
 
   fit = train.make_fit(config, decay, apply_fn, penalty)
-  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  initialize = train.make_initialize(model, benchmark)
   logits_fn = jax.jit(
     lambda shared, private, stats, image: train.apply_model(
       model, perturb.join_private(shared, private), stats, image, False, None
     )[0]
   )
-
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -72,7 +66,7 @@ def make(
       params, stats, anchor = _warm_start(state, params, own_norm)
     else:
       anchor = first_anchor(perturb.split_private(params, own_norm)[0])
-    frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0), "anchor": anchor}
+    frozen = {"l2": train.l2_coefficient(m), "anchor": anchor}
     params, stats = fit(params, stats, frozen, task, fit_key, config.epochs, store.child("train"))
     anchor = store.once("anchor", lambda: next_anchor(anchor, params, stats, task))
     shared, private = perturb.split_private(params, own_norm)
@@ -90,7 +84,7 @@ def make(
     logits = logits_fn(shared["params"], learned["private"], stats, image)
     return logits[:, : int(learned["num_classes"])]
 
-  return Method(init, one_at_a_time, learn, predict, size)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size)
 
 
 def _warm_start(state, fresh, own_norm: bool):

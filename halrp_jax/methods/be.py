@@ -7,7 +7,6 @@ trains W; every later task trains r_t, s_t, biases, BatchNorm and head.
 |-------|----------------------------------|---------|
 | W     | shared["kernels"][layer]         | kernels after the first task, frozen for ever |
 | r, s  | tasks[t]["perturbation"][layer]  | R and S: scales of outputs and inputs, 1 at first |
-| r, s  | tasks[t]["perturbation"][layer]  | R and S: scales of outputs and inputs, 1 at first |
 
 It is HALRP at rank 0 without warm-up. r_0 and s_0 are 1 and belong to W (Eq. 6 trains them with
 W, which they only rescale).
@@ -20,12 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax import lowrank, perturb, train, validate
-from halrp_jax.types import Method, State, one_at_a_time
+from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 
-KEYS = {
-  "batch_norm": validate.batch_norm("own"),
-  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features in task 0"),
-  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+KEYS = validate.NETWORK_KEYS | {
   "l2_scales": validate.number(0.0, 0, None, "L2 coefficient on r and s"),
 }
 
@@ -38,16 +34,13 @@ def make(config, model, benchmark) -> Method:
     scales = [(p.R, p.S) for p in params["perturbation"].values()]
     return half * m.l2_scales * train.sum_squares(scales)
 
-  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  initialize = train.make_initialize(model, benchmark)
   apply_scaled = train.perturbed_network(model)
   fit_base = train.make_fit(config, decay, *train.plain_network(model))
   fit_scaled = train.make_fit(config, decay, apply_scaled, penalty)
   logits_fn = jax.jit(
     lambda shared, p, image: apply_scaled(p, shared, p["stats"], image, False, None)[0]
   )
-
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -76,7 +69,7 @@ def make(config, model, benchmark) -> Method:
     learned = state.tasks[t]
     return logits_fn(state.shared, learned, image)[:, : int(learned["num_classes"])]
 
-  return Method(init, one_at_a_time, learn, predict, size)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size)
 
 
 def _learned(task, trained, stats):

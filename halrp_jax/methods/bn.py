@@ -21,12 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax import perturb, train, validate
-from halrp_jax.types import Method, State, one_at_a_time
+from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 
-KEYS = {
-  "batch_norm": validate.batch_norm("own"),
-  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features in task 0"),
-  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+KEYS = validate.NETWORK_KEYS | {
   "start": validate.one_of(
     "task0", ("task0", "fresh"), "where a later task's BatchNorm starts: task 0's, or anew"
   ),
@@ -36,7 +33,7 @@ KEYS = {
 
 def make(config, model, benchmark) -> Method:
   m, decay = config.method, train.learning_rate_decay(config, benchmark)
-  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  initialize = train.make_initialize(model, benchmark)
   fit_all = train.make_fit(config, decay, *train.plain_network(model))
 
   def apply_tuned(params, frozen, stats, image, train_mode, key):
@@ -51,15 +48,12 @@ def make(config, model, benchmark) -> Method:
     )[0]
   )
 
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
-
   def learn(state, tasks, key, store):
     (task,) = tasks
     init_key, fit_key = jax.random.split(key)
     params, stats = initialize(init_key)
     if not state.tasks:
-      frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
+      frozen = {"l2": train.l2_coefficient(m)}
       store = store.child("base")
       params, stats = fit_all(params, stats, frozen, task, fit_key, config.epochs, store)
       kernels, rest = perturb.split(params)
@@ -88,7 +82,7 @@ def make(config, model, benchmark) -> Method:
     base = train.network_count(kernels, first["rest"], int(first["num_classes"]))
     return train.dense_size(base, sum(c.counted for c in counts), uncounted)
 
-  return Method(init, one_at_a_time, learn, predict, size)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size)
 
 
 def _learned(task, rest, stats):

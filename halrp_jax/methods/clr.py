@@ -28,12 +28,10 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax import layers, perturb, train, validate
-from halrp_jax.types import Method, State, one_at_a_time
+from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 
-KEYS = {
+KEYS = validate.NETWORK_KEYS | {
   "batch_norm": validate.batch_norm("batch"),
-  "l2": validate.number(0.0, 0, None, "L2 coefficient on kernels and depthwise kernels"),
-  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
   "bn_scope": validate.one_of(
     "shared", ("shared", "task"), "one BatchNorm that all tasks train, or each its own"
   ),
@@ -42,7 +40,7 @@ KEYS = {
 
 def make(config, model, benchmark) -> Method:
   m, decay = config.method, train.learning_rate_decay(config, benchmark)
-  l2 = m.l2 * (0.5 if m.l2_half else 1.0)
+  l2 = train.l2_coefficient(m)
   own_norm = m.bn_scope == "task"
 
   def apply_fn(params, frozen, stats, image, train_mode, key):
@@ -56,13 +54,10 @@ def make(config, model, benchmark) -> Method:
 
   fit_base = train.make_fit(config, decay, *train.plain_network(model))
   fit = train.make_fit(config, decay, apply_fn, penalty)
-  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  initialize = train.make_initialize(model, benchmark)
   logits_fn = jax.jit(
     lambda params, frozen, stats, image: apply_fn(params, frozen, stats, image, False, None)[0]
   )
-
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -93,7 +88,7 @@ def make(config, model, benchmark) -> Method:
     frozen = {k: shared[k] for k in ("kernels", "biases")}
     return logits_fn(params, frozen, norm["stats"], image)[:, : int(learned["num_classes"])]
 
-  return Method(init, one_at_a_time, learn, predict, size)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size)
 
 
 def _freeze(params, stats):

@@ -29,14 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax import bases, perturb, train, validate
-from halrp_jax.types import Method, State, one_at_a_time
+from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 
 _CHUNK = 25  # images whose patches are in memory at once
 
-KEYS = {
-  "batch_norm": validate.batch_norm("own"),
-  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
-  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+KEYS = validate.NETWORK_KEYS | {
   "optimizer": validate.one_of(
     "adam", ("sgd", "adam"), "sgd: the paper's recipe; adam: the protocol's, its updates projected"
   ),
@@ -74,7 +71,7 @@ def make(config, model, benchmark) -> Method:
     edit_fn=projected,
     how=how,
   )
-  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  initialize = train.make_initialize(model, benchmark)
   logits_fn = jax.jit(
     lambda shared, learned, image: plain(
       whole(shared | learned, shared["others"]), {}, learned["stats"], image, False, None
@@ -82,12 +79,9 @@ def make(config, model, benchmark) -> Method:
   )
   inputs_fn = jax.jit(_inputs_of(model, m.samples))
 
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
-
   def learn(state, tasks, key, store):
     (task,) = tasks
-    t, frozen = len(state.tasks), {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
+    t, frozen = len(state.tasks), {"l2": train.l2_coefficient(m)}
     init_key, fit_key, sample_key = jax.random.split(key, 3)
     params, stats = initialize(init_key)
     phase = store.child("train")
@@ -116,7 +110,7 @@ def make(config, model, benchmark) -> Method:
     shared = {k: state.shared[k] for k in ("kernels", "others")}
     return logits_fn(shared, state.tasks[t], image)[:, : int(state.tasks[t]["num_classes"])]
 
-  return Method(init, one_at_a_time, learn, predict, size)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size)
 
 
 def _no_decay(task):

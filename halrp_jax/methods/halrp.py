@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax import lowrank, perturb, train, validate
-from halrp_jax.types import Method, Size, State, one_at_a_time
+from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
 
 _CODE = {
   "batch_norm": "own",
@@ -156,9 +156,6 @@ def make(config, model, benchmark) -> Method:
   m = config.method
   f = _build(config, model, benchmark)
 
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
-
   def learn(state, tasks, key, store):
     (task,) = tasks
     if not state.tasks:
@@ -185,7 +182,7 @@ def make(config, model, benchmark) -> Method:
     logits = f.logits(state.shared["kernels"], learned, image)
     return logits[:, : int(learned["num_classes"])]
 
-  return Method(init, one_at_a_time, learn, predict, size)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size)
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------
@@ -197,7 +194,7 @@ def learn_base(f, config, task, key, store) -> State:
   m = config.method
   init_key, fit_key = jax.random.split(key)
   params, stats = f.initialize(init_key)
-  frozen = {"l2": _l2(m) if m.base_l2 else 0.0}
+  frozen = {"l2": train.l2_coefficient(m) if m.base_l2 else 0.0}
   params, stats = f.fit_free(
     params, stats, frozen, task, fit_key, config.epochs, store.child("base")
   )
@@ -332,7 +329,7 @@ def _build(config, model, benchmark) -> _Functions:
     for p in params["perturbation"].values():
       scales = train.sum_squares((p.R - m.decay_target, p.S - m.decay_target))
       total += m.l1 * train.sum_absolute((p.U, p.V))
-      total += _l2(m) * (scales + train.sum_squares((p.U, p.V)))
+      total += train.l2_coefficient(m) * (scales + train.sum_squares((p.U, p.V)))
     return total
 
   def square_gradients(params, stats, image, label, num_classes):
@@ -361,7 +358,7 @@ def _build(config, model, benchmark) -> _Functions:
     return apply_perturbed(learned, frozen, stats, image, False, None)[0]
 
   return _Functions(
-    initialize=jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape)),
+    initialize=train.make_initialize(model, benchmark),
     fit_free=train.make_fit(config, decay, *train.plain_network(model)),
     fit_perturbed=train.make_fit(config, decay, apply_perturbed, penalty),
     square_gradients=jax.jit(square_gradients),
@@ -370,10 +367,6 @@ def _build(config, model, benchmark) -> _Functions:
     prune=jax.jit(lowrank.prune),
     logits=jax.jit(logits),
   )
-
-
-def _l2(m) -> float:
-  return m.l2 * (0.5 if m.l2_half else 1.0)
 
 
 def _columns(kernel, m) -> int:

@@ -20,12 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax import perturb, train, validate
-from halrp_jax.types import Method, State
+from halrp_jax.types import Method, State, nothing_learned
 
-KEYS = {
-  "batch_norm": validate.batch_norm("own"),
-  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
-  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
+KEYS = validate.NETWORK_KEYS | {
   "mix": validate.one_of(
     "single", ("single", "mixed"), "images in a batch: of one task, the tasks in turn; of all"
   ),
@@ -44,16 +41,13 @@ def make(config, model, benchmark) -> Method:
     return train.cross_entropy(own, batch.label, batch.num_classes), own, stats
 
   fit = train.make_fit(config, decay, apply_fn, penalty_fn, objective_fn=objective)
-  frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
-  initialize = jax.jit(lambda key: train.initialize(wide, key, benchmark.image_shape))
+  frozen = {"l2": train.l2_coefficient(m)}
+  initialize = train.make_initialize(wide, benchmark)
   logits_fn = jax.jit(
     lambda shared, head, image: train.apply_model(
       model, shared["params"] | {perturb.HEAD: head}, shared["stats"], image, False, None
     )[0]
   )
-
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
 
   def learn(state, tasks, key, store):
     init_key, fit_key = jax.random.split(key)
@@ -74,7 +68,7 @@ def make(config, model, benchmark) -> Method:
     learned = state.tasks[t]
     return logits_fn(state.shared, learned["head"], image)[:, : int(learned["num_classes"])]
 
-  return Method(init, lambda num_tasks: (tuple(range(num_tasks)),), learn, predict, size)
+  return Method(nothing_learned, lambda num_tasks: (tuple(range(num_tasks)),), learn, predict, size)
 
 
 def size(state: State):

@@ -16,13 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax import perturb, train, validate
-from halrp_jax.types import Method, State, one_at_a_time
+from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 
-KEYS = {
-  "batch_norm": validate.batch_norm("own"),
-  "l2": validate.number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
-  "l2_half": validate.flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
-}
+KEYS = validate.NETWORK_KEYS
 
 
 def make(config, model, benchmark) -> Method:
@@ -30,14 +26,11 @@ def make(config, model, benchmark) -> Method:
   fit = train.make_fit(
     config, train.learning_rate_decay(config, benchmark), *train.plain_network(model)
   )
-  frozen = {"l2": m.l2 * (0.5 if m.l2_half else 1.0)}
-  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  frozen = {"l2": train.l2_coefficient(m)}
+  initialize = train.make_initialize(model, benchmark)
   logits_fn = jax.jit(
     lambda p, x: train.apply_model(model, p["params"], p["stats"], x, False, None)[0]
   )
-
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -58,4 +51,4 @@ def make(config, model, benchmark) -> Method:
     stats = train.count_leaves([p["stats"] for p in state.tasks])
     return train.dense_size(counts[0], sum(counts[1:]), stats)
 
-  return Method(init, one_at_a_time, learn, predict, size)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size)

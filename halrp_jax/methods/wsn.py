@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from halrp_jax import layers, perturb, train, validate
-from halrp_jax.types import Method, Size, State, one_at_a_time
+from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
 
 KEYS = {
   "batch_norm": validate.batch_norm("own"),
@@ -56,7 +56,7 @@ def make(config, model, benchmark) -> Method:
     return updates | {"kernels": kernels}
 
   fit = train.make_fit(config, decay, apply_fn, lambda params, frozen: 0.0, edit_fn=edit)
-  initialize = jax.jit(lambda key: train.initialize(model, key, benchmark.image_shape))
+  initialize = train.make_initialize(model, benchmark)
   masks_of = jax.jit(lambda scores: {n: largest(jnp.abs(s), m.share) for n, s in scores.items()})
 
   def subnetwork(kernels, learned, image):
@@ -65,9 +65,6 @@ def make(config, model, benchmark) -> Method:
     return train.apply_model(model, weights, learned["stats"], image, False, None)[0]
 
   logits_fn = jax.jit(subnetwork)
-
-  def init(key, benchmark):
-    return State(shared={}, tasks=())
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -100,7 +97,7 @@ def make(config, model, benchmark) -> Method:
     learned = state.tasks[t]
     return logits_fn(state.shared["kernels"], learned, image)[:, : int(learned["num_classes"])]
 
-  return Method(init, one_at_a_time, learn, predict, size)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size)
 
 
 def masked_kernel(kernel: jax.Array, score: jax.Array, share: float) -> jax.Array:
