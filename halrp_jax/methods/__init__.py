@@ -8,7 +8,7 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
-from halrp_jax.methods import be, bn, clr, ewc, gpm, halrp, l2, mtl, stl, wsn
+from halrp_jax.methods import apd, apdfix, be, bn, clr, ewc, gpm, halrp, l2, mtl, stl, wsn
 from halrp_jax.types import Method
 
 METHODS = {
@@ -22,6 +22,8 @@ METHODS = {
   "clr": clr,
   "wsn": wsn,
   "gpm": gpm,
+  "apdfix": apdfix,
+  "apd": apd,
 }
 
 
