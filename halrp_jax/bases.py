@@ -51,6 +51,14 @@ def of_rows(rows: np.ndarray) -> np.ndarray:
   return rows if rows.shape[0] < rows.shape[1] else rows.T @ rows
 
 
+def grow_padded(
+  basis: np.ndarray, count: int, moment: np.ndarray, energy: float, first: bool, least: int = 32
+) -> tuple[np.ndarray, int]:
+  """`grow` of the first `count` columns of a padded basis. -> `padded` basis, its new count"""
+  grown = grow(np.asarray(basis)[:, :count], moment, energy, first)
+  return padded(grown, least), grown.shape[1]
+
+
 def padded(basis: np.ndarray, least: int = 32) -> np.ndarray:
   """Zero columns up to a power of two (at most d), so that few widths are ever compiled."""
   d, k = basis.shape

@@ -130,6 +130,47 @@ def apply(
     return model.apply(variables, *args, **kwargs)
 
 
+def apply_in_bases(
+  model: nn.Module,
+  bases: Mapping[str, jax.Array],
+  variables: Mapping[str, Params],
+  *args,
+  **kwargs,
+):
+  """`model.apply` with kernels A B' in place of A, B [J, J] spanning what a layer's outputs may be.
+
+  Each layer takes the form with fewer multiply-adds: x (A B'), or (x A) B' where the batch has
+  fewer places than A has rows. Zero columns of A leave no trace, whatever B has there: columns that
+  B gets later change no bit.
+
+  Args:
+    model: any Linen model whose layers named in `bases` are nn.Dense or nn.Conv.
+    bases: B by layer path.
+    variables: {"params": with A [.., J] as those layers' kernels, other collections}.
+    *args: passed to `model.apply`.
+    **kwargs: passed to `model.apply`.
+
+  Returns:
+    What `model.apply` returns.
+  """
+
+  def intercept(next_fun, call_args, call_kwargs, context):
+    module, name = context.module, _SEPARATOR.join(context.module.path)
+    if name not in bases or context.method_name != "__call__":
+      return next_fun(*call_args, **call_kwargs)
+    (x,), kernel = call_args, module.get_variable("params", "kernel")
+    few_places = x.size // x.shape[-1] < kernel.size // kernel.shape[-1]
+    if not few_places:
+      kernel = layers.times(kernel, bases[name].T)
+    detached = module.clone(parent=None, name=None, use_bias=False)
+    y = detached.apply({"params": {"kernel": kernel}}, x)
+    y = layers.times(y, bases[name].T) if few_places else y
+    return y + _channels(module.get_variable("params", "bias"), y) if module.use_bias else y
+
+  with nn.intercept_methods(intercept):
+    return model.apply(variables, *args, **kwargs)
+
+
 def layer_inputs(
   model: nn.Module, names: Iterable[str], variables: Mapping[str, Params], image: jax.Array
 ) -> dict[str, jax.Array]:
@@ -138,13 +179,26 @@ def layer_inputs(
   -> by layer path [B, d], for a convolution its patches [B, H', W', d]; the kernel seen as a matrix
   is [d, J].
   """
+  return _tapped(model, names, variables, image, lambda module, x, y: _rows(module, x))
+
+
+def layer_outputs(
+  model: nn.Module, names: Iterable[str], variables: Mapping[str, Params], image: jax.Array
+) -> dict[str, jax.Array]:
+  """What the layers `names` give in evaluation, before anything else: by layer path [B, .., J]."""
+  return _tapped(model, names, variables, image, lambda module, x, y: y)
+
+
+def _tapped(model, names, variables, image, tap_fn):
+  """-> tap_fn(module, input, output) by layer path."""
   found = {}
 
   def intercept(next_fun, args, kwargs, context):
     module, name = context.module, _SEPARATOR.join(context.module.path)
+    y = next_fun(*args, **kwargs)
     if name in names and context.method_name == "__call__":
-      found[name] = _rows(module, args[0])
-    return next_fun(*args, **kwargs)
+      found[name] = tap_fn(module, args[0], y)
+    return y
 
   with nn.intercept_methods(intercept):
     model.apply(variables, image, train=False)

@@ -590,6 +590,16 @@ def load_batch(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, ja
   return prepare_images(split.image[split.index[rows]], inputs), split.label[rows]
 
 
+def over_samples(fn: Callable, task: Task, key: jax.Array, num_samples: int, chunk: int) -> list:
+  """fn(image [B, H, W, C]) of random training images, chunk by chunk, as arrays on the host."""
+  chosen = np.asarray(jax.random.permutation(key, len(task.train.index)))[:num_samples]
+  parts = []
+  for rows in np.split(chosen, range(chunk, len(chosen), chunk)):
+    image, _ = load_batch(task.train, task.inputs, rows)
+    parts.append(jax.tree.map(np.asarray, fn(image)))
+  return parts
+
+
 @jax.jit
 def _count_hits(logits, label):
   return jnp.sum(jnp.argmax(logits, -1) == label)

@@ -93,7 +93,8 @@ def learn_two_tasks(network, method_name, benchmark_of):
 
 
 def test_layers_with_kernels_are_known_to_every_method():
-  """What `perturb.layer_inputs` sees fits the kernels, strides and shortcuts included."""
+  """`perturb.layer_inputs` times the kernels is `perturb.layer_outputs`, strides
+  and shortcuts included."""
   image = jax.numpy.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), np.float32)
   for network in ("lenet", "alexnet", "resnet18"):
     model = models.make(network, 3, "batch").clone(**NARROW[network])
@@ -103,3 +104,7 @@ def test_layers_with_kernels_are_known_to_every_method():
     assert {n: x.shape[-1] for n, x in rows.items()} == {
       n: w.size // w.shape[-1] for n, w in kernels.items()
     }
+    outputs = perturb.layer_outputs(model, kernels.keys(), {"params": params}, image)
+    for name, w in kernels.items():
+      want = np.asarray(rows[name]) @ np.asarray(w).reshape(-1, w.shape[-1])
+      np.testing.assert_allclose(outputs[name], want, rtol=1e-4, atol=1e-4)

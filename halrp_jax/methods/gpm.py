@@ -24,6 +24,8 @@ Reference: G. Saha et al., "Gradient projection memory for continual learning", 
 spec/baselines.md 3.10. Its networks have neither biases nor running statistics.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,11 +157,8 @@ def _inputs_of(model, num_samples: int):
 
 def _grow(inputs_fn, params, stats, task, key, num_samples, shared, energy):
   """The bases after a task, and how many directions they have."""
-  chosen = np.asarray(jax.random.permutation(key, len(task.train.index)))[:num_samples]
-  parts = []
-  for rows in np.split(chosen, range(_CHUNK, len(chosen), _CHUNK)):
-    image, _ = train.load_batch(task.train, task.inputs, rows)
-    parts.append(jax.tree.map(np.asarray, inputs_fn(params, stats, image)))
+  seen_fn = functools.partial(inputs_fn, params, stats)
+  parts = train.over_samples(seen_fn, task, key, num_samples, _CHUNK)
   grown = {"basis": {}, "num_directions": {}}
   for name in shared["kernels"]:
     seen = [part[name] for part in parts]
@@ -168,10 +167,9 @@ def _grow(inputs_fn, params, stats, task, key, num_samples, shared, energy):
     else:
       moment = bases.of_rows(np.concatenate(seen))
     count = int(shared["num_directions"][name])
-    known = np.asarray(shared["basis"][name])[:, :count]
-    basis = bases.grow(known, moment, energy, first=not count)
-    grown["basis"][name] = jnp.asarray(bases.padded(basis))
-    grown["num_directions"][name] = jnp.int32(basis.shape[1])
+    basis, num = bases.grow_padded(shared["basis"][name], count, moment, energy, first=not count)
+    grown["basis"][name] = jnp.asarray(basis)
+    grown["num_directions"][name] = jnp.int32(num)
   return grown
 
 
