@@ -8,7 +8,7 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
-from halrp_jax.methods import apd, apdfix, be, bn, clr, ewc, gpm, halrp, l2, mtl, stl, wsn
+from halrp_jax.methods import apd, apdfix, be, bn, clr, ewc, gpm, halrp, l2, mtl, prd, stl, wsn
 from halrp_jax.types import Method
 
 METHODS = {
@@ -24,6 +24,7 @@ METHODS = {
   "gpm": gpm,
   "apdfix": apdfix,
   "apd": apd,
+  "prd": prd,
 }
 
 
