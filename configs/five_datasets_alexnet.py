@@ -34,5 +34,6 @@ def get_config(method: str = "halrp"):
         "l1": 1e-6,
         "prune_bound": 0.6,
       },
+      "prd": {"momentum": 0.0},  # the authors' scripts leave it out here
     },
   )

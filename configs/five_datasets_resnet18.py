@@ -37,5 +37,6 @@ def get_config(method: str = "halrp"):
         "prune_bound": 0.6,
         "upper_rank": 120,
       },
+      "prd": {"momentum": 0.0},  # the authors' scripts leave it out here
     },
   )

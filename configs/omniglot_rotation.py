@@ -38,5 +38,6 @@ def get_config(method: str = "halrp"):
         # the largest layer is 8,192 x 2,500 and no rank can pass 100
         "svd": "randomized",
       },
+      "prd": {"augment": "none"},  # a mirrored character is another one
     },
   )

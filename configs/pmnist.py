@@ -32,5 +32,6 @@ def get_config(method: str = "halrp"):
         "l1": 1e-6,
         "prune_bound": 0.6,
       },
+      "prd": {"augment": "none"},  # permuted pixels have no neighbours
     },
   )

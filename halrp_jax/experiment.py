@@ -164,7 +164,8 @@ def plan(config) -> dict:
   for path, x in flat.items():
     layer = path.rpartition("/")[0]
     layers[layer] = layers.get(layer, 0) + x.size
-  steps = sum(config.epochs * train.steps_per_epoch(config, t["train"]) for t in tasks)
+  epochs = config.method.get("epochs", config.epochs)
+  steps = sum(epochs * train.steps_per_epoch(config, t["train"]) for t in tasks)
   return {
     "config": validate.flat(config.to_dict()),
     "benchmark": config.benchmark,

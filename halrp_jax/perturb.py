@@ -205,6 +205,16 @@ def _tapped(model, names, variables, image, tap_fn):
   return found
 
 
+def without_head():
+  """A context in which `model.apply` returns what reaches the head, [B, F]; it needs no head."""
+
+  def intercept(next_fun, args, kwargs, context):
+    is_head = context.module.path == (HEAD,) and context.method_name == "__call__"
+    return args[0] if is_head else next_fun(*args, **kwargs)
+
+  return nn.intercept_methods(intercept)
+
+
 def _rows(module, x):
   if not isinstance(module, nn.Conv):
     return x

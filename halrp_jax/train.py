@@ -49,7 +49,9 @@ class Joint(NamedTuple):
 class Recipe(NamedTuple):
   """How `fit` optimises: the protocol's (`recipe`), unless a method brings its own."""
 
-  optimizer: str  # protocol.optimizer, and so on
+  # protocol.optimizer, and so on; or what makes updates of the scaled gradients, which may differ
+  # between parts of the parameters (the momentum then counts for nothing)
+  optimizer: str | optax.GradientTransformation
   momentum: float
   learning_rate: float
   gradient_scale: float
@@ -113,11 +115,12 @@ def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
   )
 
 
-def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4) -> jax.Array:
-  """A random crop of every image [B, H, W, C] padded with zeros, half of them mirrored."""
+def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: float = 0) -> jax.Array:
+  """A random crop of every image [B, H, W, C] padded with `fill`, half of them mirrored."""
   crop_key, flip_key = jax.random.split(key)
   num_images, height, width, _ = image.shape
-  padded = jnp.pad(image, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+  pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+  padded = jnp.pad(image, pads, constant_values=fill)
   top, left = jax.random.randint(crop_key, (2, num_images), 0, 2 * padding + 1)
   cropped = jax.vmap(lambda x, i, j: lax.dynamic_slice(x, (i, j, 0), (height, width, x.shape[-1])))(
     padded, top, left
@@ -294,6 +297,12 @@ def recipe(config) -> Recipe:
   return Recipe(p.optimizer, p.momentum, config.learning_rate, p.gradient_scale, p.schedule, p.keep)
 
 
+def _moments(how: Recipe) -> optax.GradientTransformation:
+  if how.optimizer == "adam":
+    return optax.scale_by_adam()
+  return optax.trace(how.momentum) if how.optimizer == "sgd" else how.optimizer
+
+
 def learning_rate_decay(config, benchmark) -> Callable[[Task | Joint], float]:
   """Task -> factor on the learning rate per optimizer step (`protocol.schedule`, spec a.10).
 
@@ -459,8 +468,7 @@ def make_fit(
   """
   how = how or recipe(config)
   objective_fn = objective_fn or cross_entropy_objective(apply_fn)
-  moments = optax.scale_by_adam() if how.optimizer == "adam" else optax.trace(how.momentum)
-  tx = optax.chain(optax.scale(how.gradient_scale), moments)
+  tx = optax.chain(optax.scale(how.gradient_scale), _moments(how))
   run_epoch = _make_epoch(config, _make_step(config, tx, objective_fn, penalty_fn, edit_fn))
   is_judged = how.schedule == "plateau" or how.keep != "last"
 

@@ -29,6 +29,11 @@ FROZEN_BASE = (
   "apdfix",
 )  # what tasks share never moves, to the bit
 
+# methods whose heads have no bias
+NO_HEAD_BIAS = ("prd",)
+# methods without a penalty beside their objective
+NO_PENALTY = ("prd", "wsn")
+
 # methods whose first task is learned as alone
 SAME_FIRST_TASK = ("halrp", "bn", "be", "l2", "ewc", "gpm", "apdfix")
 # least accuracy on tasks that were not the last: methods that forget, or that can hardly learn
@@ -115,6 +120,7 @@ def test_all_tasks_have_the_same_shapes(learned, method_name, digits_config):
 # kept for training alone after three tasks, on the multi-layer perceptron of 64-256-256-10 with
 # 81,920 weights and 512 biases in its features; heads have 2,570
 HEAD, FEATURES = 2570, 82432
+PROTOTYPES, PROJECTION = 2560, 257 * 512 + 513 * 512 + 513 * 128
 SIZES = {
   "stl": (0, 85002, 0),
   "mtl": (2 * HEAD, None, 0),
@@ -127,6 +133,7 @@ SIZES = {
   "apd": (None, None, 3 * 4 * 81920),  # its first task has a tau already
   "wsn": (81920 // 32, 81920 // 32 + HEAD, 81920 + 81920 // 32),
   "bmkp": (None, None, FEATURES),
+  "prd": (PROJECTION, PROTOTYPES, PROJECTION + FEATURES + 3 * PROTOTYPES),
 }
 # what is kept of a network may be smaller than the network
 SMALLER = ("bmkp",)
@@ -140,7 +147,8 @@ def test_sizes_are_those_of_the_table(learned, method_name, digits_config):
   for a, b in zip(sizes, sizes[1:], strict=False):
     assert b.dense >= a.dense and b.paper >= a.paper
   for s in sizes:
-    assert s.base == 85002 and (s.base <= s.dense or method_name in SMALLER)
+    assert s.base == FEATURES + (PROTOTYPES if method_name in NO_HEAD_BIAS else HEAD)
+    assert s.base <= s.dense or method_name in SMALLER
     assert 0 <= s.nonzero <= s.dense and s.training_only >= 0 and s.mask_bits >= 0
   first, per_task, training_only = SIZES.get(method_name, (0, None, None))
   assert first is None or sizes[0].paper == sizes[0].base + first
@@ -179,7 +187,7 @@ def test_penalties_have_the_slope_of_finite_differences(method_name, digits_conf
   assert slopes
   for exact, estimated in slopes:
     assert estimated == pytest.approx(exact, rel=2e-2, abs=1e-5)
-  assert any(exact for exact, _ in slopes) == (method_name != "wsn")
+  assert any(exact for exact, _ in slopes) == (method_name not in NO_PENALTY)
 
 
 def _slopes(fn, params, seed):
@@ -312,7 +320,8 @@ def test_tasks_with_different_numbers_of_classes(method_name, digits_config):
   for t, task in enumerate(tasks):
     assert logits_of(method, state, task, t).shape == (50, task.num_classes)
   parameters = 64 * 256 + 256 + 256 * 256 + 256
-  assert sizes[0].base == parameters + 257 * 5  # the head at its own width
+  num_in = 256 + (method_name not in NO_HEAD_BIAS)
+  assert sizes[0].base == parameters + num_in * 5  # the head at its own width
 
 
 def logits_of(method, state, task, t):

@@ -190,3 +190,16 @@ def test_zeroing_sigma_alone_would_wake_up():
   gradient = jax.grad(loss)(padded)
   for x in (gradient.sigma[None], gradient.U, gradient.V):
     assert not np.any(x[:, 2:])
+
+
+@pytest.mark.parametrize("network", ["mlp", "lenet", "resnet18", "alexnet"])
+def test_without_its_head_a_network_gives_what_the_head_gets(network):
+  model = models.make(network, 3, "batch")
+  image = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
+  params = model.init(jax.random.key(0), image, train=False)["params"]
+  head = params["head"]
+  rest = {name: x for name, x in params.items() if name != "head"}
+  with perturb.without_head():
+    features = model.apply({"params": rest}, image)
+  want = model.apply({"params": params}, image)
+  np.testing.assert_allclose(features @ head["kernel"] + head["bias"][None], want, atol=1e-5)

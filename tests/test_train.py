@@ -2,6 +2,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from halrp_jax import data, experiment, layers, models, train
@@ -203,3 +204,34 @@ def test_evaluate_counts_every_image_once(digits_config):
   assert three == pytest.approx(100 * np.mean(label == 3))
   assert four == pytest.approx(100 * np.mean(label == 4))
   assert np.isnan(none)
+
+
+def test_a_recipe_may_treat_parts_of_the_parameters_differently(digits_config):
+  """SGD as PyTorch has it: decay is added after the gradient is scaled, and momentum follows."""
+  config = experiment.resolve(digits_config("stl", batch_size=1038))
+  task = data.load(config).tasks[0]
+  slope = {"held": 0.3, "free": -0.2}
+
+  def objective(params, frozen, stats, batch, train_mode, key):
+    loss = sum(slope[k] * jnp.sum(params[k]) for k in slope)
+    return loss, jnp.zeros((len(batch.label), 10)), stats
+
+  decayed = optax.chain(optax.add_decayed_weights(0.1), optax.trace(0.9))
+  fit = train.make_fit(
+    config,
+    lambda task: 1.0,
+    None,
+    lambda params, frozen: 0.0,
+    objective_fn=objective,
+    how=train.Recipe(
+      optax.masked(decayed, {"held": True, "free": False}), 0.0, 0.01, 10.0, "constant", "last"
+    ),
+  )
+  start = {k: jnp.array([2.0]) for k in slope}
+  got, _ = fit(start, {}, {}, task, jax.random.key(0), 3, Store("", lambda event: None))
+  held, speed = 2.0, 0.0
+  for _ in range(3):  # one batch per epoch
+    speed = 0.9 * speed + 10 * slope["held"] + 0.1 * held
+    held -= 0.01 * speed
+  assert float(got["held"][0]) == pytest.approx(held, rel=1e-6)
+  assert float(got["free"][0]) == pytest.approx(2.0 + 3 * 0.01 * 10 * 0.2, rel=1e-6)

@@ -8,7 +8,22 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
-from halrp_jax.methods import apd, apdfix, be, bmkp, bn, clr, ewc, gpm, halrp, l2, mtl, stl, wsn
+from halrp_jax.methods import (
+  apd,
+  apdfix,
+  be,
+  bmkp,
+  bn,
+  clr,
+  ewc,
+  gpm,
+  halrp,
+  l2,
+  mtl,
+  prd,
+  stl,
+  wsn,
+)
 from halrp_jax.types import Method
 
 METHODS = {
@@ -25,6 +40,7 @@ METHODS = {
   "apdfix": apdfix,
   "apd": apd,
   "bmkp": bmkp,
+  "prd": prd,
 }
 
 

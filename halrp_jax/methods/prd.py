@@ -1,0 +1,264 @@
+"""PRD: features by contrast between images; prototypes, whose relations to samples are distilled.
+
+Update rule: SGD on L_s + beta L_p + alpha L_d, on two random views of every image (2N samples):
+
+  L_s  supervised contrast of z = g(f(x)), normalised: -(tau / 0.07) times the mean, over samples i
+       and the others p of i's class, of the log softmax of z_i z_p / tau over all others
+  L_p  mean of 1 - cos(f, P_t[y]), f held fixed: it trains the prototypes of the task alone
+  L_d  sum over earlier tasks k of KL(softmax(s'_k / tau_d), softmax(s_k / tau_d)), where s_k is
+       f P_k / |P_k| and s'_k the teacher's: it trains f and the prototypes of earlier tasks
+
+| paper | here                     | meaning |
+|-------|--------------------------|---------|
+| f     | shared["encoder"]        | the network without its head, trained by every task |
+| -     | shared["stats"]          | BatchNorm's running statistics, where it keeps any |
+| g     | shared["projection"]     | three dense layers; for training alone |
+| P_t   | tasks[t]["prototypes"]   | [C, F], a row for each class, no bias |
+| s'    | -                        | of encoder and prototypes as they were before the task |
+| tau   | method.temperature       | tau_d: method.distill_temperature |
+
+Phases: one of method.epochs, whatever config.epochs is. A class is predicted by the cosines between
+f(x) and P_t. Features and old prototypes move on, hence it forgets. The teacher is what `State`
+holds when a task begins; it is counted as training_only, as is g. The paper's program counts g into
+the model, and so does `Size.paper`.
+
+References: N. Asadi et al., "Prototype-sample relation distillation: towards replay-free continual
+learning", 2023, Eq. 4 and 6; spec/baselines.md 3.14, whose recipe is that of the HALRP authors'
+port. Deviations: colours change in a fixed order (brightness, contrast, saturation), not one drawn
+per batch; the teacher has no dropout. Both programs cut jittered colours to 0..1 although their
+images are normalised (method.clip_colours). Weight decay is SGD's own, so the scale of gradients
+does not touch it.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from halrp_jax import layers, perturb, train, validate
+from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
+
+_BASE_TEMPERATURE = 0.07
+_GREY = (0.299, 0.587, 0.114)  # luminance of red, green, blue
+_NEVER = -1e9  # the score of a class that a task does not have
+
+KEYS = {
+  "batch_norm": validate.batch_norm("batch"),
+  "epochs": validate.whole(100, 1, None, "epochs per task, instead of `epochs`"),
+  "learning_rate": validate.number(1e-3, 0, None, "of SGD, constant", True),
+  "momentum": validate.number(0.9, 0, 1, "of encoder and projection; prototypes have none"),
+  "weight_decay": validate.number(1e-4, 0, None, "of encoder and projection; prototypes: none"),
+  "temperature": validate.number(0.1, 0, None, "tau: of the contrast between samples", True),
+  "beta": validate.number(2.0, 0, None, "coefficient of the prototypes' loss"),
+  "alpha": validate.number(4.0, 0, None, "coefficient of the distillation"),
+  "distill_temperature": validate.number(1.0, 0, None, "tau_d: of the distillation", True),
+  "softmax_axis": validate.one_of(
+    "classes",
+    ("classes", "samples"),
+    "what the distilled distributions are over: a task's classes (both programs), or the samples "
+    "of the batch for each old prototype",
+  ),
+  "augment": validate.one_of(
+    "image",
+    ("image", "none"),
+    "views of an image: cropped, mirrored, colours changed; or the image itself twice",
+  ),
+  "clip_colours": validate.flag(
+    True, "what colour jitter makes of the normalised images is cut to 0..1, as in both programs"
+  ),
+}
+
+
+class Projection(nn.Module):
+  """Dense-ReLU twice, dense. [B, F] -> [B, 128]"""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for i in (1, 2):
+      x = nn.relu(layers.dense(512, x.shape[-1], name=f"fc{i}")(x))
+    return layers.dense(128, x.shape[-1], name="fc3")(x)
+
+
+def make(config, model, benchmark) -> Method:
+  m, projection = config.method, Projection()
+
+  def features(encoder, stats, image, train_mode, key):
+    with perturb.without_head():
+      return train.apply_model(model, encoder, stats, image, train_mode, key)
+
+  def objective(params, frozen, stats, batch, train_mode, key):
+    views, dropout_key = jnp.concatenate([batch.image] * 2), None
+    if key is not None:
+      view_key, dropout_key = jax.random.split(key)
+      views = augment(view_key, views, m.clip_colours) if m.augment == "image" else views
+    label, teacher = jnp.tile(batch.label, 2), frozen["teacher"]
+    f, stats = features(params["encoder"], stats, views, train_mode, dropout_key)  # [2N, F]
+    then, _ = features(teacher["encoder"], teacher["stats"], views, False, None)
+    z = projection.apply({"params": params["projection"]}, f)
+    own = lax.dynamic_index_in_dim(params["prototypes"], frozen["t"], keepdims=False)
+    similarity = cosines(lax.stop_gradient(f), own)  # [2N, C]
+    scores, target = (
+      jnp.einsum("bf,tcf->btc", x, _unit(p)) / m.distill_temperature
+      for x, p in ((f, params["prototypes"]), (then, teacher["prototypes"]))
+    )
+    loss = (
+      contrast(z, label, m.temperature)
+      + m.beta * jnp.mean(1 - jnp.take_along_axis(similarity, label[:, None], 1))
+      + m.alpha * divergence(scores, target, frozen["seen"], m.softmax_axis)
+    )
+    return loss, similarity[: len(batch.label)], stats
+
+  @jax.jit
+  def initialize(key):
+    params, stats = train.initialize(model, key, benchmark.image_shape)
+    encoder, head = perturb.split_private(params, norm=False)
+    prototypes = head[perturb.HEAD]["kernel"].T  # [C, F], drawn as a head is
+    g = projection.init(jax.random.fold_in(key, 1), prototypes)["params"]
+    return {"encoder": encoder, "stats": stats, "projection": g}, prototypes
+
+  how = train.recipe(config)._replace(
+    optimizer=optax.masked(
+      optax.chain(optax.add_decayed_weights(m.weight_decay), optax.trace(m.momentum)),
+      {"encoder": True, "projection": True, "prototypes": False},
+    ),
+    learning_rate=m.learning_rate,
+    schedule="constant",
+  )
+  fit = train.make_fit(
+    config, lambda task: 1.0, None, lambda params, frozen: 0.0, objective_fn=objective, how=how
+  )
+  cosines_fn = jax.jit(
+    lambda shared, prototypes, image: cosines(
+      features(shared["encoder"], shared["stats"], image, False, None)[0], prototypes
+    )
+  )
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    init_key, fit_key = jax.random.split(key)
+    shared, fresh = initialize(init_key)
+    shared, t = state.shared or shared, len(state.tasks)
+    learned = {"prototypes": fresh, "num_classes": jnp.int32(task.num_classes)}
+    tasks = (*state.tasks, learned)
+    before, seen = _stack(state.tasks, len(benchmark.tasks), fresh.shape)
+    start = {k: shared[k] for k in ("encoder", "projection")}
+    start["prototypes"] = _stack(tasks, len(benchmark.tasks), fresh.shape)[0]
+    teacher = {"encoder": shared["encoder"], "stats": shared["stats"], "prototypes": before}
+    frozen = {"teacher": teacher, "seen": seen, "t": jnp.int32(t)}
+    got, stats = fit(start, shared["stats"], frozen, task, fit_key, m.epochs, store.child("train"))
+    moved = np.asarray(got["prototypes"])  # numpy's rows: none of them is traced
+    tasks = tuple(p | {"prototypes": jnp.asarray(moved[k])} for k, p in enumerate(tasks))
+    shared = {k: got[k] for k in ("encoder", "projection")} | {"stats": stats}
+    return State(shared, tasks), {}
+
+  def predict(state, t, image):
+    learned = state.tasks[t]
+    shared = {k: state.shared[k] for k in ("encoder", "stats")}
+    return cosines_fn(shared, learned["prototypes"], image)[:, : int(learned["num_classes"])]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+
+
+def _stack(tasks, num_tasks: int, shape):
+  """Prototypes of the tasks [T, C, F], zeros for those to come; which rows are classes [T, C]."""
+  rows, seen = np.zeros((num_tasks, *shape), np.float32), np.zeros((num_tasks, shape[0]), bool)
+  for k, learned in enumerate(tasks):
+    rows[k] = learned["prototypes"]
+    seen[k, : int(learned["num_classes"])] = True
+  return jnp.asarray(rows), jnp.asarray(seen)
+
+
+# --- the losses -------------------------------------------------------------------------
+
+
+def _unit(x):
+  """x / |x| along the last axis, with a finite gradient at 0."""
+  return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+
+def cosines(f: jax.Array, prototypes: jax.Array) -> jax.Array:
+  """[B, F], [C, F] -> [B, C]"""
+  return _unit(f) @ _unit(prototypes).T
+
+
+def contrast(z: jax.Array, label: jax.Array, temperature: float) -> jax.Array:
+  """L_s. z [2N, D], label [2N]; every label at least twice."""
+  z, itself = _unit(z), jnp.eye(len(z), dtype=bool)
+  log_p = jax.nn.log_softmax(jnp.where(itself, -jnp.inf, z @ z.T / temperature))
+  positive = (label[:, None] == label[None]) & ~itself
+  means = jnp.sum(jnp.where(positive, log_p, 0), 1) / jnp.sum(positive, 1)
+  return -temperature / _BASE_TEMPERATURE * jnp.mean(means)
+
+
+def divergence(scores: jax.Array, target: jax.Array, seen: jax.Array, over: str) -> jax.Array:
+  """L_d: per earlier task the mean of KL(target, scores) over its distributions, summed.
+
+  Args:
+    scores: s / tau_d [2N, T, C].
+    target: the teacher's.
+    seen: [T, C] classes of earlier tasks.
+    over: "classes": a distribution for each sample; "samples": one for each class.
+  """
+  axis = {"classes": 2, "samples": 0}[over]
+  log_q, log_p = (
+    jax.nn.log_softmax(jnp.where(seen[None], s, _NEVER), axis) for s in (scores, target)
+  )
+  terms = jnp.where(seen[None], jnp.exp(log_p) * (log_p - log_q), 0)
+  if over == "classes":
+    return jnp.sum(terms) / len(scores)
+  return jnp.sum(terms.sum((0, 2)) / jnp.maximum(seen.sum(1), 1))
+
+
+# --- views --------------------------------------------------------------------------------
+
+
+def augment(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
+  """Normalised images [B, H, W, C], each cropped, mirrored, its colours changed by chance."""
+  crop_key, colour_key = jax.random.split(key)
+  image = train.crop_and_flip(crop_key, image, fill=-1.0)
+  return change_colours(colour_key, image, clip) if image.shape[-1] == 3 else image
+
+
+def change_colours(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
+  """Brightness, contrast and saturation of four images in five by 0.6 to 1.4; one in five grey."""
+  factor_key, jitter_key, grey_key = jax.random.split(key, 3)
+  one = (len(image), 1, 1, 1)
+  brightness, contrast, saturation = jax.random.uniform(
+    factor_key, (3, *one), minval=0.6, maxval=1.4
+  )
+
+  def cut(x):
+    return jnp.clip(x, 0, 1) if clip else x
+
+  x = cut(brightness * image)
+  x = cut(contrast * x + (1 - contrast) * _grey(x).mean((1, 2), keepdims=True))
+  x = cut(saturation * x + (1 - saturation) * _grey(x))
+  image = jnp.where(jax.random.bernoulli(jitter_key, 0.8, one), x, image)
+  return jnp.where(jax.random.bernoulli(grey_key, 0.2, one), _grey(image), image)
+
+
+def _grey(image):
+  """[B, H, W, 3] -> [B, H, W, 1]"""
+  return jnp.sum(image * jnp.array(_GREY)[None, None, None], -1, keepdims=True)
+
+
+def size(state: State) -> Size:
+  """Every later task adds its prototypes; projection and teacher are for training."""
+  shared, tasks = state.shared, state.tasks
+  kernels, rest = perturb.split(shared["encoder"])
+  prototypes = [p["prototypes"].shape[1] * int(p["num_classes"]) for p in tasks]
+  head = {perturb.HEAD: {"kernel": tasks[0]["prototypes"].T}}
+  base = train.network_count(kernels, rest | head, int(tasks[0]["num_classes"]))
+  stats, projection = (train.count_leaves(shared[k]) for k in ("stats", "projection"))
+  dense = base + sum(prototypes[1:]) + stats
+  teacher = train.count_leaves(shared["encoder"]) + stats + sum(prototypes)
+  return Size(
+    base=base,
+    dense=dense,
+    nonzero=dense,
+    mask_bits=0,
+    training_only=projection + teacher,
+    paper=base + projection + sum(prototypes[1:]),
+  )
