@@ -12,6 +12,7 @@ LAYERS = (
   {"methods"},
   {"report", "workdir"},
   {"experiment", "arguments"},
+  {"sweep"},
   {"commands"},
   {"main", "__main__"},
 )
