@@ -51,7 +51,7 @@ def cells(configs: dict[str, object], order_names: str, seeds: str) -> list[Cell
     for order, seed in itertools.product(
       _orders(config, order_names), _seeds(seeds) or [config.seed]
     ):
-      name = f"{re.sub(r'[^A-Za-z0-9.,+=-]+', '_', label)}_{order}_{seed}"
+      name = f"{re.sub(r'[^A-Za-z0-9.,+=/-]+', '_', label)}_{order}_{seed}"
       found.append(Cell(name, with_keys(config, order=order, seed=seed)))
   return found
 
