@@ -8,7 +8,8 @@ After the colon: lambda_0 (L1 on U and V) and lambda_1 (L2). The paper's grid is
 
   python -m halrp_jax reproduce --figure=4 --budget=small --data_dir=DIR --workdir=RUNS
 
-Everything else is configs/cifar100_split.py's. The paper gives no numbers. Ours: docs/reproduction.md.
+Everything else is configs/cifar100_split.py's. The paper gives no numbers. Ours:
+docs/reproduction.md.
 """
 
 import pathlib

@@ -8,11 +8,13 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from halrp_jax import metrics, paper, records, tables
 from halrp_jax.records import Group, Run
 
 _MARKERS = "osD^v<>Pp*Xhd8H"
+_HALRP = "crimson"
 _PER_ROW = 4  # panels
 _READABLE = 12  # tasks whose accuracies are written into the squares
 
@@ -67,9 +69,8 @@ def panels(groups: list[Group], configs: str) -> list[Panel]:
     chosen = {}
     for method in _in_order(by_method):
       told = [(tables.difference(g, configs), g) for g in by_method[method]]
-      other, group = min(told, key=lambda x: (x[0] != "", -len(x[1].runs)))
-      label = paper.LABELS.get(method, method)
-      chosen[f"{label} ({other})" if other else label] = group
+      other, group = min(told, key=lambda x: (x[0] != "", -len(x[1].runs), len(x[0])))
+      chosen[_label(method, other)] = group
     title = f"{benchmark}, {network}, {100 * fraction:g} % of the images"
     name = f"{benchmark}-{network}-{100 * fraction:g}"
     if partial:
@@ -91,7 +92,8 @@ def _style(group: Group) -> dict:
   """The same colour and marker for a method in all pictures."""
   known = list(paper.LABELS)
   i = known.index(group.method) if group.method in known else len(known)
-  return {"color": colormaps["tab20"](i % 20), "marker": _MARKERS[i % len(_MARKERS)]}
+  color = _HALRP if group.method == "halrp" else colormaps["tab20"](i % 20)
+  return {"color": color, "marker": _MARKERS[i % len(_MARKERS)]}
 
 
 def _single(width: float = 7.5, height: float = 4.2) -> tuple[Figure, Axes]:
@@ -133,8 +135,24 @@ def _ticks(count: int) -> list[int]:
   return list(range(0, count, -(-count // 10)))
 
 
-def _wrapped(label: str) -> str:
-  return label.replace(" (", "\n(").replace(", ", ",\n")
+def _log(axis) -> None:
+  """A logarithmic axis with plain numbers."""
+  axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axis.set_major_formatter("{x:g}")
+  axis.set_minor_formatter(NullFormatter())
+
+
+def _count_tasks(axes: Axes) -> None:
+  axes.set_xlabel("tasks learned")
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _label(method: str, other: str) -> str:
+  """The method, and in short lines what is not as in its config."""
+  label = paper.LABELS.get(method, method)
+  keys = [key.removeprefix("method.") for key in other.split(", ") if key]
+  keys = keys if len(keys) <= 2 else [f"{len(keys)} other keys"]
+  return "\n".join([label, *(f"({k})" for k in keys)])
 
 
 # --- one panel each -------------------------------------------------------------------
@@ -150,7 +168,7 @@ def matrices(panel: Panel) -> Figure:
   for place, (label, run) in zip(axes, runs.items(), strict=True):
     count = len(run.task_ids)
     image = _heat(place, run.accuracy, 0, count <= _READABLE, vmin=low, vmax=top)
-    place.set_title(f"{_wrapped(label)}, order {_short_order(run)}", fontsize=8)
+    place.set_title(f"{label}, order {_short_order(run)}", fontsize=8)
     place.set_xticks(_ticks(count), [str(i + 1) for i in _ticks(count)], fontsize=7)
     place.set_yticks(_ticks(count), [str(i + 1) for i in _ticks(count)], fontsize=7)
     place.set_xlabel("tested on task (as trained)", fontsize=7)
@@ -171,7 +189,8 @@ def growth(panel: Panel) -> Figure:
     curves = [1 + np.array(run.record["increment"]) for run in group.runs]
     _line(axes, group, label, np.mean(curves, 0))
   axes.set_yscale("log")
-  axes.set_xlabel("tasks learned")
+  _log(axes.yaxis)
+  _count_tasks(axes)
   axes.set_ylabel("model size (base network = 1)")
   axes.grid(alpha=0.3, which="both")
   _legend(figure, axes)
@@ -203,6 +222,7 @@ def tradeoff(panel: Panel) -> Figure:
       **_style(group),
     )
   axes.set_xscale("log")
+  _log(axes.xaxis)
   axes.set_xlabel("model size after the last task (base network = 1)")
   axes.set_ylabel("average accuracy (%)")
   axes.grid(alpha=0.3, which="both")
@@ -222,7 +242,7 @@ def by_task(panel: Panel) -> Figure | None:
     mean = final.mean(0)
     x = np.arange(len(mean)) + 0.7 * ((i + 0.5) / len(groups) - 0.5)
     spread = [mean - final.min(0), final.max(0) - mean]
-    told = f"{label}: MOPD {metrics.mopd(final):.2f}, AOPD {metrics.aopd(final):.2f}"
+    told = f"{label}\nMOPD {metrics.mopd(final):.2f}, AOPD {metrics.aopd(final):.2f}"
     axes.errorbar(x, mean, spread, label=told, linestyle="none", markersize=4, **_style(group))
   ids = sorted(next(iter(groups.values())).runs[0].task_ids)
   axes.set_xticks(_ticks(count), [str(ids[i]) for i in _ticks(count)])
@@ -277,7 +297,7 @@ def ranks(panel: Panel) -> Figure | None:
     place.set_yticks(range(len(layers[label])), layers[label], fontsize=7)
     place.set_xticks(_ticks(len(found)), [str(i + 1) for i in _ticks(len(found))])
     place.set_xlabel("task (as trained)")
-    place.set_title(f"{_wrapped(label)}, order {_short_order(run)}", fontsize=8)
+    place.set_title(f"{label}, order {_short_order(run)}", fontsize=8)
     figure.colorbar(image, ax=place, label="rank")
   return figure
 
@@ -298,7 +318,7 @@ def time(panel: Panel) -> Figure | None:
     if runs:
       curves = [np.cumsum(records.training_seconds(r)) / unit for r in runs]
       _line(axes, group, label, np.mean(curves, 0))
-  axes.set_xlabel("tasks learned")
+  _count_tasks(axes)
   axes.set_ylabel("training and selection time\n(STL's first task = 1)")
   axes.set_title(device, fontsize=8)
   axes.grid(alpha=0.3)
@@ -315,7 +335,7 @@ def memory(panel: Panel) -> Figure | None:
       _line(axes, group, label, np.mean(curves, 0) / 2**30)
   if not axes.lines:
     return None
-  axes.set_xlabel("tasks learned")
+  _count_tasks(axes)
   axes.set_ylabel("peak memory (GiB)")
   axes.set_ylim(bottom=0)
   axes.grid(alpha=0.3)

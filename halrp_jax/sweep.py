@@ -167,4 +167,3 @@ def _keep_error(folder: pathlib.Path) -> None:
 
 def failed(rows: list[dict]) -> bool:
   return any(row["state"] == "failed" for row in rows)
-

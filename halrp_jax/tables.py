@@ -69,11 +69,7 @@ class Cell(NamedTuple):
 
   @property
   def count(self) -> str:
-    """5 x 1: orders x seeds."""
-    if not self.group:
-      return ""
-    orders, runs = self.group.num_orders, len(self.runs)
-    return f"{orders} x {runs // orders}" if runs % orders == 0 else f"{runs} in {orders} orders"
+    return count(self.group) if self.group else ""
 
   def status(self, reasons: dict) -> str:
     """What comes of it. `reasons`: {target: {row: {head: why it is off}}}."""
@@ -87,6 +83,12 @@ class Cell(NamedTuple):
     why = reasons.get(self.row, {}).get(self.column.head)
     off = f"off by {self.write(self.difference, '+')}"
     return f"{off} because {why}" if why else f"{off}, not explained"
+
+
+def count(group: Group) -> str:
+  """5 x 1: orders x seeds."""
+  orders, runs = group.num_orders, len(group.runs)
+  return f"{orders} x {runs // orders}" if runs % orders == 0 else f"{runs} in {orders} orders"
 
 
 class Table(NamedTuple):
@@ -123,7 +125,7 @@ def _cell(target, label, argument, column, groups, configs, smoke) -> Cell:
 
 
 def find(setting: dict | None, fraction: float | None, groups: list[Group]) -> Group | None:
-  """The group of a setting: whole data before partial ones; the largest fraction if none is asked."""
+  """The group of a setting: whole data before partial; the largest share if none is asked for."""
   found = [
     g for g in groups if g.setting == setting and (fraction is None or g.fraction == fraction)
   ]
@@ -262,6 +264,7 @@ class Row(NamedTuple):
   where: str  # benchmark, network, share of the images
   difference: str  # from the config of the benchmark
   flags: tuple[str, ...]
+  count: str
   numbers: tuple[str, ...]  # as OVERVIEW
   group: Group
 
@@ -286,13 +289,15 @@ def _overview_row(group: Group, configs: str) -> Row:
   for metric, decimals in OVERVIEW.values():
     found = records.number(group, metric)
     text = "-" if found is None else f"{found.value:z.{decimals}f}"
-    numbers.append(text if not found or found.error is None else f"{text} ± {found.error:z.{decimals}f}")
+    numbers.append(
+      text if not found or found.error is None else f"{text} ± {found.error:z.{decimals}f}"
+    )
   flags = ("partial data",) if group.partial else ()
   if group.fraction < 1:
     flags += (f"{100 * group.fraction:g} % of the images",)
   where = f"{group.benchmark}, {group.network}, {100 * group.fraction:g} %"
   label = paper.LABELS.get(group.method, group.method)
-  return Row(label, where, difference(group, configs), flags, tuple(numbers), group)
+  return Row(label, where, difference(group, configs), flags, count(group), tuple(numbers), group)
 
 
 def difference(group: Group, configs: str) -> str:
