@@ -14,7 +14,7 @@ from halrp_jax import metrics, paper, records, tables
 from halrp_jax.records import Group, Run
 
 _MARKERS = "osD^v<>Pp*Xhd8H"
-_HALRP = "crimson"
+_HALRP = "black"
 _PER_ROW = 4  # panels
 _READABLE = 12  # tasks whose accuracies are written into the squares
 
@@ -236,7 +236,7 @@ def by_task(panel: Panel) -> Figure | None:
   if not groups:
     return None
   count = max(len(g.runs[0].task_ids) for g in groups.values())
-  figure, axes = _single(max(7.5, 0.5 * min(count, 40) + 3))
+  figure, axes = _single(min(max(7.5, 0.1 * count * len(groups) + 3), 20))
   for i, (label, group) in enumerate(groups.items()):
     final = records.by_order(group)
     mean = final.mean(0)

@@ -103,7 +103,7 @@ def _cell(cell: Cell, anchor: dict) -> str:
 
 
 def _overview(rows: list[Row], anchor: dict, number: dict) -> str:
-  heads = ["system", "benchmark, network, images", "not as in configs/"]
+  heads = ["system", "benchmark, network", "images", "not as in configs/"]
   heads += ["n", *tables.OVERVIEW, "runs"]
   return _table(heads, (_overview_row(row, anchor, number) for row in rows))
 
@@ -112,11 +112,12 @@ def _overview_row(row: Row, anchor: dict, number: dict) -> str:
   links = " ".join(
     f'<a href="#run-{number[run.place]}">{number[run.place]}</a>' for run in row.group.runs
   )
-  flags = "".join(f' <span class="flag">{_e(flag)}</span>' for flag in row.flags)
+  flag = "" if row.share == "100 %" else " flag"
   texts = "".join(f'<td class="number">{_e(x)}</td>' for x in (row.count, *row.numbers))
   return (
-    f'<tr id="{anchor[id(row.group)]}"><th>{_e(row.label)}</th><td>{_e(row.where)}{flags}</td>'
-    f"<td>{_e(row.difference)}</td>{texts}<td>{links}</td></tr>"
+    f'<tr id="{anchor[id(row.group)]}"><th>{_e(row.label)}</th><td>{_e(row.where)}</td>'
+    f'<td class="number{flag}">{_e(row.share)}</td><td>{_e(row.difference)}</td>'
+    f"{texts}<td>{links}</td></tr>"
   )
 
 

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from halrp_jax import arguments, experiment, workdir
+from halrp_jax import arguments, data, experiment, workdir
 from halrp_jax.data import orders, sources
 from halrp_jax.types import Stopped, UserError, brief
 
@@ -107,7 +107,7 @@ def run(
     Stopped: if `stop_asked` said so; the same call goes on from there.
   """
   for cell in found:
-    experiment.resolve(cell.config)  # a mistake in any cell is found before the first run
+    data.planned(experiment.resolve(cell.config))  # mistakes, also in orders, before the first run
   rows = [_waiting(cell) for cell in found]
   show(rows)
   for cell, row in zip(found, rows, strict=True):

@@ -261,9 +261,9 @@ class Row(NamedTuple):
   """One group in plain texts, for the overview."""
 
   label: str
-  where: str  # benchmark, network, share of the images
+  where: str  # benchmark and network
+  share: str  # of the images; also if the data are partial
   difference: str  # from the config of the benchmark
-  flags: tuple[str, ...]
   count: str
   numbers: tuple[str, ...]  # as OVERVIEW
   group: Group
@@ -292,12 +292,11 @@ def _overview_row(group: Group, configs: str) -> Row:
     numbers.append(
       text if not found or found.error is None else f"{text} ± {found.error:z.{decimals}f}"
     )
-  flags = ("partial data",) if group.partial else ()
-  if group.fraction < 1:
-    flags += (f"{100 * group.fraction:g} % of the images",)
-  where = f"{group.benchmark}, {group.network}, {100 * group.fraction:g} %"
+  share = f"{100 * group.fraction:g} %" + (", partial data" if group.partial else "")
+  where = f"{group.benchmark}, {group.network}"
   label = paper.LABELS.get(group.method, group.method)
-  return Row(label, where, difference(group, configs), flags, count(group), tuple(numbers), group)
+  other = difference(group, configs)
+  return Row(label, where, share, other, count(group), tuple(numbers), group)
 
 
 def difference(group: Group, configs: str) -> str:
