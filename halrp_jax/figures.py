@@ -379,6 +379,7 @@ def _bars(found: dict[tuple[float, str], records.Number]) -> Figure:
     )
   axes.axhline(0, color="black", linewidth=0.8)
   axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
+  axes.set_xlabel("system")
   axes.set_ylabel("BWT (points)")
   axes.grid(alpha=0.3, axis="y")
   figure.legend(title="images", loc="outside right upper", fontsize=8)

@@ -139,8 +139,9 @@ def _calibration_config(config, method: str):
   """Two epochs of the same network with HALRP, or with STL."""
   keys = {k: v for k, v in config.to_dict().items() if k not in ("method", "protocol", "data")}
   keys = {k: v for k, v in keys.items() if k != "checkpoint"} | {"epochs": 2}
-  own = {"svd": config.method.get("svd", "exact")} if method == "halrp" else {}
-  own |= {"batch_norm": config.method.get("batch_norm")}
+  own = {"batch_norm": config.method.batch_norm} if config.method.batch_norm else {}
+  if method == "halrp":
+    own |= {"svd": config.method.svd, "importance_split": "train"}
   protocol = config.protocol.to_dict()
   return experiment.resolve(
     experiment.make_config(method, protocol=protocol, methods_={method: own}, **keys)
