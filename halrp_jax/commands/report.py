@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
   if options.docs:
     command = f"python -m halrp_jax report --runs={options.runs} --out=OUT --docs={options.docs}"
     publish.write_document(report, options.docs, command)
+    print(f"{options.docs}/{publish.DOCUMENT}")
   for skipped in report.skipped:
     print(f"left out  {skipped.place}: {skipped.reason}")
   runs = sum(len(row.group.runs) for row in report.rows)
