@@ -1,11 +1,12 @@
 # make demo    install, learn ten tasks of permuted digits with HALRP and STL, print both
 # make test    install with the test extra, lint, format check, pytest
+# make reproduction    docs/reproduction.md and its figures from docs/records
 # make test-slow    the tests that take minutes: thirty kills
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs
 
-.PHONY: demo test test-slow environment test-environment clean
+.PHONY: demo test test-slow reproduction environment test-environment clean
 
 demo: environment
 	$(BIN)/python -m halrp_jax.main --config=configs/digits.py --workdir=$(RUNS)/digits-halrp --overwrite
@@ -19,6 +20,9 @@ test: test-environment
 
 test-slow: test-environment
 	$(BIN)/python -m pytest -m slow -rP
+
+reproduction: environment
+	$(BIN)/python -m halrp_jax report --runs=docs/records --out=$(RUNS)/report --docs=docs
 
 environment: .venv/installed
 test-environment: .venv/installed-test

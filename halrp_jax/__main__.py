@@ -12,7 +12,7 @@ def main(argv: list[str]) -> int:
   verb, *arguments = argv[1:] or [""]
   try:
     if verb not in COMMANDS:
-      known = "\n".join(f"  {n:<10}{c.__doc__.splitlines()[0]}" for n, c in COMMANDS.items())
+      known = "\n".join(f"  {n:<12}{c.__doc__.splitlines()[0]}" for n, c in COMMANDS.items())
       if verb in ("--help", "-h"):
         print(f"{__doc__}\n\n{known}")
         return 0

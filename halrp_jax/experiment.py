@@ -252,6 +252,7 @@ def _learn_all(config, benchmark, method, folder, log, compiled) -> dict:
     t = group[-1]
     tasks = tuple(benchmark.tasks[i] for i in group)
     place = {"t": t, "num_tasks": num_tasks, "task": tasks[-1].name, "task_id": tasks[-1].id}
+    _forget_peak()
     with _measure(compiled) as learning:
       store = Store(f"task{t:02d}", log, folder.keep())
       store.once("begin", lambda place=place: log({"event": "task"} | place) or True)
@@ -267,6 +268,7 @@ def _learn_all(config, benchmark, method, folder, log, compiled) -> dict:
       "increment": size.increment,
       "seconds": _seconds(learning, evaluating, history.get("select_seconds", 0.0)),
       "validation_accuracy": None if np.isnan(valid) else valid,
+      "memory_bytes": _peak_memory(),
     }
     rows = [*rows, row]  # the list before may still be on its way to the disk
     log({"event": "evaluation"} | place | row | {"accuracy": accuracy[t, : t + 1].tolist()})
@@ -316,7 +318,7 @@ def _record(config, benchmark, accuracy, rows, state) -> dict:
     "bwt": metrics.bwt(accuracy),
     "forgetting": metrics.forgetting(accuracy),
     **{key: [row[key] for row in rows] for key in rows[0]},
-    "peak_memory_bytes": _peak_memory(),
+    "peak_memory_bytes": max(row.get("memory_bytes", 0) for row in rows),
     "partial": benchmark.partial,
     "split_hash": benchmark.split_hash,
     "state_hash": checkpoint.fingerprint(state),
@@ -357,8 +359,14 @@ def _measure(compiled):
   seconds["compile"] = min(compiled() - compile_, seconds["wall"])
 
 
+def _forget_peak() -> None:
+  """Lets the process's peak begin anew where the system can (Linux). No accelerator can."""
+  with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
+    stream.write("5")
+
+
 def _peak_memory() -> int:
-  """Peak of the accelerator's memory, or of the process on the CPU."""
+  """Peak of the accelerator's memory in this process; on the CPU that since `_forget_peak`."""
   stats = jax.local_devices()[0].memory_stats() or {}
   unit = 1 if platform.system() == "Darwin" else 1024
   return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

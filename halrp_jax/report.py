@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
 
 from halrp_jax import validate
 
@@ -61,6 +63,97 @@ def task_line(event: dict) -> str:
   if ranks:
     parts.insert(3, "ranks " + " ".join(f"{name}:{k}" for name, k in ranks.items()))
   return " | ".join(parts)
+
+
+# --- while a sweep goes on ------------------------------------------------------------
+
+_ENDED = ("done", "kept", "failed")
+_SHOWN = 12  # cells of a sweep that a terminal shows at once
+
+
+@contextlib.contextmanager
+def live_sweep(stream: TextIO) -> Iterator[Callable[[list[dict]], None]]:
+  """Yields a function that shows the rows of `sweep.run`: a table on a terminal, else lines."""
+  if stream.isatty():
+    with Live(console=Console(file=stream), refresh_per_second=4) as live:
+      yield lambda rows: live.update(_sweep_table(rows))
+    return
+  told = {}
+
+  def show(rows):
+    for row in rows:
+      if told.get(row["name"], "waiting") != row["state"]:
+        told[row["name"]] = row["state"]
+        print(_sweep_line(row, rows), file=stream, flush=True)
+
+  yield show
+
+
+def _sweep_line(row: dict, rows: list[dict]) -> str:
+  ended = sum(r["state"] in _ENDED for r in rows)
+  parts = [f"[{ended}/{len(rows)}] {row['name']} {row['state']}"]
+  if row["state"] in ("done", "kept"):
+    parts.append(f"ACC {row['accuracy']:.2f} %")
+  if row["state"] == "done":
+    parts.append(f"{row['seconds']:.0f} s")
+  if row["error"]:
+    parts.append(row["error"])
+  if row["state"] in _ENDED and (left := remaining_seconds(rows)):
+    parts.append(f"about {duration(left)} to go")
+  return " | ".join(parts)
+
+
+def _sweep_table(rows: list[dict]) -> RichTable:
+  """The cells around the one at work, then the rest in numbers."""
+  left = remaining_seconds(rows)
+  ended = sum(r["state"] in _ENDED for r in rows)
+  to_go = "" if left is None else f", about {duration(left)} to go"
+  table = RichTable(caption=f"{ended} of {len(rows)} cells ended{to_go}", caption_justify="left")
+  for name in ("cell", "state", "tasks", "ACC %", "time"):
+    table.add_column(name, justify="left" if name in ("cell", "state") else "right")
+  first = max(0, min(ended - _SHOWN // 2, len(rows) - _SHOWN))
+  shown = rows[first : first + _SHOWN]
+  shown += [r for r in rows if r["state"] == "failed" and r not in shown]
+  for row in shown:
+    tasks = f"{row['done']}/{row['total']}" if row["total"] else ""
+    accuracy = _number(row["accuracy"]) if row["state"] in _ENDED else ""
+    seconds = duration(row["seconds"]) if row["seconds"] else ""
+    table.add_row(row["name"], row["error"] or row["state"], tasks, accuracy, seconds)
+  return table
+
+
+def remaining_seconds(rows: list[dict]) -> float | None:
+  """Time the cells still need, from those of the same method that were run; None if none was."""
+  known: dict[str, list[float]] = {}
+  for row in rows:
+    if row["state"] == "done":
+      known.setdefault(row["method"], []).append(row["seconds"])
+    elif row["state"] == "running" and row["done"]:
+      whole = row["seconds"] * row["total"] / row["done"]
+      known.setdefault(row["method"], []).append(whole)
+  if not known:
+    return None
+  means = {method: sum(s) / len(s) for method, s in known.items()}
+  other = sum(means.values()) / len(means)
+  left = 0.0
+  for row in rows:
+    if row["state"] in ("waiting", "running"):
+      left += max(means.get(row["method"], other) - row["seconds"], 0.0)
+  return left
+
+
+def sweep_text(rows: list[dict]) -> str:
+  """What became of the cells."""
+  states = {s: [r for r in rows if r["state"] == s] for s in _ENDED}
+  lines = [f"FAILED {r['name']}: {r['error']}" for r in states["failed"]]
+  return "\n".join([*lines, ", ".join(f"{len(found)} {s}" for s, found in states.items())])
+
+
+def duration(seconds: float) -> str:
+  """8 s, 12 min or 3.4 h."""
+  if seconds < 100:
+    return f"{seconds:.0f} s"
+  return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 # --- after it -------------------------------------------------------------------------

@@ -12,6 +12,12 @@ LAYERS = (
   {"methods"},
   {"report", "workdir"},
   {"experiment", "arguments"},
+  {"sweep", "records", "estimate"},
+  {"paper"},
+  {"tables"},
+  {"figures"},
+  {"page"},
+  {"publish"},
   {"commands"},
   {"main", "__main__"},
 )

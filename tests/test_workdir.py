@@ -13,7 +13,7 @@ from halrp_jax import checkpoint, data, experiment, workdir
 from halrp_jax.data import digits
 from halrp_jax.types import Diverged, Stopped, UserError
 
-TIMES = ("seconds", "peak_memory_bytes", "date")
+TIMES = ("seconds", "memory_bytes", "peak_memory_bytes", "date")
 
 
 def timeless(x):

@@ -1,5 +1,13 @@
 """The verbs of `python -m halrp_jax VERB`: one module each with `main(arguments) -> exit code`."""
 
-from halrp_jax.commands import check_data, compare, doctor, tune
+from halrp_jax.commands import check_data, compare, doctor, report, reproduce, sweep, tune
 
-COMMANDS = {"compare": compare, "check_data": check_data, "doctor": doctor, "tune": tune}
+COMMANDS = {
+  "compare": compare,
+  "sweep": sweep,
+  "report": report,
+  "reproduce": reproduce,
+  "tune": tune,
+  "check_data": check_data,
+  "doctor": doctor,
+}

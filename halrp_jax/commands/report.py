@@ -1,0 +1,39 @@
+"""report --runs=DIR --out=DIR: all finished runs below a folder as tables, figures and a page.
+
+  python -m halrp_jax report --runs=runs --out=report
+  python -m halrp_jax report --runs=docs/records --out=report --docs=docs
+
+Writes OUT/index.html (one file, opens offline), OUT/tables/ (the paper's tables with ours beside
+them as CSV, Markdown and LaTeX) and OUT/figures/ (SVG and PNG). A run counts for a table if its
+config is that of configs/, whatever order and seed; all others are in the overview, with what is
+different. Files that can't be used are named and left out. --docs writes reproduction.md and its
+figures into that folder; reasons.json there says why a number is off.
+"""
+
+from halrp_jax import arguments, paper, publish
+from halrp_jax.types import UserError
+
+
+def main(argv: list[str]) -> int:
+  """Writes the report; prints what was left out."""
+  parser = arguments.parser("report", __doc__)
+  parser.add_argument("--runs", default="", help="folder with runs, or with their records")
+  parser.add_argument("--out", default="", help="folder for the report")
+  parser.add_argument("--docs", default="", help="folder for reproduction.md")
+  parser.add_argument("--configs", default="", help="folder of configs; default: configs")
+  options = parser.parse_args(argv)
+  for flag in ("runs", "out"):
+    if not getattr(options, flag):
+      raise UserError(f"report: --{flag} is missing; python -m halrp_jax report --help")
+  configs = paper.configs_folder(options.configs)
+  report = publish.collect(options.runs, configs, list(paper.TARGETS.values()))
+  publish.write(report, options.out, f"halrp_jax: runs below {options.runs}")
+  if options.docs:
+    command = f"python -m halrp_jax report --runs={options.runs} --out=OUT --docs={options.docs}"
+    publish.write_document(report, options.docs, command)
+    print(f"{options.docs}/{publish.DOCUMENT}")
+  for skipped in report.skipped:
+    print(f"left out  {skipped.place}: {skipped.reason}")
+  runs = sum(len(row.group.runs) for row in report.rows)
+  print(f"{runs} runs; {options.out}/{publish.PAGE}")
+  return 0

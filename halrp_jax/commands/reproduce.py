@@ -1,0 +1,148 @@
+"""reproduce --table=2 --budget=small --data_dir=DIR --workdir=RUNS: a table or figure of the paper.
+
+  python -m halrp_jax reproduce --list
+  python -m halrp_jax reproduce --table=2 --budget=small --data_dir=DIR --workdir=runs/paper
+  python -m halrp_jax reproduce --figure=3a --budget=full --methods=halrp,apd --seeds=0 ...
+
+Runs the cells below RUNS as `sweep` does (a second start goes on, tables share their cells), then
+writes RUNS/report-NAME-BUDGET/. Budgets: smoke (two epochs or few more on a hundredth of the
+images: does it all run?), small (a twentieth of the images, table 6 a quarter; first three orders,
+one seed), full (the paper's protocol: five orders with five seeds each). --list tells cells,
+optimizer steps and hours. Exit codes as of sweep.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from halrp_jax import (
+  arguments,
+  compile_cache,
+  estimate,
+  experiment,
+  paper,
+  publish,
+  report,
+  stop,
+  sweep,
+)
+from halrp_jax.types import Stopped, UserError
+
+
+def main(argv: list[str]) -> int:
+  """Runs what is not finished and writes the report."""
+  options = _parse(argv)
+  configs = paper.configs_folder(options.configs)
+  targets = _targets(options)
+  compile_cache.use(options.compile_cache)
+  if options.list:
+    _list(targets, configs, options)
+    return 0
+  if len(targets) != 1:
+    raise UserError("reproduce: --table or --figure is missing; --list names them")
+  for flag in ("data_dir", "workdir"):
+    if not getattr(options, flag):
+      raise UserError(f"reproduce: --{flag} is missing; python -m halrp_jax reproduce --help")
+  return _reproduce(targets[0], configs, options)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.parser("reproduce", __doc__)
+  parser.add_argument("--table", default="", help="2, 3a to 3d, 4 to 7")
+  parser.add_argument("--figure", default="", help="2, 3a, 3b, 4 to 7")
+  parser.add_argument("--budget", default="small", choices=paper.BUDGETS)
+  parser.add_argument("--list", action="store_true", help="cells, steps and hours")
+  parser.add_argument("--data_dir", default="", help="folder of the original data")
+  parser.add_argument("--workdir", default="", help="folder for runs and reports")
+  parser.add_argument("--methods", default="", help="with commas; default: all of the table")
+  parser.add_argument("--orders", default="", help="with commas, or all; default: the budget's")
+  parser.add_argument("--seeds", default="", help="with commas; default: the budget's")
+  parser.add_argument("--shard", default="", help="i/n, as in sweep")
+  parser.add_argument("--allow_partial", action="store_true", help="go on with less data")
+  parser.add_argument("--configs", default="", help="folder of configs; default: configs")
+  parser.add_argument("--compile_cache", default="", help="as in halrp_jax.main")
+  return parser.parse_args(argv)
+
+
+def _targets(options) -> list[paper.Target]:
+  """Those that were named, all if none was."""
+  names = [f"{k} {v}" for k in ("table", "figure") if (v := getattr(options, k))]
+  for name in names:
+    if name not in paper.TARGETS:
+      raise UserError(f"reproduce: no {name}; known: {', '.join(paper.TARGETS)}")
+  return [paper.TARGETS[name] for name in names or paper.TARGETS]
+
+
+def _cells(target, configs: str, options) -> tuple[list[sweep.Cell], list[str]]:
+  only = tuple(name for name in options.methods.split(",") if name)
+  if unknown := set(only) - set(target.rows.values()):
+    known = ", ".join(target.rows.values())
+    raise UserError(f"--methods: {target.name} has no {', '.join(sorted(unknown))}; it has {known}")
+  keys = {"data_dir": options.data_dir, "allow_partial": options.allow_partial}
+  return paper.cells(configs, target, options.budget, only, options.orders, options.seeds, keys)
+
+
+def _reproduce(target, configs: str, options) -> int:
+  cells, absent = _cells(target, configs, options)
+  smoke = options.budget == "smoke"
+  root = pathlib.Path(options.workdir) / ("smoke" if smoke else "")
+  for name in absent:
+    print(f"not here yet: {name}")
+  stop_asked = stop.listen()
+  try:
+    with report.live_sweep(sys.stdout) as show:
+      rows = sweep.run(sweep.shard(cells, options.shard), str(root), show, stop_asked)
+  except Stopped:
+    print(f"stopped; the same command goes on from {options.workdir}", file=sys.stderr)
+    return stop.EXIT_CODE
+  print(report.sweep_text(rows))
+  if any(row["state"] != "failed" for row in rows):
+    found = publish.collect(str(root), configs, [target], smoke, only=True)
+    out = pathlib.Path(options.workdir) / f"report-{target.slug}-{options.budget}"
+    publish.write(found, str(out), f"halrp_jax: {target.name}, budget {options.budget}")
+    print(out / publish.PAGE)
+  return int(sweep.failed(rows))
+
+
+# --- --list ---------------------------------------------------------------------------
+
+
+def _list(targets, configs: str, options) -> None:
+  """A line per table and figure. The time of a step is measured once per kind of run."""
+  known = {}
+  print(f"budget {options.budget}; hours: time of one step here, measured on random images, times")
+  print("the steps; all systems but HALRP are counted at single-task learning's")
+  print(f"{'':<10} {'cells':>6} {'steps':>12} {'hours':>8}  title")
+  for target in targets:
+    cells, absent = _cells(target, configs, options)
+    count = seconds = 0
+    for cell in sweep.shard(cells, options.shard):
+      steps, cell_seconds = _estimate(cell, known)
+      count, seconds = count + steps, seconds + cell_seconds
+    lacks = f" (not here yet: {', '.join(absent)})" if absent else ""
+    line = f"{target.name:<10} {len(cells):>6} {count:>12,} {seconds / 3600:>8.1f}"
+    print(f"{line}  {target.title}{lacks}", flush=True)
+
+
+def _estimate(cell: sweep.Cell, known: dict) -> tuple[int, float]:
+  """Steps and seconds of a cell. known: kind of run -> calibration, filled here."""
+  config = experiment.resolve(cell.config)
+  steps, num_tasks = estimate.steps(config)
+  kind = estimate.kind(config)
+  if kind not in known:
+    known[kind] = estimate.calibrate(_calibration_config(cell.config, kind[0]))
+  step, task = known[kind]
+  return steps, steps * step + num_tasks * task
+
+
+def _calibration_config(config, method: str):
+  """Two epochs of the same network with HALRP, or with STL."""
+  keys = {k: v for k, v in config.to_dict().items() if k not in ("method", "protocol", "data")}
+  keys = {k: v for k, v in keys.items() if k != "checkpoint"} | {"epochs": 2}
+  own = {"batch_norm": config.method.batch_norm} if config.method.batch_norm else {}
+  if method == "halrp":
+    own |= {"svd": config.method.svd, "importance_split": "train"}
+  protocol = config.protocol.to_dict()
+  return experiment.resolve(
+    experiment.make_config(method, protocol=protocol, methods_={method: own}, **keys)
+  )

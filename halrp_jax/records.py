@@ -1,0 +1,235 @@
+"""The records below a folder, and what they say together: means over runs, metrics over orders.
+
+A group is all runs of one setting, the setting being everything in the config but order, seed and
+what changes no result. Means are over all runs of a group; a task's accuracy under an order is its
+mean over the seeds of that order.
+"""
+
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from halrp_jax import experiment, methods, metrics, validate, workdir
+
+# Not part of a setting. The variant is spelled out by its switches.
+_FREE = {"order", "seed", "train_fraction", "allow_partial", "loop", "parallel", "method.variant"}
+_FREE |= set(workdir.NEUTRAL_KEYS)
+# What programs did before the key existed, where that is not its default.
+_BEFORE = {"protocol.fraction_per_class": False}
+_OURS = {workdir.CONFIG, "tune.json"}  # JSON files of ours that are no records
+
+
+class Run(NamedTuple):
+  place: str  # folder of the run, or the file's name, below the folder that was searched
+  record: dict
+
+  @property
+  def task_ids(self) -> tuple[int, ...]:
+    return tuple(self.record["task_ids"])
+
+  @property
+  def accuracy(self) -> np.ndarray:
+    """[T, T], NaN where nothing was measured."""
+    return np.array(self.record["accuracy"], float)
+
+
+class Skipped(NamedTuple):
+  place: str
+  reason: str
+
+
+class Group(NamedTuple):
+  method: str
+  benchmark: str
+  network: str
+  fraction: float  # of the training images
+  partial: bool  # less data than the protocol asks for
+  setting: dict  # dotted key -> value
+  runs: tuple[Run, ...]
+
+  @property
+  def num_orders(self) -> int:
+    return len({run.task_ids for run in self.runs})
+
+
+# --- reading --------------------------------------------------------------------------
+
+
+def read(root: str) -> tuple[list[Run], list[Skipped]]:
+  """Every record below a folder, and what looked like one but can't be used."""
+  runs, skipped = [], []
+  for folder, folders, names in os.walk(root):
+    folders[:] = sorted(f for f in folders if f != workdir.CHECKPOINTS)
+    place = pathlib.Path(folder).relative_to(root)
+    if workdir.CONFIG in names and workdir.RECORD not in names:
+      skipped.append(Skipped(str(place), "not finished: the same command goes on"))
+    for name in sorted(n for n in names if n.endswith(".json") and n not in _OURS):
+      where = str(place if name == workdir.RECORD else place / name)
+      try:
+        content = json.loads((pathlib.Path(folder) / name).read_text())
+      except (OSError, ValueError, RecursionError) as e:
+        skipped.append(Skipped(where, f"can't be read ({_brief(e)})"))
+        continue
+      if wrong := problem(content):
+        skipped.append(Skipped(where, wrong))
+      else:
+        runs.append(Run(where, content))
+  return runs, skipped
+
+
+def _brief(error: Exception) -> str:
+  return " ".join(str(error).split())[:100] or type(error).__name__
+
+
+_TYPES = {
+  "method": str,
+  "benchmark": str,
+  "order": str,
+  "seed": int,
+  "task_ids": list,
+  "accuracy": list,
+  "increment": list,
+  "seconds": list,
+  "partial": bool,
+  "split_hash": str,
+  "config": dict,
+  "versions": dict,
+  "device": str,
+  "date": str,
+}
+
+
+def problem(content) -> str:
+  """Why this is no record that we can use; nothing if it is one."""
+  if not isinstance(content, dict) or not {"schema", "accuracy"} <= content.keys():
+    return "is no record of a run"
+  if content["schema"] != experiment.SCHEMA:
+    return f"has schema {content['schema']!r}; this version reads {experiment.SCHEMA}"
+  wrong = [k for k, kind in _TYPES.items() if not isinstance(content.get(k), kind)]
+  if wrong:
+    return f"damaged: {', '.join(wrong)} missing or of another type"
+  return _problem_of_numbers(content)
+
+
+def _problem_of_numbers(record: dict) -> str:
+  ids = record["task_ids"]
+  if not ids or not all(type(i) is int for i in ids) or len(set(ids)) != len(ids):
+    return "damaged: task_ids are no list of different numbers"
+  try:
+    accuracy = np.array(record["accuracy"], float)
+    growth = np.array(record["increment"], float)
+    seconds = np.array([sum(s.values()) for s in record["seconds"]], float)
+  except (TypeError, ValueError, AttributeError):
+    return "damaged: accuracy, increment or seconds are no numbers"
+  if accuracy.shape != (len(ids), len(ids)):
+    return f"damaged: accuracy is {accuracy.shape}, not {len(ids)} x {len(ids)}"
+  measured = accuracy[np.isfinite(accuracy)]
+  if not np.isfinite(accuracy[-1]).all() or measured.min() < 0 or measured.max() > 100:
+    return "damaged: accuracies after the last task are missing or no percentages"
+  if not len(growth) or not np.isfinite(growth).all() or not np.isfinite(seconds).all():
+    return "damaged: increment or seconds are no finite numbers"
+  config = validate.flat(record["config"])
+  if config.get("method.name") != record["method"] or not isinstance(config.get("network"), str):
+    return "damaged: its config does not belong to it"
+  if not isinstance(config.get("train_fraction"), (int, float)):
+    return "damaged: its config has no train_fraction"
+  return ""
+
+
+# --- grouping -------------------------------------------------------------------------
+
+
+def setting_of(config: dict) -> dict:
+  """Dotted key -> value of what makes a setting. `config`: resolved, by sections, of any age."""
+  flat = validate.flat(config)
+  if (name := flat["method.name"]) in methods.METHODS:
+    keys = validate.keys_of(methods.METHODS[name].KEYS)
+    switches = methods.variant_defaults(config["method"])
+    flat = {k: key.default for k, key in keys.items()} | _BEFORE | flat
+    for key, value in switches.items():
+      if flat.get(f"method.{key}") is None:
+        flat[f"method.{key}"] = value
+  return {k: v for k, v in flat.items() if k not in _FREE}
+
+
+def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
+  """Runs of one setting together; of two runs with one order and seed the newer one counts."""
+  found: dict[tuple, dict[tuple, Run]] = {}
+  skipped = []
+  for run in sorted(runs, key=lambda r: (r.record["date"], r.place)):
+    record = run.record
+    setting = setting_of(record["config"])
+    head = (record["method"], record["benchmark"], setting["network"])
+    head += (float(record["config"]["train_fraction"]), record["partial"])
+    key = (*head, tuple(sorted(run.task_ids)), json.dumps(setting, sort_keys=True))
+    cell = (run.task_ids, record["seed"])
+    if old := found.setdefault(key, {}).get(cell):
+      skipped.append(Skipped(old.place, f"{run.place} is a newer run of the same"))
+    found[key][cell] = run
+  groups = [
+    Group(*key[:5], json.loads(key[-1]), tuple(sorted(cells.values(), key=lambda r: r.place)))
+    for key, cells in found.items()
+  ]
+  return sorted(groups, key=lambda g: (g.benchmark, g.network, g.fraction, g.method)), skipped
+
+
+def differences(setting: dict, other: dict) -> list[str]:
+  """`key = value` for each key in which a setting differs from another."""
+  keys = sorted(k for k in setting.keys() | other.keys() if setting.get(k) != other.get(k))
+  return [f"{k} = {setting.get(k)}" for k in keys]
+
+
+# --- numbers of a group ---------------------------------------------------------------
+
+
+class Number(NamedTuple):
+  value: float
+  error: float | None  # standard error of the mean over runs; None where there is none
+
+
+def mean(values) -> Number:
+  """Mean and standard error (sample deviation / sqrt(n)); no error for one value."""
+  values = np.asarray(values, float)
+  error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+  return Number(float(values.mean()), error)
+
+
+def by_order(found: Group) -> np.ndarray:
+  """Final accuracies [num_orders, T], columns by original id, each the mean over its seeds."""
+  place = {i: k for k, i in enumerate(sorted(found.runs[0].task_ids))}  # ids may have gaps
+  rows: dict[tuple, list] = {}
+  for run in found.runs:
+    final = metrics.by_task_id(run.accuracy[-1], [place[i] for i in run.task_ids])
+    rows.setdefault(run.task_ids, []).append(final)
+  return np.array([np.mean(finals, 0) for finals in rows.values()])
+
+
+def number(found: Group, metric: str) -> Number | None:
+  """One of `accuracy`, `increment`, `bwt`, `seconds`, `mopd`, `aopd`; None where it has no meaning.
+
+  The order metrics have none for fewer than two orders.
+  """
+  if metric in ("mopd", "aopd"):
+    if found.num_orders < 2:
+      return None
+    return Number(getattr(metrics, metric)(by_order(found)), None)
+  values = [_of_run(run, metric) for run in found.runs]
+  return None if None in values else mean(values)
+
+
+def _of_run(run: Run, metric: str) -> float | None:
+  if metric == "accuracy":
+    return metrics.average_accuracy(run.accuracy)
+  if metric == "bwt":
+    return metrics.bwt(run.accuracy)
+  if metric == "increment":
+    return run.record["increment"][-1]
+  return sum(sum(s.values()) for s in run.record["seconds"])
+
+
+def training_seconds(run: Run) -> list[float]:
+  """Per group of tasks: training and selection, without compilation and evaluation."""
+  return [s.get("train", 0.0) + s.get("select", 0.0) for s in run.record["seconds"]]

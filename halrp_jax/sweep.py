@@ -1,0 +1,169 @@
+"""Many runs in one process, one sub-folder each. A cell that fails doesn't stop the others."""
+
+import itertools
+import pathlib
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from halrp_jax import arguments, data, experiment, workdir
+from halrp_jax.data import orders, sources
+from halrp_jax.types import Stopped, UserError, brief
+
+ERROR = "error.txt"  # in the folder of a cell that failed
+
+
+class Cell(NamedTuple):
+  name: str  # its folder below the sweep's
+  config: object  # as from `experiment.make_config`, not yet resolved
+
+
+# --- which ----------------------------------------------------------------------------
+
+
+def load_config(file: str, method: str = "", overrides: Iterable[str] = ()):
+  """The config of a file. `method`: what stands after the colon; overrides: --config.KEY=VALUE."""
+  name = f"{file}:{method}" if method else file
+  return arguments.parse_config(["sweep", f"--config={name}", *overrides], {}, {}).config
+
+
+def with_keys(config, **keys):
+  """A copy with other values of top-level keys."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.update(keys)
+  return config
+
+
+def cells(configs: dict[str, object], order_names: str, seeds: str) -> list[Cell]:
+  """Every config with every order and seed; nothing is run.
+
+  Args:
+    configs: label -> config. The label begins the cell's name.
+    order_names: names with commas, "all" for the orders the paper has for the benchmark, "" for the
+      config's own.
+    seeds: whole numbers with commas, "" for the config's own.
+  """
+  found = []
+  for label, config in configs.items():
+    for order, seed in itertools.product(
+      _orders(config, order_names), _seeds(seeds) or [config.seed]
+    ):
+      name = f"{re.sub(r'[^A-Za-z0-9.,+=/-]+', '_', label)}_{order}_{seed}"
+      found.append(Cell(name, with_keys(config, order=order, seed=seed)))
+  return found
+
+
+def _orders(config, text: str) -> list[str]:
+  if text != "all":
+    return [name for name in text.split(",") if name] or [config.order]
+  if config.benchmark not in orders.PAPER:
+    raise UserError(f"--orders=all: {config.benchmark} has no list of orders; name them")
+  return list(orders.PAPER[config.benchmark])
+
+
+def _seeds(text: str) -> list[int]:
+  try:
+    return [int(seed) for seed in text.split(",") if seed]
+  except ValueError as e:
+    raise UserError(f"--seeds={text}: whole numbers with commas between, such as 0,1,2") from e
+
+
+def shard(found: list[Cell], text: str) -> list[Cell]:
+  """Every n-th cell from the i-th on, `text` being "i/n" with i from 0; all of them for ""."""
+  if not text:
+    return found
+  match = re.fullmatch(r"(\d+)/(\d+)", text)
+  if not match or int(match[1]) >= int(match[2]):
+    raise UserError(f"--shard={text}: i/n with i from 0 to n - 1, such as 0/4")
+  return found[int(match[1]) :: int(match[2])]
+
+
+# --- the runs -------------------------------------------------------------------------
+
+
+def run(
+  found: list[Cell],
+  root: str,
+  show: Callable[[list[dict]], None],
+  stop_asked: Callable[[], bool],
+) -> list[dict]:
+  """Runs the cells one after another; those that are finished are not run again.
+
+  Args:
+    found: the cells.
+    root: the folder their folders are in.
+    show: is called with the rows below whenever one has changed.
+    stop_asked: see `experiment.run`.
+
+  Returns:
+    A row per cell: name, method, state (waiting, running, done, kept or failed), done and total
+    (tasks), accuracy, seconds, error.
+
+  Raises:
+    UserError: before the first run, if a config is wrong; later if the data are not there.
+    Stopped: if `stop_asked` said so; the same call goes on from there.
+  """
+  for cell in found:
+    data.planned(experiment.resolve(cell.config))  # mistakes, also in orders, before the first run
+  rows = [_waiting(cell) for cell in found]
+  show(rows)
+  for cell, row in zip(found, rows, strict=True):
+    _run_cell(cell, row, pathlib.Path(root) / cell.name, lambda: show(rows), stop_asked)
+    show(rows)
+  return rows
+
+
+def _waiting(cell: Cell) -> dict:
+  return {
+    "name": cell.name,
+    "method": cell.config.method.name,
+    "state": "waiting",
+    "done": 0,
+    "total": 0,
+    "accuracy": None,
+    "seconds": 0.0,
+    "error": "",
+  }
+
+
+def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked) -> None:
+  """Runs one cell and keeps its row up to date."""
+  start, finished = time.perf_counter(), []
+
+  def event_seen(event):
+    row["seconds"] = time.perf_counter() - start
+    if event["event"] == "finished":
+      finished.append(True)
+    elif event["event"] in ("task", "evaluation"):
+      row["total"] = event["num_tasks"]
+      row["done"] = event["t"] + (event["event"] == "evaluation")
+    changed()
+
+  row["state"] = "running"
+  changed()
+  try:
+    record = experiment.run(cell.config, str(folder), event_seen, stop_asked=stop_asked)
+  except (Stopped, sources.Missing):
+    raise
+  except Exception as e:  # whatever it is, the other cells don't depend on it
+    row |= {"state": "failed", "error": f"{type(e).__name__}: {brief(e)}"}
+    _keep_error(folder)
+  else:
+    row["accuracy"] = record["average_accuracy"]
+    row["done"] = row["total"] = len(record["task_ids"])
+    row["state"] = "kept" if finished else "done"
+    (folder / ERROR).unlink(missing_ok=True)
+  row["seconds"] = time.perf_counter() - start
+
+
+def _keep_error(folder: pathlib.Path) -> None:
+  """The whole traceback, where it can be written at all."""
+  if folder.is_dir():
+    workdir.write_text(folder / ERROR, traceback.format_exc())
+
+
+def failed(rows: list[dict]) -> bool:
+  return any(row["state"] == "failed" for row in rows)

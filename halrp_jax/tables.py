@@ -1,0 +1,307 @@
+"""Groups of runs against the paper's tables; the same table as CSV, Markdown and LaTeX.
+
+Every number of every form is written by `Cell`, so that they agree.
+"""
+
+import csv
+import io
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from halrp_jax import paper, records
+from halrp_jax.paper import Column, Target
+from halrp_jax.records import Group, Number, Run
+
+METRICS = {  # name -> head, unit, decimals
+  "accuracy": ("ACC", "%", 2),
+  "mopd": ("MOPD", "points", 2),
+  "aopd": ("AOPD", "points", 2),
+  "increment": ("Size", "growth", 3),
+}
+NOT_RUN = "not run"
+
+
+class Cell(NamedTuple):
+  row: str
+  column: Column
+  ours: Number | None
+  paper: Number | None
+  group: Group | None  # the runs behind `ours`
+
+  @property
+  def runs(self) -> tuple[Run, ...]:
+    return self.group.runs if self.group else ()
+
+  @property
+  def flags(self) -> tuple[str, ...]:
+    """Why it can't be compared with the paper's."""
+    if not self.group:
+      return ()
+    wanted = self.column.fraction or 1.0
+    flags = ["partial data"] if self.group.partial else []
+    if self.group.fraction != wanted:
+      flags.append(f"at {100 * self.group.fraction:g} % of the images")
+    return tuple(flags)
+
+  @property
+  def difference(self) -> float | None:
+    """Of the numbers as they are written."""
+    if not self.ours or not self.paper:
+      return None
+    decimals = METRICS[self.column.metric][2]
+    return round(round(self.ours.value, decimals) - round(self.paper.value, decimals), decimals)
+
+  def text(self, number: Number | None) -> str:
+    """67.32 ± 0.10"""
+    if number is None:
+      return ""
+    mean = self.write(number.value)
+    return mean if number.error is None else f"{mean} ± {self.write(number.error)}"
+
+  def write(self, x: float | None, sign: str = "") -> str:
+    return "" if x is None else f"{x:{sign}z.{METRICS[self.column.metric][2]}f}"
+
+  @property
+  def ours_text(self) -> str:
+    if self.group and not self.ours:
+      return "needs two orders"
+    return self.text(self.ours) or NOT_RUN
+
+  @property
+  def count(self) -> str:
+    return count(self.group) if self.group else ""
+
+  def status(self, reasons: dict) -> str:
+    """What comes of it. `reasons`: {target: {row: {head: why it is off}}}."""
+    if self.difference is None:
+      return self.ours_text if not self.ours else "the paper has none"
+    if self.flags:
+      return f"not comparable: {', '.join(self.flags)}"
+    limit, points = paper.ONE_POINT[self.column.metric], self.column.metric != "increment"
+    if abs(self.difference) <= limit:
+      return "reproduced within 1 point" if points else f"reproduced within {limit:g}"
+    why = reasons.get(self.row, {}).get(self.column.head)
+    off = f"off by {self.write(self.difference, '+')}"
+    return f"{off} because {why}" if why else f"{off}, not explained"
+
+
+def count(group: Group) -> str:
+  """5 x 1: orders x seeds."""
+  orders, runs = group.num_orders, len(group.runs)
+  return f"{orders} x {runs // orders}" if runs % orders == 0 else f"{runs} in {orders} orders"
+
+
+class Table(NamedTuple):
+  target: Target
+  rows: dict[str, tuple[Cell, ...]]  # label -> cells as target.columns
+
+  @property
+  def cells(self) -> Iterable[Cell]:
+    return (cell for row in self.rows.values() for cell in row)
+
+  @property
+  def runs(self) -> tuple[Run, ...]:
+    """Behind any of its numbers, each once."""
+    return tuple({run.place: run for cell in self.cells for run in cell.runs}.values())
+
+
+def build(target: Target, groups: list[Group], configs: str, smoke: bool = False) -> Table:
+  """A table of the paper from groups of runs. configs: the folder of configs."""
+  rows = {
+    label: tuple(
+      _cell(target, label, argument, column, groups, configs, smoke) for column in target.columns
+    )
+    for label, argument in target.rows.items()
+  }
+  return Table(target, rows)
+
+
+def _cell(target, label, argument, column, groups, configs, smoke) -> Cell:
+  setting = paper.Setting(column.config, argument, 1.0)
+  fraction = None if smoke else column.fraction
+  group = find(paper.wanted_setting(configs, setting, smoke), fraction, groups)
+  ours = group and records.number(group, column.metric)
+  return Cell(label, column, ours, paper.number(target, label, column), group)
+
+
+def find(setting: dict | None, fraction: float | None, groups: list[Group]) -> Group | None:
+  """The group of a setting: whole data before partial; the largest share if none is asked for."""
+  found = [
+    g for g in groups if g.setting == setting and (fraction is None or g.fraction == fraction)
+  ]
+  return max(found, key=lambda g: (not g.partial, g.fraction, len(g.runs)), default=None)
+
+
+# --- forms ----------------------------------------------------------------------------
+
+_FIELDS = (
+  *("table", "row", "column", "metric", "unit", "ours", "standard_error", "orders", "runs"),
+  *("paper", "paper_standard_error", "difference", "flags", "records"),
+)
+
+
+def to_csv(table: Table) -> str:
+  """A line per cell, those that were not run with nothing in `ours`."""
+  stream = io.StringIO()
+  writer = csv.writer(stream, lineterminator="\n")
+  writer.writerow(_FIELDS)
+  for cell in table.cells:
+    ours, theirs = cell.ours or Number(None, None), cell.paper or Number(None, None)
+    head, unit, _ = METRICS[cell.column.metric]
+    writer.writerow(
+      [
+        *(table.target.name, cell.row, cell.column.head, head, unit),
+        *(cell.write(ours.value), cell.write(ours.error)),
+        *((cell.group.num_orders, len(cell.runs)) if cell.group else ("", "")),
+        *(cell.write(theirs.value), cell.write(theirs.error), cell.write(cell.difference, "+")),
+        *("; ".join(cell.flags), " ".join(run.place for run in cell.runs)),
+      ]
+    )
+  return stream.getvalue()
+
+
+def short(cell: Cell) -> str:
+  """One cell on one line: ours, n; the paper's, the difference."""
+  ours = cell.ours_text + (f" (n {cell.count})" if cell.ours else "")
+  parts = [ours, *cell.flags]
+  if cell.paper:
+    parts.append(f"paper {cell.text(cell.paper)}")
+  if cell.difference is not None:
+    parts.append(f"difference {cell.write(cell.difference, '+')}")
+  return "; ".join(parts)
+
+
+def head(column: Column) -> str:
+  name, unit, _ = METRICS[column.metric]
+  return f"{column.head}, {name} ({unit})"
+
+
+def to_markdown(table: Table) -> str:
+  lines = [f"| | {' | '.join(head(c) for c in table.target.columns)} |"]
+  lines.append("|---" * (len(table.target.columns) + 1) + "|")
+  for label, cells in table.rows.items():
+    lines.append(f"| {label} | {' | '.join(short(c) for c in cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def to_latex(table: Table) -> str:
+  r"""The paper's layout: a row per system; ours, the paper's in brackets, the difference."""
+  columns = table.target.columns
+  groups: list[list] = []
+  for column in columns:
+    if groups and groups[-1][0] == column.head:
+      groups[-1][1] += 1
+    else:
+      groups.append([column.head, 1])
+  heads = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{_latex(name)}}}" for name, n in groups)
+  names = " & ".join(f"{METRICS[c.metric][0]} ({_latex(METRICS[c.metric][1])})" for c in columns)
+  lines = [
+    "% needs xcolor",
+    r"\begin{table}",
+    rf"\caption{{{_latex(table.target.title)}: ours (the paper's; difference)}}",
+    rf"\begin{{tabular}}{{l{'c' * len(columns)}}}",
+    r"\hline",
+    rf" & {heads} \\",
+    rf" & {names} \\",
+    r"\hline",
+    *(rf"{_latex(k)} & {' & '.join(map(_latex_cell, v))} \\" for k, v in table.rows.items()),
+    r"\hline",
+    r"\end{tabular}",
+    r"\end{table}",
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def _latex_cell(cell: Cell) -> str:
+  inner = [_latex(cell.text(cell.paper))] if cell.paper else []
+  inner += [f"${cell.write(cell.difference, '+')}$"] if cell.difference is not None else []
+  text = _latex(cell.ours_text) + (f" ({'; '.join(inner)})" if inner else "")
+  flags = _latex(", ".join(cell.flags))
+  return rf"\textcolor{{red}}{{{text}, {flags}}}" if flags else text
+
+
+def _latex(text: str) -> str:
+  for old, new in (("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("±", r"$\pm$")):
+    text = text.replace(old, new)
+  return text
+
+
+def to_status(table: Table, reasons: dict) -> str:
+  """Markdown: every cell that was run, and what was not."""
+  run = [c for c in table.cells if c.group]
+  lines = []
+  if run:
+    lines += ["| row | column | paper | ours | n | difference | status |", "|---" * 7 + "|"]
+  for cell in run:
+    fields = (
+      *(cell.row, head(cell.column), cell.text(cell.paper) or "-", cell.ours_text, cell.count),
+      *(cell.write(cell.difference, "+") or "-", cell.status(reasons.get(table.target.name, {}))),
+    )
+    lines.append(f"| {' | '.join(fields)} |")
+  if absent := _not_run(table):
+    lines += ["", f"Not run: {absent}."]
+  return "\n".join(lines).strip() + "\n"
+
+
+def _not_run(table: Table) -> str:
+  whole, parts = [], []
+  for label, cells in table.rows.items():
+    heads = list(dict.fromkeys(c.column.head for c in cells if not c.group))
+    if heads and not any(c.group for c in cells):
+      whole.append(label)
+    elif heads:
+      parts.append(f"{label} ({'; '.join(heads)})")
+  return ", ".join([*parts, *whole])
+
+
+# --- everything that was run ----------------------------------------------------------
+
+
+class Row(NamedTuple):
+  """One group in plain texts, for the overview."""
+
+  label: str
+  where: str  # benchmark and network
+  share: str  # of the images; also if the data are partial
+  difference: str  # from the config of the benchmark
+  count: str
+  numbers: tuple[str, ...]  # as OVERVIEW
+  group: Group
+
+
+OVERVIEW = {
+  "ACC (%)": ("accuracy", 2),
+  "BWT (points)": ("bwt", 2),
+  "MOPD (points)": ("mopd", 2),
+  "AOPD (points)": ("aopd", 2),
+  "growth": ("increment", 3),
+  "time (s)": ("seconds", 0),
+}
+
+
+def overview(groups: list[Group], configs: str) -> list[Row]:
+  """Every group, also those that no table of the paper has."""
+  return [_overview_row(group, configs) for group in groups]
+
+
+def _overview_row(group: Group, configs: str) -> Row:
+  numbers = []
+  for metric, decimals in OVERVIEW.values():
+    found = records.number(group, metric)
+    text = "-" if found is None else f"{found.value:z.{decimals}f}"
+    numbers.append(
+      text if not found or found.error is None else f"{text} ± {found.error:z.{decimals}f}"
+    )
+  share = f"{100 * group.fraction:g} %" + (", partial data" if group.partial else "")
+  where = f"{group.benchmark}, {group.network}"
+  label = paper.LABELS.get(group.method, group.method)
+  other = difference(group, configs)
+  return Row(label, where, share, other, count(group), tuple(numbers), group)
+
+
+def difference(group: Group, configs: str) -> str:
+  """The keys in which a group differs from the config of its benchmark."""
+  standard = paper.standard_setting(configs, group)
+  if standard is None:
+    return "no config of that benchmark and network"
+  return ", ".join(records.differences(group.setting, standard))
