@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from halrp_jax import tables
 from halrp_jax.figures import Picture
 from halrp_jax.records import Run, Skipped
-from halrp_jax.tables import Cell, Row, Table
+from halrp_jax.tables import Cell, Coverage, Row, Table
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1280px;
@@ -33,6 +33,7 @@ details pre { font-size: 12px; background: #f7f7f7; padding: .5rem; overflow-x: 
 def page(
   title: str,
   found: list[Table],
+  covered: list[Coverage],
   rows: list[Row],
   pictures: list[Picture],
   skipped: list[Skipped],
@@ -53,6 +54,7 @@ def page(
     '<h2 id="runs">All that was run</h2>',
     _overview(rows, anchor, number),
     '<h2 id="figures">Figures</h2>',
+    _coverage(covered),
     *map(_picture, pictures),
     '<h2 id="provenance">Provenance</h2>',
     *(_provenance(run, number[run.place]) for run in runs),
@@ -122,6 +124,16 @@ def _overview_row(row: Row, anchor: dict, number: dict) -> str:
 
 
 # --- the rest -------------------------------------------------------------------------
+
+
+def _coverage(covered: list[Coverage]) -> str:
+  """Which of the paper's figures the pictures below stand for."""
+  rows = (
+    f"<tr><td>{_e(c.target.name.capitalize())}: {_e(c.target.title)}</td><td>{_e(c.text)}</td>"
+    f"<td><code>{_e(tables.command(c.target))}</code></td></tr>"
+    for c in covered
+  )
+  return _table(["the paper's", "status", "command"], rows) if covered else ""
 
 
 def _picture(picture: Picture) -> str:

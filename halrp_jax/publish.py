@@ -9,7 +9,7 @@ import matplotlib
 from halrp_jax import figures, page, paper, records, tables
 from halrp_jax.figures import Picture
 from halrp_jax.records import Group, Skipped
-from halrp_jax.tables import Row, Table
+from halrp_jax.tables import Coverage, Row, Table
 from halrp_jax.types import UserError
 
 PAGE, DOCUMENT, REASONS = "index.html", "reproduction.md", "reasons.json"
@@ -18,6 +18,7 @@ _PNG_DPI = 90
 
 class Report(NamedTuple):
   tables: list[Table]
+  coverage: list[Coverage]  # of the paper's figures
   rows: list[Row]
   pictures: list[Picture]
   skipped: list[Skipped]
@@ -53,6 +54,7 @@ def collect(
     raise UserError(f"--runs={runs}: no record that can be used" + (f" ({named})" if named else ""))
   return Report(
     [tables.build(t, groups, configs, smoke) for t in targets if t.is_table],
+    [tables.coverage(t, groups, configs, smoke) for t in targets if not t.is_table],
     tables.overview(groups, configs),
     figures.draw(groups, configs),
     skipped + older,
@@ -86,7 +88,7 @@ def write(report: Report, out: str, title: str) -> None:
       for picture in report.pictures:
         (folder / "figures" / f"{picture.name}.svg").write_bytes(page.svg(picture))
       _write_pictures(report, folder / "figures")
-      text = page.page(title, report.tables, report.rows, report.pictures, report.skipped)
+      text = page.page(title, *report)
       (folder / PAGE).write_text(text)
     except OSError as e:
       raise UserError(f"--out={out}: {e.strerror or e}; choose a folder that can be written") from e
@@ -133,11 +135,15 @@ def document(report: Report, reasons: dict, command: str) -> str:
   ]
   for table in report.tables:
     target = table.target
-    command = f"`python -m halrp_jax reproduce --table={target.name.removeprefix('table ')}`"
-    lines += ["", f"## {target.name.capitalize()}: {target.title}", "", f"Run it: {command}"]
+    lines += ["", f"## {target.name.capitalize()}: {target.title}", ""]
+    lines += [f"Run it: `{tables.command(target)}`"]
     lines += ["", tables.to_status(table, reasons).rstrip()]
   lines += ["", "## All that was run", "", _overview(report.rows)]
-  lines += ["", "## Figures", ""]
+  lines += ["", "## Figures", "", "| paper | status | run it |", "|---|---|---|"]
+  for c in report.coverage:
+    name = f"{c.target.name.capitalize()}: {c.target.title}"
+    lines.append(f"| {name} | {c.text} | `{tables.command(c.target)}` |")
+  lines.append("")
   lines += [f"![{p.caption}](figures/{p.name}.png)\n\n{p.caption}\n" for p in report.pictures]
   if report.skipped:
     lines += ["## Left out", ""]

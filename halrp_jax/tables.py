@@ -132,6 +132,42 @@ def find(setting: dict | None, fraction: float | None, groups: list[Group]) -> G
   return max(found, key=lambda g: (not g.partial, g.fraction, len(g.runs)), default=None)
 
 
+class Coverage(NamedTuple):
+  """How much of a figure of the paper was run."""
+
+  target: Target
+  run: int  # settings of it
+  flagged: int  # of these: on a part of the images or of the data
+  total: int
+
+  @property
+  def text(self) -> str:
+    if not self.run:
+      return NOT_RUN
+    less = f" ({self.flagged} of them on less data)" if self.flagged else ""
+    return f"{self.run} of {self.total} settings run{less}"
+
+
+def coverage(target: Target, groups: list[Group], configs: str, smoke: bool = False) -> Coverage:
+  cells = list(build(target._replace(columns=_per_config(target)), groups, configs, smoke).cells)
+  run = [cell for cell in cells if cell.group]
+  return Coverage(target, len(run), sum(bool(cell.flags) for cell in run), len(cells))
+
+
+def _per_config(target: Target) -> tuple[Column, ...]:
+  """One column per config and share of the images, whatever is drawn of it."""
+  return tuple(
+    {(c.config, c.fraction): c._replace(metric="accuracy") for c in target.columns}.values()
+  )
+
+
+def command(target: Target) -> str:
+  kind, name = target.name.split()
+  return (
+    f"python -m halrp_jax reproduce --{kind}={name} --budget=full --data_dir=DIR --workdir=RUNS"
+  )
+
+
 # --- forms ----------------------------------------------------------------------------
 
 _FIELDS = (

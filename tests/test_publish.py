@@ -69,6 +69,18 @@ def test_what_was_not_run_says_so(published):
   assert found.text(found.paper) == "65.90 ± 2.16"
 
 
+def test_every_figure_of_the_paper_has_its_command_and_status(published):
+  names = [t.name for t in paper.TARGETS.values() if not t.is_table]
+  assert [c.target.name for c in published.coverage] == names
+  by_name = {c.target.name: c for c in published.coverage}
+  assert by_name["figure 4"].total == 30 and by_name["figure 5"].total == 16 * 4
+  assert by_name["figure 5"].run >= 2  # HALRP at 5 %, STL at 100 %
+  nothing = tables.coverage(paper.TARGETS["figure 7"], [], CONFIGS)
+  assert (nothing.text, nothing.total) == ("not run", 32)
+  command = tables.command(paper.TARGETS["figure 3a"])
+  assert "reproduce --figure=3a --budget=full" in command
+
+
 def made(value, theirs, metric="accuracy", fraction=1.0, column_fraction=1.0, partial=False):
   run = records.Run("r", {"task_ids": [0]})
   group = records.Group("stl", "b", "n", fraction, partial, {}, (run,))
