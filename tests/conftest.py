@@ -44,7 +44,7 @@ def digits_config():
       batch_size=64,
       protocol={},
       every_method={"l2": 1e-4},
-      methods_={"halrp": {"l1": 1e-5}},
+      methods_={"halrp": {"l1": 1e-5}, "ibpwf": {"fine_tune_epochs": 1}},
     )
     with config.unlocked():
       config.update_from_flattened_dict(overrides)

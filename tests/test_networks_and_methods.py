@@ -70,6 +70,7 @@ def learn_two_tasks(network, method_name, benchmark_of):
       "clr": {"bn_scope": "task"},
       "ewc": {"fisher_samples": 5},
       "gpm": {"samples": 3},
+      "ibpwf": {"fine_tune_epochs": 1},
     },
     network=network,
     epochs=2,

@@ -8,7 +8,22 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
-from halrp_jax.methods import apd, apdfix, be, bn, clr, ewc, gpm, halrp, l2, mtl, stl, wsn
+from halrp_jax.methods import (
+  apd,
+  apdfix,
+  be,
+  bn,
+  clr,
+  ewc,
+  gpm,
+  halrp,
+  ibpwf,
+  iru,
+  l2,
+  mtl,
+  stl,
+  wsn,
+)
 from halrp_jax.types import Method
 
 METHODS = {
@@ -24,6 +39,8 @@ METHODS = {
   "gpm": gpm,
   "apdfix": apdfix,
   "apd": apd,
+  "iru": iru,
+  "ibpwf": ibpwf,
 }
 
 
