@@ -44,6 +44,15 @@ def test_a_task_starts_with_new_factors_alone(digits_config):
   np.testing.assert_allclose(rest["fc1"]["bias"], 0, atol=1e-9)
 
 
+def test_a_task_can_start_where_the_one_before_ended(digits_config):
+  config = digits_config("iru", **{"method.start": "task_before", "learning_rate": 1e-12})
+  states, *_ = learn(config)
+  for _, z in states[-1].tasks[-1]["z"].items():
+    np.testing.assert_allclose(z[:13], 1, atol=1e-6)
+  fresh = [task["rest"]["head"]["kernel"] for task in states[-1].tasks]
+  assert not np.allclose(fresh[0], fresh[1])
+
+
 def test_mean_squared_error_of_the_softmax():
   logits = jnp.array([[1.0, 2.0, 0.5, 9.0], [0.0, -1.0, 3.0, 9.0]])
   label = jnp.array([1, 0])

@@ -7,11 +7,12 @@ new u_k and v_k and the selector s_t of all; the factors of the tasks before are
 |-------|-------------------------|---------|
 | u, v  | shared["A"], ["B"]      | columns and rows, zeros where later tasks will put theirs |
 | s_t   | tasks[t]["z"]           | selector, real numbers |
-| -     | tasks[t]["rest"], ["stats"] | biases, BatchNorm, head: all fresh |
+| -     | tasks[t]["rest"], ["stats"] | biases, BatchNorm, head |
 | r1, r2 | method.{first_factors,factors} | of the first and of each later task, per layer |
 
 At first u, v and the head's kernel are orthogonal, biases 0, the selector 1 for new factors and 0
-for those of earlier tasks. Nothing is forgotten.
+for those of earlier tasks. Nothing is forgotten. method.start = "task_before" is ours: with few
+steps per task the selector hardly leaves 0, and what earlier tasks learned stays unused.
 
 configs/iru_pmnist20.py is the published notebook: method.loss = "mse" on the softmax, raw pixels,
 first_rate. Convolutions, weight decay and BatchNorm are ours: its network has none of them. A
@@ -34,6 +35,12 @@ from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 KEYS = validate.NETWORK_KEYS | {
   "first_factors": validate.whole(11, 1, None, "r1: factors of every layer in the first task"),
   "factors": validate.whole(1, 1, None, "r2: factors that each later task adds to every layer"),
+  "start": validate.one_of(
+    "fresh",
+    ("fresh", "task_before"),
+    "where a task starts beside its new factors: selector, biases and BatchNorm from nothing, or "
+    "those of the task before",
+  ),
   "loss": validate.one_of(
     "cross_entropy", ("cross_entropy", "mse"), "mse: between softmax and one-hot labels"
   ),
@@ -103,9 +110,17 @@ def make(config, model, benchmark) -> Method:
     new, at = ranks[min(t, 1)], num_factors(t)
     frozen = shared | {"at": {n: jnp.int32(i) for n, i in at.items()}}
     head_key, *keys = jax.random.split(factor_key, 1 + len(shapes))
+    z = {n: jnp.zeros(width[n]) for n in shapes}
+    rest = _without_biases(perturb.split(params)[1], shapes)
+    head = {
+      k: _orthogonal(head_key, x.shape) if k == "kernel" else x
+      for k, x in rest[perturb.HEAD].items()
+    }
+    if t and m.start == "task_before":
+      z, rest, stats = (state.tasks[-1][k] for k in ("z", "rest", "stats"))
     start = _draw_factors(keys, shapes, new) | {
-      "z": {n: _ones_at(width[n], at[n], new[n]) for n in shapes},
-      "rest": _start(head_key, perturb.split(params)[1], shapes),
+      "z": {n: jnp.where(_places(width[n], at[n], new[n]), 1.0, x) for n, x in z.items()},
+      "rest": rest | {perturb.HEAD: head},
     }
     phase = store.child("train")
     got, stats = fits[min(t, 1)](start, stats, frozen, task, fit_key, config.epochs, phase)
@@ -147,18 +162,12 @@ def _draw_factors(keys, shapes, num):
   return {"u": u, "v": v}
 
 
-def _ones_at(width: int, at: int, num: int) -> jax.Array:
-  z = np.zeros(width, np.float32)
-  z[at : at + num] = 1
-  return jnp.asarray(z)
+def _places(width: int, at: int, num: int) -> np.ndarray:
+  """Which of a dictionary's factors are the `num` ones from `at` on."""
+  return (np.arange(width) >= at) & (np.arange(width) < at + num)
 
 
-def _start(key, rest, shapes):
-  """A task's own parameters: an orthogonal head, no bias."""
-  biases, others = perturb.split_biases(rest, shapes)
-  head = {
-    k: _orthogonal(key, x.shape) if k == "kernel" else jnp.zeros_like(x)
-    for k, x in rest[perturb.HEAD].items()
-  }
-  biases = jax.tree.map(jnp.zeros_like, biases)
-  return perturb.join_biases(biases, others | {perturb.HEAD: head})
+def _without_biases(rest, shapes):
+  """Everything but the kernels, all biases 0."""
+  biases, others = perturb.split_biases(rest, (*shapes, perturb.HEAD))
+  return perturb.join_biases(jax.tree.map(jnp.zeros_like, biases), others)
