@@ -19,7 +19,7 @@ NO_FORGETTING = {
   "wsn": {},
   "clr": {"method.bn_scope": "task"},
   "apdfix": {},
-  "iru": {},
+  "iru": {"epochs": 6, "learning_rate": 1e-2, "method.factors": 4},
   "ibpwf": {"epochs": 6, "learning_rate": 1e-2},
 }
 FROZEN_BASE = (

@@ -228,7 +228,7 @@ def _draw(key, shapes, num_factors, alpha_share: float):
     pi = np.clip((alpha / (alpha + 1)) ** np.arange(1, f + 1), _LEAST, _MOST)
     shared["A"][n], shared["B"][n] = xavier(a_key, (d, f)), xavier(b_key, (f, j))
     shared["p"][n] = jnp.asarray(np.log(pi / (1 - pi)), jnp.float32)
-    shared["log_c"][n], shared["log_d"][n] = jnp.full(f, math.log(alpha)), jnp.zeros(f)
+    shared["log_c"][n], shared["log_d"][n] = jnp.full(f, math.log(alpha), jnp.float32), jnp.zeros(f)
     shared["used"][n] = jnp.zeros(f)
   return shared
 
