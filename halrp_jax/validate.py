@@ -154,6 +154,7 @@ DATA_KEYS = {
   "cache": text(
     "", "folder for decoded images, or off; default: halrp_jax/data in $XDG_CACHE_HOME or ~/.cache"
   ),
+  "normalise": flag(True, "pixels are normalised; false: the network gets them from 0 to 255"),
   "mnist_size": Key(
     32,
     "28 or 32",

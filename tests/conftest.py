@@ -47,6 +47,7 @@ def digits_config():
       methods_={
         "halrp": {"l1": 1e-5},
         "prd": {"epochs": 20, "augment": "none"},
+        "ibpwf": {"fine_tune_epochs": 1},
       },
     )
     with config.unlocked():

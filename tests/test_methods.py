@@ -9,7 +9,8 @@ from halrp_jax.types import Benchmark, Store
 
 NUM_TASKS = 3
 QUIET = Store("test", lambda event: None)
-# methods that forget nothing, and what switches off the only source of forgetting they may have
+# methods that forget nothing, and what switches off the only source of forgetting they may have, or
+# what one needs to learn anything at all
 NO_FORGETTING = {
   "halrp": {"method.prune": "none"},
   "stl": {},
@@ -19,6 +20,8 @@ NO_FORGETTING = {
   "clr": {"method.bn_scope": "task"},
   "apdfix": {},
   "bmkp": {},
+  "iru": {"epochs": 6, "learning_rate": 1e-2, "method.factors": 4},
+  "ibpwf": {"epochs": 6, "learning_rate": 1e-2},
 }
 FROZEN_BASE = (
   "halrp",
@@ -38,7 +41,8 @@ NO_PENALTY = ("prd", "wsn")
 SAME_FIRST_TASK = ("halrp", "bn", "be", "l2", "ewc", "gpm", "apdfix")
 # least accuracy on tasks that were not the last: methods that forget, or that can hardly learn
 # anything on a frozen network without BatchNorm (chance is 0.1)
-LEAST = {"l2": 0.3, "ewc": 0.3, "clr": 0.3, "wsn": 0.5}
+LEAST = {"l2": 0.3, "ewc": 0.3, "clr": 0.3, "wsn": 0.5, "ibpwf": 0.3}
+NO_BASE = ("iru", "ibpwf", "bmkp")  # what is kept of a network may be smaller than the network
 
 
 def learn(config) -> tuple[list, Benchmark, object]:
@@ -131,12 +135,12 @@ SIZES = {
   "clr": (0, HEAD, 0),
   "apdfix": (0, None, 0),
   "apd": (None, None, 3 * 4 * 81920),  # its first task has a tau already
+  "iru": (11 * (320 + 512) + 2 * 11 + HEAD + 512 - 85002, None, 0),
+  "ibpwf": (None, None, None),  # as many as it finds: tests/test_ibpwf.py
   "wsn": (81920 // 32, 81920 // 32 + HEAD, 81920 + 81920 // 32),
   "bmkp": (None, None, FEATURES),
   "prd": (PROJECTION, PROTOTYPES, PROJECTION + FEATURES + 3 * PROTOTYPES),
 }
-# what is kept of a network may be smaller than the network
-SMALLER = ("bmkp",)
 
 
 def test_sizes_are_those_of_the_table(learned, method_name, digits_config):
@@ -148,7 +152,7 @@ def test_sizes_are_those_of_the_table(learned, method_name, digits_config):
     assert b.dense >= a.dense and b.paper >= a.paper
   for s in sizes:
     assert s.base == FEATURES + (PROTOTYPES if method_name in NO_HEAD_BIAS else HEAD)
-    assert s.base <= s.dense or method_name in SMALLER
+    assert s.base <= s.dense or method_name in NO_BASE
     assert 0 <= s.nonzero <= s.dense and s.training_only >= 0 and s.mask_bits >= 0
   first, per_task, training_only = SIZES.get(method_name, (0, None, None))
   assert first is None or sizes[0].paper == sizes[0].base + first
@@ -231,7 +235,7 @@ def test_runs_repeat_to_the_bit(record, digits_config, method_name):
 
 
 # networks that a method trains, each with its own two traces: a full batch and the last one
-NUM_FITS = {"halrp": 2, "bn": 2, "be": 2, "clr": 2, "apdfix": 2, "bmkp": 3}
+NUM_FITS = {"halrp": 2, "bn": 2, "be": 2, "clr": 2, "apdfix": 2, "bmkp": 3, "iru": 2, "ibpwf": 2}
 NUM_FITS |= {"gpm": 6, "apd": 6}  # one per width of its bases, of the stack of earlier tasks
 # after the second task: HALRP's pruning, where growth first passes its bound; GPM's bases and
 # APD's stack widen

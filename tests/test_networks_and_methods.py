@@ -71,6 +71,7 @@ def learn_two_tasks(network, method_name, benchmark_of):
       "ewc": {"fisher_samples": 5},
       "gpm": {"samples": 3},
       "prd": {"epochs": 2},
+      "ibpwf": {"fine_tune_epochs": 1},
     },
     network=network,
     epochs=2,

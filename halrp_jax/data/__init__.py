@@ -70,6 +70,7 @@ def load(config) -> Benchmark:
   if lacks and not config.allow_partial:
     more = f" (and {len(lacks) - 1} more)" if len(lacks) > 1 else ""
     raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
+  tasks = tasks if config.data.normalise else [_raw(task) for task in tasks]
   tasks = {task.id: _hold_out(task, config) for task in tasks}
   split_hash = _hash(tasks.values())
   image = jax.device_put(next(iter(tasks.values())).train.image)  # one array for all tasks
@@ -142,6 +143,12 @@ def _lacks(tasks: list[Task], outline: Outline) -> list[str]:
           f"{ask:,} of the protocol"
         )
   return lines
+
+
+def _raw(task: Task) -> Task:
+  """Network inputs from 0 to 255."""
+  mean, std = np.zeros_like(task.inputs.mean), np.full_like(task.inputs.std, 1 / 255)
+  return task._replace(inputs=task.inputs._replace(mean=mean, std=std))
 
 
 def _hold_out(task: Task, config) -> Task:

@@ -18,6 +18,8 @@ from halrp_jax.methods import (
   ewc,
   gpm,
   halrp,
+  ibpwf,
+  iru,
   l2,
   mtl,
   prd,
@@ -41,6 +43,8 @@ METHODS = {
   "apd": apd,
   "bmkp": bmkp,
   "prd": prd,
+  "iru": iru,
+  "ibpwf": ibpwf,
 }
 
 

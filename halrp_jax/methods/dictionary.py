@@ -1,0 +1,81 @@
+"""What IRU and IBPWF share: a dictionary of rank-1 factors per layer, W_t = A diag(z_t) B.
+
+| symbol | here               | meaning |
+|--------|--------------------|---------|
+| A, B   | shared["A"], ["B"] | [d, F], [F, J] by layer; a kernel seen as a matrix is [d, J] |
+| z_t    | tasks[t]["z"]      | [F] by layer; 0 where task t doesn't use a factor |
+
+Factors that a task uses never change again, and those that come later meet zeros in its z: its
+outputs stay the same bits. F is that of the last task from the beginning.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from halrp_jax import perturb, train
+from halrp_jax.types import Size, State
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # of the kernels by layer
+
+
+def kernel_shapes(initialize: Callable) -> Shapes:
+  """Of the layers that have factors; `initialize` as `train.make_initialize` builds it."""
+  params, _ = jax.eval_shape(initialize, jax.random.key(0))
+  return perturb.split(params)[0]
+
+
+def matrix_shape(kernel) -> tuple[int, int]:
+  """(d, J): inputs, for a convolution kh * kw * I of them, and outputs."""
+  return math.prod(kernel.shape[:-1]), kernel.shape[-1]
+
+
+def compose(a, b, z, shapes: Shapes) -> dict[str, jax.Array]:
+  """A diag(z) B as kernels by layer."""
+  return {n: ((a[n] * z[n][None]) @ b[n]).reshape(s.shape) for n, s in shapes.items()}
+
+
+def make_predict(model, shapes: Shapes) -> Callable:
+  """Builds `Method.predict`."""
+
+  @jax.jit
+  def logits_fn(a, b, learned, image):
+    weights = perturb.join(compose(a, b, learned["z"], shapes), learned["rest"])
+    return train.apply_model(model, weights, learned["stats"], image, False, None)[0]
+
+  def predict(state, t, image):
+    learned = state.tasks[t]
+    logits = logits_fn(state.shared["A"], state.shared["B"], learned, image)
+    return logits[:, : int(learned["num_classes"])]
+
+  return predict
+
+
+def size(state: State, shapes: Shapes, used, coefficients: int, masks: int, training: int) -> Size:
+  """Counts in numbers. There is no dense base: a model may be smaller than the network.
+
+  Args:
+    state: its tasks hold "rest", "stats", "num_classes".
+    shapes: from `kernel_shapes`.
+    used: by layer, how many factors some task uses.
+    coefficients: numbers that all z have.
+    masks: bits that say which factors these belong to.
+    training: numbers kept for training alone.
+  """
+  classes = [int(p["num_classes"]) for p in state.tasks]
+  first, *later = (
+    train.count_rest(p["rest"], shapes, k) for p, k in zip(state.tasks, classes, strict=True)
+  )
+  base = train.network_count(shapes, state.tasks[0]["rest"], classes[0])
+  factors = sum(int(used[n]) * sum(matrix_shape(s)) for n, s in shapes.items())
+  counted = factors + coefficients + first.counted + first.biases + sum(c.counted for c in later)
+  uncounted = train.count_leaves([p["stats"] for p in state.tasks]) + sum(c.biases for c in later)
+  dense = counted + uncounted
+  return Size(base, dense, dense, masks, training, counted)
+
+
+def in_use(learned) -> dict[str, int]:
+  """By layer, how many factors a task uses."""
+  return {n: int(np.count_nonzero(z)) for n, z in learned["z"].items()}
