@@ -26,7 +26,13 @@ def get_config(method: str = "iru"):
     },
     data_={"normalise": False},
     methods_={
-      "iru": {"first_factors": 11, "factors": 1, "loss": "mse", "first_rate": 0.1},
+      "iru": {
+        "first_factors": 11,
+        "factors": 1,
+        "start": "fresh",
+        "loss": "mse",
+        "first_rate": 0.1,
+      },
       "halrp": {"importance_split": "train"},  # there are no validation images
     },
   )

@@ -101,6 +101,18 @@ def test_used_factors_stay_the_same_bits_and_others_learn(digits_config):
         ].sum() == 0
 
 
+@pytest.mark.parametrize("start", ["fresh", "task_before"])
+def test_a_task_starts_fresh_or_where_the_one_before_ended(start, digits_config):
+  config = digits_config("ibpwf", **{"method.start": start, "learning_rate": 1e-12})
+  states, *_ = learn(config)
+  first, second = (s.shared["r"]["fc1"] for s in states[:2])
+  biases = [task["rest"]["fc1"]["bias"] for task in states[1].tasks]
+  for a, b in ((first, second), biases):
+    assert np.allclose(a, b, atol=1e-6) == (start == "task_before")
+  heads = [task["rest"]["head"]["kernel"] for task in states[1].tasks]
+  assert not np.allclose(*heads)
+
+
 def test_prediction_takes_what_is_probable_alone():
   p, r = jnp.array([-1.0, 0.0, 2.0]), jnp.array([1.0, 2.0, -3.0])
   want = [0, 0.5 * 2, -3 / (1 + np.exp(-2))]
@@ -120,7 +132,7 @@ def test_size_counts_the_factors_in_use(digits_config):
     assert got.dense == got.paper + (len(state.tasks) - 1) * 512
     assert got.mask_bits == len(state.tasks) * (64 + 256)
     spare = sum(len(used[n]) * k for n, k in lengths.items()) - factors
-    assert got.training_only == spare + 3 * 320 + 10
+    assert got.training_only == spare + 4 * 320 + 10
 
 
 def test_the_sampled_phase_draws_anew_at_every_step_and_repeats(digits_config):
@@ -140,8 +152,8 @@ def test_the_sampled_phase_draws_anew_at_every_step_and_repeats(digits_config):
   task = benchmark.tasks[0]
   state, _ = method.learn(method.init(None, benchmark), (task,), jax.random.key(0), QUIET)
   objective, learned = seen[0], state.tasks[0]
-  params = {k: state.shared[k] for k in ("A", "B", "p", "log_c", "log_d")}
-  params |= {"r": learned["z"], "rest": learned["rest"]}
+  params = {k: state.shared[k] for k in ("A", "B", "p", "r", "log_c", "log_d")}
+  params |= {"rest": learned["rest"]}
   image, label = train.load_batch(task.train, task.inputs, np.arange(32))
   batch = train.Batch(image, label, jnp.int32(10), None)
   frozen = {"num_images": jnp.float32(1000)}

@@ -31,7 +31,9 @@ def test_factors_of_earlier_tasks_stay_the_same_bits(digits_config):
 
 def test_a_task_starts_with_new_factors_alone(digits_config):
   """Orthonormal ones, and an orthogonal head; told by a learning rate that moves nothing."""
-  config = digits_config("iru", **{"learning_rate": 1e-12, "method.factors": 4})
+  config = digits_config(
+    "iru", **{"method.start": "fresh", "learning_rate": 1e-12, "method.factors": 4}
+  )
   states, benchmark, method = learn(config)
   z = np.asarray(states[1].tasks[1]["z"]["fc1"])
   np.testing.assert_allclose(z, np.isin(np.arange(len(z)), range(11, 15)), atol=1e-6)

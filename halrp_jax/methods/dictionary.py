@@ -15,9 +15,17 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from halrp_jax import perturb, train
+from halrp_jax import perturb, train, validate
 from halrp_jax.types import Size, State
 
+KEYS = validate.NETWORK_KEYS | {
+  "start": validate.one_of(
+    "task_before",
+    ("fresh", "task_before"),
+    "where a task's weights of the factors, biases and BatchNorm start: from nothing, or where the "
+    "task before ended",
+  ),
+}
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # of the kernels by layer
 
 

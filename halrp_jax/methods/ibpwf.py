@@ -7,7 +7,8 @@ cross-entropy + (KL_b + KL_v + KL_r) / N, N training images.
 |----------|-------------------------|---------|
 | A, B     | shared["A"], ["B"]      | [d, F], [F, J]; what a task has used is frozen |
 | pi_t     | sigmoid of shared["p"]  | q(b_t[k] = 1) of the last task, where the next starts |
-| b_t, r_t | tasks[t]["z"]           | pi_t * r_t where pi_t >= kappa, else 0 |
+| r_t      | shared["r"]             | weights of the factors, as the last task left them |
+| b_t * r_t | tasks[t]["z"]          | in prediction pi_t * r_t where pi_t >= kappa, else 0 |
 | c, d     | shared["log_c"], ["log_d"] | v_k ~ Kumaraswamy(c_k, d_k), sticks of the buffet |
 | -        | shared["used"]          | [F], factors with pi >= kappa in some task so far |
 | alpha    | method.alpha_share * F  | prior: v_k ~ Kumaraswamy(alpha, 1), pi_k = v_1 ... v_k |
@@ -18,6 +19,9 @@ Phases: 1. b is sampled, relaxed to sigmoid((p + logistic noise) / lambda); KL_b
 against a sampled stick-breaking prior, KL_v against c, d of the task before, KL_r against
 N(0, 0.1^2). 2. the last method.fine_tune_epochs are on the cross-entropy alone with z as in
 prediction. Used factors get no updates in either. Nothing is forgotten.
+
+Its program draws r_t anew for permuted MNIST (method.start = "fresh") and says that starting from
+r_{t-1} did for split MNIST ("task_before", here with biases and BatchNorm).
 
 As in its program l2 on the kernels takes the place of KL_r: with l2 > 0 there is none. Different
 from it: the series in KL_v is an integral over 32 places, good to 1e-4; biases are the task's own
@@ -41,7 +45,7 @@ _PRIOR_SCALE = 0.1  # of r
 _LEAST, _MOST = 0.001, 0.999  # probabilities in densities are held between
 _PLACES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
-KEYS = validate.NETWORK_KEYS | {
+KEYS = dictionary.KEYS | {
   "factors": validate.whole(
     400, 1, None, "F at most; a layer has no more than its outputs, a dense one than its inputs"
   ),
@@ -119,8 +123,12 @@ def make(config, model, benchmark) -> Method:
     init_key, draw_key, r_key, fit_key, tune_key = jax.random.split(key, 5)
     params, stats = initialize(init_key)
     shared = state.shared or _draw(draw_key, shapes, num_factors, m.alpha_share)
-    start = {k: x for k, x in shared.items() if k != "used"}
+    start = {k: x for k, x in shared.items() if k not in ("used", "r")}
     start |= {"r": _draw_r(r_key, num_factors), "rest": perturb.split(params)[1]}
+    if state.tasks and m.start == "task_before":
+      before, head = state.tasks[-1], params[perturb.HEAD]
+      start |= {"r": shared["r"], "rest": before["rest"] | {perturb.HEAD: head}}
+      stats = before["stats"]
     frozen = {k: shared[k] for k in ("used", "log_c", "log_d")}
     frozen |= {"num_images": jnp.float32(len(task.train.index))}
     epochs = config.epochs - m.fine_tune_epochs
@@ -132,17 +140,17 @@ def make(config, model, benchmark) -> Method:
     used = {n: jnp.maximum(x, z[n] != 0) for n, x in shared["used"].items()}
     num_classes = jnp.int32(task.num_classes)
     learned = {"z": z, "rest": got["rest"], "stats": stats, "num_classes": num_classes}
-    shared = {k: got[k] for k in ("A", "B", "p")} | sticks | {"used": used}
+    shared = {k: got[k] for k in ("A", "B", "p", "r")} | sticks | {"used": used}
     return State(shared, (*state.tasks, learned)), {"ranks": dictionary.in_use(learned)}
 
   def size(state):
-    """`training_only`: the factors that no task uses yet, p, c and d; a bit for `used`."""
+    """`training_only`: the factors that no task uses yet, p, r, c, d; a bit for `used`."""
     used = {n: int(x.sum()) for n, x in state.shared["used"].items()}
     lengths = {n: sum(dictionary.matrix_shape(s)) for n, s in shapes.items()}
     spare = sum((num_factors[n] - used[n]) * k for n, k in lengths.items())
     total = sum(num_factors.values())
     coefficients = sum(sum(dictionary.in_use(p).values()) for p in state.tasks)
-    training = spare + 3 * total + -(-total // 32)
+    training = spare + 4 * total + -(-total // 32)
     return dictionary.size(state, shapes, used, coefficients, total * len(state.tasks), training)
 
   predict = dictionary.make_predict(model, shapes)

@@ -10,9 +10,10 @@ new u_k and v_k and the selector s_t of all; the factors of the tasks before are
 | -     | tasks[t]["rest"], ["stats"] | biases, BatchNorm, head |
 | r1, r2 | method.{first_factors,factors} | of the first and of each later task, per layer |
 
-At first u, v and the head's kernel are orthogonal, biases 0, the selector 1 for new factors and 0
-for those of earlier tasks. Nothing is forgotten. method.start = "task_before" is ours: with few
-steps per task the selector hardly leaves 0, and what earlier tasks learned stays unused.
+At first u, v and the head's kernel are orthogonal, the selector is 1 for new factors; for those of
+earlier tasks it is 0 and biases are too (method.start = "fresh", the notebook's), or both are what
+they were in the task before ("task_before"): with few steps per task the selector hardly leaves 0,
+and what earlier tasks learned stays unused. Nothing is forgotten.
 
 configs/iru_pmnist20.py is the published notebook: method.loss = "mse" on the softmax, raw pixels,
 first_rate. Convolutions, weight decay and BatchNorm are ours: its network has none of them. A
@@ -32,15 +33,9 @@ from halrp_jax import perturb, train, validate
 from halrp_jax.methods import dictionary
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 
-KEYS = validate.NETWORK_KEYS | {
+KEYS = dictionary.KEYS | {
   "first_factors": validate.whole(11, 1, None, "r1: factors of every layer in the first task"),
   "factors": validate.whole(1, 1, None, "r2: factors that each later task adds to every layer"),
-  "start": validate.one_of(
-    "fresh",
-    ("fresh", "task_before"),
-    "where a task starts beside its new factors: selector, biases and BatchNorm from nothing, or "
-    "those of the task before",
-  ),
   "loss": validate.one_of(
     "cross_entropy", ("cross_entropy", "mse"), "mse: between softmax and one-hot labels"
   ),
