@@ -46,7 +46,7 @@ def digits_config():
       every_method={"l2": 1e-4},
       methods_={
         "halrp": {"l1": 1e-5},
-        "prd": {"epochs": 20, "augment": "none"},
+        "prd": {"epochs": 6, "augment": "none", "learning_rate": 7e-3, "momentum": 0.3},
         "ibpwf": {"fine_tune_epochs": 1},
       },
     )

@@ -7,6 +7,7 @@ import pytest
 
 from halrp_jax import experiment, train
 from halrp_jax.methods import prd
+from halrp_jax.types import Store
 
 
 def random(*shape, seed=0):
@@ -143,3 +144,20 @@ def test_jitter_is_brightness_contrast_and_saturation():
   weights = np.array([0.299, 0.587, 0.114])
   ratio = (got @ weights).mean((1, 2)) / (np.asarray(image) @ weights).mean((1, 2))
   assert 0.6 - 1e-5 <= ratio.min() < 0.62 and 1.38 < ratio.max() <= 1.4 + 1e-5
+
+
+def test_with_running_statistics_an_image_is_predicted_alone(digits_config):
+  keys = {"method.batch_norm": "running", "method.epochs": 1, "train_fraction": 0.1}
+  config = experiment.resolve(digits_config("prd", network="lenet", **keys))
+  benchmark, _, method = experiment.build(config)
+  state = method.init(jax.random.key(0), benchmark)
+  for t in range(2):
+    before = state.shared
+    state, _ = method.learn(
+      state, (benchmark.tasks[t],), jax.random.key(t), Store("", lambda event: None)
+    )
+  moved = jax.tree.map(lambda a, b: a - b, state.shared["stats"], before["stats"])
+  assert largest(moved) > 0
+  image = jnp.asarray(random(5, 8, 8, 1))
+  whole = method.predict(state, 0, image)
+  np.testing.assert_allclose(method.predict(state, 0, image[:1]), whole[:1], atol=1e-5)
