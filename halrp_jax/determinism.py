@@ -32,7 +32,7 @@ def require() -> None:
     return
   if xla_bridge.backends_are_initialized():
     raise UserError(
-      "deterministic = True comes too late: JAX is at work in this process already; begin with this "
-      f"run, or set XLA_FLAGS={FLAG}=true before the start"
+      "deterministic = True comes too late: JAX is at work in this process already; begin with "
+      f"this run, or set XLA_FLAGS={FLAG}=true before the start"
     )
   os.environ["XLA_FLAGS"] = " ".join([*flags, f"{FLAG}=true"])
