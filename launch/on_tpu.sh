@@ -49,7 +49,8 @@ run() { # BUCKET WORKDIR MODULE ARGUMENTS...
   mkdir -p "$(dirname "$workdir")"
   if flock --nonblock "$workdir.busy" true; then # else it is at work
     rm -f "$workdir.code"
-    setsid nohup launch/on_tpu.sh work "$@" >"$workdir.log" 2>&1 </dev/null &
+    : >"$workdir.log" # there before `tail` looks
+    setsid nohup launch/on_tpu.sh work "$@" >>"$workdir.log" 2>&1 </dev/null &
     echo $! >"$workdir.pid"
   fi
   tail -n +1 -f --pid="$(<"$workdir.pid")" "$workdir.log"
@@ -102,9 +103,13 @@ pull() { # BUCKET WORKDIR
   gcloud storage rsync --recursive "$1" "$2.part" && mv "$2.part" "$2"
 }
 
-push_regularly() { # BUCKET WORKDIR
-  trap - TERM INT HUP
-  while sleep "${HALRP_PUSH_SECONDS:-120}"; do
+push_regularly() { # BUCKET WORKDIR; SIGTERM ends it between two copies
+  local pause=""
+  trap 'kill "$pause" 2>/dev/null || true; exit' TERM
+  while :; do
+    sleep "${HALRP_PUSH_SECONDS:-120}" &
+    pause=$!
+    wait "$pause"
     push "$1" "$2" || echo "warning: a copy to $1 failed; the next may do"
   done
 }

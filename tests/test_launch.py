@@ -1,5 +1,6 @@
 """launch/: the scripts, with stand-ins for gcloud, sbatch, scontrol and the program itself."""
 
+import json
 import os
 import pathlib
 import shlex
@@ -138,8 +139,6 @@ class Fake:
     return process.returncode, out, err
 
   def calls(self):
-    import json
-
     path = self.root / "calls"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -500,6 +499,18 @@ def test_a_machine_that_goes_down_stops_the_run_and_keeps_it(fake, vm):
   assert files(fake.root / "b/vm") == {"config.json"}
 
 
+def test_a_run_is_copied_while_it_is_at_work(fake, vm):
+  (fake.root / "wait").touch()
+  fake.env["HALRP_PUSH_SECONDS"] = "0.1"
+  process = fake.start("launch/on_tpu.sh", "run", "gs://b/vm", "runs/vm", "x", cwd=vm)
+  fake.wait_for("started")
+  (vm / "runs/vm/config.json").write_text("{}")
+  fake.wait_for("b/vm/config.json")
+  (fake.root / "go").touch()
+  process.communicate(timeout=60)
+  assert process.returncode == 0 and files(fake.root / "b/vm") == RESULT
+
+
 # --- launch/slurm.sh ------------------------------------------------------------------
 
 SWEEP = ("--config=configs/digits.py", "--workdir=my runs")
@@ -565,9 +576,9 @@ def test_every_shard_has_cores_of_its_own(fake):
   for i in range(SHARDS):
     mine = [t.removeprefix(f"[{i}] ") for t in out.splitlines() if t.startswith(f"[{i}] ")]
     words = ["-m", "halrp_jax", "sweep", *SWEEP[:1], "--workdir=my runs", f"--shard={i}/{SHARDS}"]
-    assert mine[:-1] == [f"<{w}>" for w in words], err
-    used.append(mine[-1].split()[-1])
-  assert len(set(used)) == SHARDS
+    assert [line for line in mine if line.startswith("<")] == [f"<{w}>" for w in words], err
+    used += [line.split()[-1] for line in mine if line.startswith("Cpus_allowed_list")]
+  assert len(used) == len(set(used)) == SHARDS
 
 
 def test_local_codes_and_dry_run(fake):
