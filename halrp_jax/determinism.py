@@ -12,9 +12,8 @@ FLAG = "--xla_gpu_deterministic_ops"
 def require() -> None:
   """Puts --xla_gpu_deterministic_ops into XLA_FLAGS, for this process and those it starts.
 
-  XLA reads the variable once, when its first backend starts. The flag rules out kernels whose sums
-  come in another order each time, and the choice of kernels by stopwatch. It means nothing on other
-  platforms.
+  XLA reads the variable once, when its first backend starts. With the flag it promises the same
+  bits from run to run on one kind of GPU; on other platforms it means nothing.
 
   Raises:
     UserError: if it would come too late, or XLA_FLAGS says something else.
