@@ -429,6 +429,45 @@ def files(folder):
   return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
+# The system's Python: makes environments whose Python writes down how it is called.
+SYSTEM_PYTHON = """#!/usr/bin/env bash
+[ -e "$FAKE/python_is_old" ] && exit 1
+[ "$1" = -c ] && exit 0
+mkdir -p "$3/bin" && cp "$FAKE/environment_python" "$3/bin/python"
+"""
+NAMES = ("python3.13", "python3.12", "python3.11", "python3")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_install_on_the_vm(fake, vm, old):
+  shutil.rmtree(vm / ".venv")
+  executable(fake.root / "environment_python", RECORDER)
+  for name in NAMES:
+    executable(fake.root / "bin" / name, SYSTEM_PYTHON)
+  executable(fake.root / "bin/sudo", '#!/bin/sh\necho "$*" >>$FAKE/sudo; rm -f $FAKE/python_is_old\n')
+  if old:
+    (fake.root / "python_is_old").touch()
+  (fake.root / "b/data").mkdir(parents=True)
+  (fake.root / "b/data/images").touch()
+  code, _, err = on_vm(fake, vm, "install", "gs://b/data")
+  assert code == 0, err
+  assert (fake.root / "sudo").exists() == old and (vm / "data/images").exists()
+  pip = ["python", "-m", "pip", "install", "--quiet"]
+  assert [c for c in fake.calls() if c[0] == "python"] == [
+    [*pip, "--upgrade", "pip"],
+    [*pip, "--editable", ".", "jax[tpu]"],
+    ["python", "-m", "halrp_jax", "doctor"],
+  ]
+  assert (vm / ".venv/installed").exists()
+
+
+def test_an_install_that_failed_is_not_taken_for_done(fake, vm):
+  (vm / ".venv/installed").unlink()
+  (fake.root / "code").write_text("1")  # of every call of Python
+  assert on_vm(fake, vm, "install", "")[0] == 1
+  assert not (vm / ".venv/installed").exists()
+
+
 RESULT = {"config.json", "metrics.jsonl", "checkpoints/state-0001/x"}
 
 
