@@ -19,6 +19,7 @@ import halrp_jax
 from halrp_jax import (
   checkpoint,
   data,
+  determinism,
   methods,
   metrics,
   models,
@@ -224,6 +225,8 @@ def run(
   if not overwrite and (record := workdir.finished_record(path, config.to_dict())):
     show({"event": "finished"})
     return record
+  if config.deterministic:
+    determinism.require()
   benchmark, _, method = build(config)
   strict = config.checkpoint.strict
   with (

@@ -97,6 +97,11 @@ KEYS = {
     "the CPU only where the network has no plain convolution",
   ),
   "parallel": one_of("none", ("none",), "how training is spread over devices"),
+  "deterministic": flag(
+    False,
+    "GPU: only kernels that give the same bits every time (XLA's --xla_gpu_deterministic_ops), "
+    "which may be slower; on the CPU it is always so",
+  ),
   "allow_partial": flag(False, "go on with less data than the protocol needs, and say so"),
 }
 PROTOCOL_KEYS = {

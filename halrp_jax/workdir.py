@@ -40,11 +40,12 @@ RECORD, METRICS, CONFIG, LOCK, CHECKPOINTS = (
   "lock",
   "checkpoints",
 )
-NEUTRAL_KEYS = (  # change no result
+NEUTRAL_KEYS = (  # change no result, deterministic the rounding at most
   "data_dir",
   "data.cache",
   "checkpoint.every_epochs",
   "checkpoint.strict",
+  "deterministic",
 )
 _KEPT_STATES = 2
 

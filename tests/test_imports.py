@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "halrp_jax"
 LAYERS = (
   {"types", "allocator", "stop"},
-  {"lowrank", "bases", "metrics", "validate", "layers", "data", "compile_cache"},
+  {"lowrank", "bases", "metrics", "validate", "layers", "data", "compile_cache", "determinism"},
   {"perturb", "models"},
   {"train", "checkpoint"},
   {"methods"},

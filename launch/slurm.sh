@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=halrp
+#SBATCH --output=slurm-%A_%a.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+# A sweep as a Slurm array: every task of the array does its shard. Submits itself.
+#
+#   launch/slurm.sh --shards=N [--python=PATH] [--dry_run] [SBATCH FLAGS] -- ARGUMENTS OF SWEEP
+#   launch/slurm.sh --shards=8 --gres=gpu:1 --time=4:00:00 -- --config=configs/cifar100_split.py \
+#     --config.data_dir=/data --methods=halrp,stl --orders=all --workdir=/shared/split
+#
+# All nodes must share the workdir. Two minutes before its time is up a task stops (exit code 75) and
+# is put back into the queue, where it goes on. One that is preempted stops the same way, and Slurm
+# itself puts it back; one that is cancelled stays away. Among the flags, --array=... does some of
+# the shards only.
+set -euo pipefail
+
+in_job=""
+if [ "${1:-}" = in_job ]; then # Slurm runs a copy of this file, which lies elsewhere
+  in_job=yes root=$2
+  shift 2
+else
+  root=$(cd "$(dirname "$0")/.." && pwd)
+fi
+# shellcheck source=launch/common.sh
+source "$root/launch/common.sh"
+
+shards="" python="" dry_run="" flags=() arguments=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --shards=*) shards=${1#*=} ;;
+    --python=*) python=${1#*=} ;;
+    --dry_run) dry_run=yes ;;
+    --help | -h)
+      help_text "$root/launch/slurm.sh"
+      exit 0
+      ;;
+    --)
+      shift
+      arguments=("$@")
+      break
+      ;;
+    -*) flags+=("$1") ;;
+    *) die "'$1' is not a flag of launch/slurm.sh; the arguments of sweep stand after --" ;;
+  esac
+  shift
+done
+[ -n "$shards" ] || die "--shards=N is missing; launch/slurm.sh --help"
+require_count --shards "$shards"
+[ ${#arguments[@]} -gt 0 ] || die "no arguments of sweep after --; launch/slurm.sh --help"
+python=${python:-$root/.venv/bin/python}
+
+if [ -z "$in_job" ]; then
+  submit=(sbatch "--array=0-$((shards - 1))" "${flags[@]}" "$root/launch/slurm.sh" in_job "$root"
+    "--shards=$shards" "--python=$python" -- "${arguments[@]}")
+  if [ -n "$dry_run" ]; then
+    print_command "${submit[@]}"
+    exit 0
+  fi
+  type -P sbatch >/dev/null || die "sbatch is not installed: this is no machine of a Slurm cluster"
+  require_python "$python"
+  exec "${submit[@]}"
+fi
+
+"$python" -m halrp_jax sweep "${arguments[@]}" "--shard=$SLURM_ARRAY_TASK_ID/$shards" &
+sweep=$! time_is_up=""
+forward_signals "$sweep"
+trap 'signalled=yes time_is_up=yes; kill -TERM "$sweep" 2>/dev/null || true' USR1
+await "$sweep"
+if [ "$code" = "$STOPPED" ] && [ -n "$time_is_up" ]; then
+  scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+fi
+exit "$code"

@@ -1,0 +1,285 @@
+#!/usr/bin/env bash
+# Cloud TPU VMs, from create to delete. The Google Cloud CLI must be installed and logged in.
+#
+#   launch/tpu.sh VERB --name=NAME --zone=ZONE [FLAGS] [-- MODULE ARGUMENTS]
+#
+#   create   a TPU VM: --type= --version= [--spot] [--queued: as a queued resource, and wait for it]
+#   install  this working tree, Python and JAX onto it [--data=gs://...: its folder data/]
+#   run      python -m MODULE ARGUMENTS there, with --workdir=runs/NAME; shows what it prints.
+#            It goes on without the connection; the same command shows it again.
+#   resume   create, install and run, as far as each is still to do, and again whenever the VM is
+#            taken away, with the same workdir out of --bucket
+#   fetch    the workdir of NAME into --to=DIR, out of --bucket or else from the VM
+#   status   the state of the VM
+#   delete   the VM; what is in the bucket stays
+#
+#   --bucket=gs://BUCKET/FOLDER  a copy of the workdir is kept in its NAME/ while the run is at work
+#   --shards=N  the verb for NAME-0 to NAME-(N-1); run and resume all at once, with --shard=I/N
+#   --project=P  --attempts=20 (resume)  --wait=60 (seconds between looks)
+#   --dry_run    prints the commands, runs none
+#
+# Take one host: v5litepod-1 to -8, v6e-1 to -8, v4-8. Exit codes: the run's (0, 1, 2, 75); 2 for a
+# mistake in the arguments; 75 also if the attempts are used up. Needs bash 4.4 or newer.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=launch/common.sh
+source "$ROOT/launch/common.sh"
+VERBS="create install run resume fetch status delete"
+
+say() { echo "$*" >&2; }
+
+call() { # COMMAND
+  if [ -n "$dry_run" ]; then
+    print_command "$@"
+  else
+    "$@"
+  fi
+}
+
+tpu() { call gcloud compute tpus "$@" "--zone=$zone" ${project:+"--project=$project"}; }
+
+on_vm() { # a text for the VM's shell
+  tpu tpu-vm ssh "$name" "--command=$1"
+}
+
+quoted() { # WORDS, for on_vm
+  printf ' %q' "$@"
+}
+
+# --- verbs ----------------------------------------------------------------------------
+
+create() {
+  if [ -n "$queued" ]; then
+    tpu queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" \
+      "--runtime-version=$version" ${spot:+--spot} || return
+    [ -n "$dry_run" ] || await_queue
+  else
+    tpu tpu-vm create "$name" "--accelerator-type=$type" "--version=$version" ${spot:+--spot}
+  fi
+}
+
+await_queue() {
+  local now
+  while now=$(state) && [ "$now" != ACTIVE ]; do
+    say "$name: $now"
+    case $now in
+      MISSING | FAILED | SUSPENDING | SUSPENDED | DELETING) return 1 ;;
+    esac
+    sleep "$wait"
+  done
+}
+
+# READY (in the queue: ACTIVE), PREEMPTED, SUSPENDED, ...; MISSING if there is none.
+state() {
+  local kind=tpu-vm field=state
+  if [ -n "$queued" ]; then
+    kind=queued-resources field=state.state
+  fi
+  tpu "$kind" describe "$name" "--format=value($field)" 2>/dev/null || echo MISSING
+}
+
+install() {
+  local code=0 tree=/tmp/halrp_jax.tar.gz
+  if [ -z "$dry_run" ]; then
+    tree=$(mktemp) || return
+  fi
+  call tar -czf "$tree" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./data \
+    -C "$ROOT" . && tpu tpu-vm scp "$tree" "$name:halrp_jax.tar.gz" || code=$?
+  [ -n "$dry_run" ] || rm -f "$tree"
+  [ "$code" = 0 ] || return "$code"
+  on_vm "mkdir -p halrp_jax && tar -xzf halrp_jax.tar.gz -C halrp_jax && \
+halrp_jax/launch/on_tpu.sh install$(quoted "$data")"
+}
+
+run() {
+  on_vm "halrp_jax/launch/on_tpu.sh run$(quoted "${bucket:+$bucket/$name}" "runs/$name" \
+    "${command[@]}")"
+}
+
+resume() {
+  if [ -n "$dry_run" ]; then
+    say "# what is still to do of this, and all of it when the VM is taken away:"
+    delete && create && install && run
+    return
+  fi
+  local attempt now
+  for ((attempt = 1; attempt <= attempts; attempt++)); do
+    now=$(state)
+    say "$name: $now (attempt $attempt of $attempts)"
+    if make_ready "$now"; then
+      if finished; then
+        say "$name: exit code $code; the VM is still there: launch/tpu.sh delete"
+        return "$code"
+      fi
+    fi
+    sleep "$wait"
+  done
+  say "$name: stopped after $attempts attempts; the same command goes on"
+  return "$STOPPED"
+}
+
+# A VM with the program on it. One that was taken away is deleted first: its name is still in use.
+make_ready() { # STATE
+  case $1 in
+    MISSING) create || return ;;
+    PREEMPTED | TERMINATED | STOPPED | SUSPENDING | SUSPENDED | FAILED)
+      delete || return
+      create || return
+      ;;
+  esac
+  if [ -n "$queued" ]; then
+    await_queue || return
+  fi
+  on_vm "test -e halrp_jax/.venv/installed" || install
+}
+
+# Whether the run came to an end, its exit code in `code`. That of ssh may be the connection's, so a
+# failure counts only if it is written down on the VM.
+finished() {
+  code=0
+  run && return
+  code=$(on_vm "cat halrp_jax/runs/$name.code" 2>/dev/null) || code=""
+  say "$name: the run ended with exit code ${code:-unknown}"
+  [ "$code" = 1 ] || [ "$code" = 2 ]
+}
+
+fetch() {
+  call mkdir -p "$to" || return
+  if [ -n "$bucket" ]; then
+    call gcloud storage rsync --recursive "$bucket/$name" "$to"
+  else
+    tpu tpu-vm scp --recurse "$name:halrp_jax/runs/$name/*" "$to"
+  fi
+}
+
+status() {
+  if [ -n "$dry_run" ]; then
+    state
+  else
+    echo "$name: $(state)"
+  fi
+}
+
+delete() {
+  if [ -n "$queued" ]; then
+    tpu queued-resources delete "$name" --force --quiet
+  else
+    tpu tpu-vm delete "$name" --quiet
+  fi
+}
+
+do_verb() {
+  case $verb in
+    create) create ;;
+    install) install ;;
+    run) run ;;
+    resume) resume ;;
+    fetch) fetch ;;
+    status) status ;;
+    delete) delete ;;
+  esac
+}
+
+# --- the command line -----------------------------------------------------------------
+
+need() { # FLAGS
+  local flag
+  for flag in "$@"; do
+    [ -n "${!flag}" ] || die "$verb: --$flag=... is missing; launch/tpu.sh --help"
+  done
+}
+
+check_command() {
+  local argument
+  if [ "$verb" != run ] && [ "$verb" != resume ]; then
+    [ ${#command[@]} = 0 ] || die "$verb: takes no command after --"
+    return
+  fi
+  [ ${#command[@]} -gt 0 ] ||
+    die "$verb: nothing to run; for example -- halrp_jax.main --config=configs/digits.py"
+  for argument in "${command[@]}"; do
+    case $argument in
+      --workdir*) die "$verb: leave $argument out, the workdir is runs/NAME" ;;
+      --overwrite*) die "$verb: $argument would start anew each time; take another --name" ;;
+    esac
+  done
+  [[ -z $shards || ${command[1]:-} =~ ^(sweep|reproduce)$ ]] ||
+    die "$verb: --shards divides a sweep; for example -- halrp_jax sweep --config=..."
+}
+
+# The verb for every shard, run and resume in the background.
+for_shards() {
+  local base=$name whole=("${command[@]}") pids=() worst=0 i pid
+  for ((i = 0; i < shards; i++)); do
+    name=$base-$i
+    if [ ${#whole[@]} = 0 ]; then
+      do_verb
+      continue
+    fi
+    command=("${whole[@]}" "--shard=$i/$shards")
+    if [ -n "$dry_run" ]; then
+      do_verb
+    else
+      do_verb > >(sed -u "s/^/[$i] /") 2>&1 &
+      pids+=($!)
+    fi
+  done
+  for pid in "${pids[@]}"; do
+    wait "$pid" || worst=$?
+  done
+  return "$worst"
+}
+
+verb="" name="" zone="" type="" version="" spot="" queued="" bucket="" data="" project="" to=""
+shards="" attempts=20 wait=60 dry_run=""
+command=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --spot | --queued | --dry_run) printf -v "${1#--}" yes ;;
+    --name=* | --zone=* | --type=* | --version=* | --bucket=* | --data=* | --project=* | --to=* | \
+      --shards=* | --attempts=* | --wait=*)
+      flag=${1%%=*}
+      printf -v "${flag#--}" '%s' "${1#*=}"
+      ;;
+    --help | -h)
+      help_text "$0"
+      exit 0
+      ;;
+    --)
+      shift
+      command=("$@")
+      break
+      ;;
+    -*) die "$1 is not a flag of launch/tpu.sh; a value follows after =; --help" ;;
+    *)
+      [ -z "$verb" ] || die "more than one verb: $verb, $1; the command of a run stands after --"
+      verb=$1
+      ;;
+  esac
+  shift
+done
+[ -n "$verb" ] || die "no verb; known: $VERBS"
+[[ " $VERBS " == *" $verb "* ]] || die "unknown verb '$verb'; known: $VERBS"
+need name zone
+case $verb in
+  create) need type version ;;
+  resume) need type version bucket ;;
+  fetch) need to ;;
+esac
+[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+  die "--name=$name: small letters, digits and hyphens, a letter first"
+bucket=${bucket%/}
+[[ -z $bucket || $bucket == gs://?* ]] || die "--bucket=$bucket: gs://BUCKET or gs://BUCKET/FOLDER"
+[ -z "$shards" ] || require_count --shards "$shards"
+require_count --attempts "$attempts"
+[[ $wait =~ ^[0-9]+$ ]] || die "--wait=$wait: seconds"
+check_command
+if [ -z "$dry_run" ] && ! type -P gcloud >/dev/null; then
+  die "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+fi
+if [ -n "$shards" ]; then
+  for_shards
+else
+  do_verb
+fi
