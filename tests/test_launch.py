@@ -444,7 +444,9 @@ def test_install_on_the_vm(fake, vm, old):
   executable(fake.root / "environment_python", RECORDER)
   for name in NAMES:
     executable(fake.root / "bin" / name, SYSTEM_PYTHON)
-  executable(fake.root / "bin/sudo", '#!/bin/sh\necho "$*" >>$FAKE/sudo; rm -f $FAKE/python_is_old\n')
+  executable(
+    fake.root / "bin/sudo", '#!/bin/sh\necho "$*" >>$FAKE/sudo; rm -f $FAKE/python_is_old\n'
+  )
   if old:
     (fake.root / "python_is_old").touch()
   (fake.root / "b/data").mkdir(parents=True)
