@@ -6,13 +6,13 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "halrp_jax"
 LAYERS = (
   {"types", "allocator", "stop"},
-  {"lowrank", "bases", "metrics", "validate", "layers", "data", "compile_cache"},
+  {"lowrank", "bases", "metrics", "validate", "layers", "data", "compile_cache", "cards"},
   {"perturb", "models"},
   {"train", "checkpoint"},
   {"methods"},
   {"report", "workdir"},
   {"experiment", "arguments"},
-  {"sweep", "records", "estimate"},
+  {"sweep", "records", "estimate", "saved"},
   {"paper"},
   {"tables"},
   {"figures"},

@@ -1,6 +1,6 @@
 """The verbs of `python -m halrp_jax VERB`: one module each with `main(arguments) -> exit code`."""
 
-from halrp_jax.commands import check_data, compare, doctor, report, reproduce, sweep, tune
+from halrp_jax.commands import check_data, compare, doctor, predict, report, reproduce, sweep, tune
 
 COMMANDS = {
   "compare": compare,
@@ -8,6 +8,7 @@ COMMANDS = {
   "report": report,
   "reproduce": reproduce,
   "tune": tune,
+  "predict": predict,
   "check_data": check_data,
   "doctor": doctor,
 }
