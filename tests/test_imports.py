@@ -13,7 +13,7 @@ LAYERS = (
   {"report", "workdir"},
   {"experiment", "arguments"},
   {"sweep", "records", "estimate", "saved"},
-  {"paper"},
+  {"paper", "export"},
   {"tables"},
   {"figures"},
   {"page"},
