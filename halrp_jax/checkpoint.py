@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from halrp_jax.types import Params
+from halrp_jax.types import Params, brief
 
 _ARRAYS, _ABOUT, _MANIFEST = "arrays", "about.json", "manifest.json"
 _TEMPORARY = ".writing-"
@@ -121,6 +121,35 @@ def load(folder: pathlib.Path) -> tuple[Params, dict]:
     return _decode(about["structure"], arrays), about
   except _UNREADABLE as e:
     raise Damaged(f"{folder}: can't be read ({type(e).__name__}: {e})") from e
+
+
+def save_plain(folder: pathlib.Path, tree: dict) -> None:
+  """Writes nested dicts of arrays as Orbax does for everybody; an older one is replaced."""
+  temporary = folder.with_name(_TEMPORARY + folder.name)
+  shutil.rmtree(temporary, ignore_errors=True)
+  try:
+    _orbax(lambda checkpointer: checkpointer.save(temporary.resolve(), tree))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_plain(folder: pathlib.Path) -> dict:
+  """Reads what Orbax wrote: nested dicts of numpy arrays.
+
+  Raises:
+    Damaged: if it can't be read.
+  """
+  try:
+    # as numpy arrays, wherever they were when they were saved
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      found = checkpointer.metadata(folder.resolve()).item_metadata.tree
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found)
+    tree = _orbax(lambda c: c.restore(folder.resolve(), restore_args=args))
+    return jax.tree.map(np.asarray, tree)
+  except Exception as e:  # what is damaged makes Orbax and tensorstore raise almost anything
+    raise Damaged(f"{folder}: can't be read ({brief(e)})") from e
 
 
 def _encode(tree: Params, arrays: list) -> dict:

@@ -239,6 +239,7 @@ def run(
         folder.log(event)
       show(event)
 
+    folder.describe(benchmark)
     record = _learn_all(config, benchmark, method, folder, log, compiled)
     folder.finish(record)
   return record

@@ -82,10 +82,10 @@ def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> 
   x = image.astype(jnp.float32) / 255
   if owner is None:
     if inputs.permutation is not None:
-      x = x.reshape(len(x), -1)[:, inputs.permutation].reshape(*x.shape[:3], -1)
+      x = x.reshape(x.shape[0], -1)[:, inputs.permutation].reshape(*x.shape[:3], -1)
     return (x - inputs.mean[None, None, None]) / inputs.std[None, None, None]
   if inputs.permutation is not None:
-    permuted = jnp.take_along_axis(x.reshape(len(x), -1), inputs.permutation[owner], 1)
+    permuted = jnp.take_along_axis(x.reshape(x.shape[0], -1), inputs.permutation[owner], 1)
     x = permuted.reshape(*x.shape[:3], -1)
   return (x - inputs.mean[owner][:, None, None]) / inputs.std[owner][:, None, None]
 

@@ -146,6 +146,9 @@ class Method(NamedTuple):
   learn: Callable[..., tuple[State, dict]]  # (state, tasks, key, store) -> state, history
   predict: Callable[..., Array]  # (state, t, image [B, H, W, C]) -> logits [B, K_t]; t static
   size: Callable[[State], Size]
+  # (state, t) -> params, stats of the plain network that predicts what task t does, its head as
+  # wide as the widest task's; None: no plain network does
+  merge: Callable[..., tuple[Params, Params]] | None = None
 
 
 def nothing_learned(key, benchmark) -> State:

@@ -1,6 +1,7 @@
 """A run's folder: lock, config, events, and checkpoints that let it go on where it was cut off.
 
   config.json    the resolved config
+  tasks.json     classes, normalisation and shapes (cards.py): what predicting needs of the data
   metrics.jsonl  one event per line
   record.json    when the run is finished
   lock           who is at work here
@@ -30,13 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import checkpoint, validate
-from halrp_jax.types import Keep, State, Stopped, UserError
+from halrp_jax import cards, checkpoint, validate
+from halrp_jax.types import Benchmark, Keep, State, Stopped, UserError
 
-RECORD, METRICS, CONFIG, LOCK, CHECKPOINTS = (
+RECORD, METRICS, CONFIG, TASKS, LOCK, CHECKPOINTS = (
   "record.json",
   "metrics.jsonl",
   "config.json",
+  "tasks.json",
   "lock",
   "checkpoints",
 )
@@ -48,6 +50,7 @@ NEUTRAL_KEYS = (  # change no result, deterministic the rounding at most
   "deterministic",
 )
 _KEPT_STATES = 2
+_NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
 
 
 class Workdir:
@@ -129,6 +132,10 @@ class Workdir:
 
   # --- between tasks ----------------------------------------------------------------
 
+  def describe(self, benchmark: Benchmark) -> None:
+    """Writes what predicting needs of the data."""
+    write_json(self.folder / TASKS, cards.of_benchmark(benchmark))
+
   def save_state(self, position: int, state: State, results: dict) -> None:
     """Saves the state after a group of tasks; parts that have not changed are not written again."""
     names = []
@@ -153,12 +160,10 @@ class Workdir:
     """The newest state whose files all verify: position, state, results. None: start anew."""
     for folder in sorted(self.items.glob("state-*"), reverse=True):
       try:
-        about = checkpoint.verify(folder)
-        shared, *tasks = (_part(self.items / n) for n in about["items"])
+        state, about = _load_state(folder)
         self._num_events, self._written = about["events"], set(about["items"])
-        state = State(*jax.tree.map(jnp.asarray, (shared, tuple(tasks))))
         return int(folder.name.removeprefix("state-")), state, about["results"]
-      except (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError) as e:
+      except _NO_STATE as e:
         self._complain(f"{e}; the state before {folder.name} is used instead")
         for now in self.items.glob("now.*"):  # they belong to the task after this state
           shutil.rmtree(now, ignore_errors=True)
@@ -248,6 +253,53 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
   return items, None, {}
 
 
+def read_config(path: str) -> dict:
+  """The resolved config of a run."""
+  return _read_json(
+    pathlib.Path(path) / CONFIG, f"--workdir={path}: holds no {CONFIG}; give the folder of a run"
+  )
+
+
+def read_benchmark(path: str) -> Benchmark:
+  """The tasks of a run, in the order of training, without their images."""
+  file = pathlib.Path(path) / TASKS
+  card = _read_json(
+    file,
+    f"--workdir={path}: holds no {TASKS}, which has class names and normalisation: the run is of "
+    "an older version; learn it again (--overwrite)",
+  )
+  return cards.to_benchmark(card, str(file))
+
+
+def _read_json(file: pathlib.Path, missing: str) -> dict:
+  try:
+    content = json.loads(file.read_text())
+  except (FileNotFoundError, NotADirectoryError) as e:
+    raise UserError(missing) from e
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f"{file}: can't be read ({e})") from e
+  if not isinstance(content, dict):
+    raise UserError(f"{file}: is not what was written")
+  return content
+
+
+def newest_state(path: str) -> tuple[State, dict]:
+  """The newest state of a run whose files all verify, and its results; changes nothing.
+
+  Raises:
+    UserError: if there is none.
+  """
+  problem = "no task is learned yet"
+  for folder in sorted((pathlib.Path(path) / CHECKPOINTS).glob("state-*"), reverse=True):
+    try:
+      state, about = _load_state(folder)
+      return state, about["results"]
+    except _NO_STATE as e:
+      problem = str(e)
+      warnings.warn(f"{e}; the state before {folder.name} is used instead", stacklevel=2)
+  raise UserError(f"--workdir={path}: holds no state that is whole ({problem})")
+
+
 def finished_record(path: str, config: dict) -> dict | None:
   """The record of a finished run of this config; None if there is none."""
   file = pathlib.Path(path) / RECORD
@@ -285,6 +337,13 @@ def _numbered(tasks):
 
 def _to_device(x):
   return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+def _load_state(folder: pathlib.Path) -> tuple[State, dict]:
+  """A state with all its parts, and what is written about it; `_NO_STATE` if one is not whole."""
+  about = checkpoint.verify(folder)
+  shared, *tasks = (_part(folder.parent / n) for n in about["items"])
+  return State(*jax.tree.map(jnp.asarray, (shared, tuple(tasks)))), about
 
 
 def _part(folder: pathlib.Path):
@@ -329,7 +388,7 @@ def _check_config(folder: pathlib.Path, config: dict) -> None:
 
 def _delete_run(folder: pathlib.Path) -> None:
   shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-  for name in (RECORD, METRICS, CONFIG):
+  for name in (RECORD, METRICS, CONFIG, TASKS):
     (folder / name).unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from halrp_jax import compile_cache, experiment, methods
+from halrp_jax.types import Stopped
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -69,3 +70,15 @@ def digits_config():
 def method_name(request) -> str:
   """Every method, for the contract tests."""
   return request.param
+
+
+def interrupt(config, folder, num_tasks: int) -> None:
+  """Runs a config until `num_tasks` of its tasks are learned."""
+  evaluations = []
+
+  def show(event):
+    if event["event"] == "evaluation":
+      evaluations.append(event)
+
+  with pytest.raises(Stopped):
+    experiment.run(config, str(folder), show, stop_asked=lambda: len(evaluations) >= num_tasks)

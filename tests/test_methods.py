@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from halrp_jax import experiment, metrics, train
+from halrp_jax import experiment, metrics, models, train
 from halrp_jax.types import Benchmark, Store
 
 NUM_TASKS = 3
@@ -109,6 +109,33 @@ def test_shared_and_earlier_leaves_do_not_move(learned, method_name, digits_conf
     (states[1].tasks, last.tasks[: len(states[1].tasks)]),
   ):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# methods whose tasks are predicted by no plain network
+NOT_MERGED = ("clr", "prd")
+
+
+def test_a_merged_network_predicts_what_the_task_does(learned, method_name, digits_config):
+  states, benchmark, method = learned(
+    method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
+  )
+  assert (method.merge is None) == (method_name in NOT_MERGED)
+  if method.merge is None:  # exported as a program, for any number of images
+    (b,) = jax.export.symbolic_shape("b")
+    image = jax.ShapeDtypeStruct((b, 8, 8, 1), np.float32)
+    program = jax.export.export(jax.jit(lambda x: method.predict(states[-1], 1, x)))(image)
+    task = benchmark.tasks[1]
+    x, _ = train.load_batch(task.test, task.inputs, np.arange(100))
+    want = logits(method, states[-1], benchmark, 1)
+    np.testing.assert_allclose(program.call(x), want, atol=1e-5)
+    return
+  model = models.make("mlp", benchmark.max_classes)
+  for t in range(NUM_TASKS):
+    params, stats = method.merge(states[-1], t)
+    task = benchmark.tasks[t]
+    image, _ = train.load_batch(task.test, task.inputs, np.arange(100))
+    got = model.apply({"params": params, "batch_stats": stats}, image)
+    np.testing.assert_allclose(got, logits(method, states[-1], benchmark, t), atol=1e-4)
 
 
 def test_all_tasks_have_the_same_shapes(learned, method_name, digits_config):

@@ -1,6 +1,16 @@
 """The verbs of `python -m halrp_jax VERB`: one module each with `main(arguments) -> exit code`."""
 
-from halrp_jax.commands import check_data, compare, doctor, report, reproduce, sweep, tune
+from halrp_jax.commands import (
+  check_data,
+  compare,
+  doctor,
+  export,
+  predict,
+  report,
+  reproduce,
+  sweep,
+  tune,
+)
 
 COMMANDS = {
   "compare": compare,
@@ -8,6 +18,8 @@ COMMANDS = {
   "report": report,
   "reproduce": reproduce,
   "tune": tune,
+  "predict": predict,
+  "export": export,
   "check_data": check_data,
   "doctor": doctor,
 }

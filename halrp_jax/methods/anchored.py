@@ -84,7 +84,12 @@ def make(
     logits = logits_fn(shared["params"], learned["private"], stats, image)
     return logits[:, : int(learned["num_classes"])]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    p = state.tasks[t]
+    params = perturb.join_private(state.shared["params"], p["private"])
+    return params, p["stats"] or state.shared["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 def _warm_start(state, fresh, own_norm: bool):

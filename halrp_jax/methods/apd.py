@@ -88,12 +88,14 @@ def make(config, model, benchmark) -> Method:
   fit = train.make_fit(config, decay, apply_fn, penalty)
   initialize = train.make_initialize(model, benchmark)
 
-  @jax.jit
-  def logits_fn(shared, p, image):
+  def kernels_of(shared, p):
     local = {n: x[p["cluster"][n]] for n, x in shared["local"].items()}
     tau = jax.tree.map(jnp.add, additive.prune(p["tau"], m.l1), local)
-    kernels = additive.compose(shared["kernels"], p["mask"], tau)
-    return network(kernels, p["rest"], p["stats"], image, False, None)[0]
+    return additive.compose(shared["kernels"], p["mask"], tau)
+
+  @jax.jit
+  def logits_fn(shared, p, image):
+    return network(kernels_of(shared, p), p["rest"], p["stats"], image, False, None)[0]
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -147,7 +149,11 @@ def make(config, model, benchmark) -> Method:
     held += train.count_leaves(state.shared.get("centroid", {}))
     return additive.size(State(state.shared, pruned), train.count_leaves(local), nonzero, held)
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    p = state.tasks[t]
+    return perturb.join(kernels_of(state.shared, p), p["rest"]), p["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 def soft(x: jax.Array, threshold: float) -> jax.Array:

@@ -87,7 +87,12 @@ def make(config, model, benchmark) -> Method:
     first = state.tasks[0] | {"mask": {}, "tau": {}}  # of ones and zeros
     return additive.size(State(state.shared, (first, *state.tasks[1:])), 0, 0, 0)
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    p = state.tasks[t]
+    kernels = additive.compose(state.shared["kernels"], p["mask"], p["tau"])
+    return perturb.join(kernels, p["rest"]), p["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 def _learned(task, mask, tau, rest, stats):

@@ -69,7 +69,11 @@ def make(config, model, benchmark) -> Method:
     learned = state.tasks[t]
     return logits_fn(state.shared, learned, image)[:, : int(learned["num_classes"])]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    p = state.tasks[t]
+    return perturb.merge(state.shared["kernels"], p["perturbation"], p["rest"]), p["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 def _learned(task, trained, stats):

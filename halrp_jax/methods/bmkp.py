@@ -141,7 +141,13 @@ def make(config, model, benchmark) -> Method:
     learned = state.tasks[t]
     return logits_fn(state.shared["basis"], learned, image)[:, : int(learned["num_classes"])]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    p, basis = state.tasks[t], state.shared["basis"]
+    kernels, rest = perturb.split(p["params"])
+    kernels = {n: layers.times(a, basis[n].T) for n, a in kernels.items()}
+    return perturb.join(kernels, rest), p["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 # --- phase 1: what r is ---------------------------------------------------------------

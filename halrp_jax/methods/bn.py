@@ -82,7 +82,11 @@ def make(config, model, benchmark) -> Method:
     base = train.network_count(kernels, first["rest"], int(first["num_classes"]))
     return train.dense_size(base, sum(c.counted for c in counts), uncounted)
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    p = state.tasks[t]
+    return perturb.join(state.shared["kernels"], p["rest"]), p["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 def _learned(task, rest, stats):

@@ -61,6 +61,17 @@ def make_predict(model, shapes: Shapes) -> Callable:
   return predict
 
 
+def make_merge(shapes: Shapes) -> Callable:
+  """Builds `Method.merge`."""
+
+  def merge(state, t):
+    p = state.tasks[t]
+    kernels = compose(state.shared["A"], state.shared["B"], p["z"], shapes)
+    return perturb.join(kernels, p["rest"]), p["stats"]
+
+  return merge
+
+
 def size(state: State, shapes: Shapes, used, coefficients: int, masks: int, training: int) -> Size:
   """Counts in numbers. There is no dense base: a model may be smaller than the network.
 

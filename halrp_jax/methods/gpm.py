@@ -112,7 +112,11 @@ def make(config, model, benchmark) -> Method:
     shared = {k: state.shared[k] for k in ("kernels", "others")}
     return logits_fn(shared, state.tasks[t], image)[:, : int(state.tasks[t]["num_classes"])]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    p = state.tasks[t]
+    return whole(state.shared | p, state.shared["others"]), p["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 def _no_decay(task):

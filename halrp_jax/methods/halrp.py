@@ -182,7 +182,11 @@ def make(config, model, benchmark) -> Method:
     logits = f.logits(state.shared["kernels"], learned, image)
     return logits[:, : int(learned["num_classes"])]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    p = state.tasks[t]
+    return perturb.merge(state.shared["kernels"], p["perturbation"], p["rest"]), p["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------

@@ -153,8 +153,8 @@ def make(config, model, benchmark) -> Method:
     training = spare + 4 * total + -(-total // 32)
     return dictionary.size(state, shapes, used, coefficients, total * len(state.tasks), training)
 
-  predict = dictionary.make_predict(model, shapes)
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  predict, merge = dictionary.make_predict(model, shapes), dictionary.make_merge(shapes)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 # --- the mathematics, all of one layer and by factor [F] --------------------------------

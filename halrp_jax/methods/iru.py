@@ -129,8 +129,8 @@ def make(config, model, benchmark) -> Method:
     coefficients = sum(sum(count.values()) for count in counts)
     return dictionary.size(state, shapes, counts[-1], coefficients, 0, 0)
 
-  predict = dictionary.make_predict(model, shapes)
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  predict, merge = dictionary.make_predict(model, shapes), dictionary.make_merge(shapes)
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 def mean_squared_error(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:

@@ -68,7 +68,14 @@ def make(config, model, benchmark) -> Method:
     learned = state.tasks[t]
     return logits_fn(state.shared, learned["head"], image)[:, : int(learned["num_classes"])]
 
-  return Method(nothing_learned, lambda num_tasks: (tuple(range(num_tasks)),), learn, predict, size)
+  def merge(state, t):
+    params = state.shared["params"] | {perturb.HEAD: state.tasks[t]["head"]}
+    return params, state.shared["stats"]
+
+  def groups(num_tasks):
+    return (tuple(range(num_tasks)),)
+
+  return Method(nothing_learned, groups, learn, predict, size, merge)
 
 
 def size(state: State):

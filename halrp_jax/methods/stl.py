@@ -51,4 +51,7 @@ def make(config, model, benchmark) -> Method:
     stats = train.count_leaves([p["stats"] for p in state.tasks])
     return train.dense_size(counts[0], sum(counts[1:]), stats)
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    return state.tasks[t]["params"], state.tasks[t]["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)

@@ -59,9 +59,12 @@ def make(config, model, benchmark) -> Method:
   initialize = train.make_initialize(model, benchmark)
   masks_of = jax.jit(lambda scores: {n: largest(jnp.abs(s), m.share) for n, s in scores.items()})
 
+  def held(kernels, learned):
+    kept = {n: w * _unpack(learned["mask"][n], w.shape) for n, w in kernels.items()}
+    return perturb.join(kept, learned["rest"])
+
   def subnetwork(kernels, learned, image):
-    held = {n: w * _unpack(learned["mask"][n], w.shape) for n, w in kernels.items()}
-    weights = perturb.join(held, learned["rest"])
+    weights = held(kernels, learned)
     return train.apply_model(model, weights, learned["stats"], image, False, None)[0]
 
   logits_fn = jax.jit(subnetwork)
@@ -97,7 +100,11 @@ def make(config, model, benchmark) -> Method:
     learned = state.tasks[t]
     return logits_fn(state.shared["kernels"], learned, image)[:, : int(learned["num_classes"])]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  def merge(state, t):
+    p = state.tasks[t]
+    return held(state.shared["kernels"], p), p["stats"]
+
+  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
 
 
 def masked_kernel(kernel: jax.Array, score: jax.Array, share: float) -> jax.Array:

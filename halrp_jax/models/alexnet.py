@@ -30,7 +30,7 @@ class AlexNet(nn.Module):
       x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn{i}")(x, train)
       x = layers.Dropout(rate)(x, train)
       x = layers.max_pool(x)
-    x = x.reshape(len(x), -1)
+    x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       num_in = x.shape[-1]
       x = layers.dense(features, num_in, bias=False, name=f"fc{i}")(x)

@@ -27,7 +27,7 @@ class LeNet(nn.Module):
       x = layers.conv(features, 5, padding=2, name=f"conv{i}")(x)
       norm = layers.BatchNorm(self.running, relu=True, pool=2, num_in=num_in, name=f"bn{i}")
       x = norm(x, train)  # [B, H/2, W/2, features]
-    x = x.reshape(len(x), -1)
+    x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       num_in = x.shape[-1]
       x = layers.dense(features, num_in, bias=False, name=f"fc{i}")(x)
@@ -57,7 +57,7 @@ class SahaLeNet(nn.Module):
       x = nn.relu(layers.conv(features, 5, padding=2, name=f"conv{i}")(x))
       x = layers.local_response_norm(x) if self.lrn else x
       x = layers.overlapping_max_pool(x)  # [B, H/2, W/2, features]
-    x = x.reshape(len(x), -1)
+    x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       x = nn.relu(layers.dense(features, x.shape[-1], bias=False, name=f"fc{i}")(x))
     return layers.dense(self.num_classes, x.shape[-1], bias=False, name="head")(x)

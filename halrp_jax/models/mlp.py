@@ -16,7 +16,7 @@ class MLP(nn.Module):
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, C] -> logits [B, num_classes]"""
     del train  # nothing here behaves differently in training
-    x = x.reshape(len(x), -1)
+    x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       x = nn.relu(layers.dense(features, x.shape[-1], name=f"fc{i}")(x))
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)

@@ -53,5 +53,5 @@ class ResNet18(nn.Module):
         block = Block(self.width * 2**stage, stride, self.running, name=f"stage{stage + 1}_{i + 1}")
         x = block(x, train)
     x = nn.avg_pool(x, (2, 2), (2, 2))
-    x = x.reshape(len(x), -1)
+    x = x.reshape(x.shape[0], -1)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)

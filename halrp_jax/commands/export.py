@@ -1,0 +1,41 @@
+"""export --workdir=RUN --out=DIR [--task=ID] [--merge] [--format=F]: a model as files for others.
+
+  python -m halrp_jax export --workdir=runs/digits-halrp --out=model
+  python -m halrp_jax export --workdir=runs/digits-ewc --out=model --merge
+  python -m halrp_jax export --workdir=runs/digits-halrp --out=model --task=3 --format=stablehlo
+
+Writes the base once and a small file per task (HALRP, BE), or with --merge a whole ordinary Flax
+network per task (every method but CLR and PRD), each with a JSON card: classes, normalisation,
+network, ranks, accuracy, hashes. --format: safetensors (default), orbax, or stablehlo, a program
+from images to probabilities that needs JAX but neither Flax nor this package. All tasks, unless
+--task names one. `halrp_jax.export.load(DIR, task)` reads the first two (halrp_jax/export.py).
+"""
+
+from halrp_jax import arguments, export, saved
+from halrp_jax.types import UserError
+
+
+def main(argv: list[str]) -> int:
+  """Writes the files; prints their sizes."""
+  parser = arguments.parser("export", __doc__)
+  parser.add_argument("--workdir", default="", help="the folder of a run")
+  parser.add_argument("--out", default="", help="folder for the files")
+  parser.add_argument("--task", default="", help="id or name of a task; default: all")
+  parser.add_argument("--merge", action="store_true", help="whole networks")
+  parser.add_argument("--format", default="safetensors", help=", ".join(export.FORMATS))
+  options = parser.parse_args(argv)
+  for flag in ("workdir", "out"):
+    if not getattr(options, flag):
+      raise UserError(f"export: --{flag} is missing; python -m halrp_jax export --help")
+  run = saved.open_run(options.workdir)
+  positions = list(range(len(run.learned)))
+  if options.task:
+    positions = [saved.find_task(run, options.task)]
+  names = {f"task{task.id:02d}": task.name for task in run.learned}
+  base = None
+  for stem, size in export.write(run, options.out, positions, options.format, options.merge):
+    base = size if stem == export.BASE else base
+    share = f", {100 * size / base:.2f} % of the base" if base and stem in names else ""
+    print(f"{stem:<8}{size:>14,} bytes{share}  {names.get(stem, '')}".rstrip())
+  print(f"{options.out}: {len(positions)} tasks, {options.format}")
+  return 0

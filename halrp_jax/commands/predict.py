@@ -1,0 +1,89 @@
+"""predict --workdir=RUN --task=ID --images=FOLDER|FILE.npz --out=FILE.csv: classes of new images.
+
+  python -m halrp_jax predict --workdir=runs/digits-halrp --task=3 --images=new --out=pred.csv
+
+The run may be finished or interrupted; its data are not needed. --task is the task's id or name.
+FOLDER: its PNG and JPEG files, resized where they have another size. FILE.npz: `image`, uint8
+[N, H, W] or [N, H, W, C], of the network's size. FILE.csv has a row per image: its name, the class,
+its probability, and the probability of every class. What can't be read is listed and skipped; the
+exit code is then 1.
+
+A network without running statistics (method.batch_norm=batch, AlexNet) evaluates with the
+statistics of the batch: what it says of an image depends on the images beside it. It wants batches
+as large and as mixed as those it was tested on.
+"""
+
+import csv
+import pathlib
+import sys
+import time
+
+from halrp_jax import arguments, saved, train
+from halrp_jax.data import incoming
+from halrp_jax.types import UserError
+
+_SECONDS = 5.0  # between two lines of progress
+
+
+def main(argv: list[str]) -> int:
+  """Writes the table; 1 if an image was skipped."""
+  parser = arguments.parser("predict", __doc__)
+  parser.add_argument("--workdir", default="", help="the folder of a run")
+  parser.add_argument("--task", default="", help="id or name of a learned task")
+  parser.add_argument("--images", default="", help="a folder, or an .npz")
+  parser.add_argument("--out", default="", help="the table, CSV")
+  parser.add_argument("--batch_size", type=int, default=0, help="default: that of the run")
+  options = parser.parse_args(argv)
+  for flag in ("workdir", "images", "out"):
+    if not getattr(options, flag):
+      raise UserError(f"predict: --{flag} is missing; python -m halrp_jax predict --help")
+  if options.batch_size < 0:
+    raise UserError(f"predict: --batch_size={options.batch_size} must be at least 1")
+  run = saved.open_run(options.workdir)
+  t = saved.find_task(run, options.task)
+  batch_size = options.batch_size or train.evaluation_batch_size(run.config)
+  shape = tuple(run.benchmark.tasks[t].train.image.shape[1:])
+  images = incoming.open_images(options.images, shape, batch_size)
+  if saved.depends_on_batch(run.model):
+    print(
+      f"note: {run.config.network} evaluates with the statistics of the batch ({batch_size} images "
+      "here): predictions depend on which images share one"
+    )
+  try:
+    skipped = _write(run, t, images, pathlib.Path(options.out))
+  except OSError as e:
+    raise UserError(f"--out={options.out}: {e.strerror or e}") from e
+  return 1 if skipped else 0
+
+
+def _write(run: saved.Saved, t: int, images: incoming.Incoming, place: pathlib.Path) -> int:
+  """The table, whole or not at all. -> how many images were skipped"""
+  task, classify = run.learned[t], saved.make_classifier(run, t)
+  temporary = place.with_name(place.name + ".tmp")
+  start = told = time.perf_counter()
+  done, skipped = 0, 0
+  try:
+    # a file's name may hold bytes that are no text
+    with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+      table = csv.writer(stream)
+      table.writerow(["image", "class", "probability", *(f"p({c})" for c in task.class_names)])
+      for batch in images.batches:
+        for line in batch.skipped:
+          print(f"skipped {line}")
+        for name, p in zip(batch.names, classify(batch.image) if batch.names else [], strict=True):
+          best = int(p.argmax())
+          row = [name, task.class_names[best], *(f"{x:.6f}" for x in (p[best], *p))]
+          table.writerow(row)
+        done, skipped = done + len(batch.names), skipped + len(batch.skipped)
+        if time.perf_counter() - told > _SECONDS:
+          told = time.perf_counter()
+          print(f"{done + skipped:,} of {images.total:,} images", file=sys.stderr, flush=True)
+    temporary.replace(place)
+  finally:
+    temporary.unlink(missing_ok=True)
+  seconds = time.perf_counter() - start
+  print(
+    f"task {task.id} ({task.name}): {done:,} images predicted, {skipped:,} skipped, "
+    f"{seconds:.1f} s ({done / seconds:,.0f} a second, reading and compiling too); {place}"
+  )
+  return skipped
