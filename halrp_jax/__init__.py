@@ -1,4 +1,15 @@
-"""HALRP and the systems it is compared with, in JAX. Importing this imports nothing heavy."""
+"""HALRP and the systems it is compared with, in JAX. Importing this imports nothing heavy.
+
+halrp_jax.perturb    any Flax Linen model + low-rank perturbations of its kernels: init, apply,
+                     merge
+halrp_jax.saved      a run's folder -> its model: open_run, make_classifier
+halrp_jax.export     a model as files for other programs: write, load
+halrp_jax.pretrained parameters that others have trained: load
+"""
+
+import importlib
+
+_MODULES = ("perturb", "saved", "export", "pretrained")
 
 
 def __getattr__(name: str):
@@ -6,4 +17,6 @@ def __getattr__(name: str):
     from importlib import metadata
 
     return metadata.version("halrp-jax")
+  if name in _MODULES:
+    return importlib.import_module(f"halrp_jax.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,22 +1,31 @@
 """Any Flax Linen model + frozen base kernels + <R, S, U, Sigma, V> per layer -> apply, merge.
 
+  kernels, perturbation, rest = perturb.init(key, model, variables, x, rank=8, pattern="*/attn/*")
+  y = perturb.apply(model, kernels, perturbation, variables | {"params": rest}, x)
+  params = perturb.merge(kernels, perturbation, rest)    # model.apply({"params": params}, x) == y
+
 The model stays an ordinary Flax module: while it is applied, `nn.intercept_methods` replaces the
-call of each perturbed Dense and Conv. Two exact ways to compute such a layer:
+call of each perturbed Dense, Conv and DenseGeneral (the projections of attention). A kernel is seen
+as a matrix [I, J], a convolution's as one for each place of its window, I and J being the inputs
+(with groups: of one group) and all outputs. Two exact ways to compute such a layer:
 
 * composed: W_t is formed and the ordinary layer applied;
 * factored: y = R * layer(S * x, W) + U (Sigma (V' x)) + b. The gradient of the frozen W is never
   needed, which makes the backward pass a third cheaper.
 """
 
+import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from flax.linen.linear import canonicalize_padding
 
 from halrp_jax import layers, lowrank
-from halrp_jax.types import Params
+from halrp_jax.types import Params, UserError
 
 HEAD = "head"  # never perturbed
 _SEPARATOR = "/"
@@ -85,13 +94,110 @@ def join_private(shared: Params, private: Params) -> Params:
   return traverse_util.unflatten_dict(flat[0] | flat[1], sep=_SEPARATOR)
 
 
+def init(
+  key: jax.Array,
+  model: nn.Module,
+  variables: Mapping[str, Params],
+  *args,
+  rank: int,
+  pattern: str = "*",
+  **kwargs,
+) -> tuple[dict[str, jax.Array], dict[str, lowrank.Perturbation], Params]:
+  """Perturbations of some layers of any Linen model, that change nothing yet.
+
+  R and S are 1, U is 0 and V random, within +-1/sqrt(I): the first gradient moves R, S and U.
+
+  Args:
+    key: of V.
+    model: any Linen model.
+    variables: its {"params", other collections}: the base.
+    *args: what `model.apply` takes; traced, not computed.
+    rank: columns of U and V; at most min(I, J) of a layer.
+    pattern: which layers, as in file names: "*" is any text, with slashes in it ("*/attn/*"). The
+      head (`HEAD`) is never one of them.
+    **kwargs: as *args.
+
+  Returns:
+    Kernels by layer path, perturbations by layer path, the other parameters.
+
+  Raises:
+    UserError: if no layer matches, or one that does can't be perturbed exactly.
+  """
+  params = variables["params"]
+  names = [n for n in layer_names(params) if fnmatch.fnmatchcase(n, pattern)]
+  if not names:
+    known = ", ".join(layer_names(params)) or "none"
+    raise UserError(f"no layer's path matches {pattern!r}; those with a kernel: {known}")
+  if rank < 0:
+    raise UserError(f"rank = {rank} must be at least 0")
+  shapes = _matrix_shapes(names, model, variables, *args, **kwargs)
+  flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
+  kernels = {n: flat.pop(f"{n}/kernel") for n in names}
+  perturbation = {}
+  for layer_key, (name, kernel) in zip(
+    jax.random.split(key, len(names)), kernels.items(), strict=True
+  ):
+    num_in, num_out = shapes[name]
+    columns, bound = min(rank, num_in, num_out), 1 / math.sqrt(num_in)
+    p = lowrank.identity(kernel.reshape(-1, num_in, num_out), columns, fold=True)
+    v = jax.random.uniform(layer_key, p.V.shape, kernel.dtype, -bound, bound)
+    perturbation[name] = p._replace(V=v)
+  return kernels, perturbation, traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+
+
+def _matrix_shapes(names, model, variables, *args, **kwargs) -> dict[str, tuple[int, int]]:
+  """(I, J) of layers by path; UserError for those that can't be perturbed."""
+  found = {}
+  flat = traverse_util.flatten_dict(variables["params"], sep=_SEPARATOR)
+
+  def intercept(next_fun, call_args, call_kwargs, context):
+    module, name = context.module, _SEPARATOR.join(context.module.path)
+    if name in names and context.method_name == "__call__":
+      kernel = module.get_variable("params", "kernel")
+      if kernel is None or kernel.shape != flat[f"{name}/kernel"].shape:
+        raise UserError(f"{name}: its kernel is one of a stack (nn.scan, nn.vmap): not perturbed")
+      found[name] = _matrix_shape(name, module, kernel)
+    return next_fun(*call_args, **call_kwargs)
+
+  def run(variables):
+    with nn.intercept_methods(intercept):
+      return model.apply(variables, *args, **kwargs)
+
+  jax.eval_shape(run, variables)
+  for name in names:
+    if name not in found:
+      raise UserError(f"{name}: is never called as a layer here: not perturbed")
+  return found
+
+
+def _matrix_shape(name: str, module: nn.Module, kernel) -> tuple[int, int]:
+  if type(module) is nn.DenseGeneral:
+    if module.batch_dims:
+      raise UserError(f"{name}: DenseGeneral with batch_dims is not perturbed")
+    num_axes = 1 if isinstance(module.axis, int) else len(module.axis)
+    return math.prod(kernel.shape[:num_axes]), math.prod(kernel.shape[num_axes:])
+  if type(module) in (nn.Dense, nn.Conv):
+    return kernel.shape[-2:]
+  raise UserError(
+    f"{name}: {type(module).__name__} is not perturbed, only Dense, Conv and DenseGeneral are"
+  )
+
+
+def compose(kernel: jax.Array, p: lowrank.Perturbation) -> jax.Array:
+  """W_t of a layer, in its own shape: `lowrank.compose` on the kernel seen as a matrix [I, J]."""
+  shape = (p.S.size, p.R.size)
+  if kernel.shape[-2:] == shape:
+    return lowrank.compose(kernel, p)
+  return lowrank.compose(kernel.reshape(shape), p).reshape(kernel.shape)
+
+
 def merge(
   kernels: Mapping[str, jax.Array],
   perturbation: Mapping[str, lowrank.Perturbation],
   rest: Params,
 ) -> Params:
   """Ordinary parameters of one task: the perturbed kernels W_t and everything else."""
-  return join({n: lowrank.compose(w, perturbation[n]) for n, w in kernels.items()}, rest)
+  return join({n: compose(w, perturbation[n]) for n, w in kernels.items()}, rest)
 
 
 def apply(
@@ -106,8 +212,8 @@ def apply(
   """`model.apply` with perturbed kernels.
 
   Args:
-    model: any Linen model whose perturbed layers are nn.Dense or nn.Conv.
-    kernels: frozen kernels by layer path (`split`).
+    model: any Linen model whose perturbed layers are nn.Dense, nn.Conv or nn.DenseGeneral.
+    kernels: frozen kernels by layer path (`split`, `init`).
     perturbation: <R, S, U, Sigma, V> by layer path.
     variables: {"params": everything but the perturbed kernels, other collections}.
     *args: passed to `model.apply`.
@@ -233,10 +339,15 @@ def _perturbed(module, kernel, p, bias, x, *, form):
   factored = form == "factored" or (form == "auto" and _factored_is_cheaper(kernel, p, x))
   if factored and _can_be_factored(module):
     y = detached.apply({"params": {"kernel": kernel}}, x * _channels(p.S, x))
-    y = y * _channels(p.R, y) + _low_rank_branch(module, p, x)
+    y = (y * _channels(p.R, y) + _low_rank_branch(module, p, x)).astype(y.dtype)
   else:
-    y = detached.apply({"params": {"kernel": lowrank.compose(kernel, p)}}, x)
-  return y if bias is None else y + _channels(bias, y)
+    y = detached.apply({"params": {"kernel": compose(kernel, p)}}, x)
+  # in the layer's own dtype, as it would add it; DenseGeneral's bias has several axes
+  return (
+    y
+    if bias is None
+    else y + jnp.reshape(bias, (1,) * (y.ndim - bias.ndim) + bias.shape).astype(y.dtype)
+  )
 
 
 def _channels(v, like):
@@ -254,9 +365,9 @@ def _low_rank_branch(module, p, x):
 
 
 def _can_be_factored(module) -> bool:
-  """Whether `_low_rank_branch` knows this layer: all dense ones, ordinary 2-D convolutions."""
+  """Whether `_low_rank_branch` knows this layer: Dense, ordinary 2-D convolutions."""
   if not isinstance(module, nn.Conv):
-    return True
+    return isinstance(module, nn.Dense)
   undilated = all(d in (None, 1, (1, 1)) for d in (module.kernel_dilation, module.input_dilation))
   ordinary = module.feature_group_count == 1 and module.mask is None and undilated
   return ordinary and len(module.kernel_size) == 2 and module.padding not in ("CIRCULAR", "REFLECT")

@@ -233,6 +233,18 @@ def plain_network(model) -> tuple[Callable, Callable]:
   return apply_fn, penalty_fn
 
 
+def head_network(model) -> tuple[Callable, Callable]:
+  """(apply_fn, penalty_fn) where the head alone is trained, on a network that is in evaluation.
+
+  `params` is {"head": its parameters}; `frozen` {"params": the others}.
+  """
+
+  def apply_fn(params, frozen, stats, image, train, key):
+    return apply_model(model, frozen["params"] | params, stats, image, False, key)
+
+  return apply_fn, lambda params, frozen: 0.0
+
+
 def perturbed_network(model) -> Callable:
   """apply_fn of the network with perturbed kernels.
 

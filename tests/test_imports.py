@@ -23,7 +23,7 @@ LAYERS = (
   {"report", "workdir"},
   {"experiment", "arguments"},
   {"sweep", "records", "estimate", "saved"},
-  {"paper", "export"},
+  {"paper", "export", "pretrained"},
   {"tables"},
   {"figures"},
   {"page"},

@@ -1,3 +1,6 @@
+import functools
+import importlib.util
+
 import chex
 import flax.linen as nn
 import jax
@@ -5,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import halrp_jax
 from halrp_jax import lowrank, models, perturb, train
+from halrp_jax.types import UserError
+
+from .conftest import ROOT
 
 
 def random_perturbation(key, kernel, columns, fold):
@@ -203,3 +210,130 @@ def test_without_its_head_a_network_gives_what_the_head_gets(network):
     features = model.apply({"params": rest}, image)
   want = model.apply({"params": params}, image)
   np.testing.assert_allclose(features @ head["kernel"] + head["bias"][None], want, atol=1e-5)
+
+
+# --- any Linen model --------------------------------------------------------------------
+
+
+class OfOne(nn.Module):
+  """One layer, called `layer`."""
+
+  make: object
+
+  @nn.compact
+  def __call__(self, x):
+    return self.make(name="layer")(x)
+
+
+def conv(**arguments):
+  return functools.partial(nn.Conv, 6, (3, 3), **arguments)
+
+
+LAYERS = {
+  "dense": functools.partial(nn.Dense, 5),
+  "strided": conv(strides=2),
+  "dilated": conv(kernel_dilation=2),
+  "grouped": conv(feature_group_count=2),
+  "depthwise": functools.partial(nn.Conv, 4, (3, 3), feature_group_count=4),
+  "circular": conv(padding="CIRCULAR"),
+  "split heads": functools.partial(nn.DenseGeneral, (3, 2)),
+  "join heads": functools.partial(nn.DenseGeneral, 5, axis=(-2, -1)),
+  "attention": functools.partial(nn.MultiHeadDotProductAttention, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_merged_is_unmerged_for_every_kind_of_layer_and_dtype(kind, dtype):
+  model = OfOne(functools.partial(LAYERS[kind], dtype=dtype))
+  x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
+  variables = model.init(jax.random.key(1), x)
+  kernels, p, rest = perturb.init(jax.random.key(2), model, variables, x, rank=2)
+  assert len(kernels) == (4 if kind == "attention" else 1)
+  base = model.apply(variables, x)
+  run = lambda p, form="auto": perturb.apply(model, kernels, p, {"params": rest}, x, form=form)
+  tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 0.06, jnp.float16: 0.01}[dtype]
+  np.testing.assert_array_equal(run(p, "composed"), base)  # nothing is changed yet
+  moved = {
+    n: q._replace(R=1.1 * q.R, S=0.9 * q.S, U=0.3 * jnp.ones_like(q.U)) for n, q in p.items()
+  }
+  merged = model.apply({"params": perturb.merge(kernels, moved, rest)}, x)
+  assert np.abs(merged - base).max() > 3 * tolerance  # so the agreement below says something
+  for form in ("composed", "factored", "auto"):
+    got = run(moved, form)
+    assert got.dtype == merged.dtype == dtype
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (got, merged)), atol=tolerance)
+
+
+def test_a_grouped_kernel_is_composed_as_the_formula_says():
+  kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 6))  # two groups of 2 inputs
+  p = random_perturbation(jax.random.key(1), kernel, 2, fold=True)
+  want = np.einsum("j,hwij,i->hwij", p.R, kernel, p.S) + (p.V @ p.U.T)[None, None]
+  np.testing.assert_allclose(perturb.compose(kernel, p), want, atol=1e-5)
+  heads = jax.random.normal(jax.random.key(0), (4, 3, 2))  # DenseGeneral, [4, 6] as a matrix
+  p = random_perturbation(jax.random.key(1), heads.reshape(4, 6), 2, fold=True)
+  want = (np.einsum("j,ij,i->ij", p.R, heads.reshape(4, 6), p.S) + p.V @ p.U.T).reshape(4, 3, 2)
+  np.testing.assert_allclose(perturb.compose(heads, p), want, atol=1e-5)
+
+
+class Odd(nn.Module):
+  """Layers that can't be perturbed, beside one that can."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(4, name="good")(x)
+    x = nn.ConvTranspose(4, (3, 3), name="transposed")(x)
+    x = nn.ConvLocal(4, (1, 1), name="local")(x)
+    return nn.DenseGeneral((4,), axis=-1, batch_dims=(0,), name="batched")(x)
+
+
+@pytest.mark.parametrize(
+  ("pattern", "says"),
+  [
+    ("transposed", "transposed: ConvTranspose is not perturbed"),
+    ("local", "local: ConvLocal is not perturbed"),
+    ("batched", "batched: DenseGeneral with batch_dims"),
+    ("missing*", "no layer's path matches 'missing.'; those with a kernel: batched, good, local"),
+  ],
+)
+def test_what_can_not_be_perturbed_is_refused_by_name(pattern, says):
+  x = jnp.ones((1, 4, 4, 4))
+  variables = Odd().init(jax.random.key(0), x)
+  with pytest.raises(UserError, match=says):
+    perturb.init(jax.random.key(0), Odd(), variables, x, rank=1, pattern=pattern)
+  kernels, _, _ = perturb.init(jax.random.key(0), Odd(), variables, x, rank=1, pattern="go*")
+  assert list(kernels) == ["good"]
+
+
+def test_a_stack_of_layers_is_refused():
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      return nn.Dense(4, name="dense")(x), None
+
+  class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      layers = nn.scan(Layer, {"params": 0}, split_rngs={"params": True}, length=3)
+      return layers(name="layers")(x, None)[0]
+
+  x = jnp.ones((2, 4))
+  variables = Stack().init(jax.random.key(0), x)
+  with pytest.raises(UserError, match="layers/dense: its kernel is one of a stack"):
+    perturb.init(jax.random.key(0), Stack(), variables, x, rank=1)
+
+
+def test_the_package_exports_it():
+  assert halrp_jax.perturb.init is perturb.init
+  with pytest.raises(AttributeError, match="has no attribute 'perturbed'"):
+    halrp_jax.perturbed  # noqa: B018
+
+
+def test_the_vision_transformer_of_the_examples():
+  """With few steps: the perturbed task gains what the frozen weights lack."""
+  spec = importlib.util.spec_from_file_location("vit", ROOT / "examples/vision_transformer.py")
+  vit = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(vit)
+  results = vit.main(steps=60)
+  assert results["first task"] > 60
+  assert results["second task"] > results["second task by the first's weights"] + 20

@@ -202,6 +202,15 @@ def learn_base(f, config, task, key, store) -> State:
   params, stats = f.fit_free(
     params, stats, frozen, task, fit_key, config.epochs, store.child("base")
   )
+  return base_state(config, task, params, stats)
+
+
+def base_state(config, task, params, stats) -> State:
+  """The state after the first task, whoever trained its network (`pretrained.load`).
+
+  The next tasks are learned on it as on any other: `make(..).learn(state, (task,), key, store)`.
+  """
+  m = config.method
   kernels, rest = perturb.split(params)
   identity = {
     name: lowrank.identity(kernel, _columns(kernel, m), m.sigma == "folded")
