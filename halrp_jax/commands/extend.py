@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
   if record["unchanged"]:
     print(f"the {num_old} tasks before are unchanged to the bit")
   else:
-    print(f"{run.config.method.name} moved what tasks share: the {num_old} tasks before changed")
+    name = run.config.method.name
+    print(f"{name} moved what tasks share: the {num_old} tasks before may predict differently")
   print(f"growth {100 * record['increment']:+.1f} %; {options.out}")
   return 0
