@@ -1,5 +1,6 @@
 """A run's folder -> its model, ready to predict or to learn more; needs no data."""
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,8 +8,8 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from halrp_jax import experiment, methods, models, train, workdir
-from halrp_jax.types import Benchmark, Method, State, Task, UserError
+from halrp_jax import checkpoint, data, experiment, methods, models, train, workdir
+from halrp_jax.types import Benchmark, Method, State, Store, Task, UserError, one_at_a_time
 
 
 class Saved(NamedTuple):
@@ -73,3 +74,95 @@ def make_classifier(saved: Saved, t: int) -> Callable[[np.ndarray], np.ndarray]:
     return np.asarray(jax.nn.softmax(logits))
 
   return classify
+
+
+# --- one more task --------------------------------------------------------------------
+
+
+def extend(
+  run: Saved,
+  data_path: str,
+  out: str,
+  show: Callable[[dict], None] = lambda event: None,
+  stop_asked: Callable[[], bool] = lambda: False,
+) -> dict:
+  """Learns one more task on what a run has learned, and saves it all as another run's folder.
+
+  The base and the old tasks' parts stay the same bits where the method holds what tasks share:
+  HALRP then prunes the new task alone.
+
+  Args:
+    run: from `open_run`.
+    data_path: the new task (data/custom.py): a folder with a folder per class, or an .npz.
+    out: the new folder; one where this was interrupted goes on.
+    show: is called with every event.
+    stop_asked: see `experiment.run`.
+
+  Returns:
+    The contents of record.json: "task", "accuracy" (tests of all tasks, null where the method moved
+    what they share), "unchanged" (whether the old tasks are), "increment", "ranks", "seconds".
+
+  Raises:
+    UserError: if the method or the network has no room for the task, or a path can't be used.
+  """
+  config, learned = run.config, run.learned
+  shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
+  task_id = 1 + max(task.id for task in run.benchmark.tasks)
+  task = data.load_task(data_path, config, shape, task_id)
+  _require_room(run, task)
+  benchmark = run.benchmark._replace(tasks=(*learned, task))
+  method = methods.make(config, run.model, benchmark)
+  t = len(learned)
+  known = config.to_dict() | {workdir.EXTENDED: {"task": task.name, "data": data_path, "t": t}}
+  if (record := workdir.finished_record(out, known)) is not None:
+    return record
+  with workdir.opened(out, known, False, config.checkpoint.strict, stop_asked) as folder:
+
+    def log(event: dict):
+      if event["event"] != "progress":
+        folder.log(event)
+      show(event)
+
+    folder.describe(benchmark)
+    start = time.perf_counter()
+    _, learn_key = jax.random.split(jax.random.key(config.seed))
+    store = Store(f"task{t:02d}", log, folder.keep())
+    state, history = method.learn(run.state, (task,), jax.random.fold_in(learn_key, t), store)
+    unchanged = checkpoint.fingerprint(state.shared) == checkpoint.fingerprint(run.state.shared)
+    if unchanged:  # HALRP prunes all tasks alike; those in service must not move
+      state = State(run.state.shared, (*run.state.tasks, state.tasks[-1]))
+    (accuracy,) = train.evaluate(
+      lambda _, image: method.predict(state, t, image),
+      (task,),
+      "test",
+      train.evaluation_batch_size(config),
+    )
+    old = run.results["accuracy"][t - 1][:t] if unchanged else [None] * t
+    size = method.size(state)
+    row = {"ranks": history.get("ranks"), "increment": size.increment}
+    row["size"] = {k: v for k, v in size._asdict().items() if k != "paper"}
+    rows = [a[:t] + [None] for a in run.results["accuracy"][:t]] + [[*old, accuracy]]
+    results = {"rows": [*run.results["rows"], row], "accuracy": rows}
+    folder.save_state(t + 1, state, results)
+    record = row | {
+      "extended_from": str(run.path),
+      "task": {"id": task.id, "name": task.name, "class_names": list(task.class_names)},
+      "accuracy": rows[-1],
+      "unchanged": unchanged,
+      "seconds": time.perf_counter() - start,
+      "state_hash": checkpoint.fingerprint(state),
+    }
+    folder.finish(record)
+  return record
+
+
+def _require_room(run: Saved, task: Task) -> None:
+  name, width = run.config.method.name, run.benchmark.max_classes
+  if run.method.groups(2) != one_at_a_time(2):
+    raise UserError(f"{name} learns all tasks at once: it can't be extended")
+  if name == "iru":
+    raise UserError("iru has room for the factors of its own tasks only: it can't be extended")
+  if task.num_classes > width:
+    raise UserError(
+      f"task {task.name!r} has {task.num_classes} classes, the heads of {run.path} {width} outputs"
+    )

@@ -42,6 +42,7 @@ RECORD, METRICS, CONFIG, TASKS, LOCK, CHECKPOINTS = (
   "lock",
   "checkpoints",
 )
+EXTENDED = "extended"  # in the config of a run that learned more tasks than its benchmark has
 NEUTRAL_KEYS = (  # change no result, deterministic the rounding at most
   "data_dir",
   "data.cache",
@@ -254,10 +255,10 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
 
 
 def read_config(path: str) -> dict:
-  """The resolved config of a run."""
-  return _read_json(
-    pathlib.Path(path) / CONFIG, f"--workdir={path}: holds no {CONFIG}; give the folder of a run"
-  )
+  """The resolved config of a run; of one that was extended, that of the run it began as."""
+  missing = f"--workdir={path}: holds no {CONFIG}; give the folder of a run"
+  config = _read_json(pathlib.Path(path) / CONFIG, missing)
+  return {k: v for k, v in config.items() if k != EXTENDED}
 
 
 def read_benchmark(path: str) -> Benchmark:

@@ -78,6 +78,21 @@ def load(config) -> Benchmark:
   return Benchmark(config.benchmark, tasks, split_hash, bool(lacks))
 
 
+def load_task(text: str, config, shape: tuple[int, int, int], task_id: int) -> Task:
+  """One task of the user's own images, split as a config says, images on the device.
+
+  Args:
+    text: path of a folder with a folder per class, or an .npz (custom.py).
+    config: resolved.
+    shape: [H, W, C] that its images get.
+    task_id: its number.
+  """
+  task = custom.read_one(text, config, shape, task_id)
+  _require_classes(task)
+  task = _hold_out(task if config.data.normalise else _raw(task), config)
+  return _on_device(task, jax.device_put(task.train.image))
+
+
 def lacking(config) -> list[str]:
   """Lines that say what the data lack of the protocol."""
   family = BENCHMARKS[config.benchmark]

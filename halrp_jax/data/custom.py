@@ -54,6 +54,22 @@ def read(config) -> list[Task]:
   return tasks
 
 
+def read_one(text: str, config, shape: tuple[int, int, int], task_id: int) -> Task:
+  """One more task: a folder with a folder per class, or an .npz, its images as [H, W, C]."""
+  place = sources.path_of("--data", text)
+  if not place.exists():
+    raise UserError(f"--data={text}: no such folder or .npz")
+  data = _pictures(place, config, shape) if place.is_dir() else _npz(place)
+  if data.image.shape[1:] not in (shape, (*shape[:2], 1)):
+    raise UserError(f"--data={text}: images are {data.image.shape[1:]}, the run's {shape}")
+  image = np.ascontiguousarray(np.broadcast_to(data.image, (len(data.image), *shape)))
+  data = data._replace(image=image)
+  name = place.resolve().stem if place.suffix == ".npz" else place.resolve().name
+  rows = _rows(data, task_id, config)
+  task = make_task(task_id, name, data, range(len(data.class_names)), None, **rows)
+  return task._replace(inputs=_inputs(task))
+
+
 def _rows(data: ImageSet, i: int, config) -> dict[str, np.ndarray]:
   """Rows for training and testing; drawn per class where there is no test set."""
   if data.num_train < len(data.label):
@@ -86,14 +102,15 @@ def _read_folder(config) -> dict[str, ImageSet]:
   except OSError as e:
     raise UserError(f"data_dir={config.data_dir}: {e.strerror or e}") from e
   sets = {p.stem: _npz(p) for p in entries if p.suffix == ".npz"}
-  sets |= {p.name: _pictures(p, config) for p in entries if p.is_dir()}
+  shape = (config.data.image_size, config.data.image_size, 3)
+  sets |= {p.name: _pictures(p, config, shape) for p in entries if p.is_dir()}
   if not sets:
     raise UserError(f"data_dir={config.data_dir}: holds neither folders nor .npz files of tasks")
   return sets
 
 
-def _pictures(place: pathlib.Path, config) -> ImageSet:
-  """A task's folder."""
+def _pictures(place: pathlib.Path, config, shape: tuple[int, int, int]) -> ImageSet:
+  """A task's folder, its images as [H, W, C]."""
   files = sources.folder(place, _MOST)
   names = [n for n in files.names if n.lower().endswith(_SUFFIXES)]
   has_test = all(any(n.startswith(f"{part}/") for n in names) for part in ("train", "test"))
@@ -104,18 +121,18 @@ def _pictures(place: pathlib.Path, config) -> ImageSet:
   classes = _classes(place, names, has_test)
   if has_test:
     names.sort(key=lambda n: not n.startswith("train/"))  # stable: training images first
-  size = config.data.image_size
+  height, width, channels = shape
 
   def decode(out):
     for name, contents in files.stream(frozenset(names)):
-      image = formats.picture(contents, str(place / name), "RGB", None)
-      if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-      out[position[name]] = image
+      image = formats.picture(contents, str(place / name), "L" if channels == 1 else "RGB", None)
+      if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+      out[position[name]] = np.asarray(image).reshape(shape)
 
   position = {n: i for i, n in enumerate(names)}
   key = f"custom-{place.resolve()}-{sources.fingerprint(files)}"
-  image = cache.images(config.data.cache, key, (len(names), size, size, 3), decode)
+  image = cache.images(config.data.cache, key, (len(names), *shape), decode)
   label = np.array([classes.index(n.split("/")[-2]) for n in names])
   num_train = sum(n.startswith("train/") for n in names) if has_test else len(names)
   return ImageSet(image, label, num_train, classes)
