@@ -2,6 +2,11 @@
 
 import sys
 
+from halrp_jax import allocator
+
+if __name__ == "__main__":  # before jax is imported
+  allocator.tune()
+
 from halrp_jax import arguments
 from halrp_jax.commands import COMMANDS
 from halrp_jax.types import UserError

@@ -237,7 +237,8 @@ def _shortened(found, smoke: bool):
   method = found.method
   for key in (k for k in method if k.endswith("epochs") and isinstance(method[k], int)):
     method[key] = min(method[key], 4)
-  return sweep.with_keys(found, epochs=1 + (method.get("warmup_epochs") or 1))
+  phases = [method.get(key) or 1 for key in ("warmup_epochs", "fine_tune_epochs")]
+  return sweep.with_keys(found, epochs=1 + max(phases))
 
 
 @functools.cache

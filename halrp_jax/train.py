@@ -513,6 +513,7 @@ def make_fit(
     data = (task.train, task.inputs, num_classes)
     gamma = jnp.float32(decay(task))
     done, state, best, plateau = start(params, stats, store)
+    kept_at = time.perf_counter()
     for epoch in range(done, epochs):
       if plateau.rate < config.protocol.stop_rate and how.schedule == "plateau":
         break
@@ -533,9 +534,10 @@ def make_fit(
         event |= {"valid_loss": valid[0], "valid_accuracy": valid[1]}
         best, plateau = keep_best(best, state, *valid), slow_down(plateau, valid[0])
       store.log(event | {"seconds": time.perf_counter() - begin})
-      if (epoch + 1) % config.checkpoint.every_epochs == 0 and epoch + 1 < epochs:
+      if is_due(epoch + 1, kept_at) and epoch + 1 < epochs:
         progress = (np.int32(epoch + 1), state, best, plateau)
         store.keep.write(f"{store.name}/fit", jax.tree.leaves(progress))
+        kept_at = time.perf_counter()
       store.keep.check()
     params, stats = (state.params, state.stats) if how.keep == "last" or not epochs else best[1:]
     store.keep.write(result, jax.tree.leaves((params, stats)))
@@ -572,6 +574,13 @@ def make_fit(
     if plateau.left > 1:
       return plateau._replace(left=np.int32(plateau.left - 1))
     return Plateau(plateau.best, np.int32(p.patience), np.float64(plateau.rate * p.plateau_factor))
+
+  def is_due(num_epochs, kept_at):
+    """Short epochs would write more than they compute: a checkpoint has all of Adam's moments."""
+    often = config.checkpoint
+    return (
+      num_epochs % often.every_epochs == 0 and time.perf_counter() - kept_at >= often.every_seconds
+    )
 
   def watch(event, store, state, sums, step, num_steps):
     """Between the chunks of an epoch."""

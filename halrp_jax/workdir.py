@@ -47,6 +47,7 @@ NEUTRAL_KEYS = (  # change no result, deterministic the rounding at most
   "data_dir",
   "data.cache",
   "checkpoint.every_epochs",
+  "checkpoint.every_seconds",
   "checkpoint.strict",
   "deterministic",
 )

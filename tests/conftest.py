@@ -60,6 +60,7 @@ def digits_config():
       },
     )
     with config.unlocked():
+      config.checkpoint.every_seconds = 0.0  # so that runs of seconds have some to go on from
       config.update_from_flattened_dict(overrides)
     return config
 

@@ -2,6 +2,10 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
+
+import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "halrp_jax"
 LAYERS = (
@@ -82,6 +86,19 @@ def test_siblings_do_not_import_one_another():
       sibling = target[0] == parts[0] and len(target) > 1
       allowed = SHARED_SIBLINGS.get(parts[0], set())
       assert not sibling or target[1] in allowed, f"{path} imports {'.'.join(target)}"
+
+
+@pytest.mark.parametrize("program", ["halrp_jax", "halrp_jax.main"])
+def test_the_allocator_is_tuned_before_jax_is_loaded(program):
+  code = f"""
+import runpy, sys
+from halrp_jax import allocator
+allocator.tune = lambda: print("jax" in sys.modules)
+sys.argv = ["program", "--help"]
+runpy.run_module({program!r}, run_name="__main__")
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.returncode == 0 and done.stdout.startswith("False\n"), done.stderr
 
 
 def test_only_checkpoint_knows_orbax():

@@ -10,15 +10,23 @@ from halrp_jax.types import Benchmark, Inputs, Split, Task
 from .test_methods import NO_FORGETTING, QUIET, logits
 
 COLOURS = {"wide_lenet": 1}
-# narrow, since what is tested is how methods and layers fit together
-NARROW = {
+# small, since what is tested is how methods and layers fit together
+SMALL = {
   "alexnet": {"channels": (4, 5, 6), "hidden": (16, 12)},
-  "resnet18": {"width": 4},
+  "resnet18": {"width": 4, "stage_sizes": (1, 1, 1, 1)},  # either kind of shortcut
   "mlp": {"hidden": (16, 12)},
 } | dict.fromkeys(
   ("lenet", "wide_lenet", "saha_lenet", "saha_lenet_without_lrn"),
   {"channels": (4, 5), "hidden": (16, 12)},
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+  """Hundreds of programs that run for a few steps each: compiling them is what takes the time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +86,7 @@ def learn_two_tasks(network, method_name, benchmark_of):
     batch_size=8,
   )
   config = experiment.resolve(config)
-  model = models.make(network, 3, config.method.batch_norm).clone(**NARROW[network])
+  model = models.make(network, 3, config.method.batch_norm).clone(**SMALL[network])
   method = methods.make(config, model, benchmark)
   state = method.init(jax.random.key(0), benchmark)
   first = None
@@ -99,7 +107,7 @@ def test_layers_with_kernels_are_known_to_every_method():
   and shortcuts included."""
   image = jax.numpy.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), np.float32)
   for network in ("lenet", "alexnet", "resnet18"):
-    model = models.make(network, 3, "batch").clone(**NARROW[network])
+    model = models.make(network, 3, "batch").clone(**SMALL[network])
     params = model.init(jax.random.key(0), image, train=False)["params"]
     kernels, _ = perturb.split(params)
     rows = perturb.layer_inputs(model, kernels.keys(), {"params": params}, image)

@@ -35,10 +35,11 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-  """Reduced ResNet18: conv3x3-BN-ReLU, four stages of two blocks, 2 x 2 average pooling, head."""
+  """Reduced ResNet18: conv3x3-BN-ReLU, stages of blocks, 2 x 2 average pooling, head."""
 
   num_classes: int
   width: int = 32
+  stage_sizes: tuple[int, ...] = (2, 2, 2, 2)  # blocks
   running: bool = True
 
   @nn.compact
@@ -47,8 +48,8 @@ class ResNet18(nn.Module):
     num_in = 9 * x.shape[-1]
     x = layers.conv(self.width, 3, 1, name="conv1")(x)
     x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name="bn1")(x, train)
-    for stage in range(4):
-      for i in range(2):
+    for stage, num_blocks in enumerate(self.stage_sizes):
+      for i in range(num_blocks):
         stride = 2 if stage and not i else 1
         block = Block(self.width * 2**stage, stride, self.running, name=f"stage{stage + 1}_{i + 1}")
         x = block(x, train)
