@@ -2,7 +2,8 @@
 
 halrp_jax.perturb    any Flax Linen model + low-rank perturbations of its kernels: init, apply,
                      merge
-halrp_jax.saved      a run's folder -> its model: open_run, make_classifier
+halrp_jax.saved      a run's folder -> its model: open_run, make_classifier, make_predict_many,
+                     extend
 halrp_jax.export     a model as files for other programs: write, load
 halrp_jax.pretrained parameters that others have trained: load
 """

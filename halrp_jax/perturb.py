@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from flax.linen.linear import canonicalize_padding
 
@@ -234,6 +235,65 @@ def apply(
 
   with nn.intercept_methods(intercept):
     return model.apply(variables, *args, **kwargs)
+
+
+def stack(
+  perturbations: Iterable[Mapping[str, lowrank.Perturbation]],
+) -> dict[str, lowrank.Perturbation]:
+  """Perturbations of several tasks -> one, every leaf with a leading axis [T, ...].
+
+  U, Sigma and V are cut to the columns that some task uses, since `apply_many` gathers them.
+  """
+
+  def used(p):
+    scale = 1 if p.sigma is None else p.sigma
+    columns = np.flatnonzero(np.any(p.U * scale, axis=0) & np.any(p.V, axis=0))
+    return int(columns.max(initial=-1)) + 1
+
+  def cut(p, columns):
+    sigma = None if p.sigma is None else p.sigma[:columns]
+    return p._replace(U=p.U[:, :columns], sigma=sigma, V=p.V[:, :columns])
+
+  by_task = [jax.tree.map(np.asarray, dict(p)) for p in perturbations]
+  width = {name: max(used(p[name]) for p in by_task) for name in by_task[0]}
+  return {
+    name: jax.tree.map(lambda *x: jnp.stack(x), *[cut(p[name], k) for p in by_task])
+    for name, k in width.items()
+  }
+
+
+def apply_many(
+  model: nn.Module,
+  kernels: Mapping[str, jax.Array],
+  perturbation: Mapping[str, lowrank.Perturbation],
+  variables: Mapping[str, Params],
+  t: jax.Array,
+  x: jax.Array,
+  **kwargs,
+) -> jax.Array:
+  """`apply` where every sample of a batch has a task of its own.
+
+  One product with the frozen kernels for the whole batch; the small parts are gathered. A layer
+  that can't be factored is composed for every sample.
+
+  Args:
+    model: as for `apply`; what it says of a sample may not depend on the batch.
+    kernels: as for `apply`.
+    perturbation: from `stack`.
+    variables: as for `apply`, every leaf with a leading axis [T, ...].
+    t: int [B], which row of `perturbation` and `variables` is each sample's.
+    x: [B, ...]
+    **kwargs: passed to `model.apply`.
+
+  Returns:
+    [B, ...], what `apply` returns for each sample.
+  """
+
+  def one(own, sample):
+    p, variables = own
+    return apply(model, kernels, p, variables, sample[None], form="factored", **kwargs)[0]
+
+  return jax.vmap(one)(jax.tree.map(lambda leaf: leaf[t], (dict(perturbation), dict(variables))), x)
 
 
 def apply_in_bases(

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from halrp_jax import checkpoint, data, experiment, methods, models, train, workdir
+from halrp_jax import checkpoint, data, experiment, methods, models, perturb, train, workdir
 from halrp_jax.types import Benchmark, Method, State, Store, Task, UserError, one_at_a_time
 
 
@@ -74,6 +75,53 @@ def make_classifier(saved: Saved, t: int) -> Callable[[np.ndarray], np.ndarray]:
     return np.asarray(jax.nn.softmax(logits))
 
   return classify
+
+
+def make_predict_many(run: Saved) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+  """Builds predict_many(task ids [B], uint8 images [B, H, W, C]) -> probabilities [B, K].
+
+  Every image with the weights of its own task, all in one compiled call (one for each B); a class
+  that an image's task has not has probability 0, K being the classes of the widest task.
+
+  Raises:
+    UserError: if the method has no perturbations, or the network evaluates with the statistics of
+      the batch. predict_many: if an id is unknown or the shapes are others.
+  """
+  if run.config.method.name != "halrp":
+    raise UserError(f"predict_many: {run.config.method.name} has no perturbations, only halrp has")
+  if depends_on_batch(run.model):
+    raise UserError(
+      f"predict_many: {run.config.network} evaluates with the statistics of the batch, so each "
+      "task needs batches of its own; train it with --config.method.batch_norm=own"
+    )
+  place = {task.id: t for t, task in enumerate(run.learned)}
+  shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
+  kernels, tasks = run.state.shared["kernels"], run.state.tasks
+  perturbation = perturb.stack([learned["perturbation"] for learned in tasks])
+  others = [{k: learned[k] for k in ("rest", "stats", "num_classes")} for learned in tasks]
+  others = jax.tree.map(lambda *x: jnp.stack(x), *others)
+  inputs = train.stack_inputs(run.learned)
+
+  @jax.jit
+  def compute(kernels, perturbation, others, inputs, t, image):
+    x = train.prepare_images(image, inputs, t)
+    variables = {"params": others["rest"], "batch_stats": others["stats"]}
+    logits = perturb.apply_many(run.model, kernels, perturbation, variables, t, x, train=False)
+    return jax.nn.softmax(train.mask_classes(logits, others["num_classes"][t][:, None]))
+
+  def predict_many(task_ids, image):
+    t = [place.get(int(i)) for i in task_ids]
+    if None in t:
+      raise UserError(
+        f"predict_many: task {task_ids[t.index(None)]} is not learned; known: "
+        + ", ".join(map(str, sorted(place)))
+      )
+    if np.shape(image) != (len(t), *shape):
+      raise UserError(f"predict_many: images are {np.shape(image)}, expected {(len(t), *shape)}")
+    args = (kernels, perturbation, others, inputs, np.asarray(t, np.int32), np.asarray(image))
+    return np.asarray(compute(*args))
+
+  return predict_many
 
 
 # --- one more task --------------------------------------------------------------------

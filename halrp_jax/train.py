@@ -90,6 +90,17 @@ def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> 
   return (x - inputs.mean[owner][:, None, None]) / inputs.std[owner][:, None, None]
 
 
+def stack_inputs(tasks: Sequence[Task]) -> Inputs:
+  """The inputs of all the tasks, with a leading axis: `prepare_images`' `owner` says whose."""
+  mean, std = (jnp.stack([task.inputs[i] for task in tasks]) for i in (0, 1))
+  permutation = None
+  if any(task.inputs.permutation is not None for task in tasks):
+    same = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
+    own = [task.inputs.permutation for task in tasks]
+    permutation = jnp.stack([same if p is None else p for p in own])
+  return Inputs(mean, std, permutation)
+
+
 def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
   """All the tasks as one thing to learn; `mixed`: a batch holds images of several of them."""
 
@@ -99,17 +110,11 @@ def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
     index, label = (jnp.concatenate([s[i] for s in splits]) for i in (1, 2))
     return Split(splits[0].image, index, label, jnp.asarray(owner))
 
-  mean, std = (jnp.stack([task.inputs[i] for task in tasks]) for i in (0, 1))
-  permutation = None
-  if any(task.inputs.permutation is not None for task in tasks):
-    same = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
-    own = [task.inputs.permutation for task in tasks]
-    permutation = jnp.stack([same if p is None else p for p in own])
   sizes = tuple(len(task.train.index) for task in tasks)
   return Joint(
     join("train"),
     join("valid"),
-    Inputs(mean, std, permutation),
+    stack_inputs(tasks),
     jnp.array([task.num_classes for task in tasks], jnp.int32),
     (sum(sizes),) if mixed else sizes,
   )

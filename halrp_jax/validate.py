@@ -180,7 +180,7 @@ DATA_KEYS = {
 }
 CHECKPOINT_KEYS = {
   "every_epochs": whole(1, 1, None, "epochs between two checkpoints inside a phase, at least"),
-  "every_seconds": number(30.0, 0, None, "seconds between two checkpoints inside a phase, at least"),
+  "every_seconds": number(30.0, 0, None, "seconds between two of them, at least"),
   "strict": flag(
     False, "a damaged checkpoint stops the run instead of falling back, with a warning"
   ),

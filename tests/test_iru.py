@@ -13,6 +13,9 @@ from .conftest import ROOT
 from .test_methods import learn
 
 
+FEW = {"method.first_factors": 11, "method.factors": 1}  # the published ones
+
+
 def test_factors_of_earlier_tasks_stay_the_same_bits(digits_config):
   r1, r2 = 7, 3
   config = digits_config("iru", **{"method.first_factors": r1, "method.factors": r2})
@@ -32,7 +35,7 @@ def test_factors_of_earlier_tasks_stay_the_same_bits(digits_config):
 def test_a_task_starts_with_new_factors_alone(digits_config):
   """Orthonormal ones, and an orthogonal head; told by a learning rate that moves nothing."""
   config = digits_config(
-    "iru", **{"method.start": "fresh", "learning_rate": 1e-12, "method.factors": 4}
+    "iru", **{"method.start": "fresh", "learning_rate": 1e-12, "method.first_factors": 11}
   )
   states, benchmark, method = learn(config)
   z = np.asarray(states[1].tasks[1]["z"]["fc1"])
@@ -47,7 +50,7 @@ def test_a_task_starts_with_new_factors_alone(digits_config):
 
 
 def test_a_task_can_start_where_the_one_before_ended(digits_config):
-  config = digits_config("iru", **{"method.start": "task_before", "learning_rate": 1e-12})
+  config = digits_config("iru", **{"method.start": "task_before", "learning_rate": 1e-12, **FEW})
   states, *_ = learn(config)
   for _, z in states[-1].tasks[-1]["z"].items():
     np.testing.assert_allclose(z[:13], 1, atol=1e-6)

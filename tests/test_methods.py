@@ -162,7 +162,7 @@ SIZES = {
   "clr": (0, HEAD, 0),
   "apdfix": (0, None, 0),
   "apd": (None, None, 3 * 4 * 81920),  # its first task has a tau already
-  "iru": (11 * (320 + 512) + 2 * 11 + HEAD + 512 - 85002, None, 0),
+  "iru": (64 * (320 + 512) + 2 * 64 + HEAD + 512 - 85002, None, 0),
   "ibpwf": (None, None, None),  # as many as it finds: tests/test_ibpwf.py
   "wsn": (81920 // 32, 81920 // 32 + HEAD, 81920 + 81920 // 32),
   "bmkp": (None, None, FEATURES),

@@ -337,3 +337,46 @@ def test_the_vision_transformer_of_the_examples():
   results = vit.main(steps=60)
   assert results["first task"] > 60
   assert results["second task"] > results["second task by the first's weights"] + 20
+
+
+# --- a batch with samples of several tasks ----------------------------------------------
+
+MANY = {
+  "lenet": (models.make("lenet", 3).clone(channels=(4, 5), hidden=(16, 12)), (32, 32, 3)),
+  "resnet18": (models.make("resnet18", 3).clone(width=4), (32, 32, 3)),
+  "dilated": (OneConv({"kernel_size": (3, 3), "kernel_dilation": (2, 2)}), (9, 9, 2)),
+}
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("name", sorted(MANY))
+def test_many_tasks_at_once_equal_each_alone(name, fold):
+  model, shape = MANY[name]
+  kwargs = {} if name == "dilated" else {"train": False}
+  x = jax.random.normal(jax.random.key(2), (6, *shape))
+  parts = []
+  for t in range(3):
+    kernels, p, rest, stats = perturbed(model, x, fold, columns=4, **kwargs)
+    p = jax.tree.map(lambda leaf, t=t: leaf * (1 + 0.2 * t), p)
+    # two tasks use one column of four
+    p = {n: q._replace(U=q.U.at[:, 1:].set(0)) if t else q for n, q in p.items()}
+    stats = jax.tree.map(lambda leaf, t=t: leaf + 0.1 * t, stats)
+    rest = jax.tree.map(lambda leaf, t=t: leaf * (1 + t), rest)
+    parts.append((p, {"params": rest, "batch_stats": stats}))
+  stacked = perturb.stack([p for p, _ in parts])
+  variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[v for _, v in parts])
+  t = jnp.array([2, 0, 1, 1, 0, 2])
+  got = perturb.apply_many(model, kernels, stacked, variables, t, x, **kwargs)
+  for i, owner in enumerate(t.tolist()):
+    p, own = parts[owner]
+    want = perturb.apply(model, kernels, p, own, x[i : i + 1], **kwargs)
+    np.testing.assert_allclose(got[i], want[0], atol=1e-5 * np.abs(want).max(), rtol=1e-5)
+
+
+def test_a_stack_is_as_wide_as_the_highest_rank():
+  kernel = jnp.ones((6, 5))
+  p = random_perturbation(jax.random.key(0), kernel, 4, True)
+  parts = [{"a": p._replace(U=p.U.at[:, k:].set(0), V=p.V.at[:, k:].set(0))} for k in (0, 2, 1)]
+  stacked = perturb.stack(parts)["a"]
+  assert stacked.U.shape == (3, 5, 2) and stacked.V.shape == (3, 6, 2)
+  assert perturb.stack(parts[:1])["a"].U.shape == (1, 5, 0)

@@ -83,6 +83,33 @@ def test_the_table_has_what_the_method_predicts(capsys, run_folder, nine, tmp_pa
   assert [float(r["probability"]) for r in table] == list(got.max(1))
 
 
+def test_a_batch_of_mixed_tasks(run_folder):
+  run = saved.open_run(str(run_folder))
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (12, 8, 8, 1), np.uint8)
+  ids = rng.permutation([3, 1] * 6)
+  got = saved.make_predict_many(run)(ids, image)
+  want = np.zeros_like(got)
+  for t, task in enumerate(run.learned):
+    want[ids == task.id] = saved.make_classifier(run, t)(image[ids == task.id])
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert np.abs(got[0] - saved.make_classifier(run, int(ids[0] == 3))(image[:1])).max() > 1e-3
+
+
+def test_mixed_batches_that_can_not_be(run_folder):
+  run = saved.open_run(str(run_folder))
+  image = np.zeros((2, 8, 8, 1), np.uint8)
+  with pytest.raises(UserError, match="task 5 is not learned; known: 1, 3"):
+    saved.make_predict_many(run)([3, 5], image)
+  with pytest.raises(UserError, match=r"images are \(2, 8, 8, 1\), expected \(1, 8, 8, 1\)"):
+    saved.make_predict_many(run)([3], image)
+  with pytest.raises(UserError, match="statistics of the batch"):
+    saved.make_predict_many(run._replace(model=models.make("lenet", 3, "batch")))
+  config = experiment.make_config("stl", benchmark="digits", protocol={})
+  with pytest.raises(UserError, match="stl has no perturbations"):
+    saved.make_predict_many(run._replace(config=config))
+
+
 def test_odd_images(tmp_path):
   """Other sizes and modes are converted; what can't be read is said by name and skipped."""
   rng = np.random.default_rng(0)

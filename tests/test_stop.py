@@ -18,7 +18,10 @@ def start(folder, *more):
   command = [sys.executable, "-m", "halrp_jax.main", f"--config={ROOT}/configs/digits.py"]
   arguments = ["--config.epochs=4", "--config.train_fraction=0.5", f"--workdir={folder}"]
   return subprocess.Popen(
-    [*command, "--config.checkpoint.every_seconds=0", *arguments, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    [*command, "--config.checkpoint.every_seconds=0", *arguments, *more],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
 
 

@@ -49,7 +49,8 @@ KEYS = dictionary.KEYS | {
   "factors": validate.whole(
     400, 1, None, "F at most; a layer has no more than its outputs, a dense one than its inputs"
   ),
-  "alpha_share": validate.number(0.5, 0, None, "alpha / F of every layer", True),
+  # 2 found by `tune` at .25 (docs/measurements.md); the paper gives no ratio
+  "alpha_share": validate.number(2.0, 0, None, "alpha / F of every layer", True),
   "kappa": validate.number(0.5, 0, 1, "probability from which on a factor is used", True),
   "temperature": validate.number(0.666, 0, None, "lambda of the relaxed binary variables", True),
   "fine_tune_epochs": validate.whole(2, 0, None, "of the n epochs, those without sampling"),
