@@ -62,7 +62,7 @@ class Benchmark(NamedTuple):
   name: str
   tasks: tuple[Task, ...]  # in the order of training
   split_hash: str  # SHA-256 of images, index sets and labels; the same for all orders
-  partial: bool  # True if the data are smaller than the protocol asks for
+  partial: bool  # True if images or tasks are fewer than the protocol asks for
 
   @property
   def image_shape(self) -> tuple[int, int, int]:

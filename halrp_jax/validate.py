@@ -79,7 +79,9 @@ KEYS = {
   "benchmark": text("digits", "which tasks (--list names them)"),
   "data_dir": text("", "folder with the original data files"),
   "order": text(
-    "0", "task order: a letter A to E or a seed number 0 to 4 as in the paper, natural, or ids"
+    "0",
+    "task order: a letter A to E or a seed number 0 to 4 as in the paper, natural, or ids; tasks "
+    "that are not named are left out",
   ),
   "seed": whole(0, 0, 2**31 - 1, "root of every random choice"),
   "train_fraction": number(1.0, 0, 1, "share of each task's training images used", open_low=True),

@@ -46,7 +46,15 @@ def test_orders_of_the_paper():
   assert orders.resolve("B", "cifar100_split", 10) == (1, 7, 4, 5, 2, 0, 8, 6, 9, 3)
   assert orders.resolve("natural", "cifar100_split", 3) == (0, 1, 2)
   assert orders.resolve("2,0,1", "cifar100_split", 3) == (2, 0, 1)
+  assert orders.resolve("2,0", "cifar100_split", 3) == (2, 0)
   assert orders.resolve("0", "digits", 10) == tuple(np.random.RandomState(0).permutation(10))
+
+
+def test_some_of_the_tasks_are_the_same_data_and_are_said_to_be_partial(digits_config):
+  whole, some = (data.load(experiment.resolve(digits_config(order=o))) for o in ("natural", "4,1"))
+  assert [task.id for task in some.tasks] == [4, 1]
+  assert some.partial and not whole.partial and some.split_hash == whole.split_hash
+  np.testing.assert_array_equal(some.tasks[0].train.index, whole.tasks[4].train.index)
 
 
 def test_every_order_is_a_permutation():
@@ -56,7 +64,7 @@ def test_every_order_is_a_permutation():
         assert sorted(order) == list(range(len(order)))
 
 
-@pytest.mark.parametrize("order", ["F", "", "0,1", "0,0,1", "1,2,3", "a,b", "A,B"])
+@pytest.mark.parametrize("order", ["F", "", "0,3", "0,0,1", "1,2,3", "a,b", "A,B"])
 def test_a_wrong_order_is_refused(order):
   with pytest.raises(UserError, match="order must be"):
     orders.resolve(order, "cifar100_split", 3)

@@ -12,7 +12,6 @@ from halrp_jax.types import State
 from .conftest import ROOT
 from .test_methods import learn
 
-
 FEW = {"method.first_factors": 11, "method.factors": 1}  # the published ones
 
 

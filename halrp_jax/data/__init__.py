@@ -71,11 +71,12 @@ def load(config) -> Benchmark:
     more = f" (and {len(lacks) - 1} more)" if len(lacks) > 1 else ""
     raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
   tasks = tasks if config.data.normalise else [_raw(task) for task in tasks]
-  tasks = {task.id: _hold_out(task, config) for task in tasks}
-  split_hash = _hash(tasks.values())
-  image = jax.device_put(next(iter(tasks.values())).train.image)  # one array for all tasks
-  tasks = tuple(_on_device(tasks[i], image) for i in order if i in tasks)
-  return Benchmark(config.benchmark, tasks, split_hash, bool(lacks))
+  splits = {task.id: _hold_out(task, config) for task in tasks}
+  split_hash = _hash(splits.values())
+  image = jax.device_put(next(iter(splits.values())).train.image)  # one array for all tasks
+  tasks = tuple(_on_device(splits[i], image) for i in order if i in splits)
+  is_partial = bool(lacks) or len(order) < len(splits)
+  return Benchmark(config.benchmark, tasks, split_hash, is_partial)
 
 
 def load_task(text: str, config, shape: tuple[int, int, int], task_id: int) -> Task:

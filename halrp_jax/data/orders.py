@@ -64,13 +64,13 @@ def resolve(order: str, benchmark: str, num_tasks: int, source: str = "paper") -
 
   Args:
     order: a letter or seed number of the benchmark's table, "natural" (0, 1, 2 ...), or ids such as
-      "2,0,1".
+      "2,0,1"; those that are not named are not learned.
     benchmark: name of the benchmark.
     num_tasks: number of its tasks.
     source: "paper" or "code": whose table.
 
   Raises:
-    UserError: if it is none of these, or the ids are no permutation of 0..num_tasks-1.
+    UserError: if it is none of these, or the ids are not different ones of 0..num_tasks-1.
   """
   named = PAPER.get(benchmark, {}) | (CODE.get(benchmark, {}) if source == "code" else {})
   if order in named:
@@ -81,10 +81,10 @@ def resolve(order: str, benchmark: str, num_tasks: int, source: str = "paper") -
     ids = tuple(int(part) for part in order.split(","))
   except ValueError:
     ids = ()
-  if sorted(ids) != list(range(num_tasks)):
+  if not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(num_tasks)):
     names = f"one of {', '.join(named)}, natural, or " if named else "natural, or "
     raise UserError(
-      f"order must be {names}the ids 0 to {num_tasks - 1} in any order with commas "
-      f"for {benchmark}, got {order!r}"
+      f"order must be {names}different ids from 0 to {num_tasks - 1} with commas for {benchmark}, "
+      f"got {order!r}"
     )
   return ids

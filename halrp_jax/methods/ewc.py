@@ -30,8 +30,8 @@ from halrp_jax.methods import anchored
 
 _CHUNK = 16  # samples that share the statistics of BatchNorm where it keeps no running ones
 
-# strength found by `tune`: CIFAR100-Split, order A, seed 0. With a quarter of the training images 1e3
-# and 1e4 are alike (53.1, 52.8), with 5 % 1e4 is the best by 6 points (docs/measurements.md)
+# strength found by `tune`: CIFAR100-Split, order A, seed 0. With a quarter of the training images
+# 1e3 and 1e4 are alike (53.1, 52.8), with 5 % 1e4 is the best by 6 points (docs/measurements.md)
 KEYS = anchored.KEYS | {
   "strength": validate.number(1e4, 0, None, "lambda: coefficient on the Fisher-weighted distance"),
   "fisher": validate.one_of("true_label", ("true_label", "sampled_label"), "labels of the Fisher"),
