@@ -102,7 +102,8 @@ def compare(num_tasks: int, batch: int, ranks: list[int], rounds: int) -> None:
   print(
     f"{num_tasks} tasks, batch {batch}: predict_many {got['many']:.1f} ms | loop {got['loop']:.1f} "
     f"ms, ratio {got['loop'] / got['many']:.2f} | merged loop {got['loop_merged']:.1f} ms, ratio "
-    f"{got['loop_merged'] / got['many']:.2f} | largest difference {np.abs(many() - loop()).max():.1e}"
+    f"{got['loop_merged'] / got['many']:.2f} | largest difference "
+    f"{np.abs(many() - loop()).max():.1e}"
   )
 
 

@@ -141,7 +141,8 @@ def extend(
 
   Args:
     run: from `open_run`.
-    data_path: the new task (data/custom.py): a folder with a folder per class, or an .npz.
+    data_path: the new task (data/custom.py): a folder with a folder per class, or an .npz. All its
+      images are used, whatever the run's train_fraction.
     out: the new folder; one where this was interrupted goes on.
     show: is called with every event.
     stop_asked: see `experiment.run`.
@@ -156,7 +157,8 @@ def extend(
   config, learned = run.config, run.learned
   shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
   task_id = 1 + max(task.id for task in run.benchmark.tasks)
-  task = data.load_task(data_path, config, shape, task_id)
+  whole = config_dict.ConfigDict(config.to_dict() | {"train_fraction": 1.0})
+  task = data.load_task(data_path, whole, shape, task_id)
   _require_room(run, task)
   benchmark = run.benchmark._replace(tasks=(*learned, task))
   method = methods.make(config, run.model, benchmark)
