@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import functools
 import os
 import platform
 import resource
@@ -23,6 +22,7 @@ from halrp_jax import (
   methods,
   metrics,
   models,
+  parallel,
   perturb,
   train,
   validate,
@@ -284,12 +284,12 @@ def _learn_all(config, benchmark, method, folder, log, compiled) -> dict:
 
 def _evaluate(config, benchmark, method, state, t) -> tuple[list[float], float]:
   """Test accuracy on the tasks up to t, validation accuracy on task t."""
-  size = train.evaluation_batch_size(config)
+  size, spread = train.evaluation_batch_size(config), parallel.make_spread(config)
   test = train.evaluate(
-    functools.partial(method.predict, state), benchmark.tasks[: t + 1], "test", size
+    lambda i, image: method.predict(state, i, spread(image)), benchmark.tasks[: t + 1], "test", size
   )
   (valid,) = train.evaluate(
-    lambda _, image: method.predict(state, t, image),
+    lambda _, image: method.predict(state, t, spread(image)),
     benchmark.tasks[t : t + 1],
     "valid",
     size,

@@ -23,7 +23,7 @@ import optax
 from flax import traverse_util
 from jax import lax
 
-from halrp_jax import layers, perturb
+from halrp_jax import layers, parallel, perturb
 from halrp_jax.types import Array, Diverged, Inputs, Params, Size, Split, Store, Task
 
 _CHUNK_SECONDS = 2.0  # of training handed over to the device at once
@@ -363,6 +363,8 @@ def _count_right(logits, batch: Batch):
 def _make_step(config, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn: Callable):
   """Builds `step(state, rows [B], frozen, data, key) -> state, [B * loss, hits]`."""
 
+  spread = parallel.make_spread(config)
+
   def loss_fn(params, frozen, stats, batch, key):
     loss, logits, stats = objective_fn(params, frozen, stats, batch, True, key)
     sums = jnp.stack([len(batch.label) * loss, _count_right(logits, batch)])
@@ -377,7 +379,7 @@ def _make_step(config, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn
         return crop_and_flip(jax.random.fold_in(key, 1), image)
       return image
 
-    batch = _make_batch(split, inputs, num_classes, rows, augment)
+    batch = spread(_make_batch(split, inputs, num_classes, rows, augment))
     grad, (stats, sums) = jax.grad(loss_fn, has_aux=True)(
       state.params, frozen, state.stats, batch, key
     )

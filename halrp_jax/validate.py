@@ -98,7 +98,12 @@ KEYS = {
     "scan: many steps are one jitted loop; steps: a Python loop over jitted steps; auto: scan, on "
     "the CPU only where the network has no plain convolution",
   ),
-  "parallel": one_of("none", ("none",), "how training is spread over devices"),
+  "parallel": one_of(
+    "auto",
+    ("auto", "none", "sharded"),
+    "sharded: each device has its part of every batch; none: one device computes; auto: sharded "
+    "where there are several",
+  ),
   "deterministic": flag(
     False,
     "GPU: only kernels that give the same bits every time (XLA's --xla_gpu_deterministic_ops), "
