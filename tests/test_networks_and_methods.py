@@ -62,9 +62,15 @@ class TestResNet18:
 
 
 class TestOthers:
-  @pytest.mark.parametrize("network", sorted(models.NETWORKS.keys() - {"alexnet", "resnet18"}))
+  @pytest.mark.parametrize("network", ["lenet", "mlp", "wide_lenet"])
   def test_two_tasks_are_learned(self, network, method_name, benchmark_of):
     learn_two_tasks(network, method_name, benchmark_of)
+
+
+@pytest.mark.parametrize("network", ["saha_lenet", "saha_lenet_without_lrn"])
+@pytest.mark.parametrize("method", ["gpm", "halrp", "stl", "wsn"])
+def test_the_networks_of_gpm_and_wsn(network, method, benchmark_of):
+  learn_two_tasks(network, method, benchmark_of)
 
 
 def learn_two_tasks(network, method_name, benchmark_of):

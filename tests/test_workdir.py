@@ -1,5 +1,6 @@
 """A run's folder: what is interrupted goes on to the same bits, what is damaged is noticed."""
 
+import functools
 import json
 import os
 import shutil
@@ -42,6 +43,12 @@ class StopAt:
   def __call__(self):
     self.left -= 1
     return self.left == 0
+
+
+@pytest.fixture
+def digits_config(digits_config):
+  """Four of the ten tasks are enough to be interrupted in."""
+  return functools.partial(digits_config, order="3,1,0,2")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +110,7 @@ def test_best_weights_and_plateaus_survive_stops(keep, digits_config, tmp_path):
   asked = StopAt(-1)
   experiment.run(config, str(whole), seen.append, stop_asked=asked)
   epochs = [e for e in seen if e["event"] == "epoch"]
-  assert len(epochs) < 10 * 12 and max(e["epoch"] for e in epochs) > 3  # plateaus end some early
+  assert len(epochs) < 4 * 12 and max(e["epoch"] for e in epochs) > 3  # plateaus end some early
   for n in (-asked.left // 5, -asked.left // 3):
     with pytest.raises(Stopped):
       experiment.run(config, str(tmp_path / "parts"), stop_asked=StopAt(n))
@@ -303,7 +310,7 @@ def test_disk_use_is_the_sum_of_the_parts(whole, digits_config):
   """One item per task and one for what is shared; nothing is left of the work inside tasks."""
   folder, _ = whole(digits_config("stl"))
   names = sorted(p.name.split("-")[0] for p in (folder / "checkpoints").iterdir())
-  assert names == ["shared", "state", "state", *(f"task{t:02d}" for t in range(10))]
+  assert names == ["shared", "state", "state", *(f"task{t:02d}" for t in range(4))]
 
 
 def test_the_test_split_is_never_seen(whole, digits_config, method_name, monkeypatch, tmp_path):
