@@ -10,6 +10,8 @@ from halrp_jax import experiment, train
 from halrp_jax.methods import ewc
 from halrp_jax.types import Inputs, Split, Task
 
+from .test_networks_and_methods import SMALL
+
 
 class Softmax(nn.Module):
   """Softmax regression, the features being all there is."""
@@ -81,7 +83,7 @@ def test_many_anchors_are_one():
 @pytest.mark.parametrize("network", ["lenet", "alexnet", "resnet18"])
 def test_fisher_of_networks_without_running_statistics(digits_config, network):
   """BatchNorm with the chunk's statistics: finite, positive, and 0 for a bias before BatchNorm."""
-  model = experiment.models.make(network, 3, "batch")
+  model = experiment.models.make(network, 3, "batch").clone(**SMALL[network])
   image = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32, 32, 3)), jnp.float32)
   params = model.init(jax.random.key(0), image[:1], train=False)["params"]
   chunk = jax.jit(ewc._fisher_of(model, False, False))

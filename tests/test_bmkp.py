@@ -9,7 +9,7 @@ from halrp_jax import experiment, models, perturb, train
 from halrp_jax.methods import bmkp
 
 from .test_methods import QUIET, learn, logits
-from .test_networks_and_methods import NARROW
+from .test_networks_and_methods import SMALL
 
 
 def random_basis(rng, width, count):
@@ -128,7 +128,7 @@ def test_a_first_direction_that_carries_all_is_kept(digits_config):
 @pytest.mark.parametrize("network", ["lenet", "resnet18", "mlp"])
 @pytest.mark.parametrize("images", [2, 64])  # few places, many places
 def test_products_are_the_composed_network_and_later_columns_change_no_bit(network, images):
-  model = models.make(network, 3).clone(**NARROW[network])
+  model = models.make(network, 3).clone(**SMALL[network])
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(images, 32, 32, 3)), jnp.float32)
   params, stats = train.initialize(model, jax.random.key(0), x.shape[1:])

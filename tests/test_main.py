@@ -36,7 +36,7 @@ def run(capsys, *arguments):
       [DIGITS, "--workdir=x", "--config.order=F"],
       "order must be one of 0, 1, 2, 3, 4, natural, or",
     ),
-    ([DIGITS, "--workdir=x", "--config.order=0,1"], "order must be"),
+    ([DIGITS, "--workdir=x", "--config.order=0,10"], "order must be"),
     ([DIGITS, "--workdir=x", "--config.method.name=nobody"], "method.name"),
     ([DIGITS, "--wrkdir=x"], "wrkdir"),
     ([DIGITS, "--workdir=x", "extra"], "'extra' is not a flag"),

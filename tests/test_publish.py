@@ -243,3 +243,21 @@ def test_reasons_name_cells_that_there_are():
     heads = {c.head for c in paper.TARGETS[name].columns}
     for row, reasons in rows.items():
       assert row in paper.TARGETS[name].rows and reasons.keys() <= heads
+
+
+def test_the_readme_has_the_numbers_of_table_2():
+  """Its table of systems, against docs/reproduction.md, which is made of the records."""
+  report = (ROOT / "docs" / "reproduction.md").read_text()
+  table = report[report.index("## Table 2") : report.index("## Table 3a")]
+  cells = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
+  made = {(c[0], c[1]): (c[2].split()[0], c[3].split()[0]) for c in cells if len(c) > 5}
+  rows = [
+    [x.strip() for x in line.strip("|").split("|")]
+    for line in (ROOT / "README.md").read_text().splitlines()
+    if ".py` |" in line and line.count("|") == 9
+  ]
+  assert {row[0].partition(",")[0] for row in rows} == set(paper.SYSTEMS)
+  for row in rows:
+    for share, ours, theirs in (("5 %", row[4], row[5]), ("100 %", row[6], row[7])):
+      key = row[0].partition(",")[0], f"CIFAR100-Split, {share}, ACC (%)"
+      assert made.get(key, (theirs, "not")) == (theirs, ours.split()[0]), key

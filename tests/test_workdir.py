@@ -126,15 +126,15 @@ def test_a_slow_disk_saves_what_was_known_then(whole, digits_config, tmp_path, m
     time.sleep(0.5 if folder.name.startswith("state-") else 0)
     save(folder, packed, about)
 
-  def in_sixth_task():
-    return any(e["event"] == "task" and e["t"] == 5 for e in seen)
+  def in_fourth_task():
+    return any(e["event"] == "task" and e["t"] == 3 for e in seen)
 
   with monkeypatch.context() as m, pytest.raises(Stopped):
     m.setattr(workdir.checkpoint, "save", slow)
-    experiment.run(config, str(tmp_path), seen.append, stop_asked=in_sixth_task)
+    experiment.run(config, str(tmp_path), seen.append, stop_asked=in_fourth_task)
   items = tmp_path / "checkpoints"
   for later in (
-    items / "state-0005",
+    items / "state-0003",
     *items.glob("now.*"),
   ):  # as if killed before these were written
     shutil.rmtree(later)
