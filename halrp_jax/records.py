@@ -15,7 +15,7 @@ import numpy as np
 from halrp_jax import experiment, methods, metrics, validate, workdir
 
 # Not part of a setting. The variant is spelled out by its switches.
-_FREE = {"order", "seed", "train_fraction", "allow_partial", "loop", "parallel", "method.variant"}
+_FREE = {"order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"}
 _FREE |= set(workdir.NEUTRAL_KEYS)
 # What programs did before the key existed, where that is not its default.
 _BEFORE = {"protocol.fraction_per_class": False}

@@ -81,14 +81,15 @@ def make_predict_many(run: Saved) -> Callable[[np.ndarray, np.ndarray], np.ndarr
   """Builds predict_many(task ids [B], uint8 images [B, H, W, C]) -> probabilities [B, K].
 
   Every image with the weights of its own task, all in one compiled call (one for each B); a class
-  that an image's task has not has probability 0, K being the classes of the widest task.
+  that an image's task has not has probability 0, K being the classes of the widest task. For HALRP
+  and BE.
 
   Raises:
     UserError: if the method has no perturbations, or the network evaluates with the statistics of
       the batch. predict_many: if an id is unknown or the shapes are others.
   """
-  if run.config.method.name != "halrp":
-    raise UserError(f"predict_many: {run.config.method.name} has no perturbations, only halrp has")
+  if "perturbation" not in run.state.tasks[0]:
+    raise UserError(f"predict_many: {run.config.method.name} keeps no perturbations of a base")
   if depends_on_batch(run.model):
     raise UserError(
       f"predict_many: {run.config.network} evaluates with the statistics of the batch, so each "

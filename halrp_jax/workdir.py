@@ -43,13 +43,14 @@ RECORD, METRICS, CONFIG, TASKS, LOCK, CHECKPOINTS = (
   "checkpoints",
 )
 EXTENDED = "extended"  # in the config of a run that learned more tasks than its benchmark has
-NEUTRAL_KEYS = (  # change no result, deterministic the rounding at most
+NEUTRAL_KEYS = (  # change no result, the last two the rounding at most
   "data_dir",
   "data.cache",
   "checkpoint.every_epochs",
   "checkpoint.every_seconds",
   "checkpoint.strict",
   "deterministic",
+  "parallel",
 )
 _KEPT_STATES = 2
 _NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
@@ -256,9 +257,18 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
 
 
 def read_config(path: str) -> dict:
-  """The resolved config of a run; of one that was extended, that of the run it began as."""
+  """The resolved config of a run; of one that was extended, that of the run it began as.
+
+  A run of a version that had not yet some key that changes no result gets its default.
+  """
   missing = f"--workdir={path}: holds no {CONFIG}; give the folder of a run"
   config = _read_json(pathlib.Path(path) / CONFIG, missing)
+  known = validate.keys_of({})
+  for name in NEUTRAL_KEYS:
+    section, _, key = name.rpartition(".")
+    place = config.setdefault(section, {}) if section else config
+    if isinstance(place, dict):
+      place.setdefault(key, known[name].default)
   return {k: v for k, v in config.items() if k != EXTENDED}
 
 

@@ -12,6 +12,8 @@ from halrp_jax.types import Stopped
 ROOT = pathlib.Path(__file__).parents[1]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Half the time of the tests is XLA's; the programs a test starts are optimised as a user's are.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):

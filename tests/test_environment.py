@@ -111,7 +111,8 @@ def test_without_a_network(digits_config, tmp_path, monkeypatch):
 
   monkeypatch.setattr(socket.socket, "connect", refuse)
   monkeypatch.setattr(socket, "getaddrinfo", refuse)
-  experiment.run(digits_config("stl", epochs=1), str(tmp_path))
+  record = experiment.run(digits_config("stl", epochs=1, order="0,1"), str(tmp_path))
+  assert len(record["accuracy"]) == 2
 
 
 def make_custom(folder):

@@ -25,7 +25,7 @@ RUN = ("--", "halrp_jax.main", "--config=configs/digits.py")
 # Writes down how it was called. A VM is the folder vm/ and the state in the file `state`; ssh runs
 # the command there; `run` of the VM may be scripted by lines of `runs`. gs://X is the folder X.
 GCLOUD = f"""#!{sys.executable} -SE
-import json, os, pathlib, re, shutil, subprocess, sys
+import fcntl, json, os, pathlib, re, shutil, subprocess, sys
 root, args = pathlib.Path(os.environ["FAKE"]), sys.argv[1:]
 with open(root / "calls", "a") as f:
   f.write(json.dumps(args) + "\\n")
@@ -34,8 +34,10 @@ place = lambda text: root / text[5:] if text.startswith("gs://") else pathlib.Pa
 
 def ssh(command):
   if "on_tpu.sh run" in command and runs.exists():
-    now, *later = runs.read_text().split()
-    runs.write_text("\\n".join(later))
+    with open(root / "lock", "w") as lock:  # shards call at the same time
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      now, *later = runs.read_text().split()
+      runs.write_text("\\n".join(later))
     if now == "taken":
       state.write_text("SUSPENDED" if "queued" in state.read_text() else "PREEMPTED")
       return 255

@@ -83,8 +83,19 @@ def test_the_table_has_what_the_method_predicts(capsys, run_folder, nine, tmp_pa
   assert [float(r["probability"]) for r in table] == list(got.max(1))
 
 
-def test_a_batch_of_mixed_tasks(run_folder):
-  run = saved.open_run(str(run_folder))
+@pytest.fixture(scope="module")
+def be_folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("be")
+  config = experiment.make_config(
+    "be", benchmark="digits", order="3,1", network="mlp", epochs=2, protocol={}
+  )
+  experiment.run(config, str(folder))
+  return folder
+
+
+@pytest.mark.parametrize("method", ["run_folder", "be_folder"])
+def test_a_batch_of_mixed_tasks(method, request):
+  run = saved.open_run(str(request.getfixturevalue(method)))
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (12, 8, 8, 1), np.uint8)
   ids = rng.permutation([3, 1] * 6)
@@ -105,9 +116,18 @@ def test_mixed_batches_that_can_not_be(run_folder):
     saved.make_predict_many(run)([3], image)
   with pytest.raises(UserError, match="statistics of the batch"):
     saved.make_predict_many(run._replace(model=models.make("lenet", 3, "batch")))
-  config = experiment.make_config("stl", benchmark="digits", protocol={})
-  with pytest.raises(UserError, match="stl has no perturbations"):
-    saved.make_predict_many(run._replace(config=config))
+  plain = run.state._replace(tasks=({"params": {}},))
+  with pytest.raises(UserError, match="keeps no perturbations of a base"):
+    saved.make_predict_many(run._replace(state=plain))
+
+
+def test_a_run_of_a_version_without_some_neutral_keys_is_opened(run_folder, tmp_path):
+  shutil.copytree(run_folder, tmp_path / "run")
+  path = tmp_path / "run" / "config.json"
+  config = json.loads(path.read_text())
+  del config["checkpoint"]["every_seconds"], config["deterministic"], config["parallel"]
+  path.write_text(json.dumps(config))
+  assert saved.open_run(str(tmp_path / "run")).config == saved.open_run(str(run_folder)).config
 
 
 def test_odd_images(tmp_path):
