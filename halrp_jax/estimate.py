@@ -36,7 +36,7 @@ def calibrate(config) -> tuple[float, float]:
   second once more with everything compiled, which is timed.
   """
   image_shape, _ = data.planned(config)
-  model = models.make(config.network, _CLASSES, config.method.batch_norm)
+  model = models.of(config, _CLASSES)
   benchmark = _random_benchmark(image_shape, config.batch_size)
   method = methods.make(config, model, benchmark)
   key, store = jax.random.key(0), Store("calibration", lambda event: None)

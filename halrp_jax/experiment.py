@@ -129,7 +129,8 @@ def build(config) -> tuple[Benchmark, object, Method]:
         f"{task.name!r} no batch out of {len(task.train.index)} images: take a smaller one"
       )
   benchmark = _with_validation_images(config, benchmark)
-  model = models.make(config.network, benchmark.max_classes, config.method.batch_norm)
+  benchmark = parallel.replicate(config, benchmark)
+  model = models.of(config, benchmark.max_classes)
   return benchmark, model, methods.make(config, model, benchmark)
 
 
@@ -153,9 +154,7 @@ def plan(config) -> dict:
   """What a run of this config would do, as plain numbers and texts (--dry_run)."""
   config = resolve(config)
   image_shape, tasks, missing = _planned_tasks(config)
-  model = models.make(
-    config.network, max(t["num_classes"] for t in tasks), config.method.batch_norm
-  )
+  model = models.of(config, max(t["num_classes"] for t in tasks))
   shapes, _ = jax.eval_shape(
     lambda key: train.initialize(model, key, image_shape), jax.random.key(0)
   )

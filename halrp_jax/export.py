@@ -172,7 +172,7 @@ def _take(arrays: Arrays, name: str, place: str) -> np.ndarray:
 def program(run: saved.Saved, t: int):
   """`jax.export` of a task: uint8 images [b, H, W, C], b any number, -> probabilities [b, K]."""
   task = run.learned[t]
-  network = models.make(run.config.network, task.num_classes, run.config.method.batch_norm)
+  network = models.of(run.config, task.num_classes)
   variables = None
   if run.method.merge is not None:
     params, stats = run.method.merge(run.state, t)
@@ -201,6 +201,7 @@ def _card(run: saved.Saved, num_classes: int) -> dict:
       "name": run.config.network,
       "num_classes": num_classes,
       "batch_norm": run.config.method.batch_norm,
+      "precision": run.config.precision,
     },
     "input_shape": list(run.benchmark.image_shape),
   }
@@ -292,7 +293,8 @@ def load(folder: str, task: int) -> Model:
       raise UserError(f"{place / stem}.stablehlo is a program: jax.export.deserialize reads it")
     meta = cards.to_task(card["task"], tuple(card["image_shape"]))
     spec, input_shape = card["network"], tuple(card["input_shape"])
-    network = models.make(spec["name"], spec["num_classes"], spec["batch_norm"])
+    how = spec["batch_norm"], spec.get("precision", "float32")  # older files have none
+    network = models.make(spec["name"], spec["num_classes"], *how)
     params, stats = jax.eval_shape(
       lambda key: train.initialize(network, key, input_shape), jax.random.key(0)
     )

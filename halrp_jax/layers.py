@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from halrp_jax import parallel
+
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 4  # up to here a convolution is faster on 2x2 blocks (space to depth)
 
@@ -30,14 +32,21 @@ def uniform_fan_in(fan_in: int | None = None):
   return init
 
 
-def dense(features: int, num_in: int, *, bias: bool = True, name: str) -> nn.Dense:
-  """A dense layer as PyTorch initialises it."""
+def dense(features: int, num_in: int, *, bias: bool = True, dtype=None, name: str) -> nn.Dense:
+  """A dense layer as PyTorch initialises it. `dtype`: of the product and its result."""
   return nn.Dense(
-    features, bias, kernel_init=uniform_fan_in(), bias_init=uniform_fan_in(num_in), name=name
+    features,
+    bias,
+    dtype,
+    kernel_init=uniform_fan_in(),
+    bias_init=uniform_fan_in(num_in),
+    name=name,
   )
 
 
-def conv(features: int, width: int, padding: int, stride: int = 1, *, name: str) -> nn.Conv:
+def conv(
+  features: int, width: int, padding: int, stride: int = 1, *, dtype=None, name: str
+) -> nn.Conv:
   """A square convolution, fast on every platform. Its bias is kept by the BatchNorm behind it."""
   return nn.Conv(
     features,
@@ -45,6 +54,7 @@ def conv(features: int, width: int, padding: int, stride: int = 1, *, name: str)
     (stride, stride),
     padding,
     use_bias=False,
+    dtype=dtype,
     kernel_init=uniform_fan_in(),
     conv_general_dilated=conv_general_dilated,
     name=name,
@@ -63,6 +73,8 @@ class BatchNorm(nn.Module):
 
   The bias of the layer before is a parameter here (`num_in`): training subtracts it again, so it is
   never added, only kept in the running mean. Its gradient is 0, not the noise of rounding.
+
+  Statistics and normalisation are float32 whatever comes in; the result has the input's dtype.
   """
 
   running: bool = True
@@ -74,7 +86,8 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    features = x.shape[-1]
+    features, dtype = x.shape[-1], x.dtype
+    x = x.astype(jnp.float32)
     scale = self.param("scale", nn.initializers.ones, (features,))
     bias = self.param("bias", nn.initializers.zeros, (features,))
     shift = 0.0
@@ -86,18 +99,18 @@ class BatchNorm(nn.Module):
     if self.running and not train:
       y = _affine(x, mean_.value - shift, var_.value, scale, bias, self.epsilon)
       y = max_pool(y, self.pool) if self.pool > 1 else y
-      return nn.relu(y) if self.relu else y
+      return (nn.relu(y) if self.relu else y).astype(dtype)
     forms = [
       functools.partial(f, epsilon=self.epsilon, relu=self.relu, pool=self.pool)
       for f in (_fused_batch_norm, _plain_batch_norm)
     ]
     y, mean, var = lax.platform_dependent(x, scale, bias, cpu=forms[0], default=forms[1])
     if self.running and not self.is_initializing():
-      count = x.size // features
+      count = x.size // features * parallel.axis_size()
       unbiased = var * count / max(count - 1, 1)
       mean_.value = (1 - self.momentum) * mean_.value + self.momentum * (mean + shift)
       var_.value = (1 - self.momentum) * var_.value + self.momentum * unbiased
-    return y
+    return y.astype(dtype)
 
 
 class Dropout(nn.Module):
@@ -306,10 +319,19 @@ def _affine(x, mean, var, scale, bias, epsilon):
   return x * _channels(factor, x) + _channels(bias - mean * factor, x)
 
 
-def _plain_batch_norm(x, scale, bias, *, epsilon, relu, pool):
-  """-> output, mean [C], biased variance [C] of the batch"""
+def _moments(x):
+  """Mean [C] and biased variance [C] over all axes but the last, and all parts of a batch."""
   axes = tuple(range(x.ndim - 1))
   mean, var = x.mean(axes), x.var(axes)
+  if not parallel.is_mapped():
+    return mean, var
+  whole = parallel.average(mean)
+  return whole, parallel.average(var + (mean - whole) ** 2)
+
+
+def _plain_batch_norm(x, scale, bias, *, epsilon, relu, pool):
+  """-> output, mean [C], biased variance [C] of the batch"""
+  mean, var = _moments(x)
   y = _affine(x, mean, var, scale, bias, epsilon)
   y = max_pool(y, pool) if pool > 1 else y
   return nn.relu(y) if relu else y, mean, var
@@ -328,8 +350,7 @@ def _batch_norm_relu_pool(x, scale, bias, epsilon, relu, pool):
 
   Fewer passes over the activations than one after another.
   """
-  axes = tuple(range(x.ndim - 1))
-  mean, var = x.mean(axes), x.var(axes)
+  mean, var = _moments(x)
   y = _affine(x, mean, var, scale, bias, epsilon)
   y = _highest(y) if pool else y
   return nn.relu(y) if relu else y, mean, var
@@ -357,8 +378,9 @@ def _batch_norm_relu_pool_bwd(epsilon, relu, pool, saved, gradients):
   d_bias = dy.sum(places)
   d_scale = (product.sum(places) - mean * d_bias) * inverse
   slope = scale * inverse
-  linear = -slope * inverse * d_scale / count
-  constant = -slope * d_bias / count - linear * mean
+  of_scale, of_bias = parallel.average((d_scale, d_bias))  # x moves the statistics of all parts
+  linear = -slope * inverse * of_scale / count
+  constant = -slope * of_bias / count - linear * mean
 
   def combine(dz, x, slope, linear, constant):
     return _channels(slope, x) * dz + _channels(linear, x) * x + _channels(constant, x)

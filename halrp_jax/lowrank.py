@@ -116,6 +116,11 @@ def decompose_randomized(
   """`decompose` for the largest `rank` singular triplets only (Halko, Martinsson, Tropp 2011,
   Alg. 4.4: subspace iteration). The exact one where that would be hardly more than all of them.
   """
+  with jax.default_matmul_precision("float32"):  # accelerators take less by default
+    return _decompose_randomized(base, free, key, rank)
+
+
+def _decompose_randomized(base, free, key, rank):
   num_in, num_out = base.shape[-2:]
   width = rank + _OVERSAMPLING
   if width >= min(num_in, num_out):

@@ -1,14 +1,21 @@
 """Training and evaluation shared out over the devices of this process.
 
-Everything is written for one device. Where `parallel` says so, batches are laid out over all of
-them and XLA derives the rest: each device computes its part of a batch, gradients are summed, and
-BatchNorm's statistics are those of the whole batch, so that one device and many agree but for
-rounding (design: jit with a mesh and NamedSharding).
+Everything is written for one device. `parallel` says how many take part:
+
+* sharded: batches are laid out over all devices and XLA derives the rest (jit with a mesh and
+  NamedSharding). BatchNorm's statistics are those of the whole batch by themselves.
+* pmap: `jax.pmap` runs the step on every device with its part of the batch; gradients, and in
+  `layers.BatchNorm` the statistics, are averaged over the axis `AXIS`. Evaluation is as sharded.
+
+One device and many agree but for rounding, dropout with pmap apart: each device draws its own.
 """
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AXIS = "batch"
@@ -19,24 +26,114 @@ def num_devices(config) -> int:
   return 1 if config.parallel == "none" else jax.local_device_count()
 
 
+def _shardings(count: int) -> tuple[NamedSharding, NamedSharding]:
+  """-> shared out by the first axis, whole on every device"""
+  mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices())
+  return tuple(NamedSharding(mesh, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
+
+
+def _is_array(x) -> bool:
+  return isinstance(x, jax.Array | np.ndarray)
+
+
+def replicate(config, tree):
+  """A pytree with its arrays whole on every device; what is one object stays one.
+
+  Done once for the images: what lies on one device would be sent to the others in every call.
+  """
+  count = num_devices(config)
+  if count == 1:
+    return tree
+  _, whole = _shardings(count)
+  placed = {}
+
+  def place(x):
+    if not _is_array(x):
+      return x
+    if id(x) not in placed:
+      placed[id(x)] = jax.device_put(x, whole)
+    return placed[id(x)]
+
+  return jax.tree.map(place, tree)
+
+
 def make_spread(config) -> Callable:
   """Builds spread(tree): its arrays [B, ...] laid out over the devices by their first axis.
 
-  Inside jit and outside. Where B is no multiple of their number (the last batch of an epoch) every
-  device has the whole array, and computes it: exact, and no faster. Numbers pass as they are.
+  Inside jit and outside; inside `compile_step` with pmap, the part of the device that asks. Where B
+  is no multiple of their number (the last batch of an epoch) every device has the whole array, and
+  computes it: exact, and no faster. Numbers pass as they are.
   """
   count = num_devices(config)
   if count == 1:
     return lambda tree: tree
-  mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices())
-  shared_out, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
+  shared_out, whole = _shardings(count)
 
   def place(x):
     if not x.ndim:
       return x
-    sharding = whole if len(x) % count else shared_out
-    if isinstance(x, jax.core.Tracer):
-      return jax.lax.with_sharding_constraint(x, sharding)
-    return jax.device_put(x, sharding)
+    if not isinstance(x, jax.core.Tracer):
+      return jax.device_put(x, whole if len(x) % count else shared_out)
+    if is_mapped():
+      size = len(x) // count
+      return lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * size, size)
+    if config.parallel == "pmap":
+      return x
+    return lax.with_sharding_constraint(x, whole if len(x) % count else shared_out)
 
   return lambda tree: jax.tree.map(place, tree)
+
+
+# --- pmap -----------------------------------------------------------------------------
+
+
+def axis_size() -> int:
+  """How many devices run what is being traced, each with its part of a batch; 1: not mapped."""
+  try:
+    return lax.axis_size(AXIS)
+  except NameError:  # JAX has no other way to ask
+    return 1
+
+
+def is_mapped() -> bool:
+  return axis_size() > 1
+
+
+def average(tree):
+  """The mean over the devices of a mapped function; elsewhere the tree itself."""
+  return lax.pmean(tree, AXIS) if is_mapped() else tree
+
+
+def own_key(key: jax.Array) -> jax.Array:
+  """A key for each device of a mapped function; elsewhere the key itself."""
+  return jax.random.fold_in(key, lax.axis_index(AXIS)) if is_mapped() else key
+
+
+def compile_step(config, fn: Callable) -> Callable:
+  """Compiles fn(carry, batches [n, B], *args) -> carry; `carry` is donated.
+
+  With parallel=pmap and B a multiple of the number of devices every device runs fn with a copy of
+  all arguments, and all end with the same carry.
+  """
+  jitted, count = jax.jit(fn, donate_argnums=0), num_devices(config)
+  if config.parallel != "pmap" or count == 1:
+    return jitted
+  mapped = jax.pmap(fn, AXIS, donate_argnums=0, devices=jax.local_devices())
+  shared_out, whole = _shardings(count)
+
+  def copies(x):
+    x = jax.device_put(jnp.asarray(x), whole)
+    parts = [part.data[None] for part in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays((count, *x.shape), shared_out, parts)
+
+  def one_of(x):
+    parts = [part.data[0] for part in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape[1:], whole, parts)
+
+  def call(carry, batches, *args):
+    if batches.shape[-1] % count:
+      return jitted(carry, batches, *args)
+    return jax.tree.map(one_of, mapped(*jax.tree.map(copies, (carry, batches, *args))))
+
+  call.lower = jitted.lower
+  return call

@@ -363,7 +363,7 @@ def _tapped(model, names, variables, image, tap_fn):
     module, name = context.module, _SEPARATOR.join(context.module.path)
     y = next_fun(*args, **kwargs)
     if name in names and context.method_name == "__call__":
-      found[name] = tap_fn(module, args[0], y)
+      found[name] = tap_fn(module, args[0], y).astype(jnp.float32)
     return y
 
   with nn.intercept_methods(intercept):
@@ -376,7 +376,7 @@ def without_head():
 
   def intercept(next_fun, args, kwargs, context):
     is_head = context.module.path == (HEAD,) and context.method_name == "__call__"
-    return args[0] if is_head else next_fun(*args, **kwargs)
+    return args[0].astype(jnp.float32) if is_head else next_fun(*args, **kwargs)
 
   return nn.intercept_methods(intercept)
 
@@ -399,7 +399,8 @@ def _perturbed(module, kernel, p, bias, x, *, form):
   factored = form == "factored" or (form == "auto" and _factored_is_cheaper(kernel, p, x))
   if factored and _can_be_factored(module):
     y = detached.apply({"params": {"kernel": kernel}}, x * _channels(p.S, x))
-    y = (y * _channels(p.R, y) + _low_rank_branch(module, p, x)).astype(y.dtype)
+    branch = _low_rank_branch(module, p, x, y.dtype)
+    y = (y * _channels(p.R, y) + branch).astype(y.dtype)
   else:
     y = detached.apply({"params": {"kernel": compose(kernel, p)}}, x)
   # in the layer's own dtype, as it would add it; DenseGeneral's bias has several axes
@@ -415,13 +416,16 @@ def _channels(v, like):
   return v.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-def _low_rank_branch(module, p, x):
-  """U (Sigma (V' x)), for a convolution on the sum over its window (authors: 1x1, pool, 1x1)."""
+def _low_rank_branch(module, p, x, dtype):
+  """U (Sigma (V' x)), for a convolution on the sum over its window (authors: 1x1, pool, 1x1).
+
+  `dtype`: of the products with x.
+  """
   u = p.U if p.sigma is None else p.U * _channels(p.sigma, p.U)
   if not isinstance(module, nn.Conv):
-    return (x @ p.V) @ u.T
+    return (x.astype(dtype) @ p.V.astype(dtype)) @ u.T.astype(dtype)
   total = layers.window_sum(x, module.kernel_size, *_strides_and_padding(module))
-  return layers.times(total, p.V @ u.T)
+  return layers.times(total.astype(dtype), (p.V @ u.T).astype(dtype))
 
 
 def _can_be_factored(module) -> bool:

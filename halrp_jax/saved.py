@@ -40,7 +40,7 @@ def open_run(path: str) -> Saved:
   """
   config = experiment.resolve(config_dict.ConfigDict(workdir.read_config(path)))
   benchmark = workdir.read_benchmark(path)
-  model = models.make(config.network, benchmark.max_classes, config.method.batch_norm)
+  model = models.of(config, benchmark.max_classes)
   state, results = workdir.newest_state(path)
   method = methods.make(config, model, benchmark)
   return Saved(path, config, benchmark, model, method, state, results)

@@ -380,9 +380,11 @@ def _make_step(config, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn
       return image
 
     batch = spread(_make_batch(split, inputs, num_classes, rows, augment))
-    grad, (stats, sums) = jax.grad(loss_fn, has_aux=True)(
-      state.params, frozen, state.stats, batch, key
+    gradients = jax.grad(loss_fn, has_aux=True)(
+      state.params, frozen, state.stats, batch, parallel.own_key(key)
     )
+    grad, (stats, sums) = parallel.average(gradients)
+    sums *= len(rows) / len(batch.label)
     updates, opt_state = tx.update(grad, state.opt_state, state.params)
     updates = edit_fn(updates, frozen)
     rate = -rate * gamma**state.step
@@ -425,7 +427,7 @@ def _make_epoch(config, step: Callable) -> Callable:
   def many_steps(carry, batches, start, stop, *args):
     return lax.fori_loop(start, stop, lambda i, c: one_step(c, batches[i], *args), carry)
 
-  jit_one, jit_many = (jax.jit(f, donate_argnums=0) for f in (one_step, many_steps))
+  jit_one, jit_many = (parallel.compile_step(config, f) for f in (one_step, many_steps))
 
   def loop_over_steps(carry, batches, start, stop, *args):
     for i in range(start, stop):

@@ -100,9 +100,14 @@ KEYS = {
   ),
   "parallel": one_of(
     "auto",
-    ("auto", "none", "sharded"),
-    "sharded: each device has its part of every batch; none: one device computes; auto: sharded "
-    "where there are several",
+    ("auto", "none", "sharded", "pmap"),
+    "sharded: each device has its part of every batch; pmap: so too, by jax.pmap; none: one device "
+    "computes; auto: sharded where there are several",
+  ),
+  "precision": one_of(
+    "float32",
+    ("float32", "bfloat16"),
+    "of the network's products and activations; parameters, statistics, SVD and scores are float32",
   ),
   "deterministic": flag(
     False,

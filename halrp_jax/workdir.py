@@ -52,6 +52,7 @@ NEUTRAL_KEYS = (  # change no result, the last two the rounding at most
   "deterministic",
   "parallel",
 )
+_LATER_KEYS = (*NEUTRAL_KEYS, "precision")  # programs before them did what the default says
 _KEPT_STATES = 2
 _NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
 
@@ -259,17 +260,21 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
 def read_config(path: str) -> dict:
   """The resolved config of a run; of one that was extended, that of the run it began as.
 
-  A run of a version that had not yet some key that changes no result gets its default.
+  A run of an older version gets the defaults of keys that did not exist (`_LATER_KEYS`).
   """
   missing = f"--workdir={path}: holds no {CONFIG}; give the folder of a run"
   config = _read_json(pathlib.Path(path) / CONFIG, missing)
+  _fill_in(config)
+  return {k: v for k, v in config.items() if k != EXTENDED}
+
+
+def _fill_in(config: dict) -> None:
   known = validate.keys_of({})
-  for name in NEUTRAL_KEYS:
+  for name in _LATER_KEYS:
     section, _, key = name.rpartition(".")
     place = config.setdefault(section, {}) if section else config
     if isinstance(place, dict):
       place.setdefault(key, known[name].default)
-  return {k: v for k, v in config.items() if k != EXTENDED}
 
 
 def read_benchmark(path: str) -> Benchmark:
@@ -385,7 +390,9 @@ def _check_config(folder: pathlib.Path, config: dict) -> None:
     write_json(path, config)
     return
   try:
-    old = validate.flat(json.loads(path.read_text()))
+    old = json.loads(path.read_text())
+    _fill_in(old)
+    old = validate.flat(old)
   except (OSError, ValueError, AttributeError) as e:
     raise UserError(f"{path}: can't be read ({e}); --overwrite starts anew") from e
   new = validate.flat(config)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "halrp_jax"
 LAYERS = (
-  {"types", "allocator", "stop"},
+  {"types", "allocator", "stop", "parallel"},
   {
     "lowrank",
     "bases",
@@ -19,7 +19,6 @@ LAYERS = (
     "data",
     "compile_cache",
     "determinism",
-    "parallel",
     "cards",
   },
   {"perturb", "models"},

@@ -1,6 +1,7 @@
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -8,6 +9,7 @@ from flax import traverse_util
 from halrp_jax import models, perturb, train
 
 from .conftest import ROOT
+from .test_networks_and_methods import SMALL
 
 
 def count(name, num_classes, image_shape):
@@ -135,3 +137,34 @@ def test_ours_equal_the_plain_networks_in_losses_and_gradients(name, plain_netwo
       scale = max(np.linalg.norm(g), 1e-3 * largest * np.sqrt(g.size))
       assert np.linalg.norm(flat[path] - g) < 0.02 * scale, path
     params = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)
+
+
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_bfloat16_is_of_products_and_activations_alone(name):
+  """Parameters, their gradients, statistics and logits are float32 and near those of float32."""
+  sizes = SMALL.get(name, {})
+  exact = models.make(name, 3, "running").clone(**sizes)
+  rough = models.make(name, 3, "running", "bfloat16").clone(**sizes)
+  x = jax.random.normal(jax.random.key(1), (32, 32, 32, 3))
+  params, stats = train.initialize(rough, jax.random.key(0), (32, 32, 3))
+  assert {x.dtype for x in jax.tree.leaves((params, stats))} == {jnp.dtype("float32")}
+
+  def loss(params, model):
+    logits, new = train.apply_model(model, params, stats, x, True, jax.random.key(2))
+    assert logits.dtype == jnp.float32
+    return train.cross_entropy(logits, jnp.arange(32) % 3, jnp.int32(3)), new
+
+  gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+  ((want, _), grad), ((got, new), rough_grad) = (gradient(params, m) for m in (exact, rough))
+  np.testing.assert_allclose(got, want, rtol=0.03)
+  assert {x.dtype for x in jax.tree.leaves((rough_grad, new))} == {jnp.dtype("float32")}
+  g, other = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (grad, rough_grad))
+  assert jnp.vdot(g, other) > 0.9 * jnp.linalg.norm(g) * jnp.linalg.norm(other)
+  products = [
+    eqn.outvars[0].aval
+    for eqn in jax.make_jaxpr(lambda p: rough.apply({"params": p, "batch_stats": stats}, x))(
+      params
+    ).eqns
+    if eqn.primitive.name in ("dot_general", "conv_general_dilated")
+  ]
+  assert [a.dtype for a in products if a.shape != (32, 3)] == [jnp.bfloat16] * (len(products) - 1)

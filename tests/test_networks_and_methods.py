@@ -21,14 +21,6 @@ SMALL = {
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-  """Hundreds of programs that run for a few steps each: compiling them is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def benchmark_of():
   """(channels) -> two tasks of three classes, 24 random images of 32 x 32 each."""
@@ -88,11 +80,13 @@ def learn_two_tasks(network, method_name, benchmark_of):
       "ibpwf": {"fine_tune_epochs": 1},
     },
     network=network,
+    # the wide LeNet is the LeNet again but for its sizes
+    precision="bfloat16" if network == "wide_lenet" else "float32",
     epochs=2,
     batch_size=8,
   )
   config = experiment.resolve(config)
-  model = models.make(network, 3, config.method.batch_norm).clone(**SMALL[network])
+  model = models.of(config, 3).clone(**SMALL[network])
   method = methods.make(config, model, benchmark)
   state = method.init(jax.random.key(0), benchmark)
   first = None

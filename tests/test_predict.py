@@ -121,11 +121,13 @@ def test_mixed_batches_that_can_not_be(run_folder):
     saved.make_predict_many(run._replace(state=plain))
 
 
-def test_a_run_of_a_version_without_some_neutral_keys_is_opened(run_folder, tmp_path):
+def test_a_run_of_a_version_without_some_keys_is_opened(run_folder, tmp_path):
   shutil.copytree(run_folder, tmp_path / "run")
   path = tmp_path / "run" / "config.json"
   config = json.loads(path.read_text())
-  del config["checkpoint"]["every_seconds"], config["deterministic"], config["parallel"]
+  for name in ("deterministic", "parallel", "precision"):
+    del config[name]
+  del config["checkpoint"]["every_seconds"]
   path.write_text(json.dumps(config))
   assert saved.open_run(str(tmp_path / "run")).config == saved.open_run(str(run_folder)).config
 

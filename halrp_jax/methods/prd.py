@@ -81,6 +81,16 @@ class Projection(nn.Module):
     return layers.dense(128, x.shape[-1], name="fc3")(x)
 
 
+def check(config) -> list[str]:
+  """Errors that concern several keys."""
+  if config.parallel == "pmap":
+    return [
+      "parallel = 'pmap' shows each device a part of the batch, and prd contrasts all its images "
+      "with one another: set parallel=sharded"
+    ]
+  return []
+
+
 def make(config, model, benchmark) -> Method:
   m, projection = config.method, Projection()
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from halrp_jax.models import alexnet, lenet, mlp, resnet
 
@@ -21,7 +22,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def make(name: str, num_classes: int, batch_norm: str = "own") -> nn.Module:
+def of(config, num_classes: int) -> nn.Module:
+  """The network of a resolved config."""
+  return make(config.network, num_classes, config.method.batch_norm, config.precision)
+
+
+def make(
+  name: str, num_classes: int, batch_norm: str = "own", precision: str = "float32"
+) -> nn.Module:
   """The network called `name` with `num_classes` outputs.
 
   Args:
@@ -30,8 +38,12 @@ def make(name: str, num_classes: int, batch_norm: str = "own") -> nn.Module:
     batch_norm: "running": BatchNorm keeps running statistics and evaluates with them; "batch": it
       evaluates with those of the batch; "own": as the paper's network of that name does. Of no
       effect on a network without BatchNorm.
+    precision: "float32", or "bfloat16": so are the products of all layers but the head, and what
+      they give; parameters, statistics and logits stay float32.
   """
   network = NETWORKS[name](num_classes=num_classes)
+  if precision != "float32":
+    network = network.clone(dtype=jnp.dtype(precision))
   if batch_norm == "own" or not hasattr(network, "running"):
     return network
   return network.clone(running=batch_norm == "running")

@@ -19,6 +19,7 @@ class AlexNet(nn.Module):
   dropout: tuple[float, ...] = (0.2, 0.2, 0.5)
   hidden: tuple[int, ...] = (2048, 2048)
   running: bool = False
+  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -26,14 +27,14 @@ class AlexNet(nn.Module):
     blocks = zip(self.channels, self.kernels, self.dropout, strict=True)
     for i, (features, width, rate) in enumerate(blocks, 1):
       num_in = width**2 * x.shape[-1]
-      x = layers.conv(features, width, padding=0, name=f"conv{i}")(x)
+      x = layers.conv(features, width, padding=0, dtype=self.dtype, name=f"conv{i}")(x)
       x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn{i}")(x, train)
       x = layers.Dropout(rate)(x, train)
       x = layers.max_pool(x)
     x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       num_in = x.shape[-1]
-      x = layers.dense(features, num_in, bias=False, name=f"fc{i}")(x)
+      x = layers.dense(features, num_in, bias=False, dtype=self.dtype, name=f"fc{i}")(x)
       x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
       x = layers.Dropout(0.5)(x, train)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)

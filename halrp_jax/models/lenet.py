@@ -18,19 +18,20 @@ class LeNet(nn.Module):
   channels: tuple[int, int] = (20, 50)
   hidden: tuple[int, int] = (800, 500)
   running: bool = True  # BatchNorm keeps running statistics and evaluates with them
+  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, C] -> logits [B, num_classes]"""
     for i, features in enumerate(self.channels, 1):
       num_in = 5 * 5 * x.shape[-1]
-      x = layers.conv(features, 5, padding=2, name=f"conv{i}")(x)
+      x = layers.conv(features, 5, padding=2, dtype=self.dtype, name=f"conv{i}")(x)
       norm = layers.BatchNorm(self.running, relu=True, pool=2, num_in=num_in, name=f"bn{i}")
       x = norm(x, train)  # [B, H/2, W/2, features]
     x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       num_in = x.shape[-1]
-      x = layers.dense(features, num_in, bias=False, name=f"fc{i}")(x)
+      x = layers.dense(features, num_in, bias=False, dtype=self.dtype, name=f"fc{i}")(x)
       x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)
 
@@ -49,15 +50,18 @@ class SahaLeNet(nn.Module):
   channels: tuple[int, int] = (20, 50)
   hidden: tuple[int, int] = (800, 500)
   lrn: bool = True
+  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, C] -> logits [B, num_classes]"""
     for i, features in enumerate(self.channels, 1):
-      x = nn.relu(layers.conv(features, 5, padding=2, name=f"conv{i}")(x))
+      x = nn.relu(layers.conv(features, 5, padding=2, dtype=self.dtype, name=f"conv{i}")(x))
       x = layers.local_response_norm(x) if self.lrn else x
       x = layers.overlapping_max_pool(x)  # [B, H/2, W/2, features]
     x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
-      x = nn.relu(layers.dense(features, x.shape[-1], bias=False, name=f"fc{i}")(x))
+      x = nn.relu(
+        layers.dense(features, x.shape[-1], bias=False, dtype=self.dtype, name=f"fc{i}")(x)
+      )
     return layers.dense(self.num_classes, x.shape[-1], bias=False, name="head")(x)

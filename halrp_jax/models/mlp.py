@@ -11,6 +11,7 @@ class MLP(nn.Module):
 
   num_classes: int
   hidden: tuple[int, ...] = (256, 256)
+  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -18,5 +19,5 @@ class MLP(nn.Module):
     del train  # nothing here behaves differently in training
     x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
-      x = nn.relu(layers.dense(features, x.shape[-1], name=f"fc{i}")(x))
+      x = nn.relu(layers.dense(features, x.shape[-1], dtype=self.dtype, name=f"fc{i}")(x))
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)

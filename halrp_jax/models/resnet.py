@@ -18,18 +18,20 @@ class Block(nn.Module):
   features: int
   stride: int
   running: bool
+  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[B, H, W, C] -> [B, H/stride, W/stride, features]"""
     num_in = x.shape[-1]
     norm = functools.partial(layers.BatchNorm, self.running)
-    y = layers.conv(self.features, 3, 1, self.stride, name="conv1")(x)
+    conv = functools.partial(layers.conv, dtype=self.dtype)
+    y = conv(self.features, 3, 1, self.stride, name="conv1")(x)
     y = norm(relu=True, num_in=9 * num_in, name="bn1")(y, train)
-    y = layers.conv(self.features, 3, 1, name="conv2")(y)
+    y = conv(self.features, 3, 1, name="conv2")(y)
     y = norm(num_in=9 * self.features, name="bn2")(y, train)
     if x.shape != y.shape:
-      x = layers.conv(self.features, 1, 0, self.stride, name="shortcut")(x)
+      x = conv(self.features, 1, 0, self.stride, name="shortcut")(x)
       x = norm(num_in=num_in, name="bn_shortcut")(x, train)
     return nn.relu(x + y)
 
@@ -41,17 +43,19 @@ class ResNet18(nn.Module):
   width: int = 32
   stage_sizes: tuple[int, ...] = (2, 2, 2, 2)  # blocks
   running: bool = True
+  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, C] -> logits [B, num_classes]"""
     num_in = 9 * x.shape[-1]
-    x = layers.conv(self.width, 3, 1, name="conv1")(x)
+    x = layers.conv(self.width, 3, 1, dtype=self.dtype, name="conv1")(x)
     x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name="bn1")(x, train)
     for stage, num_blocks in enumerate(self.stage_sizes):
       for i in range(num_blocks):
         stride = 2 if stage and not i else 1
-        block = Block(self.width * 2**stage, stride, self.running, name=f"stage{stage + 1}_{i + 1}")
+        name = f"stage{stage + 1}_{i + 1}"
+        block = Block(self.width * 2**stage, stride, self.running, self.dtype, name=name)
         x = block(x, train)
     x = nn.avg_pool(x, (2, 2), (2, 2))
     x = x.reshape(x.shape[0], -1)
