@@ -5,6 +5,7 @@ import datetime
 import os
 import platform
 import resource
+import threading
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -28,7 +29,7 @@ from halrp_jax import (
   validate,
   workdir,
 )
-from halrp_jax.types import Benchmark, Method, Store, UserError
+from halrp_jax.types import Benchmark, Method, Store, UserError, alone
 
 SCHEMA = 1  # of record.json
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
@@ -134,6 +135,26 @@ def build(config) -> tuple[Benchmark, object, Method]:
   return benchmark, model, methods.make(config, model, benchmark)
 
 
+def shared_build() -> Callable:
+  """`build` for runs that differ in order and seed alone: one method, and images held once."""
+  lock, first = threading.Lock(), []
+
+  def build_one(config):
+    with lock:
+      benchmark, model, method = build(config)
+      if not first:
+        first.append((benchmark, model, method))
+        return first[0]
+      images = first[0][0].tasks[0].train.image
+      own = benchmark.tasks[0].train.image
+      if own.shape != images.shape or not bool((own == images).all()):
+        return benchmark, model, method
+      shared = jax.tree.map(lambda x: images if x is own else x, benchmark)
+      return shared, *first[0][1:]
+
+  return build_one
+
+
 def _with_validation_images(config, benchmark: Benchmark) -> Benchmark:
   """Refuses a config that needs validation images where there are none; hides the test images
   with protocol.evaluate_on = "validation"."""
@@ -200,6 +221,8 @@ def run(
   show: Callable[[dict], None] = lambda event: None,
   overwrite: bool = False,
   stop_asked: Callable[[], bool] = lambda: False,
+  build: Callable = build,
+  together: Callable = alone,
 ) -> dict:
   """Learns all tasks of a config one after another and writes the record.
 
@@ -211,6 +234,8 @@ def run(
     show: is called with every event that goes to metrics.jsonl.
     overwrite: delete the run that is in the folder first.
     stop_asked: asked between the chunks of training; True stops the run.
+    build: what makes benchmark, model and method; `shared_build` for several runs at once.
+    together: see `Store`.
 
   Returns:
     The contents of record.json.
@@ -239,12 +264,12 @@ def run(
       show(event)
 
     folder.describe(benchmark)
-    record = _learn_all(config, benchmark, method, folder, log, compiled)
+    record = _learn_all(config, benchmark, method, folder, log, compiled, together)
     folder.finish(record)
   return record
 
 
-def _learn_all(config, benchmark, method, folder, log, compiled) -> dict:
+def _learn_all(config, benchmark, method, folder, log, compiled, together) -> dict:
   """Folds `learn` over the tasks that are not learned yet; returns the record."""
   num_tasks = len(benchmark.tasks)
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
@@ -257,7 +282,7 @@ def _learn_all(config, benchmark, method, folder, log, compiled) -> dict:
     place = {"t": t, "num_tasks": num_tasks, "task": tasks[-1].name, "task_id": tasks[-1].id}
     _forget_peak()
     with _measure(compiled) as learning:
-      store = Store(f"task{t:02d}", log, folder.keep())
+      store = Store(f"task{t:02d}", log, folder.keep(), together)
       store.once("begin", lambda place=place: log({"event": "task"} | place) or True)
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
       jax.block_until_ready(state)

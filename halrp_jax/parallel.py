@@ -4,6 +4,7 @@ Everything is written for one device. `parallel` says how many take part:
 
 * sharded: batches are laid out over all devices and XLA derives the rest (jit with a mesh and
   NamedSharding). BatchNorm's statistics are those of the whole batch by themselves.
+* replicas: independent runs, learned at once (`replicas`), are; a batch stays on one.
 * pmap: `jax.pmap` runs the step on every device with its part of the batch; gradients, and in
   `layers.BatchNorm` the statistics, are averaged over the axis `AXIS`. Evaluation is as sharded.
 
@@ -23,7 +24,7 @@ AXIS = "batch"
 
 def num_devices(config) -> int:
   """Devices that share a batch."""
-  return 1 if config.parallel == "none" else jax.local_device_count()
+  return 1 if config.parallel in ("none", "replicas") else jax.local_device_count()
 
 
 def _shardings(count: int) -> tuple[NamedSharding, NamedSharding]:
@@ -82,6 +83,17 @@ def make_spread(config) -> Callable:
     return lax.with_sharding_constraint(x, whole if len(x) % count else shared_out)
 
   return lambda tree: jax.tree.map(place, tree)
+
+
+def make_spread_replicas(config) -> Callable:
+  """Builds spread(tree): its arrays [R, ...] laid out over the devices by run, where R allows."""
+  count = jax.local_device_count() if config.parallel == "replicas" else 1
+  if count == 1:
+    return lambda tree: tree
+  shared_out, whole = _shardings(count)
+  return lambda tree: jax.tree.map(
+    lambda x: jax.device_put(x, whole if len(x) % count else shared_out), tree
+  )
 
 
 # --- pmap -----------------------------------------------------------------------------

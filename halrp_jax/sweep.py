@@ -1,14 +1,16 @@
 """Many runs in one process, one sub-folder each. A cell that fails doesn't stop the others."""
 
+import functools
 import itertools
 import pathlib
 import re
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from halrp_jax import arguments, data, experiment, workdir
+from halrp_jax import arguments, data, experiment, replicas, workdir
 from halrp_jax.data import orders, sources
 from halrp_jax.types import Stopped, UserError, brief
 
@@ -89,6 +91,7 @@ def run(
   root: str,
   show: Callable[[list[dict]], None],
   stop_asked: Callable[[], bool],
+  vectorize: bool = False,
 ) -> list[dict]:
   """Runs the cells one after another; those that are finished are not run again.
 
@@ -97,6 +100,7 @@ def run(
     root: the folder their folders are in.
     show: is called with the rows below whenever one has changed.
     stop_asked: see `experiment.run`.
+    vectorize: cells that differ in order and seed alone are learned at once (`replicas`).
 
   Returns:
     A row per cell: name, method, state (waiting, running, done, kept or failed), done and total
@@ -110,10 +114,38 @@ def run(
     data.planned(experiment.resolve(cell.config))  # mistakes, also in orders, before the first run
   rows = [_waiting(cell) for cell in found]
   show(rows)
-  for cell, row in zip(found, rows, strict=True):
-    _run_cell(cell, row, pathlib.Path(root) / cell.name, lambda: show(rows), stop_asked)
-    show(rows)
+  groups = {}
+  for i, cell in enumerate(found):
+    key = with_keys(cell.config, order="", seed=0).to_json() if vectorize else i
+    groups.setdefault(key, []).append((cell, rows[i]))
+  for group in groups.values():
+    _run_group(group, pathlib.Path(root), lambda: show(rows), stop_asked)
   return rows
+
+
+def _run_group(group, root: pathlib.Path, changed, stop_asked) -> None:
+  """Runs cells at once, or the only one."""
+  if len(group) == 1:
+    ((cell, row),) = group
+    _run_cell(cell, row, root / cell.name, changed, stop_asked)
+    return
+  lock, build, raised = threading.Lock(), experiment.shared_build(), []
+
+  def changed_alone():
+    with lock:
+      changed()
+
+  def job(cell, row, together):
+    cell = cell._replace(config=with_keys(cell.config, parallel="replicas"))
+    how = {"build": build, "together": together}
+    try:
+      _run_cell(cell, row, root / cell.name, changed_alone, stop_asked, **how)
+    except Exception as e:  # to be raised where the sweep was called
+      raised.append(e)
+
+  replicas.run_all([functools.partial(job, *member) for member in group])
+  for e in raised:
+    raise e
 
 
 def _waiting(cell: Cell) -> dict:
@@ -129,8 +161,8 @@ def _waiting(cell: Cell) -> dict:
   }
 
 
-def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked) -> None:
-  """Runs one cell and keeps its row up to date."""
+def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked, **how) -> None:
+  """Runs one cell and keeps its row up to date. `how`: as in `experiment.run`."""
   start, finished = time.perf_counter(), []
 
   def event_seen(event):
@@ -145,7 +177,7 @@ def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked) -> None:
   row["state"] = "running"
   changed()
   try:
-    record = experiment.run(cell.config, str(folder), event_seen, stop_asked=stop_asked)
+    record = experiment.run(cell.config, str(folder), event_seen, stop_asked=stop_asked, **how)
   except (Stopped, sources.Missing):
     raise
   except Exception as e:  # whatever it is, the other cells don't depend on it
@@ -157,6 +189,7 @@ def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked) -> None:
     row["state"] = "kept" if finished else "done"
     (folder / ERROR).unlink(missing_ok=True)
   row["seconds"] = time.perf_counter() - start
+  changed()
 
 
 def _keep_error(folder: pathlib.Path) -> None:

@@ -395,9 +395,10 @@ def _make_step(config, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn
 
 
 def _make_epoch(config, step: Callable) -> Callable:
-  """Builds `epoch(state, frozen, data, blocks, key, progress) -> state, sums over images`.
+  """Builds `epochs(list of (state, frozen, data, blocks, key, progress))`, one for each run.
 
-  `state` is donated. The steps are handed over in chunks of some two seconds, so that signals and
+  -> a list of (state, sums over images). `state` is donated. Runs of equal shapes are one program
+  with a leading axis. The steps are handed over in chunks of some two seconds, so that signals and
   progress get through; how an epoch is cut does not change a bit of it.
   """
   drop = config.protocol.last_batch == "drop"
@@ -443,22 +444,104 @@ def _make_epoch(config, step: Callable) -> Callable:
 
   advance = None
 
+  def run(carry, rows, progress, advance, *args):
+    """All steps of an epoch."""
+    for batches in rows:
+      done, chunk, num_steps = 0, 1, batches.shape[-2]
+      while done < num_steps:
+        start, stop = time.perf_counter(), min(done + chunk, num_steps)
+        carry = jax.block_until_ready(advance(carry, batches, done, stop, *args))
+        chunk = max(1, int(_CHUNK_SECONDS * (stop - done) / (time.perf_counter() - start)))
+        done = stop
+        progress(*carry, done, num_steps)
+    return carry
+
   def epoch(state, frozen, data, blocks, key, progress):
     nonlocal advance
     shuffle_key, key = jax.random.split(key)
     carry = state, jnp.zeros(2)
-    for batches in epoch_rows(blocks, shuffle_key):
-      done, chunk = 0, 1
-      while done < len(batches):
-        start, stop = time.perf_counter(), min(done + chunk, len(batches))
-        advance = advance or choose(carry, batches, done, stop, frozen, data, key)
-        carry = jax.block_until_ready(advance(carry, batches, done, stop, frozen, data, key))
-        chunk = max(1, int(_CHUNK_SECONDS * (stop - done) / (time.perf_counter() - start)))
-        done = stop
-        progress(*carry, done, len(batches))
-    return carry
+    rows = [batches for batches in epoch_rows(blocks, shuffle_key) if len(batches)]
+    if rows and advance is None:
+      advance = choose(carry, rows[0], 0, 1, frozen, data, key)
+    return run(carry, rows, progress, advance, frozen, data, key)
 
-  return epoch
+  together = _make_joint_epoch(config, epoch_rows, many_steps, run)
+
+  def epochs(calls):
+    if len(calls) == 1 or advance is loop_over_steps:
+      return [_attempt(epoch, call) for call in calls]
+    groups = {}
+    for i, call in enumerate(calls):
+      groups.setdefault(_shapes(call), []).append(i)
+    results = [None] * len(calls)
+    for members in groups.values():
+      fn = together if len(members) > 1 else lambda calls: [_attempt(epoch, *calls)]
+      for i, result in zip(members, fn([calls[i] for i in members]), strict=True):
+        results[i] = result
+    return results
+
+  return epochs
+
+
+def _attempt(fn, args):
+  try:
+    return fn(*args)
+  except Exception as e:
+    return e
+
+
+def _shapes(call) -> tuple:
+  """What calls of `epochs` must have in common to be one program."""
+  state, frozen, data, blocks, *_ = call
+  leaves, structure = jax.tree.flatten((state, frozen, data))
+  return (
+    id(data[0].image),
+    blocks,
+    structure,
+    tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves),
+  )
+
+
+def _make_joint_epoch(config, epoch_rows, many_steps, run):
+  """Builds the epoch of several runs, as one program with a leading axis [R]."""
+
+  def steps(carry, batches, start, stop, frozen, data, key, image):
+    data = (data[0]._replace(image=image), *data[1:])
+    return many_steps(carry, batches, start, stop, frozen, data, key)
+
+  axes = (0, 0, None, None, 0, 0, 0, None)
+  advance = jax.jit(jax.vmap(steps, in_axes=axes), donate_argnums=0)
+  stack = jax.jit(lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))
+  place = parallel.make_spread_replicas(config)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def unstack(tree, num_runs):
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(num_runs)]
+
+  def joint_epoch(calls):
+    states, frozen, data, blocks, keys, progress = zip(*calls, strict=True)
+    image, failed = data[0][0].image, {}
+    keys = [jax.random.split(key) for key in keys]
+    rows = [epoch_rows(blocks[0], shuffle_key) for shuffle_key, _ in keys]
+    carries = [(state, jnp.zeros(2)) for state in states]
+    own = [(d[0]._replace(image=None), *d[1:]) for d in data]
+    parts = [carries, frozen, own, [key for _, key in keys], rows]
+    carry, frozen, own, keys, rows = (place(stack(list(x))) for x in parts)
+
+    def watch_all(state, sums, done, num_steps):
+      sums = np.asarray(sums)
+      for i, tell in enumerate(progress):
+        if i not in failed:
+          bad = None if np.isfinite(sums[i]).all() else jax.tree.map(lambda x, i=i: x[i], state)
+          error = _attempt(tell, (bad, sums[i], done, num_steps))
+          failed.update({i: error} if error else {})
+      if len(failed) == len(progress):
+        raise failed[0]
+
+    carry = run(carry, rows, watch_all, advance, frozen, own, keys, image)
+    return [failed.get(i, part) for i, part in enumerate(unstack(carry, len(calls)))]
+
+  return joint_epoch
 
 
 def make_fit(
@@ -490,7 +573,7 @@ def make_fit(
   how = how or recipe(config)
   objective_fn = objective_fn or cross_entropy_objective(apply_fn)
   tx = optax.chain(optax.scale(how.gradient_scale), _moments(how))
-  run_epoch = _make_epoch(config, _make_step(config, tx, objective_fn, penalty_fn, edit_fn))
+  epochs_of_runs = _make_epoch(config, _make_step(config, tx, objective_fn, penalty_fn, edit_fn))
   is_judged = how.schedule == "plateau" or how.keep != "last"
 
   @jax.jit
@@ -528,7 +611,7 @@ def make_fit(
         break
       begin = time.perf_counter()
       event = {"event": "epoch", "phase": store.name, "epoch": epoch + 1, "epochs": epochs}
-      state, total = run_epoch(
+      arguments = (
         state,
         frozen,
         (*data, jnp.float32(plateau.rate), gamma),
@@ -536,6 +619,7 @@ def make_fit(
         jax.random.fold_in(key, epoch),
         functools.partial(watch, event, store),
       )
+      state, total = store.together(epochs_of_runs, arguments)
       loss, accuracy = (float(x) / num_images for x in total)
       event |= {"loss": loss, "train_accuracy": 100 * accuracy}
       if is_judged:

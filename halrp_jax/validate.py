@@ -100,9 +100,10 @@ KEYS = {
   ),
   "parallel": one_of(
     "auto",
-    ("auto", "none", "sharded", "pmap"),
+    ("auto", "none", "sharded", "pmap", "replicas"),
     "sharded: each device has its part of every batch; pmap: so too, by jax.pmap; none: one device "
-    "computes; auto: sharded where there are several",
+    "computes; replicas: of the runs that `sweep --vectorize` learns at once each device has some, "
+    "alone as none; auto: sharded where there are several",
   ),
   "precision": one_of(
     "float32",

@@ -19,6 +19,7 @@ LAYERS = (
     "data",
     "compile_cache",
     "determinism",
+    "replicas",
     "cards",
   },
   {"perturb", "models"},

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from halrp_jax import experiment, models, parallel, train
+from halrp_jax import experiment, models, parallel, sweep, train
 from halrp_jax.types import Inputs, Split, Store, Task, UserError
 
 from .conftest import ROOT, interrupt
@@ -169,6 +169,19 @@ def compilations(mode: str, folder: str) -> list[int]:
 def test_later_tasks_compile_nothing(mode, tmp_path):
   first, second, third, fourth = in_a_process(4, f"compilations({mode!r}, {str(tmp_path)!r})")
   assert first and second and (third, fourth) == (0, 0)
+
+
+def at_once(folder: str) -> dict:
+  """Four runs as one program."""
+  cells = sweep.cells({"halrp": digits("halrp")}, "", "0,1,2,3")
+  rows = sweep.run(cells, folder, lambda rows: None, lambda: False, True)
+  return {"accuracy": [row["accuracy"] for row in rows]}
+
+
+def test_runs_at_once_are_shared_out_over_devices(tmp_path):
+  one, four = (in_a_process(n, f"at_once({str(tmp_path / str(n))!r})") for n in (1, 4))
+  np.testing.assert_allclose(one["accuracy"], four["accuracy"], atol=1.5)
+  assert len(set(four["accuracy"])) > 1
 
 
 def test_what_needs_the_whole_batch_refuses_pmap():

@@ -4,6 +4,9 @@
       --methods=halrp,stl --orders=all --seeds=0,1,2 --workdir=runs/split
   python -m halrp_jax sweep ... --shard=$SLURM_ARRAY_TASK_ID/8
 
+With --vectorize all orders and seeds of a method are one program with a leading axis, shared out
+over the devices: many small runs in less time and more memory.
+
 Every cell is a run of its own, DIR/METHOD_ORDER_SEED; a second start goes on where the first was
 stopped, finished cells are left as they are. Any --config.KEY=VALUE holds for all cells. What
 stands after the colon of an ablation's config is named in --methods too. Exit codes: 0 all done, 1
@@ -23,11 +26,15 @@ _FLAGS = {
   "workdir": "folder for the cells' folders",
   "compile_cache": "as in halrp_jax.main",
 }
+_SWITCHES = {
+  "vectorize": "learn the orders and seeds of a method at once, as one program",
+  "help": "show this text",
+}
 
 
 def main(argv: list[str]) -> int:
   """Runs the cells that are not finished; prints what became of them."""
-  args = arguments.parse_config(["sweep", *argv], _FLAGS, {"help": "show this text"})
+  args = arguments.parse_config(["sweep", *argv], _FLAGS, _SWITCHES)
   if args.help:
     print(__doc__)
     return 0
@@ -40,7 +47,7 @@ def main(argv: list[str]) -> int:
   stop_asked = stop.listen()
   try:
     with report.live_sweep(sys.stdout) as show:
-      rows = sweep.run(cells, args.workdir, show, stop_asked)
+      rows = sweep.run(cells, args.workdir, show, stop_asked, args.vectorize)
   except Stopped:
     print(f"stopped; the same command goes on from {args.workdir}", file=sys.stderr)
     return stop.EXIT_CODE

@@ -1,0 +1,47 @@
+"""Runs one after another and all at once: seconds, accuracies, ranks.
+
+  python benchmarks/replicas.py --config=configs/digits.py --orders=0,1,2,3,4 --seeds=0,1,2,3,4
+
+Both as `python -m halrp_jax sweep` does them, one after the other in this process, with an empty
+cache of compiled programs at first. Any --config.KEY=VALUE holds for all runs.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from halrp_jax import arguments, compile_cache, sweep
+
+FLAGS = {"orders": "with commas", "seeds": "with commas"}
+
+
+def main(argv: list[str]) -> None:
+  args = arguments.parse_config(argv, FLAGS, {})
+  cells = sweep.cells({args.config.method.name: args.config}, args.orders, args.seeds)
+  root, results = pathlib.Path(tempfile.mkdtemp(prefix="replicas-")), {}
+  compile_cache.use(str(root / "cache"))
+  for vectorize in (False, True):
+    folder = root / str(vectorize)
+    start = time.perf_counter()
+    rows = sweep.run(cells, str(folder), lambda rows: None, lambda: False, vectorize)
+    seconds = time.perf_counter() - start
+    records = [json.loads((folder / cell.name / "record.json").read_text()) for cell in cells]
+    ranks = [record["ranks"] for record in records]
+    accuracy = np.array([row["accuracy"] for row in rows])
+    results[vectorize] = seconds, accuracy, ranks
+    how = "at once" if vectorize else "one after another"
+    print(f"{len(cells)} runs {how}: {seconds:.1f} s, mean ACC {accuracy.mean():.2f} %", flush=True)
+  (slow, apart, ranks), (fast, joint, ranks_joint) = results[False], results[True]
+  same = sum(a == b for a, b in zip(ranks, ranks_joint, strict=True))
+  print(
+    f"at once takes {fast / slow:.2f} of the time; largest difference in ACC of a run "
+    f"{np.abs(apart - joint).max():.2f}; all ranks equal in {same} of {len(cells)} runs"
+  )
+
+
+if __name__ == "__main__":
+  main(sys.argv)
