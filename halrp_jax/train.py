@@ -641,6 +641,7 @@ def make_fit(
     # the state is donated to every epoch: the caller's arrays must not be
     params, stats = jax.tree.map(jnp.array, (params, stats))
     state = TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))
+    state = parallel.replicate(config, state)  # where it will be after the first step
     best = () if how.keep == "last" else (np.float64(-np.inf), params, stats)
     patience = np.int32(config.protocol.patience)
     plateau = Plateau(np.float64(np.inf), patience, np.float64(how.learning_rate))
