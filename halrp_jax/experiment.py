@@ -221,7 +221,7 @@ def run(
   show: Callable[[dict], None] = lambda event: None,
   overwrite: bool = False,
   stop_asked: Callable[[], bool] = lambda: False,
-  build: Callable = build,
+  builder: Callable | None = None,
   together: Callable = alone,
 ) -> dict:
   """Learns all tasks of a config one after another and writes the record.
@@ -234,7 +234,7 @@ def run(
     show: is called with every event that goes to metrics.jsonl.
     overwrite: delete the run that is in the folder first.
     stop_asked: asked between the chunks of training; True stops the run.
-    build: what makes benchmark, model and method; `shared_build` for several runs at once.
+    builder: by default `build`; from `shared_build` for several runs at once.
     together: see `Store`.
 
   Returns:
@@ -251,7 +251,7 @@ def run(
     return record
   if config.deterministic:
     determinism.require()
-  benchmark, _, method = build(config)
+  benchmark, _, method = (builder or build)(config)
   strict = config.checkpoint.strict
   with (
     workdir.opened(path, config.to_dict(), overwrite, strict, stop_asked) as folder,

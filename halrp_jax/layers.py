@@ -160,6 +160,7 @@ def overlapping_max_pool(x: jax.Array) -> jax.Array:
 def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Every channel by itself. [B, H, W, C], kernel [h, w, C] (odd) -> [B, H, W, C], zero-padded"""
   h, w, channels = kernel.shape
+  kernel = kernel.astype(x.dtype)
 
   def plain(x, kernel):
     kernel = kernel[:, :, None]

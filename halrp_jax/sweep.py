@@ -137,7 +137,7 @@ def _run_group(group, root: pathlib.Path, changed, stop_asked) -> None:
 
   def job(cell, row, together):
     cell = cell._replace(config=with_keys(cell.config, parallel="replicas"))
-    how = {"build": build, "together": together}
+    how = {"builder": build, "together": together}
     try:
       _run_cell(cell, row, root / cell.name, changed_alone, stop_asked, **how)
     except Exception as e:  # to be raised where the sweep was called

@@ -3,6 +3,9 @@
 import os
 import pathlib
 
+# Half the time of the tests is XLA's. The processes they start inherit it but in test_end_to_end.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import jax
 import pytest
 
@@ -12,8 +15,6 @@ from halrp_jax.types import Stopped
 ROOT = pathlib.Path(__file__).parents[1]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Half the time of the tests is XLA's; the programs a test starts are optimised as a user's are.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):

@@ -18,7 +18,7 @@ def command(*arguments, **kwargs):
     capture_output=True,
     text=True,
     timeout=900,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
     **kwargs,
   )
 

@@ -39,7 +39,7 @@ def test_single_task_batches_take_turns_and_cover_every_image(digits):
     return state, jax.numpy.zeros(2)
 
   epoch = train._make_epoch(config, step)
-  epoch({}, {}, (), joint.blocks, jax.random.key(0), lambda *args: None)
+  epoch([({}, {}, (), joint.blocks, jax.random.key(0), lambda *args: None)])
   jax.effects_barrier()
   assert all(len(set(owner[rows])) == 1 for rows in seen)
   assert sorted(np.concatenate(seen)) == list(range(len(owner)))

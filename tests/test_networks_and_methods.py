@@ -54,7 +54,7 @@ class TestResNet18:
 
 
 class TestOthers:
-  @pytest.mark.parametrize("network", ["lenet", "mlp", "wide_lenet"])
+  @pytest.mark.parametrize("network", ["lenet", "wide_lenet"])
   def test_two_tasks_are_learned(self, network, method_name, benchmark_of):
     learn_two_tasks(network, method_name, benchmark_of)
 

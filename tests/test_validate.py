@@ -35,7 +35,7 @@ from .conftest import ROOT
       "got 'lenets' (did you mean lenet?)",
     ),
     ({"benchmark": "cifar"}, "benchmark must be one of"),
-    ({"parallel": "pmap"}, "parallel must be one of auto, none, sharded"),
+    ({"parallel": "tpu"}, "parallel must be one of auto, none, sharded, pmap, replicas"),
   ],
 )
 def test_a_bad_value_is_refused_by_name(digits_config, overrides, named):
