@@ -348,7 +348,7 @@ MANY = {
 }
 
 
-@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("fold", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(MANY))
 def test_many_tasks_at_once_equal_each_alone(name, fold):
   model, shape = MANY[name]
