@@ -468,7 +468,7 @@ def _make_epoch(config, step: Callable) -> Callable:
   together = _make_joint_epoch(config, epoch_rows, many_steps, run)
 
   def epochs(calls):
-    if len(calls) == 1 or advance is loop_over_steps:
+    if len(calls) == 1 or config.loop == "steps" or advance is loop_over_steps:
       return [_attempt(epoch, call) for call in calls]
     groups = {}
     for i, call in enumerate(calls):

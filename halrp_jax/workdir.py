@@ -43,7 +43,7 @@ RECORD, METRICS, CONFIG, TASKS, LOCK, CHECKPOINTS = (
   "checkpoints",
 )
 EXTENDED = "extended"  # in the config of a run that learned more tasks than its benchmark has
-NEUTRAL_KEYS = (  # change no result, the last two the rounding at most
+NEUTRAL_KEYS = (  # change no result, the last two the rounding (pmap: what dropout draws) at most
   "data_dir",
   "data.cache",
   "checkpoint.every_epochs",

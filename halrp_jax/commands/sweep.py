@@ -5,7 +5,8 @@
   python -m halrp_jax sweep ... --shard=$SLURM_ARRAY_TASK_ID/8
 
 With --vectorize all orders and seeds of a method are one program with a leading axis, shared out
-over the devices: many small runs in less time and more memory.
+over the devices. It is for accelerators that one small run leaves idle, and holds all runs at once;
+on a CPU it is no faster (docs/measurements.md).
 
 Every cell is a run of its own, DIR/METHOD_ORDER_SEED; a second start goes on where the first was
 stopped, finished cells are left as they are. Any --config.KEY=VALUE holds for all cells. What
