@@ -143,7 +143,7 @@ def load_plain(folder: pathlib.Path) -> dict:
   """
   try:
     # as numpy arrays, wherever they were when they were saved
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
       found = checkpointer.metadata(folder.resolve()).item_metadata.tree
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found)
     tree = _orbax(lambda c: c.restore(folder.resolve(), restore_args=args))
@@ -219,7 +219,7 @@ def sweep(folder: pathlib.Path, keep: set[str]) -> None:
 
 def _orbax(fn):
   """fn(checkpointer); whatever goes wrong is an OSError, told once and by the caller."""
-  checkpointer, logger = ocp.PyTreeCheckpointer(), logging.getLogger("absl")
+  checkpointer, logger = _checkpointer(), logging.getLogger("absl")
   logger.addFilter(_is_no_error)  # Orbax logs tracebacks of what it raises
   try:
     return fn(checkpointer)
@@ -232,6 +232,16 @@ def _orbax(fn):
   finally:
     logger.removeFilter(_is_no_error)
     checkpointer.close()
+
+
+def _checkpointer() -> ocp.Checkpointer:
+  """For the process that calls alone: by default Orbax waits for all of them (`processes`)."""
+  me = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"halrp_jax-{me}"
+  )
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+  return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _require_room(folder: pathlib.Path, size: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import os
 import platform
 import resource
@@ -25,6 +26,7 @@ from halrp_jax import (
   models,
   parallel,
   perturb,
+  processes,
   train,
   validate,
   workdir,
@@ -246,12 +248,14 @@ def run(
     Diverged: if the loss is not a number.
   """
   config = resolve(config)
+  _require_one_run(config)
   if not overwrite and (record := workdir.finished_record(path, config.to_dict())):
     show({"event": "finished"})
     return record
   if config.deterministic:
     determinism.require()
-  benchmark, _, method = (builder or build)(config)
+  benchmark, _, method = processes.all_do(lambda: (builder or build)(config))
+  processes.require_same("other images", lambda: benchmark.split_hash)
   strict = config.checkpoint.strict
   with (
     workdir.opened(path, config.to_dict(), overwrite, strict, stop_asked) as folder,
@@ -267,6 +271,18 @@ def run(
     record = _learn_all(config, benchmark, method, folder, log, compiled, together)
     folder.finish(record)
   return record
+
+
+def _require_one_run(config) -> None:
+  """Of several processes: that they share batches, and mean the same run."""
+  if processes.count() > 1 and config.parallel in ("none", "replicas"):
+    raise UserError(
+      f"parallel = {config.parallel!r} shares no batch out, so {processes.count()} processes would "
+      "do the same work: set parallel=auto, or sweep with --shard"
+    )
+  flat = validate.flat(config.to_dict())
+  known = {k: v for k, v in flat.items() if k not in ("data_dir", "data.cache")}
+  processes.require_same("other config", lambda: repr(sorted(known.items())))
 
 
 def _learn_all(config, benchmark, method, folder, log, compiled, together) -> dict:
@@ -286,6 +302,7 @@ def _learn_all(config, benchmark, method, folder, log, compiled, together) -> di
       store.once("begin", lambda place=place: log({"event": "task"} | place) or True)
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
       jax.block_until_ready(state)
+    processes.require_same(f"learned task {t} to", functools.partial(checkpoint.fingerprint, state))
     with _measure(compiled) as evaluating:
       accuracy[t, : t + 1], valid = _evaluate(config, benchmark, method, state, t)
     size = method.size(state)

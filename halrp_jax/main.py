@@ -27,6 +27,7 @@ from halrp_jax import (
   experiment,
   methods,
   models,
+  processes,
   report,
 )
 from halrp_jax.types import Diverged, Stopped, UserError
@@ -35,6 +36,10 @@ FLAGS = {
   "workdir": "folder for record.json and more",
   "compile_cache": "folder for compiled programs, or off; default: halrp_jax in $XDG_CACHE_HOME or "
   "~/.cache",
+  "coordinator": "HOST:PORT of process 0, if several processes learn one run; auto: asks Cloud "
+  "TPU, Slurm or Open MPI",
+  "num_processes": "how many, with --coordinator",
+  "process_id": "which this is, from 0",
 }
 SWITCHES = {
   "list": "name the benchmarks, networks and methods",
@@ -60,12 +65,14 @@ def main(argv: list[str], stop_asked=lambda: False) -> int:
     elif not args.workdir:
       raise UserError("--workdir is missing: the folder for the results, for example runs/digits")
     else:
+      processes.start(args.coordinator, args.num_processes, args.process_id)
       if args.download:
         data.download(experiment.resolve(args.config), print)
       compile_cache.use(args.compile_cache)
-      with report.live_display(sys.stdout) as show:
+      with report.live_display(sys.stdout if processes.is_first() else None) as show:
         record = experiment.run(args.config, args.workdir, show, args.overwrite, stop_asked)
-      print(report.record_text(record, args.workdir))
+      if processes.is_first():
+        print(report.record_text(record, args.workdir))
   except UserError as e:
     print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
     return 2
@@ -80,4 +87,4 @@ def main(argv: list[str], stop_asked=lambda: False) -> int:
 
 if __name__ == "__main__":
   arguments.plain_warnings()
-  sys.exit(main(sys.argv, stop_asked))
+  sys.exit(processes.run_to_end(lambda: main(sys.argv, stop_asked)))

@@ -1,4 +1,4 @@
-"""Training and evaluation shared out over the devices of this process.
+"""Training and evaluation shared out over devices, of one process or of several (`processes`).
 
 Everything is written for one device. `parallel` says how many take part:
 
@@ -23,13 +23,13 @@ AXIS = "batch"
 
 
 def num_devices(config) -> int:
-  """Devices that share a batch."""
-  return 1 if config.parallel in ("none", "replicas") else jax.local_device_count()
+  """Devices that share a batch, of all processes."""
+  return 1 if config.parallel in ("none", "replicas") else jax.device_count()
 
 
-def _shardings(count: int) -> tuple[NamedSharding, NamedSharding]:
+def _shardings(devices) -> tuple[NamedSharding, NamedSharding]:
   """-> shared out by the first axis, whole on every device"""
-  mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices())
+  mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
   return tuple(NamedSharding(mesh, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
 
 
@@ -38,14 +38,14 @@ def _is_array(x) -> bool:
 
 
 def replicate(config, tree):
-  """A pytree with its arrays whole on every device; what is one object stays one.
+  """A pytree with its arrays whole on every device here; what is one object stays one.
 
   Done once for the images: what lies on one device would be sent to the others in every call.
   """
-  count = num_devices(config)
-  if count == 1:
+  devices = jax.local_devices()
+  if num_devices(config) == 1 or len(devices) == 1:
     return tree
-  _, whole = _shardings(count)
+  _, whole = _shardings(devices)
   placed = {}
 
   def place(x):
@@ -61,26 +61,27 @@ def replicate(config, tree):
 def make_spread(config) -> Callable:
   """Builds spread(tree): its arrays [B, ...] laid out over the devices by their first axis.
 
-  Inside jit and outside; inside `compile_step` with pmap, the part of the device that asks. Where B
-  is no multiple of their number (the last batch of an epoch) every device has the whole array, and
-  computes it: exact, and no faster. Numbers pass as they are.
+  Inside a compiled step over the devices of all processes, with pmap the part of the device that
+  asks; outside over those of this process. Where B is no multiple of their number (the last batch
+  of an epoch) every device has the whole array, and computes it: exact, and no faster. Numbers pass
+  as they are.
   """
-  count = num_devices(config)
+  count, here = num_devices(config), jax.local_device_count()
   if count == 1:
     return lambda tree: tree
-  shared_out, whole = _shardings(count)
+  everywhere, locally = _shardings(jax.devices()), _shardings(jax.local_devices())
 
   def place(x):
     if not x.ndim:
       return x
     if not isinstance(x, jax.core.Tracer):
-      return jax.device_put(x, whole if len(x) % count else shared_out)
+      return jax.device_put(x, locally[bool(len(x) % here)])
     if is_mapped():
       size = len(x) // count
       return lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * size, size)
     if config.parallel == "pmap":
       return x
-    return lax.with_sharding_constraint(x, whole if len(x) % count else shared_out)
+    return lax.with_sharding_constraint(x, everywhere[bool(len(x) % count)])
 
   return lambda tree: jax.tree.map(place, tree)
 
@@ -90,10 +91,45 @@ def make_spread_replicas(config) -> Callable:
   count = jax.local_device_count() if config.parallel == "replicas" else 1
   if count == 1:
     return lambda tree: tree
-  shared_out, whole = _shardings(count)
-  return lambda tree: jax.tree.map(
-    lambda x: jax.device_put(x, whole if len(x) % count else shared_out), tree
-  )
+  placing = _shardings(jax.local_devices())
+  return lambda tree: jax.tree.map(lambda x: jax.device_put(x, placing[bool(len(x) % count)]), tree)
+
+
+# --- several processes: arrays are whole in each of them, but inside a compiled step -----
+
+
+def _to_everywhere(tree):
+  """Arrays that are the same in all processes as arrays of all their devices; copies nothing."""
+  _, here = _shardings(jax.local_devices())
+  _, everywhere = _shardings(jax.devices())
+
+  def join(x):
+    x = jax.device_put(jnp.asarray(x), here)
+    parts = [part.data for part in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, everywhere, parts)
+
+  return jax.tree.map(join, tree)
+
+
+def _to_here(tree):
+  """The other way."""
+  _, here = _shardings(jax.local_devices())
+
+  def part_of(x):
+    parts = [part.data for part in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, here, parts)
+
+  return jax.tree.map(part_of, tree)
+
+
+def _over_processes(jitted) -> Callable:
+  """A compiled function whose arguments and result are arrays of this process."""
+
+  def call(*args):
+    return _to_here(jitted(*_to_everywhere(args)))
+
+  call.lower = lambda *args: jitted.lower(*_to_everywhere(args))
+  return call
 
 
 # --- pmap -----------------------------------------------------------------------------
@@ -129,14 +165,15 @@ def compile_step(config, fn: Callable) -> Callable:
   """
   jitted, count = jax.jit(fn, donate_argnums=0), num_devices(config)
   if config.parallel != "pmap" or count == 1:
-    return jitted
-  mapped = jax.pmap(fn, AXIS, donate_argnums=0, devices=jax.local_devices())
-  shared_out, whole = _shardings(count)
+    return jitted if jax.process_count() == 1 else _over_processes(jitted)
+  mapped = jax.pmap(fn, AXIS, donate_argnums=0, devices=jax.devices())
+  here = jax.local_device_count()
+  shared_out, whole = _shardings(jax.local_devices())
 
   def copies(x):
     x = jax.device_put(jnp.asarray(x), whole)
     parts = [part.data[None] for part in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays((count, *x.shape), shared_out, parts)
+    return jax.make_array_from_single_device_arrays((here, *x.shape), shared_out, parts)
 
   def one_of(x):
     parts = [part.data[0] for part in x.addressable_shards]

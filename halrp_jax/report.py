@@ -15,8 +15,11 @@ from halrp_jax import validate
 
 
 @contextlib.contextmanager
-def live_display(stream: TextIO) -> Iterator[Callable[[dict], None]]:
+def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
   """Yields a function that shows an event: a progress bar on a terminal, plain lines elsewhere."""
+  if stream is None:
+    yield lambda event: None
+    return
   if not stream.isatty():
     yield lambda event: _print_event(stream, event)
     return

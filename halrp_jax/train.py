@@ -23,7 +23,7 @@ import optax
 from flax import traverse_util
 from jax import lax
 
-from halrp_jax import layers, parallel, perturb
+from halrp_jax import layers, parallel, perturb, processes
 from halrp_jax.types import Array, Diverged, Inputs, Params, Size, Split, Store, Task
 
 _CHUNK_SECONDS = 2.0  # of training handed over to the device at once
@@ -451,8 +451,10 @@ def _make_epoch(config, step: Callable) -> Callable:
       while done < num_steps:
         start, stop = time.perf_counter(), min(done + chunk, num_steps)
         carry = jax.block_until_ready(advance(carry, batches, done, stop, *args))
-        chunk = max(1, int(_CHUNK_SECONDS * (stop - done) / (time.perf_counter() - start)))
+        pace = (stop - done) / (time.perf_counter() - start)
         done = stop
+        if done < num_steps:
+          chunk = processes.first_does(lambda pace=pace: max(1, int(_CHUNK_SECONDS * pace)))
         progress(*carry, done, num_steps)
     return carry
 
@@ -623,11 +625,11 @@ def make_fit(
       loss, accuracy = (float(x) / num_images for x in total)
       event |= {"loss": loss, "train_accuracy": 100 * accuracy}
       if is_judged:
-        valid = validate(state, frozen, task, num_classes)
+        valid = processes.first_does(lambda s=state: validate(s, frozen, task, num_classes))
         event |= {"valid_loss": valid[0], "valid_accuracy": valid[1]}
         best, plateau = keep_best(best, state, *valid), slow_down(plateau, valid[0])
       store.log(event | {"seconds": time.perf_counter() - begin})
-      if is_due(epoch + 1, kept_at) and epoch + 1 < epochs:
+      if epoch + 1 < epochs and is_due(epoch + 1, kept_at):
         progress = (np.int32(epoch + 1), state, best, plateau)
         store.keep.write(f"{store.name}/fit", jax.tree.leaves(progress))
         kept_at = time.perf_counter()
@@ -669,6 +671,7 @@ def make_fit(
       return plateau._replace(left=np.int32(plateau.left - 1))
     return Plateau(plateau.best, np.int32(p.patience), np.float64(plateau.rate * p.plateau_factor))
 
+  @processes.by_first
   def is_due(num_epochs, kept_at):
     """Short epochs would write more than they compute: a checkpoint has all of Adam's moments."""
     often = config.checkpoint
@@ -733,7 +736,8 @@ def evaluate(
 ) -> list[float]:
   """Accuracy in percent on one split of every task, NaN where it is empty.
 
-  All batches of all tasks are handed to the device before the first result is read.
+  All batches of all tasks are handed to the device before the first result is read. Of several
+  processes each has some of the batches.
 
   Args:
     predict_fn: (position in `tasks`, image [B, H, W, C]) -> logits [B, K]
@@ -744,9 +748,9 @@ def evaluate(
   hits = []
   for i, task in enumerate(tasks):
     data = getattr(task, split)
-    parts = (load_batch(data, task.inputs, rows) for rows in batches(len(data.index), batch_size))
+    mine = batches(len(data.index), batch_size)[jax.process_index() :: processes.count()]
+    parts = (load_batch(data, task.inputs, rows) for rows in mine)
     hits.append([_count_hits(predict_fn(i, image), label) for image, label in parts])
-  return [
-    100 * sum(map(int, h)) / len(getattr(task, split).index) if h else math.nan
-    for h, task in zip(hits, tasks, strict=True)
-  ]
+  hits = processes.total(np.array([sum(map(int, h)) for h in hits], np.int32))
+  sizes = [len(getattr(task, split).index) for task in tasks]
+  return [100 * int(h) / n if n else math.nan for h, n in zip(hits, sizes, strict=True)]

@@ -17,6 +17,7 @@ after that point are cut off `metrics.jsonl`, since they come again.
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -31,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import cards, checkpoint, validate
+from halrp_jax import cards, checkpoint, processes, validate
 from halrp_jax.types import Benchmark, Keep, State, Stopped, UserError
 
 RECORD, METRICS, CONFIG, TASKS, LOCK, CHECKPOINTS = (
@@ -58,7 +59,7 @@ _NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
 
 
 class Workdir:
-  """An open run folder. Made by `opened`."""
+  """An open run folder. Made by `opened`; of several processes the first alone reads and writes."""
 
   def __init__(self, folder: pathlib.Path, strict: bool):
     self.folder, self.items, self.strict = folder, folder / CHECKPOINTS, strict
@@ -73,6 +74,8 @@ class Workdir:
 
   def log(self, event: dict) -> None:
     """Appends an event; what an interrupted run wrote after its last saved state goes first."""
+    if not processes.is_first():
+      return
     if self._metrics is None:
       self._metrics = self._cut_metrics()
     self._metrics.write(json.dumps(event) + "\n")
@@ -94,9 +97,10 @@ class Workdir:
 
   def check(self) -> None:
     """Raises Stopped if the run was asked to stop."""
-    if self.stop_asked():
+    if processes.any_says(self.stop_asked()):
       raise Stopped
 
+  @processes.by_first
   def _read(self, name: str, like=None):
     """The tree kept under `name`; with `like` the list of leaves kept there in that structure."""
     folder = self.items / _item(name)
@@ -113,6 +117,7 @@ class Workdir:
     self._num_events = max(self._num_events, about["events"])
     return tree
 
+  @processes.by_first
   def _write(self, name: str, tree) -> str:
     folder = self.items / _item(name)
     self._submit(folder, tree, {"events": self._num_events})
@@ -136,10 +141,12 @@ class Workdir:
 
   # --- between tasks ----------------------------------------------------------------
 
+  @processes.by_first
   def describe(self, benchmark: Benchmark) -> None:
     """Writes what predicting needs of the data."""
     write_json(self.folder / TASKS, cards.of_benchmark(benchmark))
 
+  @processes.by_first
   def save_state(self, position: int, state: State, results: dict) -> None:
     """Saves the state after a group of tasks; parts that have not changed are not written again."""
     names = []
@@ -160,6 +167,7 @@ class Workdir:
         keep |= {folder.name, *checkpoint.verify(folder)["items"]}
     checkpoint.sweep(self.items, keep)
 
+  @processes.by_first
   def restore_state(self) -> tuple[int, State, dict] | None:
     """The newest state whose files all verify: position, state, results. None: start anew."""
     for folder in sorted(self.items.glob("state-*"), reverse=True):
@@ -181,6 +189,7 @@ class Workdir:
 
   # --- the end ----------------------------------------------------------------------
 
+  @processes.by_first
   def finish(self, record: dict) -> None:
     """Writes the record; the last state stays, so that the model can be used."""
     self._raise_errors(wait=True)
@@ -203,25 +212,36 @@ def opened(
     UserError: if it can't be written, belongs to another config, or is in use.
   """
   folder = pathlib.Path(path)
+  run = Workdir(folder, strict)
+  run.stop_asked = stop_asked
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-      if overwrite:
-        _delete_run(folder)
-      _check_config(folder, config)
-      (folder / CHECKPOINTS).mkdir(exist_ok=True)
-      (folder / METRICS).touch()
-      run = Workdir(folder, strict)
-      run.stop_asked = stop_asked
-      try:
-        yield run
-      finally:
-        run.close()
+    with contextlib.ExitStack() as stack:
+      prepare = functools.partial(_prepare, stack, run, path, config, overwrite)
+      processes.first_does(prepare)
+      yield run
   except OSError as e:
-    raise UserError(
-      f"--workdir={path}: {e.strerror or e} ({e.filename or 'checkpoint'}); choose a folder that "
-      "can be written and has room"
-    ) from e
+    raise _unusable(path, e) from e
+
+
+def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool) -> None:
+  try:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(_locked(run.folder))
+    if overwrite:
+      _delete_run(run.folder)
+    _check_config(run.folder, config)
+    (run.folder / CHECKPOINTS).mkdir(exist_ok=True)
+    (run.folder / METRICS).touch()
+    stack.callback(run.close)
+  except OSError as e:
+    raise _unusable(path, e) from e
+
+
+def _unusable(path: str, error: OSError) -> UserError:
+  return UserError(
+    f"--workdir={path}: {error.strerror or error} ({error.filename or 'checkpoint'}); choose a "
+    "folder that can be written and has room"
+  )
 
 
 def inspect(path: str) -> tuple[list[dict], State | None, dict]:
@@ -317,6 +337,7 @@ def newest_state(path: str) -> tuple[State, dict]:
   raise UserError(f"--workdir={path}: holds no state that is whole ({problem})")
 
 
+@processes.by_first
 def finished_record(path: str, config: dict) -> dict | None:
   """The record of a finished run of this config; None if there is none."""
   file = pathlib.Path(path) / RECORD

@@ -20,6 +20,7 @@ LAYERS = (
     "compile_cache",
     "determinism",
     "replicas",
+    "processes",
     "cards",
   },
   {"perturb", "models"},

@@ -1,0 +1,219 @@
+"""One run on several processes, of one machine or of many hosts; no effect in a process alone.
+
+All execute the same program and hold the same numbers; only the batches of training (`parallel`)
+and of evaluation are shared out. What they must decide alike and could decide differently, since it
+depends on the clock, a signal or a disk, process 0 does for all: it alone reads and writes the
+run's folder. Every function that tells one process what another knows waits until all have called.
+"""
+
+import functools
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from halrp_jax import stop
+from halrp_jax.types import Diverged, Stopped, UserError, brief, result_of
+
+HEARTBEAT_SECONDS = 30  # after which one that says nothing counts as gone
+_CONNECT_SECONDS = 120
+_SHORT = 1000  # bytes; a message up to here is sent at once
+
+
+# --- beginning and end ----------------------------------------------------------------
+
+
+def start(coordinator: str, num_processes: str, process_id: str) -> None:
+  """Makes this process one of several. Call it before jax computes anything.
+
+  Args:
+    coordinator: HOST:PORT where process 0 can be reached; "auto": all three from the environment
+      (Cloud TPU, Slurm, Open MPI); "": there is one process.
+    num_processes: how many, with a coordinator.
+    process_id: which this is, from 0.
+
+  Raises:
+    UserError: if the arguments don't fit together, or the others are not there in time.
+  """
+  if not coordinator:
+    if num_processes or process_id:
+      raise UserError("--num_processes and --process_id belong to --coordinator=HOST:PORT")
+    return
+  try:
+    jax.distributed.initialize(
+      **_place(coordinator, num_processes, process_id),
+      initialization_timeout=_CONNECT_SECONDS,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+  except (RuntimeError, ValueError) as e:
+    raise UserError(f"--coordinator={coordinator}: the processes don't meet ({brief(e)})") from e
+
+
+def _place(coordinator: str, num_processes: str, process_id: str) -> dict:
+  if coordinator == "auto":
+    if num_processes or process_id:
+      raise UserError("--coordinator=auto finds --num_processes and --process_id itself")
+    return {}
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal():
+    raise UserError(f"--coordinator={coordinator}: HOST:PORT of process 0, or auto")
+  if not (num_processes.isdecimal() and int(num_processes)):
+    raise UserError(f"--num_processes={num_processes}: a whole number from 1 on")
+  if not (process_id.isdecimal() and int(process_id) < int(num_processes)):
+    raise UserError(f"--process_id={process_id}: a whole number from 0 to {num_processes} - 1")
+  return {
+    "coordinator_address": coordinator,
+    "num_processes": int(num_processes),
+    "process_id": int(process_id),
+    "cluster_detection_method": "deactivate",
+  }
+
+
+def run_to_end(main: Callable[[], int]) -> int:
+  """main(), the exit code; of several processes one that fails ends here and at once.
+
+  The others then notice. In the usual way out it would wait for them, and they for it.
+  """
+  try:
+    code = main()
+  except Exception as e:
+    if count() == 1:
+      raise
+    if _is_lost(e):
+      print(
+        f"error: process {jax.process_index()} of {count()}: another one has ended or can't be "
+        f"reached ({brief(e)}); start all of them again: the run goes on",
+        file=sys.stderr,
+      )
+      code = stop.EXIT_CODE
+    else:
+      traceback.print_exc()
+      code = 1
+  if code and count() > 1:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
+
+
+def _is_lost(error: Exception) -> bool:
+  """The backends' errors have no type of their own."""
+  words = ("Gloo", "NCCL", "onnection", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+  return any(word in str(error) for word in words)
+
+
+# --- who ------------------------------------------------------------------------------
+
+
+def count() -> int:
+  return jax.process_count()
+
+
+def is_first() -> bool:
+  """Whether this is the process that reads and writes the run's folder and shows what happens."""
+  return jax.process_index() == 0
+
+
+# --- one for all ----------------------------------------------------------------------
+
+
+def first_does(fn: Callable[[], object]):
+  """fn() of process 0, for all: its result, or the error of ours that it raises."""
+  if count() == 1:
+    return fn()
+  outcome = _outcome(fn) if is_first() else None
+  received = _from_first(outcome)
+  return result_of(outcome if is_first() else received)
+
+
+def by_first(fn: Callable) -> Callable:
+  """A function that `first_does`, whoever calls it."""
+
+  @functools.wraps(fn)
+  def call(*args, **kwargs):
+    return first_does(lambda: fn(*args, **kwargs))
+
+  return call
+
+
+def all_do(fn: Callable[[], object]):
+  """fn() of this process, unless one of them raises an error of ours: then all do."""
+  if count() == 1:
+    return fn()
+  outcome = _outcome(fn)
+  error = outcome if isinstance(outcome, Exception) else None
+  for i, other in enumerate(_gather(error)):
+    if other and error is None:
+      raise type(other)(f"process {i}: {other}")
+  return result_of(outcome)
+
+
+def any_says(flag: bool) -> bool:
+  """Whether one of them says so."""
+  return flag if count() == 1 else any(_gather(bool(flag)))
+
+
+def require_same(what: str, fn: Callable[[], str]) -> None:
+  """Refuses to go on where fn() of one process is not that of the first.
+
+  Raises:
+    UserError: names the process.
+  """
+  if count() == 1:
+    return
+  said = _gather(fn())
+  if other := [i for i, text in enumerate(said) if text != said[0]]:
+    raise UserError(
+      f"process {other[0]} has {what} other than process 0: all must be started with the same "
+      "arguments, data and software, on machines of one kind"
+    )
+
+
+def total(numbers: np.ndarray) -> np.ndarray:
+  """Sum of an array of int32 over the processes."""
+  return numbers if count() == 1 else _all(numbers).sum(0)
+
+
+def _outcome(fn: Callable[[], object]):
+  try:
+    return fn()
+  except (UserError, Stopped, Diverged) as e:
+    return e
+
+
+# --- messages: pickled, since they go from this program to itself and to no disk --------
+
+
+def _from_first(value):
+  """Process 0's `value`."""
+  data = np.frombuffer(pickle.dumps(value) if is_first() else b"", np.uint8)
+  head = np.zeros(8 + _SHORT, np.uint8)
+  head[:8] = np.frombuffer(np.int64(data.size).tobytes(), np.uint8)
+  head[8 : 8 + data.size] = data[:_SHORT]
+  head = np.asarray(multihost_utils.broadcast_one_to_all(head))
+  size = int.from_bytes(head[:8].tobytes(), sys.byteorder)
+  if size <= _SHORT:
+    return pickle.loads(head[8 : 8 + size].tobytes())
+  rest = np.zeros(1 << (size - 1).bit_length(), np.uint8)  # few sizes, few programs
+  rest[: data.size] = data
+  rest = np.asarray(multihost_utils.broadcast_one_to_all(rest))
+  return pickle.loads(rest[:size].tobytes())
+
+
+def _gather(value) -> list:
+  """The `value` of every process; short ones."""
+  data = pickle.dumps(value)
+  size = int(_all(np.array([len(data)], np.int32)).max())
+  padded = np.zeros(1 << (size - 1).bit_length(), np.uint8)
+  padded[: len(data)] = np.frombuffer(data, np.uint8)
+  return [pickle.loads(x.tobytes()) for x in _all(padded)]  # what follows the end is ignored
+
+
+def _all(x: np.ndarray) -> np.ndarray:
+  return np.asarray(multihost_utils.process_allgather(x))
