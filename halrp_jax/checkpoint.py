@@ -12,7 +12,6 @@ a word, so nothing is read before the manifest verifies. No pickle anywhere.
 
 import errno
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -20,12 +19,12 @@ import pathlib
 import re
 import resource
 import shutil
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from halrp_jax import packing
 from halrp_jax.types import Params, brief
 
 _ARRAYS, _ABOUT, _MANIFEST = "arrays", "about.json", "manifest.json"
@@ -56,29 +55,12 @@ def fingerprint(tree: Params) -> str:
   return digest.hexdigest()
 
 
-class Packed(NamedTuple):
-  """A pytree on the host, ready to be written."""
-
-  structure: dict
-  arrays: list[np.ndarray]
-
-
-def pack(tree: Params) -> Packed:
-  """Copies a pytree to the host: the device may then use its buffers for something else.
-
-  Args:
-    tree: dicts, lists, tuples and NamedTuples of ours, with arrays, numbers, texts and None in it.
-  """
-  arrays = []
-  return Packed(_encode(tree, arrays), arrays)
-
-
-def save(folder: pathlib.Path, packed: Packed, about: dict) -> None:
+def save(folder: pathlib.Path, packed: packing.Packed, about: dict) -> None:
   """Writes an item; an older one of that name is replaced when the new one is whole.
 
   Args:
     folder: the item's folder; its parent must be there.
-    packed: from `pack`.
+    packed: from `packing.pack`.
     about: anything JSON can hold.
 
   Raises:
@@ -118,7 +100,7 @@ def load(folder: pathlib.Path) -> tuple[Params, dict]:
     for name, x in blank.items():
       if arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
         raise Damaged(f"{folder}: array {name} is not the one that was written")
-    return _decode(about["structure"], arrays), about
+    return packing.unpack(about["structure"], [arrays[name] for name in blank]), about
   except _UNREADABLE as e:
     raise Damaged(f"{folder}: can't be read ({type(e).__name__}: {e})") from e
 
@@ -150,41 +132,6 @@ def load_plain(folder: pathlib.Path) -> dict:
     return jax.tree.map(np.asarray, tree)
   except Exception as e:  # what is damaged makes Orbax and tensorstore raise almost anything
     raise Damaged(f"{folder}: can't be read ({brief(e)})") from e
-
-
-def _encode(tree: Params, arrays: list) -> dict:
-  """The structure of a pytree as JSON; its arrays are appended to `arrays` as host copies."""
-  if tree is None or type(tree) in (bool, int, float, str):  # numpy's float64 is a float, too
-    return {"value": tree}
-  if isinstance(tree, dict):
-    return {"dict": [[k, _encode(v, arrays)] for k, v in tree.items()]}
-  if hasattr(tree, "_fields"):
-    name = f"{type(tree).__module__}:{type(tree).__name__}"
-    return {"named": name, "items": [_encode(x, arrays) for x in tree]}
-  if isinstance(tree, (tuple, list)):
-    kind = "tuple" if isinstance(tree, tuple) else "list"
-    return {kind: [_encode(x, arrays) for x in tree]}
-  arrays.append(np.array(tree))  # a copy, never a view of the device's buffer
-  return {"array": len(arrays) - 1}
-
-
-def _decode(node: dict, arrays: dict) -> Params:
-  if "value" in node:
-    return node["value"]
-  if "dict" in node:
-    return {k: _decode(v, arrays) for k, v in node["dict"]}
-  if "array" in node:
-    return np.asarray(arrays[str(node["array"])])
-  if "named" in node:
-    module, _, name = node["named"].partition(":")
-    if not module.startswith("halrp_jax."):
-      raise ValueError(f"{node['named']} is no type of ours")
-    kind = getattr(importlib.import_module(module), name)
-    if not (isinstance(kind, type) and issubclass(kind, tuple)):
-      raise ValueError(f"{node['named']} is no type of ours")
-    return kind(*(_decode(x, arrays) for x in node["items"]))
-  kind = tuple if "tuple" in node else list
-  return kind(_decode(x, arrays) for x in node["tuple" if kind is tuple else "list"])
 
 
 def verify(folder: pathlib.Path) -> dict:

@@ -302,7 +302,9 @@ def _learn_all(config, benchmark, method, folder, log, compiled, together) -> di
       store.once("begin", lambda place=place: log({"event": "task"} | place) or True)
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
       jax.block_until_ready(state)
-    processes.require_same(f"learned task {t} to", functools.partial(checkpoint.fingerprint, state))
+    processes.require_same(
+      f"other weights after task {t}", functools.partial(checkpoint.fingerprint, state)
+    )
     with _measure(compiled) as evaluating:
       accuracy[t, : t + 1], valid = _evaluate(config, benchmark, method, state, t)
     size = method.size(state)

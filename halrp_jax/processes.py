@@ -8,8 +8,9 @@ run's folder. Every function that tells one process what another knows waits unt
 
 import functools
 import os
-import pickle
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from halrp_jax import stop
+from halrp_jax import packing, stop
 from halrp_jax.types import Diverged, Stopped, UserError, brief, result_of
 
 HEARTBEAT_SECONDS = 30  # after which one that says nothing counts as gone
@@ -44,9 +45,12 @@ def start(coordinator: str, num_processes: str, process_id: str) -> None:
     if num_processes or process_id:
       raise UserError("--num_processes and --process_id belong to --coordinator=HOST:PORT")
     return
+  place = _place(coordinator, num_processes, process_id)
+  if place:
+    _meet(coordinator, place)
   try:
     jax.distributed.initialize(
-      **_place(coordinator, num_processes, process_id),
+      **place,
       initialization_timeout=_CONNECT_SECONDS,
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=HEARTBEAT_SECONDS,
@@ -61,7 +65,7 @@ def _place(coordinator: str, num_processes: str, process_id: str) -> dict:
       raise UserError("--coordinator=auto finds --num_processes and --process_id itself")
     return {}
   host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdecimal():
+  if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
     raise UserError(f"--coordinator={coordinator}: HOST:PORT of process 0, or auto")
   if not (num_processes.isdecimal() and int(num_processes)):
     raise UserError(f"--num_processes={num_processes}: a whole number from 1 on")
@@ -73,6 +77,31 @@ def _place(coordinator: str, num_processes: str, process_id: str) -> dict:
     "process_id": int(process_id),
     "cluster_detection_method": "deactivate",
   }
+
+
+def _meet(coordinator: str, place: dict) -> None:
+  """Looks if the others can be there: jax aborts a process that waits for them in vain."""
+  host, _, port = coordinator.rpartition(":")
+  me = f"process {place['process_id']} of {place['num_processes']}"
+  if place["process_id"] == 0:
+    try:
+      socket.create_server(("", int(port))).close()
+    except OSError as e:
+      raise UserError(f"--coordinator={coordinator}: {me} can't listen there ({brief(e)})") from e
+    print(f"{me} waits at {coordinator} for the others", file=sys.stderr, flush=True)
+    return
+  print(f"{me} looks for process 0 at {coordinator}", file=sys.stderr, flush=True)
+  end = time.monotonic() + _CONNECT_SECONDS
+  while True:
+    try:
+      return socket.create_connection((host.strip("[]"), int(port)), 5).close()
+    except OSError as e:
+      if time.monotonic() > end:
+        raise UserError(
+          f"--coordinator={coordinator}: {me} found no process 0 there in {_CONNECT_SECONDS} s "
+          f"({brief(e)})"
+        ) from e
+    time.sleep(0.2)
 
 
 def run_to_end(main: Callable[[], int]) -> int:
@@ -160,7 +189,7 @@ def any_says(flag: bool) -> bool:
 
 
 def require_same(what: str, fn: Callable[[], str]) -> None:
-  """Refuses to go on where fn() of one process is not that of the first.
+  """Refuses to go on where fn() of one process is not that of the first; what: "other images".
 
   Raises:
     UserError: names the process.
@@ -170,8 +199,8 @@ def require_same(what: str, fn: Callable[[], str]) -> None:
   said = _gather(fn())
   if other := [i for i, text in enumerate(said) if text != said[0]]:
     raise UserError(
-      f"process {other[0]} has {what} other than process 0: all must be started with the same "
-      "arguments, data and software, on machines of one kind"
+      f"process {other[0]} has {what} than process 0: all must be started with the same arguments, "
+      "data and software, on machines of one kind"
     )
 
 
@@ -180,40 +209,64 @@ def total(numbers: np.ndarray) -> np.ndarray:
   return numbers if count() == 1 else _all(numbers).sum(0)
 
 
+_ERRORS = {kind.__name__: kind for kind in (UserError, Stopped, Diverged)}
+
+
 def _outcome(fn: Callable[[], object]):
   try:
     return fn()
-  except (UserError, Stopped, Diverged) as e:
+  except tuple(_ERRORS.values()) as e:
     return e
 
 
-# --- messages: pickled, since they go from this program to itself and to no disk --------
+# --- messages -------------------------------------------------------------------------
+
+
+def _write(value) -> np.ndarray:
+  """A value or an error of ours as bytes."""
+  if isinstance(value, Exception):
+    value = {"error": type(value).__name__, "text": str(value)}
+  else:
+    value = {"value": value}
+  return np.frombuffer(packing.to_bytes(value), np.uint8)
+
+
+def _read(data: np.ndarray):
+  value = packing.from_bytes(data.tobytes())
+  return _ERRORS[value["error"]](value["text"]) if "error" in value else value["value"]
 
 
 def _from_first(value):
   """Process 0's `value`."""
-  data = np.frombuffer(pickle.dumps(value) if is_first() else b"", np.uint8)
+  data = _write(value if is_first() else None)
   head = np.zeros(8 + _SHORT, np.uint8)
-  head[:8] = np.frombuffer(np.int64(data.size).tobytes(), np.uint8)
-  head[8 : 8 + data.size] = data[:_SHORT]
+  if is_first():
+    head[:8] = np.frombuffer(np.int64(data.size).tobytes(), np.uint8)
+    head[8 : 8 + data.size] = data[:_SHORT]
   head = np.asarray(multihost_utils.broadcast_one_to_all(head))
-  size = int.from_bytes(head[:8].tobytes(), sys.byteorder)
+  size = int(np.frombuffer(head[:8].tobytes(), np.int64)[0])
   if size <= _SHORT:
-    return pickle.loads(head[8 : 8 + size].tobytes())
-  rest = np.zeros(1 << (size - 1).bit_length(), np.uint8)  # few sizes, few programs
-  rest[: data.size] = data
-  rest = np.asarray(multihost_utils.broadcast_one_to_all(rest))
-  return pickle.loads(rest[:size].tobytes())
+    return _read(head[8:])
+  rest = np.zeros(_rounded(size), np.uint8)
+  if is_first():
+    rest[:size] = data
+  return _read(np.asarray(multihost_utils.broadcast_one_to_all(rest)))
 
 
 def _gather(value) -> list:
   """The `value` of every process; short ones."""
-  data = pickle.dumps(value)
-  size = int(_all(np.array([len(data)], np.int32)).max())
-  padded = np.zeros(1 << (size - 1).bit_length(), np.uint8)
-  padded[: len(data)] = np.frombuffer(data, np.uint8)
-  return [pickle.loads(x.tobytes()) for x in _all(padded)]  # what follows the end is ignored
+  data = _write(value)
+  size = int(_all(np.array([data.size], np.int32)).max())
+  padded = np.zeros(_rounded(size), np.uint8)
+  padded[: data.size] = data
+  return [_read(x) for x in _all(padded)]
+
+
+def _rounded(size: int) -> int:
+  """A power of two: few sizes, few programs."""
+  return 1 << (size - 1).bit_length()
 
 
 def _all(x: np.ndarray) -> np.ndarray:
+  """[...] of each process -> [N, ...]"""
   return np.asarray(multihost_utils.process_allgather(x))

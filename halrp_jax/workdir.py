@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import cards, checkpoint, processes, validate
+from halrp_jax import cards, checkpoint, packing, processes, validate
 from halrp_jax.types import Benchmark, Keep, State, Stopped, UserError
 
 RECORD, METRICS, CONFIG, TASKS, LOCK, CHECKPOINTS = (
@@ -100,15 +100,19 @@ class Workdir:
     if processes.any_says(self.stop_asked()):
       raise Stopped
 
-  @processes.by_first
   def _read(self, name: str, like=None):
     """The tree kept under `name`; with `like` the list of leaves kept there in that structure."""
+    tree = self._read_item(name, like)
+    return jax.tree.map(_to_device, tree) if like is None else tree
+
+  @processes.by_first
+  def _read_item(self, name: str, like):
     folder = self.items / _item(name)
     try:
       tree, about = checkpoint.load(folder)
       if not isinstance(about.get("events"), int):
         raise checkpoint.Damaged(f"{folder}: was not written inside a task")
-      tree = jax.tree.map(_to_device, tree) if like is None else _restore(tree, like, folder)
+      tree = tree if like is None else _restore(tree, like, folder)
     except FileNotFoundError:
       return None
     except checkpoint.Damaged as e:
@@ -125,7 +129,7 @@ class Workdir:
 
   def _submit(self, folder, tree, about) -> None:
     self._raise_errors(wait=False)
-    self._pending.append(self._writer.submit(checkpoint.save, folder, checkpoint.pack(tree), about))
+    self._pending.append(self._writer.submit(checkpoint.save, folder, packing.pack(tree), about))
 
   def _raise_errors(self, wait: bool) -> None:
     done = [f for f in self._pending if wait or f.done()]
@@ -167,9 +171,15 @@ class Workdir:
         keep |= {folder.name, *checkpoint.verify(folder)["items"]}
     checkpoint.sweep(self.items, keep)
 
-  @processes.by_first
   def restore_state(self) -> tuple[int, State, dict] | None:
     """The newest state whose files all verify: position, state, results. None: start anew."""
+    if (found := self._newest_state()) is None:
+      return None
+    position, state, results = found
+    return position, jax.tree.map(jnp.asarray, state), results
+
+  @processes.by_first
+  def _newest_state(self) -> tuple[int, State, dict] | None:
     for folder in sorted(self.items.glob("state-*"), reverse=True):
       try:
         state, about = _load_state(folder)

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
 def pytest_collection_modifyitems(items):
   """Tests of a class or module share runs, hence a process; those of each method one of its own."""
   for item in items:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halrp_jax import checkpoint, lowrank
+from halrp_jax import checkpoint, lowrank, packing
 
 TREE = {
   "p": lowrank.Perturbation(np.ones(3), np.zeros(2), np.eye(3, 2), None, np.eye(2)),
@@ -19,7 +19,7 @@ TREE = {
 
 
 def save(folder, tree=TREE, **about):
-  checkpoint.save(folder, checkpoint.pack(tree), about)
+  checkpoint.save(folder, packing.pack(tree), about)
 
 
 def assert_same(a, b):
@@ -46,7 +46,7 @@ def test_what_is_saved_comes_back(tmp_path):
 
 def test_packing_copies(tmp_path):
   x = np.ones(3)
-  packed = checkpoint.pack({"x": x, "y": jnp.ones(2)})
+  packed = packing.pack({"x": x, "y": jnp.ones(2)})
   x[:] = 5
   checkpoint.save(tmp_path / "item", packed, {})
   np.testing.assert_array_equal(checkpoint.load(tmp_path / "item")[0]["x"], np.ones(3))

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "halrp_jax"
 LAYERS = (
   {"types", "allocator", "stop", "parallel"},
+  {"packing"},
   {
     "lowrank",
     "bases",

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from halrp_jax import checkpoint, data, experiment, workdir
+from halrp_jax import checkpoint, data, experiment, packing, workdir
 from halrp_jax.data import digits
 from halrp_jax.types import Diverged, Stopped, UserError
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_run_is_noticed(half, digits_config, tmp_path, p
     )
   (item,) = (folder / "checkpoints").glob(part)
   about = {"events": json.loads((item / "about.json").read_text()).get("events", 0)}
-  checkpoint.save(item, checkpoint.pack(foreign), about)
+  checkpoint.save(item, packing.pack(foreign), about)
   with pytest.warns(UserWarning, match="something else|not those of this config's model"):
     experiment.run(config, str(folder))
   assert same(folder, want)
