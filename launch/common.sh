@@ -20,6 +20,36 @@ print_command() { # WORDS
   echo "${line% }"
 }
 
+# A command line into `shards`, `processes`, `python`, `dry_run`, `flags` (all others), and
+# `arguments`: what stands after --.
+# shellcheck disable=SC2034 # the scripts read them
+parse_arguments() { # SCRIPT ARGUMENTS
+  local script=$1
+  shift
+  shards="" processes="" python="" dry_run="" flags=() arguments=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --shards=*) shards=${1#*=} ;;
+      --processes=*) processes=${1#*=} ;;
+      --python=*) python=${1#*=} ;;
+      --dry_run) dry_run=yes ;;
+      --help | -h)
+        help_text "$ROOT/$script"
+        exit 0
+        ;;
+      --)
+        shift
+        arguments=("$@")
+        break
+        ;;
+      -*) flags+=("$1") ;;
+      *) die "'$1' is not a flag of $script; the arguments of the program stand after --" ;;
+    esac
+    shift
+  done
+  python=${python:-$ROOT/.venv/bin/python}
+}
+
 require_count() { # FLAG TEXT
   [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || die "$1=$2: a whole number from 1 on"
 }

@@ -18,41 +18,22 @@ set -euo pipefail
 
 in_job=""
 if [ "${1:-}" = in_job ]; then # Slurm runs a copy of this file, which lies elsewhere
-  in_job=yes root=$2
+  in_job=yes ROOT=$2
   shift 2
 else
-  root=$(cd "$(dirname "$0")/.." && pwd)
+  ROOT=$(cd "$(dirname "$0")/.." && pwd)
 fi
 # shellcheck source=launch/common.sh
-source "$root/launch/common.sh"
+source "$ROOT/launch/common.sh"
 
-shards="" python="" dry_run="" flags=() arguments=()
-while [ $# -gt 0 ]; do
-  case $1 in
-    --shards=*) shards=${1#*=} ;;
-    --python=*) python=${1#*=} ;;
-    --dry_run) dry_run=yes ;;
-    --help | -h)
-      help_text "$root/launch/slurm.sh"
-      exit 0
-      ;;
-    --)
-      shift
-      arguments=("$@")
-      break
-      ;;
-    -*) flags+=("$1") ;;
-    *) die "'$1' is not a flag of launch/slurm.sh; the arguments of sweep stand after --" ;;
-  esac
-  shift
-done
+parse_arguments launch/slurm.sh "$@"
+[ -z "$processes" ] || die "--processes=$processes: not here; srun and --coordinator=auto (BUILD.md)"
 [ -n "$shards" ] || die "--shards=N is missing; launch/slurm.sh --help"
 require_count --shards "$shards"
 [ ${#arguments[@]} -gt 0 ] || die "no arguments of sweep after --; launch/slurm.sh --help"
-python=${python:-$root/.venv/bin/python}
 
 if [ -z "$in_job" ]; then
-  submit=(sbatch "--array=0-$((shards - 1))" "${flags[@]}" "$root/launch/slurm.sh" in_job "$root"
+  submit=(sbatch "--array=0-$((shards - 1))" "${flags[@]}" "$ROOT/launch/slurm.sh" in_job "$ROOT"
     "--shards=$shards" "--python=$python" -- "${arguments[@]}")
   if [ -n "$dry_run" ]; then
     print_command "${submit[@]}"

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -217,8 +218,12 @@ def test_help_is_the_text_at_the_top(fake, script):
     ("slurm.sh", ["--shards=2"], "no arguments of sweep after --"),
     ("slurm.sh", ["--shards=2", "sweep"], "'sweep' is not a flag of launch/slurm.sh"),
     ("slurm.sh", ["--shards=2", "--python=/no/python", "--", "x"], "/no/python: no such program"),
-    ("local.sh", [], "--shards=N is missing"),
-    ("local.sh", ["--shards=2"], "no arguments of sweep after --"),
+    ("local.sh", [], "--shards=N or --processes=N is missing"),
+    ("local.sh", ["--shards=2", "--processes=2"], "not both"),
+    ("local.sh", ["--processes=two", "--", "x"], "--processes=two: a whole number from 1 on"),
+    ("local.sh", ["--shards=2"], "no arguments of halrp_jax sweep after --"),
+    ("local.sh", ["x", "--shards=2"], "'x' is not a flag of launch/local.sh"),
+    ("slurm.sh", ["--processes=2"], "srun and --coordinator=auto"),
     ("local.sh", ["--shard=2"], "'--shard=2' is not a flag of launch/local.sh"),
     ("local.sh", ["--shards=99999", "--", "x"], "--shards=99999: there are"),
     ("local.sh", ["--shards=1", "--python=/no/python", "--", "x"], "/no/python: no such program"),
@@ -632,6 +637,18 @@ def test_local_codes_and_dry_run(fake):
   (fake.root / "started").unlink()
   out, _ = local(fake, "--dry_run").communicate(timeout=60)
   assert out.count("taskset -c ") == SHARDS and not (fake.root / "started").exists()
+
+
+def test_processes_of_one_run_meet_at_a_port(fake):
+  flags = (f"--processes={SHARDS}", f"--python={fake.python}")
+  out, err = fake.start(LAUNCH / "local.sh", *flags, "--", *SWEEP).communicate(timeout=60)
+  places = set()
+  for i in range(SHARDS):
+    mine = [t.removeprefix(f"[{i}] ") for t in out.splitlines() if t.startswith(f"[{i}] <")]
+    assert mine[:3] == ["<-m>", "<halrp_jax.main>", f"<{SWEEP[0]}>"], err
+    assert mine[-2:] == [f"<--num_processes={SHARDS}>", f"<--process_id={i}>"]
+    places.add(mine[-3])
+  assert len(places) == 1 and re.fullmatch(r"<--coordinator=localhost:\d+>", places.pop())
 
 
 def test_a_signal_stops_all_shards(fake):
