@@ -63,6 +63,9 @@ port=$(free_port)
 pids=()
 for ((i = 0; i < count; i++)); do
   mine=$(IFS=, && echo "${cores[*]:i*each:each}")
+  if [ "$kind" = processes ] && [ "$each" = 1 ]; then
+    mine=$(IFS=, && echo "${cores[*]}") # with one core the sums wait for its scheduler
+  fi
   mapfile -t place < <(place_of "$i")
   one=(taskset -c "$mine" "$python" -m "${program[@]}" "${arguments[@]}" "${place[@]}")
   if [ -n "$dry_run" ]; then
