@@ -23,10 +23,8 @@ import optax
 from flax import traverse_util
 from jax import lax
 
-from halrp_jax import layers, parallel, perturb, processes
+from halrp_jax import epoch, layers, parallel, perturb, processes
 from halrp_jax.types import Array, Diverged, Inputs, Params, Size, Split, Store, Task
-
-_CHUNK_SECONDS = 2.0  # of training handed over to the device at once
 
 
 class Batch(NamedTuple):
@@ -394,158 +392,6 @@ def _make_step(config, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn
   return step
 
 
-def _make_epoch(config, step: Callable) -> Callable:
-  """Builds `epochs(list of (state, frozen, data, blocks, key, progress))`, one for each run.
-
-  -> a list of (state, sums over images). `state` is donated. Runs of equal shapes are one program
-  with a leading axis. The steps are handed over in chunks of some two seconds, so that signals and
-  progress get through; how an epoch is cut does not change a bit of it.
-  """
-  drop = config.protocol.last_batch == "drop"
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def epoch_rows(blocks, key):
-    """Rows of one epoch: full batches [n, B], the blocks taking turns, then the smaller ones."""
-    keys = (key,) if len(blocks) == 1 else jax.random.split(key, len(blocks))
-    full, rest, turns, begin = [], {}, [], 0
-    for t, (num_images, key) in enumerate(zip(blocks, keys, strict=True)):
-      order = jnp.arange(num_images)
-      order = begin + (jax.random.permutation(key, order) if config.protocol.shuffle else order)
-      whole = num_images // config.batch_size * config.batch_size
-      full.append(order[:whole].reshape(-1, config.batch_size))
-      turns += [(i, t) for i in range(len(full[-1]))]
-      if whole < num_images and not drop:
-        rest.setdefault(num_images - whole, []).append(order[whole:])
-      begin += num_images
-    turn = np.array(sorted(range(len(turns)), key=turns.__getitem__), np.int32)
-    return [jnp.concatenate(full)[turn], *map(jnp.stack, rest.values())]
-
-  def one_step(carry, rows, frozen, data, key):
-    state, sums = carry
-    state, more = step(state, rows, frozen, data, key)
-    return state, sums + more
-
-  def many_steps(carry, batches, start, stop, *args):
-    return lax.fori_loop(start, stop, lambda i, c: one_step(c, batches[i], *args), carry)
-
-  jit_one, jit_many = (parallel.compile_step(config, f) for f in (one_step, many_steps))
-
-  def loop_over_steps(carry, batches, start, stop, *args):
-    for i in range(start, stop):
-      carry = jit_one(carry, batches[i], *args)
-    return carry
-
-  def choose(*args):
-    """XLA:CPU runs the gradient of a plain convolution tens of times slower inside a loop."""
-    if config.loop == "auto" and jax.default_backend() == "cpu":
-      plain = "stablehlo.convolution" in jit_many.lower(*args).as_text()
-      return loop_over_steps if plain else jit_many
-    return loop_over_steps if config.loop == "steps" else jit_many
-
-  advance = None
-
-  def run(carry, rows, progress, advance, *args):
-    """All steps of an epoch."""
-    for batches in rows:
-      done, chunk, num_steps = 0, 1, batches.shape[-2]
-      while done < num_steps:
-        start, stop = time.perf_counter(), min(done + chunk, num_steps)
-        carry = jax.block_until_ready(advance(carry, batches, done, stop, *args))
-        pace = (stop - done) / (time.perf_counter() - start)
-        done = stop
-        if done < num_steps:
-          chunk = processes.first_does(lambda pace=pace: max(1, int(_CHUNK_SECONDS * pace)))
-        progress(*carry, done, num_steps)
-    return carry
-
-  def epoch(state, frozen, data, blocks, key, progress):
-    nonlocal advance
-    shuffle_key, key = jax.random.split(key)
-    carry = state, jnp.zeros(2)
-    rows = [batches for batches in epoch_rows(blocks, shuffle_key) if len(batches)]
-    if rows and advance is None:
-      advance = choose(carry, rows[0], 0, 1, frozen, data, key)
-    return run(carry, rows, progress, advance, frozen, data, key)
-
-  together = _make_joint_epoch(config, epoch_rows, many_steps, run)
-
-  def epochs(calls):
-    if len(calls) == 1 or config.loop == "steps" or advance is loop_over_steps:
-      return [_attempt(epoch, call) for call in calls]
-    groups = {}
-    for i, call in enumerate(calls):
-      groups.setdefault(_shapes(call), []).append(i)
-    results = [None] * len(calls)
-    for members in groups.values():
-      fn = together if len(members) > 1 else lambda calls: [_attempt(epoch, *calls)]
-      for i, result in zip(members, fn([calls[i] for i in members]), strict=True):
-        results[i] = result
-    return results
-
-  return epochs
-
-
-def _attempt(fn, args):
-  try:
-    return fn(*args)
-  except Exception as e:
-    return e
-
-
-def _shapes(call) -> tuple:
-  """What calls of `epochs` must have in common to be one program."""
-  state, frozen, data, blocks, *_ = call
-  leaves, structure = jax.tree.flatten((state, frozen, data))
-  return (
-    id(data[0].image),
-    blocks,
-    structure,
-    tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves),
-  )
-
-
-def _make_joint_epoch(config, epoch_rows, many_steps, run):
-  """Builds the epoch of several runs, as one program with a leading axis [R]."""
-
-  def steps(carry, batches, start, stop, frozen, data, key, image):
-    data = (data[0]._replace(image=image), *data[1:])
-    return many_steps(carry, batches, start, stop, frozen, data, key)
-
-  axes = (0, 0, None, None, 0, 0, 0, None)
-  advance = jax.jit(jax.vmap(steps, in_axes=axes), donate_argnums=0)
-  stack = jax.jit(lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))
-  place = parallel.make_spread_replicas(config)
-
-  @functools.partial(jax.jit, static_argnums=1)
-  def unstack(tree, num_runs):
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(num_runs)]
-
-  def joint_epoch(calls):
-    states, frozen, data, blocks, keys, progress = zip(*calls, strict=True)
-    image, failed = data[0][0].image, {}
-    keys = [jax.random.split(key) for key in keys]
-    rows = [epoch_rows(blocks[0], shuffle_key) for shuffle_key, _ in keys]
-    carries = [(state, jnp.zeros(2)) for state in states]
-    own = [(d[0]._replace(image=None), *d[1:]) for d in data]
-    parts = [carries, frozen, own, [key for _, key in keys], rows]
-    carry, frozen, own, keys, rows = (place(stack(list(x))) for x in parts)
-
-    def watch_all(state, sums, done, num_steps):
-      sums = np.asarray(sums)
-      for i, tell in enumerate(progress):
-        if i not in failed:
-          bad = None if np.isfinite(sums[i]).all() else jax.tree.map(lambda x, i=i: x[i], state)
-          error = _attempt(tell, (bad, sums[i], done, num_steps))
-          failed.update({i: error} if error else {})
-      if len(failed) == len(progress):
-        raise failed[0]
-
-    carry = run(carry, rows, watch_all, advance, frozen, own, keys, image)
-    return [failed.get(i, part) for i, part in enumerate(unstack(carry, len(calls)))]
-
-  return joint_epoch
-
-
 def make_fit(
   config,
   decay: Callable[[Task | Joint], float],
@@ -575,25 +421,9 @@ def make_fit(
   how = how or recipe(config)
   objective_fn = objective_fn or cross_entropy_objective(apply_fn)
   tx = optax.chain(optax.scale(how.gradient_scale), _moments(how))
-  epochs_of_runs = _make_epoch(config, _make_step(config, tx, objective_fn, penalty_fn, edit_fn))
+  epochs_of_runs = epoch.make(config, _make_step(config, tx, objective_fn, penalty_fn, edit_fn))
   is_judged = how.schedule == "plateau" or how.keep != "last"
-
-  @jax.jit
-  def judge(state, frozen, split, inputs, num_classes, rows):
-    """[sum of losses, hits] on some rows of a split."""
-    batch = _make_batch(split, inputs, num_classes, rows)
-    loss, logits, _ = objective_fn(state.params, frozen, state.stats, batch, False, None)
-    return jnp.stack([len(rows) * loss, _count_right(logits, batch)])
-
-  def validate(state, frozen, task, num_classes) -> tuple[float, float]:
-    """Loss and accuracy in percent on the validation images."""
-    num_images = len(task.valid.index)
-    if not num_images:
-      return math.nan, math.nan
-    args = (state, frozen, task.valid, task.inputs, num_classes)
-    parts = [judge(*args, rows) for rows in batches(num_images, evaluation_batch_size(config))]
-    loss, hits = sum(np.asarray(x, np.float64) for x in parts) / num_images
-    return float(loss), 100 * float(hits)
+  validate = _make_validate(config, objective_fn)
 
   def fit(params, stats, frozen, task: Task | Joint, key, epochs: int, store: Store):
     result = f"{store.name}/result"
@@ -608,18 +438,18 @@ def make_fit(
     gamma = jnp.float32(decay(task))
     done, state, best, plateau = start(params, stats, store)
     kept_at = time.perf_counter()
-    for epoch in range(done, epochs):
+    for i in range(done, epochs):
       if plateau.rate < config.protocol.stop_rate and how.schedule == "plateau":
         break
       begin = time.perf_counter()
-      event = {"event": "epoch", "phase": store.name, "epoch": epoch + 1, "epochs": epochs}
+      event = {"event": "epoch", "phase": store.name, "epoch": i + 1, "epochs": epochs}
       arguments = (
         state,
         frozen,
         (*data, jnp.float32(plateau.rate), gamma),
         blocks,
-        jax.random.fold_in(key, epoch),
-        functools.partial(watch, event, store),
+        jax.random.fold_in(key, i),
+        functools.partial(_watch, event, store),
       )
       state, total = store.together(epochs_of_runs, arguments)
       loss, accuracy = (float(x) / num_images for x in total)
@@ -627,10 +457,11 @@ def make_fit(
       if is_judged:
         valid = processes.first_does(lambda s=state: validate(s, frozen, task, num_classes))
         event |= {"valid_loss": valid[0], "valid_accuracy": valid[1]}
-        best, plateau = keep_best(best, state, *valid), slow_down(plateau, valid[0])
+        best = _keep_best(how.keep, best, state, *valid)
+        plateau = _slow_down(config.protocol, plateau, valid[0])
       store.log(event | {"seconds": time.perf_counter() - begin})
-      if epoch + 1 < epochs and is_due(epoch + 1, kept_at):
-        progress = (np.int32(epoch + 1), state, best, plateau)
+      if i + 1 < epochs and _is_due(config.checkpoint, i + 1, kept_at):
+        progress = (np.int32(i + 1), state, best, plateau)
         store.keep.write(f"{store.name}/fit", jax.tree.leaves(progress))
         kept_at = time.perf_counter()
       store.keep.check()
@@ -655,45 +486,69 @@ def make_fit(
     state, best = jax.tree.map(lambda x: jnp.array(x) if np.ndim(x) else x, (state, best))
     return int(done), state._replace(step=jnp.int32(state.step)), best, plateau
 
-  def keep_best(best, state, loss, accuracy):
-    """The score and weights of the best epoch; an earlier one wins a tie."""
-    score = {"last": -np.inf, "best": accuracy, "best_loss": -loss}[how.keep]
-    if how.keep == "last" or not score > best[0]:
-      return best
-    return np.float64(score), *jax.tree.map(jnp.array, (state.params, state.stats))
-
-  def slow_down(plateau, loss):
-    """GPM's and WSN's: after `patience` epochs that are no better, the rate is cut."""
-    p = config.protocol
-    if loss < plateau.best:
-      return Plateau(np.float64(loss), np.int32(p.patience), plateau.rate)
-    if plateau.left > 1:
-      return plateau._replace(left=np.int32(plateau.left - 1))
-    return Plateau(plateau.best, np.int32(p.patience), np.float64(plateau.rate * p.plateau_factor))
-
-  @processes.by_first
-  def is_due(num_epochs, kept_at):
-    """Short epochs would write more than they compute: a checkpoint has all of Adam's moments."""
-    often = config.checkpoint
-    return (
-      num_epochs % often.every_epochs == 0 and time.perf_counter() - kept_at >= often.every_seconds
-    )
-
-  def watch(event, store, state, sums, step, num_steps):
-    """Between the chunks of an epoch."""
-    if not np.isfinite(sums).all():
-      place = store.keep.write(
-        f"{store.name}/diverged", {"params": state.params, "stats": state.stats, "step": state.step}
-      )
-      raise Diverged(
-        f"{event['phase']}, epoch {event['epoch']}, step {step} of {num_steps}: the loss is "
-        f"{float(sums[0])}; try a smaller learning_rate or protocol.gradient_scale"
-        + (f" (the weights then: {place}, read by halrp_jax.checkpoint.load)" if place else "")
-      )
-    store.log(event | {"event": "progress", "step": step, "steps": num_steps})
-    store.keep.check()
-
   return fit
+
+
+def _make_validate(config, objective_fn: Callable) -> Callable:
+  """Builds `validate(state, frozen, task, num_classes)`: loss and accuracy in percent."""
+
+  @jax.jit
+  def judge(state, frozen, split, inputs, num_classes, rows):
+    """[sum of losses, hits] on some rows of a split."""
+    batch = _make_batch(split, inputs, num_classes, rows)
+    loss, logits, _ = objective_fn(state.params, frozen, state.stats, batch, False, None)
+    return jnp.stack([len(rows) * loss, _count_right(logits, batch)])
+
+  def validate(state, frozen, task, num_classes) -> tuple[float, float]:
+    num_images = len(task.valid.index)
+    if not num_images:
+      return math.nan, math.nan
+    args = (state, frozen, task.valid, task.inputs, num_classes)
+    parts = [judge(*args, rows) for rows in batches(num_images, evaluation_batch_size(config))]
+    loss, hits = sum(np.asarray(x, np.float64) for x in parts) / num_images
+    return float(loss), 100 * float(hits)
+
+  return validate
+
+
+def _keep_best(keep: str, best, state: TrainState, loss: float, accuracy: float):
+  """The score and weights of the best epoch; an earlier one wins a tie."""
+  score = {"last": -np.inf, "best": accuracy, "best_loss": -loss}[keep]
+  if keep == "last" or not score > best[0]:
+    return best
+  return np.float64(score), *jax.tree.map(jnp.array, (state.params, state.stats))
+
+
+def _slow_down(protocol, plateau: Plateau, loss: float) -> Plateau:
+  """GPM's and WSN's: after `patience` epochs that are no better, the rate is cut."""
+  patience = np.int32(protocol.patience)
+  if loss < plateau.best:
+    return Plateau(np.float64(loss), patience, plateau.rate)
+  if plateau.left > 1:
+    return plateau._replace(left=np.int32(plateau.left - 1))
+  return Plateau(plateau.best, patience, np.float64(plateau.rate * protocol.plateau_factor))
+
+
+@processes.by_first
+def _is_due(often, num_epochs: int, kept_at: float) -> bool:
+  """Short epochs would write more than they compute: a checkpoint has all of Adam's moments."""
+  elapsed = time.perf_counter() - kept_at
+  return num_epochs % often.every_epochs == 0 and elapsed >= often.every_seconds
+
+
+def _watch(event: dict, store: Store, state, sums, step: int, num_steps: int) -> None:
+  """Between the chunks of an epoch."""
+  if not np.isfinite(sums).all():
+    place = store.keep.write(
+      f"{store.name}/diverged", {"params": state.params, "stats": state.stats, "step": state.step}
+    )
+    raise Diverged(
+      f"{event['phase']}, epoch {event['epoch']}, step {step} of {num_steps}: the loss is "
+      f"{float(sums[0])}; try a smaller learning_rate or protocol.gradient_scale"
+      + (f" (the weights then: {place}, read by halrp_jax.checkpoint.load)" if place else "")
+    )
+  store.log(event | {"event": "progress", "step": step, "steps": num_steps})
+  store.keep.check()
 
 
 # --- evaluation -----------------------------------------------------------------------

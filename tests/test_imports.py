@@ -24,7 +24,7 @@ LAYERS = (
     "processes",
     "cards",
   },
-  {"perturb", "models"},
+  {"perturb", "models", "epoch"},
   {"train", "checkpoint"},
   {"methods"},
   {"report", "workdir"},

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from halrp_jax import experiment, train
+from halrp_jax import epoch, experiment, train
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_single_task_batches_take_turns_and_cover_every_image(digits):
     jax.debug.callback(lambda rows: seen.append(np.asarray(rows)), rows)
     return state, jax.numpy.zeros(2)
 
-  epoch = train._make_epoch(config, step)
-  epoch([({}, {}, (), joint.blocks, jax.random.key(0), lambda *args: None)])
+  epochs = epoch.make(config, step)
+  epochs([({}, {}, (), joint.blocks, jax.random.key(0), lambda *args: None)])
   jax.effects_barrier()
   assert all(len(set(owner[rows])) == 1 for rows in seen)
   assert sorted(np.concatenate(seen)) == list(range(len(owner)))

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from halrp_jax import data, experiment, layers, models, train
+from halrp_jax import data, epoch, experiment, layers, models, train
 from halrp_jax.types import Inputs, Store
 
 
@@ -75,7 +75,7 @@ def test_how_an_epoch_is_cut_does_not_change_a_bit(digits_config, monkeypatch):
   (a, _), (b, _) = (
     fit_plain(digits_config("stl", batch_size=32, loop="scan"))
     for seconds in (1e-9, 1e9)
-    if monkeypatch.setattr(train, "_CHUNK_SECONDS", seconds) is None
+    if monkeypatch.setattr(epoch, "_CHUNK_SECONDS", seconds) is None
   )
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_array_equal(x, y)
