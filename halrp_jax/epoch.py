@@ -156,7 +156,7 @@ def _make_joint_epoch(config, epoch_rows: Callable, many_steps: Callable) -> Cal
   axes = (0, 0, None, None, 0, 0, 0, None)
   advance = jax.jit(jax.vmap(steps, in_axes=axes), donate_argnums=0)
   stack = jax.jit(lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))
-  place = parallel.make_spread_replicas(config)
+  spread, share = parallel.make_spread_replicas(config)
 
   @functools.partial(jax.jit, static_argnums=1)
   def unstack(tree, num_runs):
@@ -164,13 +164,13 @@ def _make_joint_epoch(config, epoch_rows: Callable, many_steps: Callable) -> Cal
 
   def joint_epoch(calls):
     states, frozen, data, blocks, keys, progress = zip(*calls, strict=True)
-    image, failed = data[0][0].image, {}
+    image, failed = share(data[0][0].image), {}
     keys = [jax.random.split(key) for key in keys]
     rows = [epoch_rows(blocks[0], shuffle_key) for shuffle_key, _ in keys]
     carries = [(state, jnp.zeros(2)) for state in states]
     own = [(d[0]._replace(image=None), *d[1:]) for d in data]
     parts = [carries, frozen, own, [key for _, key in keys], rows]
-    carry, frozen, own, keys, rows = (place(stack(list(x))) for x in parts)
+    carry, frozen, own, keys, rows = (spread(stack(list(x))) for x in parts)
 
     def watch_all(state, sums, done, num_steps):
       sums = np.asarray(sums)

@@ -86,13 +86,26 @@ def make_spread(config) -> Callable:
   return lambda tree: jax.tree.map(place, tree)
 
 
-def make_spread_replicas(config) -> Callable:
-  """Builds spread(tree): its arrays [R, ...] laid out over the devices by run, where R allows."""
+def make_spread_replicas(config) -> tuple[Callable, Callable]:
+  """Builds spread(tree) and share(x) for runs that are learned at once.
+
+  spread: arrays [R, ...] laid out over the devices by run, where R allows. share: an array whole on
+  every device; one that comes again is there already.
+  """
   count = jax.local_device_count() if config.parallel == "replicas" else 1
   if count == 1:
-    return lambda tree: tree
-  placing = _shardings(jax.local_devices())
-  return lambda tree: jax.tree.map(lambda x: jax.device_put(x, placing[bool(len(x) % count)]), tree)
+    return (lambda tree: tree), (lambda x: x)
+  placing, last = _shardings(jax.local_devices()), []
+
+  def share(x):
+    if not last or last[0] is not x:
+      last[:] = x, jax.device_put(x, placing[1])
+    return last[1]
+
+  def spread(tree):
+    return jax.tree.map(lambda x: jax.device_put(x, placing[bool(len(x) % count)]), tree)
+
+  return spread, share
 
 
 # --- several processes: arrays are whole in each of them, but inside a compiled step -----

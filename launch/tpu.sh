@@ -15,11 +15,13 @@
 #
 #   --bucket=gs://BUCKET/FOLDER  a copy of the workdir is kept in its NAME/ while the run is at work
 #   --shards=N  the verb for NAME-0 to NAME-(N-1); run and resume all at once, with --shard=I/N
+#   --all_hosts  install, run, resume: on every host of a larger slice, which share the batches of a
+#               run of halrp_jax.main
 #   --project=P  --attempts=20 (resume)  --wait=60 (seconds between looks)
 #   --dry_run    prints the commands, runs none
 #
-# Take one host: v5litepod-1 to -8, v6e-1 to -8, v4-8. Exit codes: the run's (0, 1, 2, 75); 2 for a
-# mistake in the arguments; 75 also if the attempts are used up. Needs bash 4.4 or newer.
+# One host: v5litepod-1 to -8, v6e-1 to -8, v4-8. Exit codes: the run's (0, 1, 2, 75); 2 for a mistake
+# in the arguments; 75 also if the attempts are used up. Needs bash 4.4 or newer.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -40,7 +42,7 @@ call() { # COMMAND
 tpu() { call gcloud compute tpus "$@" "--zone=$zone" ${project:+"--project=$project"}; }
 
 on_vm() { # a text for the VM's shell
-  tpu tpu-vm ssh "$name" "--command=$1"
+  tpu tpu-vm ssh "$name" "--command=$1" ${all_hosts:+--worker=all}
 }
 
 quoted() { # WORDS, for on_vm
@@ -85,7 +87,8 @@ install() {
     tree=$(mktemp) || return
   fi
   call tar -czf "$tree" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./data \
-    -C "$ROOT" . && tpu tpu-vm scp "$tree" "$name:halrp_jax.tar.gz" || code=$?
+    -C "$ROOT" . &&
+    tpu tpu-vm scp "$tree" "$name:halrp_jax.tar.gz" ${all_hosts:+--worker=all} || code=$?
   [ -n "$dry_run" ] || rm -f "$tree"
   [ "$code" = 0 ] || return "$code"
   on_vm "mkdir -p halrp_jax && tar -xzf halrp_jax.tar.gz -C halrp_jax && \
@@ -94,7 +97,7 @@ halrp_jax/launch/on_tpu.sh install$(quoted "$data")"
 
 run() {
   on_vm "halrp_jax/launch/on_tpu.sh run$(quoted "${bucket:+$bucket/$name}" "runs/$name" \
-    "${command[@]}")"
+    "${command[@]}" ${all_hosts:+--coordinator=auto})"
 }
 
 resume() {
@@ -139,7 +142,7 @@ make_ready() { # STATE
 finished() {
   code=0
   run && return
-  code=$(on_vm "cat halrp_jax/runs/$name.code" 2>/dev/null) || code=""
+  code=$(all_hosts="" on_vm "cat halrp_jax/runs/$name.code" 2>/dev/null) || code=""
   say "$name: the run ended with exit code ${code:-unknown}"
   [ "$code" = 1 ] || [ "$code" = 2 ]
 }
@@ -204,6 +207,8 @@ check_command() {
       --overwrite*) die "$verb: $argument would start anew each time; take another --name" ;;
     esac
   done
+  [[ -z $all_hosts || ${command[0]} == halrp_jax.main ]] ||
+    die "$verb: --all_hosts is for halrp_jax.main; a sweep takes --shards"
   [[ -z $shards || ${command[1]:-} =~ ^(sweep|reproduce)$ ]] ||
     die "$verb: --shards divides a sweep; for example -- halrp_jax sweep --config=..."
 }
@@ -232,11 +237,11 @@ for_shards() {
 }
 
 verb="" name="" zone="" type="" version="" spot="" queued="" bucket="" data="" project="" to=""
-shards="" attempts=20 wait=60 dry_run=""
+shards="" attempts=20 wait=60 dry_run="" all_hosts=""
 command=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --spot | --queued | --dry_run) printf -v "${1#--}" yes ;;
+    --spot | --queued | --dry_run | --all_hosts) printf -v "${1#--}" yes ;;
     --name=* | --zone=* | --type=* | --version=* | --bucket=* | --data=* | --project=* | --to=* | \
       --shards=* | --attempts=* | --wait=*)
       flag=${1%%=*}

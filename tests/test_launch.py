@@ -207,6 +207,7 @@ def test_help_is_the_text_at_the_top(fake, script):
     ("tpu.sh", ["run", *VM, *RUN, "--overwrite"], "--overwrite would start anew"),
     ("tpu.sh", ["run", *VM, "--bucket=s3://b", *RUN], "--bucket=s3://b: gs://BUCKET"),
     ("tpu.sh", ["run", *VM, "--shards=2", *RUN], "--shards divides a sweep"),
+    ("tpu.sh", ["run", *VM, "--all_hosts", "--", "halrp_jax", "sweep"], "is for halrp_jax.main"),
     ("tpu.sh", ["resume", *VM, *KIND, *RUN], "resume: --bucket=... is missing"),
     ("tpu.sh", ["resume", *VM, *KIND, "--wait=x", "--bucket=gs://b", *RUN], "--wait=x: seconds"),
     ("tpu.sh", ["delete", *VM, "--shards=0"], "--shards=0: a whole number"),
@@ -404,6 +405,23 @@ def test_a_sweep_has_a_vm_for_each_shard(fake):
   ]
 
 
+def test_every_host_of_a_slice_is_told_and_finds_the_others(fake):
+  (fake.root / "runs").write_text("75 2")
+  flags = (*VM, *KIND, "--all_hosts", "--wait=0", "--bucket=gs://b/f")
+  executable(fake.root / "bin/tar", RECORDER)
+  code, _, err = fake.run("tpu.sh", "resume", *flags, *RUN)
+  assert code == 2, err
+  calls = [c for c in fake.calls() if c[:3] == ["compute", "tpus", "tpu-vm"]]
+  everywhere = [c for c in calls if c[3] in ("ssh", "scp") and "/vm.code" not in str(c)]
+  assert everywhere and all("--worker=all" in c for c in everywhere)
+  runs = [c for c in everywhere if "on_tpu.sh run" in str(c)]
+  assert len(runs) == 2 and all(
+    "--config=configs/digits.py --coordinator=auto" in c[5] for c in runs
+  )
+  codes = [c for c in calls if "/vm.code" in str(c)]
+  assert codes and not any("--worker=all" in c for c in codes)
+
+
 def test_fetch_takes_the_bucket_or_else_the_vm(fake):
   (fake.root / "b/f/vm").mkdir(parents=True)
   (fake.root / "b/f/vm/record.json").write_text("{}")
@@ -511,6 +529,16 @@ def test_a_copy_to_the_bucket_is_whole_whenever_it_is_cut_short(fake, vm):
     RESULT | {"record.json"},
   ]
   assert "--delete-unmatched-destination-objects" in copies[-1]
+
+
+@pytest.mark.parametrize("number", ["0", "1", ""])
+def test_the_first_host_alone_has_the_bucket(fake, vm, number):
+  """By the number that the machine is told; one that is told nothing must not delete a copy."""
+  executable(fake.root / "bin/curl", f'#!/bin/sh\necho "$*" >>$FAKE/asked; printf "{number}"\n')
+  run = ("run", "gs://b/vm", "runs/vm", "halrp_jax.main", "--coordinator=auto")
+  assert on_vm(fake, vm, *run)[0] == 0
+  assert (fake.root / "b/vm").exists() == (number == "0")
+  assert (fake.root / "asked").read_text().strip().endswith("/attributes/agent-worker-number")
 
 
 def test_a_bucket_that_can_not_be_read_stops_the_run(fake, vm):
