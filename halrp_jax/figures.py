@@ -102,7 +102,11 @@ def _single(width: float = 7.5, height: float = 4.2) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-  figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+  """Beside the axes; the figure is as high as it needs."""
+  handles, labels = axes.get_legend_handles_labels()
+  lines = sum(label.count("\n") + 1 for label in labels)
+  figure.set_figheight(max(figure.get_figheight(), 0.3 + 0.14 * lines + 0.06 * len(labels)))
+  figure.legend(handles, labels, loc="outside right upper", fontsize=8)
 
 
 def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -135,8 +139,12 @@ def _ticks(count: int) -> list[int]:
   return list(range(0, count, -(-count // 10)))
 
 
-def _log(axis) -> None:
-  """A logarithmic axis with plain numbers."""
+def _scale_sizes(axis) -> None:
+  """Model sizes: logarithmic, with plain numbers, where they differ much."""
+  low, high = axis.get_data_interval()
+  if high < 3 * low:
+    return
+  axis.axes.set(**{f"{axis.axis_name}scale": "log"})
   axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
   axis.set_major_formatter("{x:g}")
   axis.set_minor_formatter(NullFormatter())
@@ -188,8 +196,7 @@ def growth(panel: Panel) -> Figure:
   for label, group in panel.groups.items():
     curves = [1 + np.array(run.record["increment"]) for run in group.runs]
     _line(axes, group, label, np.mean(curves, 0))
-  axes.set_yscale("log")
-  _log(axes.yaxis)
+  _scale_sizes(axes.yaxis)
   _count_tasks(axes)
   axes.set_ylabel("model size (base network = 1)")
   axes.grid(alpha=0.3, which="both")
@@ -221,8 +228,7 @@ def tradeoff(panel: Panel) -> Figure:
       markersize=7,
       **_style(group),
     )
-  axes.set_xscale("log")
-  _log(axes.xaxis)
+  _scale_sizes(axes.xaxis)
   axes.set_xlabel("model size after the last task (base network = 1)")
   axes.set_ylabel("average accuracy (%)")
   axes.grid(alpha=0.3, which="both")

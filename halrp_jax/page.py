@@ -50,7 +50,7 @@ def page(
     f"<p>{len(runs)} runs of {len(rows)} settings; {len(skipped)} files left out. Mean ± standard "
     "error over runs, n = orders x seeds. Red: not comparable with the paper.</p>",
     '<h2 id="tables">The paper\'s tables</h2>',
-    *(_paper_table(table, anchor) for table in found),
+    *([_paper_table(table, anchor) for table in found] or ["<p>None has these runs.</p>"]),
     '<h2 id="runs">All that was run</h2>',
     _overview(rows, anchor, number),
     '<h2 id="figures">Figures</h2>',

@@ -19,7 +19,7 @@ _FREE = {"order", "seed", "train_fraction", "allow_partial", "loop", "method.var
 _FREE |= set(workdir.NEUTRAL_KEYS)
 # What programs did before the key existed, where that is not its default.
 _BEFORE = {"protocol.fraction_per_class": False}
-_OURS = {workdir.CONFIG, "tune.json"}  # JSON files of ours that are no records
+_OURS = {workdir.CONFIG, workdir.TASKS, "tune.json"}  # JSON files of ours that are no records
 
 
 class Run(NamedTuple):

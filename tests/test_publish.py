@@ -207,6 +207,29 @@ def test_figures_of_a_whole_study():
     assert len(_texts(picture.figure)) >= 2, picture.name
 
 
+def test_nothing_is_cut_off_however_many_systems_there_are(published):
+  """Legends grow with the systems."""
+  many = [p for p in published.pictures if p.name == "by-task-cifar100-split-lenet-5"]
+  assert many and len(many[0].figure.legends[0].get_texts()) > 10
+  for picture in published.pictures:
+    picture.figure.draw_without_rendering()
+    for legend in picture.figure.legends:
+      box = legend.get_window_extent()
+      assert box.y0 >= 0 and box.x1 <= picture.figure.bbox.x1, picture.name
+
+
+@pytest.mark.parametrize("growth, scale", [(0.2, "linear"), (9.0, "log")])
+def test_sizes_have_the_scale_that_shows_them(growth, scale):
+  record = json.loads((RECORDS / "split05_A_batch.json").read_text())
+  runs = [
+    records.Run(name, record | {"increment": [*[0.0] * 9, growth], "method": name})
+    for name in ("halrp", "stl")
+  ]
+  groups, _ = records.group(runs)
+  pictures = {p.name: p.figure for p in figures.draw(groups, CONFIGS)}
+  assert pictures["growth-cifar100-split-lenet-5"].axes[0].get_yscale() == scale
+
+
 # --- mistakes, docs -------------------------------------------------------------------
 
 
