@@ -1,14 +1,21 @@
 """XLA's compiled programs kept from one start of a program to the next."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import platform
 import stat
+import time
+import zlib
 
 import jax
 
 from halrp_jax.types import UserError
+
+
+_STILL_WRITING = 60.0  # seconds after which nobody is any more
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 
 def use(folder: str) -> pathlib.Path | None:
@@ -34,6 +41,7 @@ def use(folder: str) -> pathlib.Path | None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_private(path.parent)
     _require_private(path)
+    _drop_damaged(path)
   except (OSError, RuntimeError) as e:
     if folder:
       raise UserError(
@@ -57,6 +65,32 @@ def _require_private(path: pathlib.Path) -> None:
     raise OSError(f"{path} belongs to another user")
   if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
     raise OSError(f"{path} can be written by others")
+
+
+def _drop_damaged(path: pathlib.Path) -> None:
+  """Deletes what a process was killed while writing, of the entries since the last look.
+
+  JAX writes them in place and never again, so it would warn and compile at every start.
+  """
+  look = path / ".looked"
+  since = look.stat().st_mtime if look.exists() else 0.0
+  for entry in path.glob("*-cache"):
+    with contextlib.suppress(FileNotFoundError):  # another process may do the same
+      written = entry.stat().st_mtime
+      if since - _STILL_WRITING <= written < time.time() - _STILL_WRITING and _is_cut(entry):
+        entry.unlink()
+  look.touch()
+
+
+def _is_cut(entry: pathlib.Path) -> bool:
+  """Of entries that zlib compressed, as JAX does unless zstandard is installed."""
+  data = entry.read_bytes()
+  if data.startswith(_ZSTANDARD):
+    return False
+  try:
+    return not zlib.decompress(data)
+  except zlib.error:
+    return True
 
 
 def _processor() -> str:

@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import time
+import zlib
 
 import pytest
 
@@ -60,3 +62,22 @@ def test_the_second_start_compiles_nothing_and_learns_the_same(tmp_path):
 
   first, second = start("a"), start("b")
   assert first == second and first[0] > 0
+
+
+def test_what_was_cut_off_while_it_was_written_is_deleted(tmp_path, settings):
+  """Once nobody can be writing it any more; each entry is looked at once."""
+  path = compile_cache.use(str(tmp_path / "cache"))
+  whole = zlib.compress(bytes(1000))
+  entries = {"whole": whole, "cut": whole[:-9], "empty": b"", "new": whole[:-9]}
+  entries["other"] = compile_cache._ZSTANDARD + b"what zstandard alone can read"
+  for name, content in entries.items():
+    (path / f"{name}-cache").write_bytes(content)
+    if name != "new":
+      os.utime(path / f"{name}-cache", (time.time() - 90,) * 2)
+  (path / ".looked").unlink()
+  compile_cache.use(str(tmp_path / "cache"))
+  assert {p.name for p in path.glob("*-cache")} == {"whole-cache", "new-cache", "other-cache"}
+  (path / "whole-cache").write_bytes(whole[:-9])
+  os.utime(path / "whole-cache", (time.time() - 300,) * 2)  # long before the last look
+  compile_cache.use(str(tmp_path / "cache"))
+  assert (path / "whole-cache").exists()
