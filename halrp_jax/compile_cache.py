@@ -13,7 +13,6 @@ import jax
 
 from halrp_jax.types import UserError
 
-
 _STILL_WRITING = 60.0  # seconds after which nobody is any more
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
