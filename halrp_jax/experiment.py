@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import gc
 import os
 import platform
 import resource
@@ -18,6 +19,7 @@ from ml_collections import config_dict
 
 import halrp_jax
 from halrp_jax import (
+  allocator,
   checkpoint,
   data,
   determinism,
@@ -407,7 +409,12 @@ def _measure(compiled):
 
 
 def _forget_peak() -> None:
-  """Lets the process's peak begin anew where the system can (Linux). No accelerator can."""
+  """Lets the process's peak begin anew where the system can (Linux). No accelerator can.
+
+  What was freed goes back first: an earlier run of the process may have needed more than this one.
+  """
+  gc.collect()
+  allocator.trim()
   with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
     stream.write("5")
 
