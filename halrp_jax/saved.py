@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from halrp_jax import checkpoint, data, experiment, methods, models, perturb, train, workdir
-from halrp_jax.types import Benchmark, Method, State, Store, Task, UserError, one_at_a_time
+from halrp_jax.types import Benchmark, Keep, Method, State, Store, Task, UserError, one_at_a_time
 
 
 class Saved(NamedTuple):
@@ -176,35 +176,48 @@ def extend(
 
     folder.describe(benchmark)
     start = time.perf_counter()
-    _, learn_key = jax.random.split(jax.random.key(config.seed))
-    store = Store(f"task{t:02d}", log, folder.keep())
-    state, history = method.learn(run.state, (task,), jax.random.fold_in(learn_key, t), store)
-    unchanged = checkpoint.fingerprint(state.shared) == checkpoint.fingerprint(run.state.shared)
-    if unchanged:  # HALRP prunes all tasks alike; those in service must not move
-      state = State(run.state.shared, (*run.state.tasks, state.tasks[-1]))
-    (accuracy,) = train.evaluate(
-      lambda _, image: method.predict(state, t, image),
-      (task,),
-      "test",
-      train.evaluation_batch_size(config),
-    )
-    old = run.results["accuracy"][t - 1][:t] if unchanged else [None] * t
-    size = method.size(state)
-    row = {"ranks": history.get("ranks"), "increment": size.increment}
-    row["size"] = {k: v for k, v in size._asdict().items() if k != "paper"}
-    rows = [a[:t] + [None] for a in run.results["accuracy"][:t]] + [[*old, accuracy]]
-    results = {"rows": [*run.results["rows"], row], "accuracy": rows}
+    state, ranks, unchanged = _learn_one(run, method, task, log, folder.keep())
+    results = _results_with(run, method, state, task, ranks, unchanged)
     folder.save_state(t + 1, state, results)
-    record = row | {
+    record = results["rows"][-1] | {
       "extended_from": str(run.path),
       "task": {"id": task.id, "name": task.name, "class_names": list(task.class_names)},
-      "accuracy": rows[-1],
+      "accuracy": results["accuracy"][-1],
       "unchanged": unchanged,
       "seconds": time.perf_counter() - start,
       "state_hash": checkpoint.fingerprint(state),
     }
     folder.finish(record)
   return record
+
+
+def _learn_one(run: Saved, method: Method, task: Task, log: Callable, keep: Keep):
+  """-> state, ranks, whether the old tasks' parts are what they were"""
+  t, before = len(run.learned), run.state
+  _, learn_key = jax.random.split(jax.random.key(run.config.seed))
+  store = Store(f"task{t:02d}", log, keep)
+  state, history = method.learn(before, (task,), jax.random.fold_in(learn_key, t), store)
+  unchanged = checkpoint.fingerprint(state.shared) == checkpoint.fingerprint(before.shared)
+  if unchanged:  # HALRP prunes all tasks alike; those in service must not move
+    state = State(before.shared, (*before.tasks, state.tasks[-1]))
+  return state, history.get("ranks"), unchanged
+
+
+def _results_with(run: Saved, method: Method, state: State, task: Task, ranks, unchanged) -> dict:
+  """The run's results with a row for the new task; the old tasks are not tested again."""
+  t = len(run.learned)
+  (accuracy,) = train.evaluate(
+    lambda _, image: method.predict(state, t, image),
+    (task,),
+    "test",
+    train.evaluation_batch_size(run.config),
+  )
+  old = run.results["accuracy"][t - 1][:t] if unchanged else [None] * t
+  size = method.size(state)
+  row = {"ranks": ranks, "increment": size.increment}
+  row["size"] = {k: v for k, v in size._asdict().items() if k != "paper"}
+  rows = [a[:t] + [None] for a in run.results["accuracy"][:t]]
+  return {"rows": [*run.results["rows"], row], "accuracy": [*rows, [*old, accuracy]]}
 
 
 def _require_room(run: Saved, task: Task) -> None:
