@@ -40,7 +40,8 @@ def use(folder: str) -> pathlib.Path | None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_private(path.parent)
     _require_private(path)
-    _drop_damaged(path)
+    with contextlib.suppress(OSError):  # one that can be read alone is of use, too
+      _drop_damaged(path)
   except (OSError, RuntimeError) as e:
     if folder:
       raise UserError(

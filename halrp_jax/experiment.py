@@ -250,7 +250,7 @@ def run(
     Diverged: if the loss is not a number.
   """
   config = resolve(config)
-  _require_one_run(config)
+  _require_one_run(config, overwrite)
   if not overwrite and (record := workdir.finished_record(path, config.to_dict())):
     show({"event": "finished"})
     return record
@@ -275,16 +275,22 @@ def run(
   return record
 
 
-def _require_one_run(config) -> None:
-  """Of several processes: that they share batches, and mean the same run."""
-  if processes.count() > 1 and config.parallel in ("none", "replicas"):
+def _require_one_run(config, overwrite: bool) -> None:
+  """Of several processes: that they share batches, mean the same run and compute the same."""
+  if processes.count() == 1:
+    return
+  if config.parallel in ("none", "replicas"):
     raise UserError(
       f"parallel = {config.parallel!r} shares no batch out, so {processes.count()} processes would "
       "do the same work: set parallel=auto, or sweep with --shard"
     )
-  flat = validate.flat(config.to_dict())
+  if config.deterministic:
+    determinism.require()  # before the first message starts the backend
+  flat = validate.flat(config.to_dict()) | {"overwrite": overwrite}
   known = {k: v for k, v in flat.items() if k not in ("data_dir", "data.cache")}
   processes.require_same("other config", lambda: repr(sorted(known.items())))
+  if jax.default_backend() == "gpu" and not config.deterministic:
+    raise UserError("several processes on GPUs must compute the same bits: set deterministic=True")
 
 
 def _learn_all(config, benchmark, method, folder, log, compiled, together) -> dict:

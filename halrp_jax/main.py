@@ -9,7 +9,7 @@
 The method stands after the colon (default: halrp). Any key of the config can be set with
 --config.KEY=VALUE. A run that was interrupted goes on with the same command. Exit codes: 0 done,
 1 the loss is no number, 2 a mistake in config, data or arguments (one line), 75 stopped by SIGTERM
-or SIGINT.
+or SIGINT, or because another process of the run has ended (134: so, and jax noticed first).
 """
 
 import sys
@@ -65,9 +65,9 @@ def main(argv: list[str], stop_asked=lambda: False) -> int:
     elif not args.workdir:
       raise UserError("--workdir is missing: the folder for the results, for example runs/digits")
     else:
-      processes.start(args.coordinator, args.num_processes, args.process_id)
-      if args.download:
+      if args.download:  # first: once they have met, no process waits long for another
         data.download(experiment.resolve(args.config), print)
+      processes.start(args.coordinator, args.num_processes, args.process_id)
       compile_cache.use(args.compile_cache)
       with report.live_display(sys.stdout if processes.is_first() else None) as show:
         record = experiment.run(args.config, args.workdir, show, args.overwrite, stop_asked)

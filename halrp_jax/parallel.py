@@ -112,7 +112,10 @@ def make_spread_replicas(config) -> tuple[Callable, Callable]:
 
 
 def _to_everywhere(tree):
-  """Arrays that are the same in all processes as arrays of all their devices; copies nothing."""
+  """Arrays that are the same in all processes as arrays of all their devices.
+
+  What is whole on every device here (`replicate`) is not copied.
+  """
   _, here = _shardings(jax.local_devices())
   _, everywhere = _shardings(jax.devices())
 
@@ -135,8 +138,10 @@ def _to_here(tree):
   return jax.tree.map(part_of, tree)
 
 
-def _over_processes(jitted) -> Callable:
-  """A compiled function whose arguments and result are arrays of this process."""
+def _over_processes(fn: Callable) -> Callable:
+  """A function over all devices whose arguments and result are arrays of this process."""
+  _, everywhere = _shardings(jax.devices())
+  jitted = jax.jit(fn, donate_argnums=0, out_shardings=everywhere)
 
   def call(*args):
     return _to_here(jitted(*_to_everywhere(args)))
@@ -178,7 +183,7 @@ def compile_step(config, fn: Callable) -> Callable:
   """
   jitted, count = jax.jit(fn, donate_argnums=0), num_devices(config)
   if config.parallel != "pmap" or count == 1:
-    return jitted if jax.process_count() == 1 else _over_processes(jitted)
+    return jitted if jax.process_count() == 1 else _over_processes(fn)
   mapped = jax.pmap(fn, AXIS, donate_argnums=0, devices=jax.devices())
   here = jax.local_device_count()
   shared_out, whole = _shardings(jax.local_devices())

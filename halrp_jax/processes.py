@@ -16,13 +16,14 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from halrp_jax import packing, stop
 from halrp_jax.types import Diverged, Stopped, UserError, brief, result_of
 
 HEARTBEAT_SECONDS = 30  # after which one that says nothing counts as gone
-_CONNECT_SECONDS = 120
+_CONNECT_SECONDS = 600  # for hosts that fetch their images first
 _SHORT = 1000  # bytes; a message up to here is sent at once
 
 
@@ -39,7 +40,8 @@ def start(coordinator: str, num_processes: str, process_id: str) -> None:
     process_id: which this is, from 0.
 
   Raises:
-    UserError: if the arguments don't fit together, or the others are not there in time.
+    UserError: if the arguments don't fit together, or process 0 is not there in time. If another is
+      not, jax aborts the process.
   """
   if not coordinator:
     if num_processes or process_id:
@@ -55,7 +57,7 @@ def start(coordinator: str, num_processes: str, process_id: str) -> None:
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=HEARTBEAT_SECONDS,
     )
-  except (RuntimeError, ValueError) as e:
+  except Exception as e:  # where it asks the environment, whatever that raises
     raise UserError(f"--coordinator={coordinator}: the processes don't meet ({brief(e)})") from e
 
 
@@ -116,7 +118,7 @@ def run_to_end(main: Callable[[], int]) -> int:
       raise
     if _is_lost(e):
       print(
-        f"error: process {jax.process_index()} of {count()}: another one has ended or can't be "
+        f"error: process {index()} of {count()}: another one has ended or can't be "
         f"reached ({brief(e)}); start all of them again: the run goes on",
         file=sys.stderr,
       )
@@ -140,13 +142,20 @@ def _is_lost(error: Exception) -> bool:
 # --- who ------------------------------------------------------------------------------
 
 
+# jax.process_count() would start the backend, for which a process alone may not be ready yet
+
+
 def count() -> int:
-  return jax.process_count()
+  return distributed.global_state.num_processes
+
+
+def index() -> int:
+  return distributed.global_state.process_id
 
 
 def is_first() -> bool:
   """Whether this is the process that reads and writes the run's folder and shows what happens."""
-  return jax.process_index() == 0
+  return index() == 0
 
 
 # --- one for all ----------------------------------------------------------------------
@@ -225,7 +234,8 @@ def _outcome(fn: Callable[[], object]):
 def _write(value) -> np.ndarray:
   """A value or an error of ours as bytes."""
   if isinstance(value, Exception):
-    value = {"error": type(value).__name__, "text": str(value)}
+    name = next(name for name, kind in _ERRORS.items() if isinstance(value, kind))
+    value = {"error": name, "text": str(value)}
   else:
     value = {"value": value}
   return np.frombuffer(packing.to_bytes(value), np.uint8)

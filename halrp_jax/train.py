@@ -603,7 +603,7 @@ def evaluate(
   hits = []
   for i, task in enumerate(tasks):
     data = getattr(task, split)
-    mine = batches(len(data.index), batch_size)[jax.process_index() :: processes.count()]
+    mine = batches(len(data.index), batch_size)[processes.index() :: processes.count()]
     parts = (load_batch(data, task.inputs, rows) for rows in mine)
     hits.append([_count_hits(predict_fn(i, image), label) for image, label in parts])
   hits = processes.total(np.array([sum(map(int, h)) for h in hits], np.int32))

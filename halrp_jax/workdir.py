@@ -102,8 +102,10 @@ class Workdir:
 
   def _read(self, name: str, like=None):
     """The tree kept under `name`; with `like` the list of leaves kept there in that structure."""
-    tree = self._read_item(name, like)
-    return jax.tree.map(_to_device, tree) if like is None else tree
+    found = self._read_item(name, like)
+    if found is None or like is None:
+      return jax.tree.map(_to_device, found)
+    return jax.tree.structure(like).unflatten(found)
 
   @processes.by_first
   def _read_item(self, name: str, like):
@@ -112,7 +114,8 @@ class Workdir:
       tree, about = checkpoint.load(folder)
       if not isinstance(about.get("events"), int):
         raise checkpoint.Damaged(f"{folder}: was not written inside a task")
-      tree = tree if like is None else _restore(tree, like, folder)
+      if like is not None:
+        _require_leaves(tree, like, folder)
     except FileNotFoundError:
       return None
     except checkpoint.Damaged as e:
@@ -402,14 +405,12 @@ def _part(folder: pathlib.Path):
   return tree
 
 
-def _restore(found, like, folder):
-  """Numpy arrays of the list `found` in the structure of `like`."""
-  leaves, structure = jax.tree.flatten(like)
-  expected = [(x.shape, x.dtype) for x in leaves]
+def _require_leaves(found, like, folder) -> None:
+  """That `found` is a list of numpy arrays like the leaves of `like`."""
+  expected = [(x.shape, x.dtype) for x in jax.tree.leaves(like)]
   arrays = isinstance(found, list) and all(isinstance(x, np.ndarray) for x in found)
   if not arrays or [(x.shape, x.dtype) for x in found] != expected:
     raise checkpoint.Damaged(f"{folder}: its arrays are not those of this config's model")
-  return structure.unflatten(found)
 
 
 def _check_config(folder: pathlib.Path, config: dict) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A sweep, or one run, on this machine's cores: N processes, each with its own cores.
+# A sweep, or one run, on this machine's cores: N processes, each with its own cores if there are two
+# for each (shards: one).
 #
 #   launch/local.sh --shards=N [--python=PATH] [--dry_run] -- ARGUMENTS OF SWEEP
 #   launch/local.sh --shards=2 -- --config=configs/digits.py --methods=halrp,stl --seeds=0,1 \

@@ -58,19 +58,23 @@ run() { # BUCKET WORKDIR MODULE ARGUMENTS...
   exit "$(cat "$workdir.code" 2>/dev/null || echo "$STOPPED")"
 }
 
-is_first_host() { # of a slice
+host_number() { # of a slice, from 0
   local attributes=http://metadata.google.internal/computeMetadata/v1/instance/attributes
-  [ "$(curl -fsS -H "Metadata-Flavor: Google" "$attributes/agent-worker-number")" = 0 ]
+  curl -fsS -H "Metadata-Flavor: Google" "$attributes/agent-worker-number"
 }
 
 work() { # as `run`, without a connection
-  local bucket=$1 workdir=$2 module=$3 pusher=""
+  local bucket=$1 workdir=$2 module=$3 pusher="" number
   shift 3
   exec 9>"$workdir.busy"
   flock 9 # until the last process that has it is gone
-  if [[ " $* " == *" --coordinator=auto "* ]] && ! is_first_host; then
-    bucket="" # the first alone has a workdir
-    echo "not the first host: $workdir is kept elsewhere"
+  if [[ " $* " == *" --coordinator=auto "* ]]; then
+    if ! number=$(host_number) || [ -z "$number" ]; then
+      echo "error: which host of the slice this is can't be told"
+      echo "$STOPPED" >"$workdir.code"
+      return
+    fi
+    [ "$number" = 0 ] || bucket="" # the first alone has a workdir
   fi
   if [ -n "$bucket" ] && [ ! -e "$workdir" ] && ! pull "$bucket" "$workdir"; then
     echo "$STOPPED" >"$workdir.code"

@@ -531,13 +531,14 @@ def test_a_copy_to_the_bucket_is_whole_whenever_it_is_cut_short(fake, vm):
   assert "--delete-unmatched-destination-objects" in copies[-1]
 
 
-@pytest.mark.parametrize("number", ["0", "1", ""])
-def test_the_first_host_alone_has_the_bucket(fake, vm, number):
-  """By the number that the machine is told; one that is told nothing must not delete a copy."""
+@pytest.mark.parametrize("number, code", [("0", 0), ("1", 0), ("", stop.EXIT_CODE)])
+def test_the_first_host_alone_has_the_bucket(fake, vm, number, code):
+  """One that can't tell which it is must neither start anew nor write over the copy."""
   executable(fake.root / "bin/curl", f'#!/bin/sh\necho "$*" >>$FAKE/asked; printf "{number}"\n')
   run = ("run", "gs://b/vm", "runs/vm", "halrp_jax.main", "--coordinator=auto")
-  assert on_vm(fake, vm, *run)[0] == 0
+  assert on_vm(fake, vm, *run)[0] == code
   assert (fake.root / "b/vm").exists() == (number == "0")
+  assert (fake.root / "started").exists() == (code == 0)
   assert (fake.root / "asked").read_text().strip().endswith("/attributes/agent-worker-number")
 
 
