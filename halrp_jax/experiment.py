@@ -428,8 +428,15 @@ def _forget_peak() -> None:
 def _peak_memory() -> int:
   """Peak of the accelerator's memory in this process; on the CPU that since `_forget_peak`."""
   stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get("peak_bytes_in_use") or _peak_of_process()
+
+
+def _peak_of_process() -> int:
+  """getrusage also counts what the process was forked from, hence only where there is no /proc."""
+  with contextlib.suppress(OSError), open("/proc/self/status") as stream:
+    return 1024 * next(int(line.split()[1]) for line in stream if line.startswith("VmHWM"))
   unit = 1 if platform.system() == "Darwin" else 1024
-  return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _versions() -> dict[str, str]:

@@ -17,15 +17,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
-def pytest_collection_modifyitems(items):
-  """Tests of a class or module share runs, hence a process; those of each method one of its own."""
-  for item in items:
-    scope = item.nodeid.rsplit("::", 1)[0]
-    method = item.callspec.params.get("method_name", "") if hasattr(item, "callspec") else ""
-    item.add_marker(pytest.mark.xdist_group(f"{scope}-{method}"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
   """What tests compile is shared by all their processes, and no part of the user's cache."""

@@ -107,7 +107,7 @@ def test_statistics_of_a_batch_are_held_fixed():
   np.testing.assert_allclose(got, want, atol=6e-2)  # its variance is the unbiased one
 
 
-@pytest.mark.parametrize("method", ["l2", "ewc"])
+@pytest.mark.parametrize("method", [pytest.param("l2", marks=pytest.mark.slow), "ewc"])
 def test_a_strong_anchor_holds_and_a_weak_one_does_not(method, digits_config, tmp_path):
   def forgetting(strength):
     config = digits_config(method, epochs=4, **{"method.strength": strength})

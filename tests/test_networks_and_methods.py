@@ -48,7 +48,14 @@ class TestAlexNet:  # in classes, for pytest-xdist to share them out
     learn_two_tasks("alexnet", method_name, benchmark_of)
 
 
+HEAVY = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "prd"}  # in `make test-slow`
+
+
 class TestResNet18:
+  @pytest.mark.parametrize(
+    "method_name",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m in HEAVY)) for m in sorted(methods.METHODS)],
+  )
   def test_two_tasks_are_learned(self, method_name, benchmark_of):
     learn_two_tasks("resnet18", method_name, benchmark_of)
 

@@ -177,6 +177,7 @@ def at_once(folder: str) -> dict:
   return {"accuracy": [row["accuracy"] for row in rows]}
 
 
+@SLOW
 def test_runs_at_once_are_shared_out_over_devices(tmp_path):
   one, four = (in_a_process(n, f"at_once({str(tmp_path / str(n))!r})") for n in (1, 4))
   np.testing.assert_allclose(one["accuracy"], four["accuracy"], atol=1.5)

@@ -349,7 +349,9 @@ MANY = {
 
 
 @pytest.mark.parametrize("fold", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", sorted(MANY))
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "resnet18")) for n in sorted(MANY)]
+)
 def test_many_tasks_at_once_equal_each_alone(name, fold):
   model, shape = MANY[name]
   kwargs = {} if name == "dilated" else {"train": False}
