@@ -14,6 +14,7 @@ from halrp_jax.types import Stopped
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -78,3 +79,11 @@ def interrupt(config, folder, num_tasks: int) -> None:
 
   with pytest.raises(Stopped):
     experiment.run(config, str(folder), show, stop_asked=lambda: len(evaluations) >= num_tasks)
+
+
+HEAVY = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "prd"}
+# instead of the fixture `method_name`, for tests of every method that take long
+heavy_are_slow = pytest.mark.parametrize(
+  "method_name",
+  [pytest.param(m, marks=[pytest.mark.slow] * (m in HEAVY)) for m in sorted(methods.METHODS)],
+)

@@ -7,6 +7,8 @@ import pytest
 from halrp_jax import experiment, metrics, models, train
 from halrp_jax.types import Benchmark, Store
 
+from .conftest import heavy_are_slow
+
 NUM_TASKS = 3
 QUIET = Store("test", lambda event: None)
 # methods that forget nothing, and what switches off the only source of forgetting they may have, or
@@ -252,6 +254,7 @@ def record(tmp_path_factory):
   return get
 
 
+@heavy_are_slow
 def test_runs_repeat_to_the_bit(record, digits_config, method_name):
   a, b = (record(digits_config(method_name), copy) for copy in (0, 1))
   timing = ("seconds", "memory_bytes", "peak_memory_bytes", "date")

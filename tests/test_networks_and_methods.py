@@ -7,6 +7,7 @@ import pytest
 from halrp_jax import experiment, methods, models, perturb
 from halrp_jax.types import Benchmark, Inputs, Split, Task
 
+from .conftest import heavy_are_slow
 from .test_methods import NO_FORGETTING, QUIET, logits
 
 COLOURS = {"wide_lenet": 1}
@@ -43,19 +44,14 @@ def benchmark_of():
   return make
 
 
-class TestAlexNet:  # in classes, for pytest-xdist to share them out
+class TestAlexNet:
+  @heavy_are_slow
   def test_two_tasks_are_learned(self, method_name, benchmark_of):
     learn_two_tasks("alexnet", method_name, benchmark_of)
 
 
-HEAVY = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "prd"}  # in `make test-slow`
-
-
 class TestResNet18:
-  @pytest.mark.parametrize(
-    "method_name",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m in HEAVY)) for m in sorted(methods.METHODS)],
-  )
+  @heavy_are_slow
   def test_two_tasks_are_learned(self, method_name, benchmark_of):
     learn_two_tasks("resnet18", method_name, benchmark_of)
 
