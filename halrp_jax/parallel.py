@@ -111,42 +111,26 @@ def make_spread_replicas(config) -> tuple[Callable, Callable]:
 # --- several processes: arrays are whole in each of them, but inside a compiled step -----
 
 
-def _to_everywhere(tree):
-  """Arrays that are the same in all processes as arrays of all their devices.
+def _over_processes(fn: Callable) -> Callable:
+  """A function over all devices whose arguments and result are arrays of this process.
 
-  What is whole on every device here (`replicate`) is not copied.
+  What is whole on every device here (`replicate`) is not copied on the way in.
   """
   _, here = _shardings(jax.local_devices())
   _, everywhere = _shardings(jax.devices())
-
-  def join(x):
-    x = jax.device_put(jnp.asarray(x), here)
-    parts = [part.data for part in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, everywhere, parts)
-
-  return jax.tree.map(join, tree)
-
-
-def _to_here(tree):
-  """The other way."""
-  _, here = _shardings(jax.local_devices())
-
-  def part_of(x):
-    parts = [part.data for part in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, here, parts)
-
-  return jax.tree.map(part_of, tree)
-
-
-def _over_processes(fn: Callable) -> Callable:
-  """A function over all devices whose arguments and result are arrays of this process."""
-  _, everywhere = _shardings(jax.devices())
   jitted = jax.jit(fn, donate_argnums=0, out_shardings=everywhere)
 
-  def call(*args):
-    return _to_here(jitted(*_to_everywhere(args)))
+  def lay(x, sharding):
+    parts = [part.data for part in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
-  call.lower = lambda *args: jitted.lower(*_to_everywhere(args))
+  def join(args):
+    return jax.tree.map(lambda x: lay(jax.device_put(jnp.asarray(x), here), everywhere), args)
+
+  def call(*args):
+    return jax.tree.map(lambda x: lay(x, here), jitted(*join(args)))
+
+  call.lower = lambda *args: jitted.lower(*join(args))
   return call
 
 

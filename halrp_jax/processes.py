@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from halrp_jax import packing, stop
 from halrp_jax.types import Diverged, Stopped, UserError, brief, result_of
 
-HEARTBEAT_SECONDS = 30  # after which one that says nothing counts as gone
+_HEARTBEAT_SECONDS = 30  # after which one that says nothing counts as gone
 _CONNECT_SECONDS = 600  # for hosts that fetch their images first
 _SHORT = 1000  # bytes; a message up to here is sent at once
 
@@ -54,8 +54,8 @@ def start(coordinator: str, num_processes: str, process_id: str) -> None:
     jax.distributed.initialize(
       **place,
       initialization_timeout=_CONNECT_SECONDS,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-      shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
     )
   except Exception as e:  # where it asks the environment, whatever that raises
     raise UserError(f"--coordinator={coordinator}: the processes don't meet ({brief(e)})") from e
