@@ -290,13 +290,23 @@ def count_leaves(tree: Params) -> int:
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
+def count_statistics(state) -> tuple[int, int]:
+  """Counts BatchNorm's statistics: those that predictions use, those kept for training alone.
+
+  Where all tasks have their own, the running ones they share serve training.
+  """
+  own = [p.get("stats", {}) for p in state.tasks]
+  of_tasks, of_training = count_leaves(own), count_leaves(state.shared.get("stats", {}))
+  return (of_tasks, of_training) if of_tasks else (of_training, 0)
+
+
 def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) -> Size:
   """Size of a model without zeros and masks.
 
   Args:
     base: parameters of the network of the first task.
     counted: numbers that later tasks add and the paper counts (spec a.9).
-    uncounted: those it leaves out: biases of later tasks, running statistics of all.
+    uncounted: those it leaves out: biases of later tasks, BatchNorm's statistics of all.
     training_only: numbers kept for training alone.
   """
   dense = base + counted + uncounted
@@ -554,6 +564,18 @@ def _watch(event: dict, store: Store, state, sums, step: int, num_steps: int) ->
 # --- evaluation -----------------------------------------------------------------------
 
 
+def make_predict(method) -> Callable:
+  """Builds `Method.predict` from `Method.logits`: compiled once, a task's own classes alone."""
+  logits_fn = jax.jit(method.logits)
+
+  def predict(state, t, image):
+    shared = {name: state.shared[name] for name in method.serves}
+    logits = logits_fn(shared, state.tasks[t], image)
+    return logits[:, : int(state.tasks[t]["num_classes"])]
+
+  return predict
+
+
 def evaluation_batch_size(config) -> int:
   """Images per evaluation batch."""
   return config.evaluation_batch_size or config.batch_size
@@ -598,7 +620,7 @@ def evaluate(
     predict_fn: (position in `tasks`, image [B, H, W, C]) -> logits [B, K]
     tasks: what to evaluate on.
     split: "train", "valid" or "test".
-    batch_size: images per batch; a network without running statistics takes those of the batch.
+    batch_size: images per batch; with `method.batch_norm=batch` accuracies depend on it.
   """
   hits = []
   for i, task in enumerate(tasks):

@@ -35,9 +35,9 @@ def make(
   Args:
     name: a key of `NETWORKS`.
     num_classes: width of the head.
-    batch_norm: "running": BatchNorm keeps running statistics and evaluates with them; "batch": it
-      evaluates with those of the batch; "own": as the paper's network of that name does. Of no
-      effect on a network without BatchNorm.
+    batch_norm: "population", "running": BatchNorm evaluates with the statistics that are stored;
+      "batch": with those of the batch; "own": as the paper's network of that name does. No effect
+      on a network without BatchNorm.
     precision: "float32", or "bfloat16": so are the products of all layers but the head, and what
       they give; parameters, statistics and logits stay float32.
   """
@@ -46,4 +46,21 @@ def make(
     network = network.clone(dtype=jnp.dtype(precision))
   if batch_norm == "own" or not hasattr(network, "running"):
     return network
-  return network.clone(running=batch_norm == "running")
+  return network.clone(running=batch_norm != "batch")
+
+
+def with_stored_statistics(model: nn.Module) -> nn.Module:
+  """Returns the network that evaluates BatchNorm with the statistics that are stored."""
+  return model if getattr(model, "running", True) else model.clone(running=True)
+
+
+def in_training(config, model: nn.Module) -> nn.Module:
+  """Returns the network as a method uses it on the images of the task that it is learning.
+
+  Gradients, Fisher information and bases are taken between training steps, when the stored
+  statistics do not belong to the weights yet. With `method.batch_norm=population` they are taken
+  with the statistics of the batch, as training steps are; training is then that of "batch".
+  """
+  if config.method.batch_norm == "population" and hasattr(model, "running"):
+    return model.clone(running=False)
+  return model
