@@ -28,6 +28,7 @@ from halrp_jax import (
   models,
   parallel,
   perturb,
+  population,
   processes,
   train,
   validate,
@@ -256,7 +257,7 @@ def run(
     return record
   if config.deterministic:
     determinism.require()
-  benchmark, _, method = processes.all_do(lambda: (builder or build)(config))
+  benchmark, model, method = processes.all_do(lambda: (builder or build)(config))
   processes.require_same("other images", lambda: benchmark.split_hash)
   strict = config.checkpoint.strict
   with (
@@ -270,7 +271,7 @@ def run(
       show(event)
 
     folder.describe(benchmark)
-    record = _learn_all(config, benchmark, method, folder, log, compiled, together)
+    record = _learn_all(config, benchmark, model, method, folder, log, compiled, together)
     folder.finish(record)
   return record
 
@@ -293,11 +294,20 @@ def _require_one_run(config, overwrite: bool) -> None:
     raise UserError("several processes on GPUs must compute the same bits: set deterministic=True")
 
 
-def _learn_all(config, benchmark, method, folder, log, compiled, together) -> dict:
+def _learn_all(config, benchmark, model, method, folder, log, compiled, together) -> dict:
   """Folds `learn` over the tasks that are not learned yet; returns the record."""
   num_tasks = len(benchmark.tasks)
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
+  state = population.complete(state, train.statistics_of(model, benchmark.image_shape))
+  if unmeasured := population.unmeasured(state):
+    log(
+      {
+        "event": "note",
+        "text": f"{len(unmeasured)} tasks are of a version that kept no statistics "
+        "of BatchNorm: `predict` and `export` of these go on depending on the batch",
+      }
+    )
   rows = results.get("rows", [])
   accuracy = np.array(results.get("accuracy", np.full((num_tasks, num_tasks), np.nan)), float)
   for position, group in list(enumerate(method.groups(num_tasks), 1))[done:]:

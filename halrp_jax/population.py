@@ -48,6 +48,39 @@ def keep(method: Method, logits_fn: Callable, batch_size: int) -> Callable:
   return learn
 
 
+def complete(state: State, stats: Params) -> State:
+  """Fills in the statistics that older versions did not keep, as NaN: they were not measured.
+
+  Args:
+    state: of a run whose network evaluated with the statistics of the batch.
+    stats: statistics of any value, for their shapes.
+  """
+  if not jax.tree.leaves(stats) or any(_has_statistics(state, p) for p in state.tasks):
+    return state
+  unknown = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), stats)
+
+  def fill(tree):
+    if not isinstance(tree, dict):
+      return tree
+    return {k: unknown if k == "stats" and not v else fill(v) for k, v in tree.items()}
+
+  tasks = tuple(fill(p) | {"stats": unknown} for p in state.tasks)
+  return State(fill(state.shared), tasks)
+
+
+def unmeasured(state: State) -> tuple[int, ...]:
+  """Returns the positions of the tasks whose statistics were not measured (`complete`)."""
+
+  def unknown(learned):
+    return any(np.isnan(x).any() for x in jax.tree.leaves(learned.get("stats", {})))
+
+  return tuple(t for t, p in enumerate(state.tasks) if unknown(p))
+
+
+def _has_statistics(state: State, learned: Params) -> bool:
+  return bool(learned.get("stats") or state.shared.get("stats"))
+
+
 def make_measure(logits_fn: Callable, batch_size: int) -> Callable:
   """Builds `measure(shared, learned, task)`: population statistics as {layer: {"mean", "var"}}.
 

@@ -18,7 +18,11 @@ from halrp_jax import experiment, methods, metrics, validate, workdir
 _FREE = {"order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"}
 _FREE |= set(workdir.NEUTRAL_KEYS)
 # What programs did before the key existed, where that is not its default.
-_BEFORE = {"protocol.fraction_per_class": False}
+_BEFORE = {
+  "protocol.fraction_per_class": False,
+  "method.batch_norm": "own",
+  "method.prune_scope": "all",
+}
 _OURS = {workdir.CONFIG, workdir.TASKS, "tune.json"}  # JSON files of ours that are no records
 
 
@@ -148,7 +152,8 @@ def setting_of(config: dict) -> dict:
   if (name := flat["method.name"]) in methods.METHODS:
     keys = validate.keys_of(methods.METHODS[name].KEYS)
     switches = methods.variant_defaults(config["method"])
-    flat = {k: key.default for k, key in keys.items()} | _BEFORE | flat
+    before = {k: v for k, v in _BEFORE.items() if k in keys}
+    flat = {k: key.default for k, key in keys.items()} | before | flat
     for key, value in switches.items():
       if flat.get(f"method.{key}") is None:
         flat[f"method.{key}"] = value

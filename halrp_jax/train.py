@@ -178,6 +178,11 @@ def initialize(model, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Par
   return variables["params"], variables.get("batch_stats", {})
 
 
+def statistics_of(model, image_shape: tuple[int, ...]) -> Params:
+  """Returns shapes and types of a model's BatchNorm statistics; empty without BatchNorm."""
+  return jax.eval_shape(lambda key: initialize(model, key, image_shape), jax.random.key(0))[1]
+
+
 def make_initialize(model, benchmark) -> Callable:
   """Builds the jitted `initialize(key) -> params, stats`."""
   return jax.jit(lambda key: initialize(model, key, benchmark.image_shape))
@@ -199,10 +204,10 @@ def apply_model(model, params, stats, image, train, key):
   return logits, updates.get("batch_stats", {})
 
 
-def with_batch_statistics(model, params, image):
-  """A network without running statistics -> the same with those of a batch held fixed.
+def fix_batch_statistics(model, params, image):
+  """Returns a model that evaluates with stored statistics, and those of a batch to be stored.
 
-  -> model that evaluates with them, the statistics; of no effect without BatchNorm.
+  Of no effect on a network without BatchNorm.
   """
   if not hasattr(model, "running"):
     return model, {}

@@ -54,6 +54,8 @@ NEUTRAL_KEYS = (  # change no result, the last two the rounding (pmap: what drop
   "parallel",
 )
 _LATER_KEYS = (*NEUTRAL_KEYS, "precision")  # programs before them did what the default says
+# keys of a method that came later, and what programs did before
+_BEFORE = {"halrp": {"prune_scope": "all"}}
 _KEPT_STATES = 2
 _NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
 
@@ -308,6 +310,9 @@ def _fill_in(config: dict) -> None:
     place = config.setdefault(section, {}) if section else config
     if isinstance(place, dict):
       place.setdefault(key, known[name].default)
+  if isinstance(method := config.get("method"), dict):
+    for key, value in _BEFORE.get(method.get("name"), {}).items():
+      method.setdefault(key, value)
 
 
 def read_benchmark(path: str) -> Benchmark:

@@ -53,7 +53,7 @@ def make(config, model, benchmark) -> Method:
   """Builds the method that `config.method.name` names, ready to learn and to predict."""
   build = METHODS[config.method.name].make
   method = build(config, model, benchmark)
-  if config.method.batch_norm == "population" or not getattr(model, "running", True):
+  if config.method.batch_norm == "population" or models.evaluates_with_batch(model):
     fixed = models.with_stored_statistics(model)
     logits_fn = (method if fixed is model else build(config, fixed, benchmark)).logits
     batch_size = train.evaluation_batch_size(config)

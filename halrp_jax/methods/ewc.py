@@ -97,8 +97,8 @@ def _fisher_of(model, own_norm: bool, sampled: bool):
 
   def chunk(params, stats, image, label, weight, num_classes, key):
     shared, private = perturb.split_private(params, own_norm)
-    if not getattr(model, "running", True):  # the chunk's statistics, held fixed
-      frozen_model, fixed = train.with_batch_statistics(model, params, image)
+    if models.evaluates_with_batch(model):  # the chunk's statistics, held fixed
+      frozen_model, fixed = train.fix_batch_statistics(model, params, image)
     else:
       frozen_model, fixed = model, stats
     if sampled:

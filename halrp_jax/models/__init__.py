@@ -49,9 +49,19 @@ def make(
   return network.clone(running=batch_norm != "batch")
 
 
+def evaluates_with_batch(model: nn.Module) -> bool:
+  """Tells whether a prediction depends on the other images of its batch."""
+  return not getattr(model, "running", True)
+
+
 def with_stored_statistics(model: nn.Module) -> nn.Module:
   """Returns the network that evaluates BatchNorm with the statistics that are stored."""
-  return model if getattr(model, "running", True) else model.clone(running=True)
+  return model.clone(running=True) if evaluates_with_batch(model) else model
+
+
+def with_batch_statistics(model: nn.Module) -> nn.Module:
+  """Returns the network that evaluates BatchNorm with the statistics of the batch."""
+  return model.clone(running=False) if hasattr(model, "running") else model
 
 
 def in_training(config, model: nn.Module) -> nn.Module:
@@ -61,6 +71,4 @@ def in_training(config, model: nn.Module) -> nn.Module:
   statistics do not belong to the weights yet. With `method.batch_norm=population` they are taken
   with the statistics of the batch, as training steps are; training is then that of "batch".
   """
-  if config.method.batch_norm == "population" and hasattr(model, "running"):
-    return model.clone(running=False)
-  return model
+  return with_batch_statistics(model) if config.method.batch_norm == "population" else model
