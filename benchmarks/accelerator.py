@@ -17,6 +17,7 @@ needed for the part torch alone.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -82,7 +83,7 @@ class Worker:
 
   def __init__(self, unit, options, environment):
     self.part, self.target, self.limit = unit
-    self.said = tempfile.TemporaryFile()
+    self.said = tempfile.TemporaryFile()  # noqa: SIM115
     script = str(ROOT / "benchmarks/accelerator_parts.py")
     command = [sys.executable, script, self.part, self.target, f"--data_dir={options.data_dir}"]
     self.process = subprocess.Popen(
@@ -120,10 +121,8 @@ class Worker:
 
   def end(self):
     """Ends it with all that it has started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
       os.killpg(self.process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-      pass
     self.process.wait()
 
   def words(self, most: int) -> str:
@@ -148,6 +147,8 @@ def measure(options) -> int:
   }
   results = {"budget": options.budget, "smoke": options.smoke, "gpu": nvidia_smi(), "rows": []}
   units, failed = chosen(options), 0
+  if results["gpu"] and not options.smoke:  # no silent measuring of the host instead
+    environment.setdefault("JAX_PLATFORMS", "cuda,cpu")
 
   def start(unit):
     several = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -240,7 +240,7 @@ def torch(target, options):
     print(json.dumps([mode, num_steps]), file=options.peer.stdin, flush=True)
     return json.loads(options.peer.stdout.readline())
 
-  for mode in ("eager", "default", "reduce-overhead"):
+  for mode in ("eager", "reduce-overhead", "default"):
     name = f"{target.replace(':', ' ')} {mode}"
     first = ask(mode)
     if "error" in first:
