@@ -148,7 +148,7 @@ def measure(options) -> int:
   results = {"budget": options.budget, "smoke": options.smoke, "gpu": nvidia_smi(), "rows": []}
   units, failed = chosen(options), 0
   if results["gpu"] and not options.smoke:  # no silent measuring of the host instead
-    environment.setdefault("JAX_PLATFORMS", "cuda,cpu")
+    environment["JAX_PLATFORMS"] = "cuda,cpu"
 
   def start(unit):
     several = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -122,11 +122,16 @@ def steps_of(name, with_torch):
 def flops_forward(model, params, stats, image) -> float:
   """Floating point operations of one evaluation of the plain network, by XLA's count.
 
-  Of the program as it is written: a compiled one may hide its products in calls of a library.
+  Of the program as it is written, for the host: one compiled for an accelerator may hide its
+  products in calls of a library. Shapes in the place of arrays will do.
   """
-  variables = {"params": params, "batch_stats": stats}
-  forward = jax.jit(lambda x: model.apply(variables, x, train=False, mutable=["batch_stats"])[0])
-  return forward.lower(image).cost_analysis()["flops"]
+
+  def forward(variables, x):
+    return model.apply(variables, x, train=False, mutable=["batch_stats"])[0]
+
+  with jax.default_device(jax.devices("cpu")[0]):
+    lowered = jax.jit(forward).lower({"params": params, "batch_stats": stats}, image)
+  return lowered.cost_analysis()["flops"]
 
 
 def matrix_product_rate(size: int = 1024, dtype="float32", precision=None) -> float:
