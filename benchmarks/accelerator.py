@@ -72,6 +72,7 @@ REST = (
   ("steps", "alexnet32:bfloat16", 60),
   ("steps", "mlp:bfloat16", 40),
 )
+PARTS = tuple(dict.fromkeys(part for part, *_ in FIRST))
 LEAST = 8  # seconds without which no part is begun
 
 
@@ -105,7 +106,7 @@ class Worker:
 
   def go(self, seconds: float):
     """Yields its rows; whatever goes wrong is one, too."""
-    stop, name = time.monotonic() + seconds, f"{self.part} {self.target}"
+    stop, name = time.monotonic() + seconds, self.target
     try:
       print("go", file=self.process.stdin, flush=True)
       while (line := self.lines.get(timeout=max(stop - time.monotonic(), 0.01))) is not None:
@@ -145,7 +146,8 @@ def measure(options) -> int:
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two processes share the device in part torch
   }
-  results = {"budget": options.budget, "smoke": options.smoke, "gpu": nvidia_smi(), "rows": []}
+  results = {"budget": options.budget, "smoke": options.smoke, "gpu": nvidia_smi()}
+  results |= {"no_room": [], "rows": []}
   units, failed = chosen(options), 0
   if results["gpu"] and not options.smoke:  # no silent measuring of the host instead
     environment["JAX_PLATFORMS"] = "cuda,cpu"
@@ -168,8 +170,8 @@ def measure(options) -> int:
     for i, (part, target, limit) in enumerate(units):
       left = deadline - time.monotonic()
       if left < LEAST:
-        keep(part, {"name": f"{part} {target}", "error": "no room in the budget"})
-        continue
+        results["no_room"] = [f"{part} {target}" for part, target, _ in units[i:]]
+        break
       begin, now = time.monotonic(), worker
       # what the next one imports is imported meanwhile
       worker = start(units[i + 1]) if i + 1 < len(units) else None
@@ -180,10 +182,11 @@ def measure(options) -> int:
         failed += "error" in row
         keep(part, row)
       seconds = time.monotonic() - begin
-      keep(part, {"name": f"{part} {target}, the whole part", "value": seconds, "unit": "s"})
+      keep(part, {"name": f"{target} the whole part", "value": seconds, "unit": "s"})
       print(f"--- {part} {target}\n{now.words(8000)}", file=log, flush=True)
   if worker:
     worker.end()
+  write(out / "accelerator.json", results)
   shutil.rmtree(cache, ignore_errors=True)
   print(table(results))
   return failed
@@ -191,9 +194,9 @@ def measure(options) -> int:
 
 def chosen(options) -> list[tuple]:
   """The units of the parts and networks asked for, in their order."""
-  parts = options.parts.split(",") if options.parts else {part for part, *_ in FIRST}
+  parts = options.parts.split(",") if options.parts else PARTS
   units = REST if options.rest else FIRST + REST
-  if options.smoke:  # one small network instead of two large ones, and what is left after them
+  if options.smoke and not options.rest:  # small networks first
     small = {"lenet:float32": "mlp:float32", "resnet18_64:bfloat16": "lenet:bfloat16"}
     first = [(part, small.get(target, target), limit) for part, target, limit in FIRST]
     units = tuple(dict.fromkeys((*first, *units)))
@@ -219,12 +222,12 @@ def nvidia_smi() -> str:
 
 
 def rounded(x):
-  """Four digits of every number."""
+  """Six digits of every number."""
   if isinstance(x, dict):
     return {k: rounded(v) for k, v in x.items()}
   if isinstance(x, list):
     return [rounded(v) for v in x]
-  return float(f"{x:.4g}") if isinstance(x, float) else x
+  return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 def write(path: pathlib.Path, results: dict) -> None:
@@ -234,10 +237,15 @@ def write(path: pathlib.Path, results: dict) -> None:
 
 
 def line_of(row: dict) -> str:
-  named = {k: v for k, v in row.items() if k not in ("part", "name", "value", "unit", "said")}
-  more = " ".join(f"{k}={v}" for k, v in named.items() if k not in ("precision", "ceiling"))
-  value = "-" if row.get("value") is None else f"{row['value']:,.4g} {row['unit']}"
-  return f"{row['part']:<12} {row['name']:<48} {value:>18}  {more}"
+  hidden = ("part", "name", "value", "unit", "said", "precision", "ceiling")
+  more = " ".join(
+    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+    for k, v in row.items()
+    if k not in hidden
+  )
+  x = row.get("value")
+  value = "-" if x is None else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+  return f"{row['part']:<12} {row['name']:<48} {value:>9} {row.get('unit', ''):<14}  {more}"
 
 
 def table(results: dict) -> str:
@@ -247,8 +255,11 @@ def table(results: dict) -> str:
   lines = []
   for row in results["rows"]:
     if "whole part" not in row["name"]:
+      more = {k: row[k] for k in keys if row.get(k) is not None}
       short = {k: row[k] for k in ("part", "name", "value", "unit") if k in row}
-      lines.append(line_of(short | {k: str(row[k])[:100] for k in keys if k in row}).rstrip())
+      lines.append(line_of(short | more).rstrip())
+  if results["no_room"]:
+    lines.append("no room in the budget: " + ", ".join(results["no_room"]))
   return "\n".join(["", *head, *lines])
 
 
@@ -341,6 +352,8 @@ def main() -> int:
   if options.pack:
     print(pack(*options.pack.rsplit(":", 1)))
     return 0
+  if unknown := set(options.parts.split(",")) - {*PARTS, ""}:
+    parser.error(f"--parts: no part is called {', '.join(sorted(unknown))}; {', '.join(PARTS)} are")
   if not options.out:
     parser.error("--out is missing: the folder for the results")
   return 1 if measure(options) else 0
