@@ -239,7 +239,7 @@ def write(path: pathlib.Path, results: dict) -> None:
 def line_of(row: dict) -> str:
   hidden = ("part", "name", "value", "unit", "said", "precision", "ceiling")
   more = " ".join(
-    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={str(v)[:150]}"
     for k, v in row.items()
     if k not in hidden
   )
