@@ -27,6 +27,7 @@ reproduction: environment
 
 # Pillow: one that reads AVIF, as the packed images of benchmarks/accelerator.py are
 accelerator-wheels:
+	rm -rf .whl
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
 	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
 	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \

@@ -60,7 +60,7 @@ def make(setting: str, method: str, smoke: bool, num_tasks: int = 2, **keys):
   """-> config, benchmark, method, network, batch: of a setting of throughput.py, 2 tasks of which
   are learned in seconds. Ranks are those of the cap, which cost no gradients to choose."""
   network, batch, shape, num_classes = throughput.SETTINGS[setting]
-  batch, steps = (min(batch, 16), 3) if smoke else (batch, 60)
+  batch, steps = (min(batch, 16), 3) if smoke else (batch, 60 if shape[0] > 32 else 200)
   config = experiment.make_config(
     method,
     protocol={},
