@@ -37,12 +37,12 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # (part, target, most seconds of a budget of 360). A target of steps and torch: network:precision.
 FIRST = (
-  ("device", "-", 50),
-  ("steps", "lenet:float32", 60),
-  ("steps", "resnet18_64:bfloat16", 75),
-  ("torch", "lenet:float32", 60),
-  ("split", "-", 100),
-  ("torch", "resnet18_64:bfloat16", 75),
+  ("device", "-", 90),
+  ("steps", "lenet:float32", 80),
+  ("steps", "resnet18_64:bfloat16", 90),
+  ("torch", "lenet:float32", 75),
+  ("split", "-", 110),
+  ("torch", "resnet18_64:bfloat16", 90),
   ("svd", "device", 45),
   ("evaluate", "-", 40),
   ("replicas", "-", 70),
