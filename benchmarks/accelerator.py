@@ -149,6 +149,7 @@ def measure(options) -> int:
   results = {"budget": options.budget, "smoke": options.smoke, "gpu": nvidia_smi()}
   results |= {"no_room": [], "rows": []}
   units, failed = chosen(options), 0
+  scale = options.budget / max(min(360, sum(limit for *_, limit in units)), 1)
   if results["gpu"] and not options.smoke:  # no silent measuring of the host instead
     environment["JAX_PLATFORMS"] = "cuda,cpu"
 
@@ -175,7 +176,7 @@ def measure(options) -> int:
       begin, now = time.monotonic(), worker
       # what the next one imports is imported meanwhile
       worker = start(units[i + 1]) if i + 1 < len(units) else None
-      for row in now.go(min(left, max(limit * options.budget / 360, LEAST))):
+      for row in now.go(min(left, max(limit * scale, LEAST))):
         if "about" in row:
           results |= row["about"]
           continue
