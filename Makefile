@@ -2,11 +2,12 @@
 # make test    install with the test extra, lint, format check, pytest
 # make reproduction    docs/reproduction.md and its figures from docs/records
 # make test-slow    the tests that take minutes: thirty kills
+# make accelerator-wheels    .whl/: what a machine with jax, flax, optax, orbax and chex may lack
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs
 
-.PHONY: demo test test-slow reproduction environment test-environment clean
+.PHONY: demo test test-slow reproduction accelerator-wheels environment test-environment clean
 
 demo: environment
 	$(BIN)/python -m halrp_jax.main --config=configs/digits.py --workdir=$(RUNS)/digits-halrp --overwrite
@@ -23,6 +24,14 @@ test-slow: test-environment
 
 reproduction: environment
 	$(BIN)/python -m halrp_jax report --runs=docs/records --out=$(RUNS)/report --docs=docs
+
+# Pillow: one that reads AVIF, as the packed images of benchmarks/accelerator.py are
+accelerator-wheels:
+	rm -rf .whl
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
+	  --dest .whl 'ml-collections >= 1.1, < 2' 'Pillow >= 11.3, < 14'
 
 environment: .venv/installed
 test-environment: .venv/installed-test

@@ -19,19 +19,25 @@ from halrp_jax import arguments, compile_cache, sweep
 FLAGS = {"orders": "with commas", "seeds": "with commas"}
 
 
+def run(cells, folder: pathlib.Path, vectorize: bool):
+  """-> seconds, accuracies [R], ranks of every run. Raises RuntimeError where one has failed."""
+  start = time.perf_counter()
+  rows = sweep.run(cells, str(folder), lambda rows: None, lambda: False, vectorize)
+  seconds = time.perf_counter() - start
+  if sweep.failed(rows):
+    raise RuntimeError("; ".join(sorted({row["error"] for row in rows if row["error"]})))
+  records = [json.loads((folder / cell.name / "record.json").read_text()) for cell in cells]
+  accuracy = np.array([row["accuracy"] for row in rows])
+  return seconds, accuracy, [record["ranks"] for record in records]
+
+
 def main(argv: list[str]) -> None:
   args = arguments.parse_config(argv, FLAGS, {})
   cells = sweep.cells({args.config.method.name: args.config}, args.orders, args.seeds)
   root, results = pathlib.Path(tempfile.mkdtemp(prefix="replicas-")), {}
   compile_cache.use(str(root / "cache"))
   for vectorize in (False, True):
-    folder = root / str(vectorize)
-    start = time.perf_counter()
-    rows = sweep.run(cells, str(folder), lambda rows: None, lambda: False, vectorize)
-    seconds = time.perf_counter() - start
-    records = [json.loads((folder / cell.name / "record.json").read_text()) for cell in cells]
-    ranks = [record["ranks"] for record in records]
-    accuracy = np.array([row["accuracy"] for row in rows])
+    seconds, accuracy, ranks = run(cells, root / str(vectorize), vectorize)
     results[vectorize] = seconds, accuracy, ranks
     how = "at once" if vectorize else "one after another"
     print(f"{len(cells)} runs {how}: {seconds:.1f} s, mean ACC {accuracy.mean():.2f} %", flush=True)

@@ -29,13 +29,9 @@ def seconds_of(fn):
   return time.perf_counter() - start, result
 
 
-def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--rows", type=int, default=9216)
-  parser.add_argument("--columns", type=int, default=2048)
-  parser.add_argument("--rank", type=int, default=256)
-  args = parser.parse_args()
-  shape, keys = (args.rows, args.columns), jax.random.split(jax.random.key(0), 4)
+def compare(rows: int, columns: int, rank: int) -> dict[str, float]:
+  """Seconds of both, and how far the randomised one is from the exact one."""
+  shape, keys = (rows, columns), jax.random.split(jax.random.key(0), 4)
   base = jax.random.normal(keys[0], shape)
   left, right = (jax.random.normal(k, (n, 400)) for k, n in zip(keys[1:3], shape, strict=True))
   falling = 0.98 ** jnp.arange(400.0)
@@ -43,21 +39,41 @@ def main() -> int:
   exact = jax.jit(lowrank.decompose)
   random = jax.jit(lowrank.decompose_randomized, static_argnums=3)
   slow, want = seconds_of(lambda: exact(base, free))
-  fast, got = seconds_of(lambda: random(base, free, jax.random.key(1), args.rank))
-  sigma = np.asarray(want.sigma[: args.rank])
+  fast, got = seconds_of(lambda: random(base, free, jax.random.key(1), rank))
+  sigma = np.asarray(want.sigma[:rank])
   error = np.abs(np.asarray(got.sigma) - sigma) / sigma
   best = float(want.energy) - float((sigma**2).sum())
   found = float(got.energy) - float((np.asarray(got.sigma) ** 2).sum())
-  print(
-    f"{args.rows} x {args.columns}: exact {slow:.2f} s, randomised rank {args.rank} {fast:.2f} s"
-  )
   share = np.cumsum(sigma**2) / float(want.energy)
   kept = int(np.argmax(share > 0.9)) + 1
+  return {
+    "exact": slow,
+    "randomised": fast,
+    "kept": kept,  # singular values that hold 90 % of the energy
+    "error_of_kept": float(error[:kept].max()),
+    "error": float(error.max()),
+    "left_exact": best,
+    "left_randomised": found,
+  }
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--rows", type=int, default=9216)
+  parser.add_argument("--columns", type=int, default=2048)
+  parser.add_argument("--rank", type=int, default=256)
+  args = parser.parse_args()
+  got = compare(args.rows, args.columns, args.rank)
   print(
-    f"ratio {slow / fast:.1f}; largest relative error of a singular value: of the {kept} that hold"
+    f"{args.rows} x {args.columns}: exact {got['exact']:.2f} s, "
+    f"randomised rank {args.rank} {got['randomised']:.2f} s"
   )
-  print(f"90 % of the energy {error[:kept].max():.1e}, of all {args.rank} {error.max():.1e}")
-  print(f"energy left over: exact {best:.6g}, randomised {found:.6g}")
+  print(
+    f"ratio {got['exact'] / got['randomised']:.1f}; largest relative error of a singular value: of "
+    f"the {got['kept']} that hold"
+  )
+  print(f"90 % of the energy {got['error_of_kept']:.1e}, of all {args.rank} {got['error']:.1e}")
+  print(f"energy left over: exact {got['left_exact']:.6g}, randomised {got['left_randomised']:.6g}")
   return 0
 
 

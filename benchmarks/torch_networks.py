@@ -1,5 +1,10 @@
 """The same networks in PyTorch, as the authors' repository has them (spec b). Extra [bench]."""
 
+import json
+import sys
+import time
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -57,13 +62,13 @@ class _Block(nn.Module):
     return torch.relu(self.body(x) + self.shortcut(x))
 
 
-def resnet18(num_in, num_classes):
+def resnet18(num_in, num_classes, size=32):
   parts, features = [nn.Conv2d(num_in, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU()], 32
   for stage in range(4):
     for i in range(2):
       parts.append(_Block(features, 32 * 2**stage, 2 if stage and not i else 1))
       features = 32 * 2**stage
-  return nn.Sequential(*parts, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(1024, num_classes))
+  return nn.Sequential(*parts, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(size**2, num_classes))
 
 
 def mlp(num_in, num_classes):
@@ -78,21 +83,78 @@ def mlp(num_in, num_classes):
   )
 
 
-def make_step(name, image, label, num_classes):
-  """One eager training step with Adam and the L2 term, as a function without arguments."""
-  size = {"size": image.shape[1]} if name == "alexnet" else {}
-  model = globals()[name](image.shape[-1], num_classes, **size).train()
-  x = torch.from_numpy(image).permute(0, 3, 1, 2).contiguous()
-  y = torch.from_numpy(label).long()
-  optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+def make_step(name, image, label, num_classes, device="cpu", mode=None, precision="float32"):
+  """One training step with Adam and the L2 term, as a function without arguments.
+
+  Args:
+    name: of a network.
+    image: float32 [B, H, W, C], on the device from the start.
+    label: int32 [B]
+    num_classes: width of the head.
+    device: of PyTorch. It does not wait for a GPU.
+    mode: of torch.compile; None: eager.
+    precision: "float32", or "bfloat16" by autocast.
+  """
+  torch.set_float32_matmul_precision("high")  # as JAX multiplies on a GPU
+  size = {"size": image.shape[1]} if name in ("alexnet", "resnet18") else {}
+  model = globals()[name](image.shape[-1], num_classes, **size).train().to(device)
+  x = torch.from_numpy(image).permute(0, 3, 1, 2).contiguous().to(device)
+  y = torch.from_numpy(label).long().to(device)
+  if device != "cpu":
+    model, x = (z.to(memory_format=torch.channels_last) for z in (model, x))
+  optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=device != "cpu" or None)
   kernels = [p for n, p in model.named_parameters() if p.ndim > 1]
+
+  def loss_fn():
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+      logits = model(x)
+    loss = nn.functional.cross_entropy(logits.float(), y)
+    return loss + 0.5e-4 * sum((w**2).sum() for w in kernels[:-1])
+
+  if mode is not None:
+    loss_fn = torch.compile(loss_fn, mode=mode)
 
   def step():
     optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(model(x), y)
-    loss = loss + 0.5e-4 * sum((w**2).sum() for w in kernels[:-1])
-    loss.backward()
+    loss_fn().backward()
     optimizer.step()
-    loss.item()
 
   return step
+
+
+def serve(network, batch, image_shape, num_classes, precision) -> None:
+  """Times steps when asked to on the standard input: a line is [mode, steps], the answer
+  {"seconds": of a step, "first": of the first three, which compile} or {"error": text}."""
+  rng = np.random.default_rng(0)
+  image = rng.normal(size=(batch, *image_shape)).astype(np.float32)
+  label = rng.integers(0, num_classes, batch).astype(np.int32)
+  answers, sys.stdout = sys.stdout, sys.stderr
+  device, steps = ("cuda" if torch.cuda.is_available() else "cpu"), {}
+  torch.backends.cudnn.benchmark = True
+
+  def run(step, repeats):
+    start = time.perf_counter()
+    for _ in range(repeats):
+      step()
+    if device != "cpu":
+      torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+  for line in sys.stdin:
+    mode, repeats = json.loads(line)
+    try:
+      answer = {}
+      if mode not in steps:
+        how = (device, None if mode == "eager" else mode, precision)
+        steps[mode] = make_step(network, image, label, num_classes, *how)
+        answer["first"] = run(steps[mode], 3)
+      answer["seconds"] = run(steps[mode], repeats) / repeats
+    except Exception as e:
+      answer = {"error": f"{type(e).__name__}: {str(e)[:300]}"}
+    if device != "cpu":
+      answer["peak_bytes"] = torch.cuda.max_memory_allocated()
+    print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+  serve(**json.loads(sys.argv[1]))

@@ -17,7 +17,10 @@ def __getattr__(name: str):
   if name == "__version__":  # setup.cfg is the one place that says it
     from importlib import metadata
 
-    return metadata.version("halrp-jax")
+    try:
+      return metadata.version("halrp-jax")
+    except metadata.PackageNotFoundError:  # a copy of the tree that nobody has installed
+      return None
   if name in _MODULES:
     return importlib.import_module(f"halrp_jax.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

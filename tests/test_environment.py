@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -127,3 +128,18 @@ def make_custom(folder):
       place.mkdir(parents=True)
       for i in range(20):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(place / f"{i}.png")
+
+
+def test_a_record_says_null_for_what_is_not_installed(digits_config, tmp_path, monkeypatch):
+  """A copy of the tree runs where nobody has installed it."""
+  known = metadata.version
+
+  def version(name):
+    if name in ("halrp-jax", "scipy"):
+      raise metadata.PackageNotFoundError(name)
+    return known(name)
+
+  monkeypatch.setattr(metadata, "version", version)
+  record = experiment.run(digits_config("stl", epochs=1, order="0"), str(tmp_path))
+  assert record["versions"]["halrp_jax"] is record["versions"]["scipy"] is None
+  assert record["versions"]["numpy"] == known("numpy")

@@ -1,0 +1,364 @@
+r"""Everything worth knowing about an accelerator in one command that ends within its budget.
+
+  python benchmarks/accelerator.py --budget=360 --out=DIR [--parts=steps,torch] [--rest] [--smoke]
+      [--networks=lenet,resnet18_64] [--data_dir=PATH]
+  python benchmarks/accelerator.py --pack=DATA_DIR:FILE
+
+Every part is a process of its own (accelerator_parts.py) with a limit on its time; one that fails
+or overruns is reported, the next one runs. DIR/accelerator.json has every result as soon as it is
+there, DIR/accelerator.log what the processes said; a table comes last. The most valuable come
+first; what the budget has no room for is named. --rest begins with those. --smoke: small shapes,
+for a machine without an accelerator. --networks: of the parts steps and torch.
+
+--data_dir (or the environment variable HALRP_ACCELERATOR_DATA): a folder with CIFAR-100's original
+files, or a file that --pack has made of them: it is lossy, so that all images take 20 MiB, and the
+accuracies are on these images. Without it images are drawn, and there is no accuracy. PyTorch is
+needed for the part torch alone.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pathlib
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# (part, target, most seconds of a budget of 360). A target of steps and torch: network:precision.
+FIRST = (
+  ("device", "-", 90),
+  ("steps", "lenet:float32", 80),
+  ("steps", "resnet18_64:bfloat16", 90),
+  ("torch", "lenet:float32", 75),
+  ("split", "-", 110),
+  ("torch", "resnet18_64:bfloat16", 90),
+  ("svd", "device", 45),
+  ("evaluate", "-", 40),
+  ("replicas", "-", 70),
+  ("predict_many", "-", 40),
+  ("devices", "-", 60),
+)
+REST = (
+  ("steps", "alexnet64:float32", 60),
+  ("steps", "resnet18_64:float32", 75),
+  ("steps", "lenet:bfloat16", 60),
+  ("torch", "alexnet64:float32", 60),
+  ("torch", "resnet18_64:float32", 75),
+  ("svd", "host", 60),
+  ("steps", "alexnet64:bfloat16", 60),
+  ("steps", "wide_lenet:float32", 60),
+  ("torch", "wide_lenet:float32", 60),
+  ("steps", "mlp:float32", 40),
+  ("torch", "mlp:float32", 40),
+  ("steps", "alexnet32:float32", 60),
+  ("torch", "alexnet32:float32", 60),
+  ("steps", "resnet18:float32", 75),
+  ("torch", "resnet18:float32", 75),
+  ("torch", "lenet:bfloat16", 60),
+  ("torch", "alexnet64:bfloat16", 60),
+  ("steps", "resnet18:bfloat16", 75),
+  ("steps", "wide_lenet:bfloat16", 60),
+  ("steps", "alexnet32:bfloat16", 60),
+  ("steps", "mlp:bfloat16", 40),
+)
+PARTS = tuple(dict.fromkeys(part for part, *_ in FIRST))
+LEAST = 8  # seconds without which no part is begun
+
+
+# --- the processes ----------------------------------------------------------------------
+
+
+class Worker:
+  """A part's process: it imports what it needs, then waits for `go`."""
+
+  def __init__(self, unit, options, environment):
+    self.part, self.target, self.limit = unit
+    self.said = tempfile.TemporaryFile()  # noqa: SIM115
+    script = str(ROOT / "benchmarks/accelerator_parts.py")
+    command = [sys.executable, script, self.part, self.target, f"--data_dir={options.data_dir}"]
+    self.process = subprocess.Popen(
+      command + ["--smoke"] * options.smoke,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self.said,
+      text=True,
+      env=environment,
+      start_new_session=True,
+    )
+    self.lines = queue.Queue()
+    threading.Thread(target=self._read, daemon=True).start()
+
+  def _read(self):
+    for line in self.process.stdout:
+      self.lines.put(line)
+    self.lines.put(None)
+
+  def go(self, seconds: float):
+    """Yields its rows; whatever goes wrong is one, too."""
+    stop, name = time.monotonic() + seconds, self.target
+    try:
+      print("go", file=self.process.stdin, flush=True)
+      while (line := self.lines.get(timeout=max(stop - time.monotonic(), 0.01))) is not None:
+        yield json.loads(line)
+      if self.process.wait(timeout=max(stop - time.monotonic(), 0.01)):
+        yield {"name": name, "error": f"exit code {self.process.returncode}: {self.last_words()}"}
+    except (queue.Empty, subprocess.TimeoutExpired):
+      yield {"name": name, "error": f"stopped after {seconds:.0f} s"}
+    except (OSError, ValueError) as e:
+      yield {"name": name, "error": f"{type(e).__name__}: {e}; {self.last_words()}"}
+    finally:
+      self.end()
+
+  def end(self):
+    """Ends it with all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(self.process.pid, signal.SIGKILL)
+    self.process.wait()
+
+  def words(self, most: int) -> str:
+    self.said.seek(max(0, self.said.seek(0, os.SEEK_END) - most))
+    return self.said.read().decode(errors="replace")
+
+  def last_words(self) -> str:
+    return " | ".join(line.strip() for line in self.words(1500).splitlines()[-4:])
+
+
+def measure(options) -> int:
+  """Runs the parts; returns how many have failed."""
+  deadline = time.monotonic() + options.budget
+  out, cache = pathlib.Path(options.out), tempfile.mkdtemp(prefix="accelerator-cache-")
+  out.mkdir(parents=True, exist_ok=True)
+  environment = os.environ | {
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    "JAX_COMPILATION_CACHE_DIR": cache,  # of this run alone: new compilations are whole ones
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two processes share the device in part torch
+  }
+  results = {"budget": options.budget, "smoke": options.smoke, "gpu": nvidia_smi()}
+  results |= {"no_room": [], "rows": []}
+  units, failed = chosen(options), 0
+  scale = options.budget / max(min(360, sum(limit for *_, limit in units)), 1)
+  if results["gpu"] and not options.smoke:  # no silent measuring of the host instead
+    environment["JAX_PLATFORMS"] = "cuda,cpu"
+
+  def start(unit):
+    several = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    fake = options.smoke and unit[0] == "devices"  # two devices of one CPU
+    return Worker(unit, options, environment | (several if fake else {}))
+
+  def keep(part, row):
+    ceilings = {r["ceiling"]: r["value"] for r in results["rows"] if "ceiling" in r}
+    if row.get("precision") in ceilings:  # float32: of the products as they are by default
+      row["share"] = row["tflops"] / ceilings[row["precision"]]
+    results["rows"].append({"part": part} | rounded(row))
+    print(line_of(results["rows"][-1]), flush=True)
+    write(out / "accelerator.json", results)
+
+  worker = start(units[0]) if units else None
+  with open(out / "accelerator.log", "w") as log:
+    for i, (part, target, limit) in enumerate(units):
+      left = deadline - time.monotonic()
+      if left < LEAST:
+        results["no_room"] = [f"{part} {target}" for part, target, _ in units[i:]]
+        break
+      begin, now = time.monotonic(), worker
+      # what the next one imports is imported meanwhile
+      worker = start(units[i + 1]) if i + 1 < len(units) else None
+      for row in now.go(min(left, max(limit * scale, LEAST))):
+        if "about" in row:
+          results |= row["about"]
+          continue
+        failed += "error" in row
+        keep(part, row)
+      seconds = time.monotonic() - begin
+      keep(part, {"name": f"{target} the whole part", "value": seconds, "unit": "s"})
+      print(f"--- {part} {target}\n{now.words(8000)}", file=log, flush=True)
+  if worker:
+    worker.end()
+  write(out / "accelerator.json", results)
+  shutil.rmtree(cache, ignore_errors=True)
+  print(table(results))
+  return failed
+
+
+def chosen(options) -> list[tuple]:
+  """The units of the parts and networks asked for, in their order."""
+  parts = options.parts.split(",") if options.parts else PARTS
+  units = REST if options.rest else FIRST + REST
+  if options.smoke and not options.rest:  # small networks first
+    small = {"lenet:float32": "mlp:float32", "resnet18_64:bfloat16": "lenet:bfloat16"}
+    first = [(part, small.get(target, target), limit) for part, target, limit in FIRST]
+    units = tuple(dict.fromkeys((*first, *units)))
+  networks = options.networks.split(",") if options.networks else None
+  return [
+    unit
+    for unit in units
+    if unit[0] in parts
+    and (not networks or ":" not in unit[1] or unit[1].split(":")[0] in networks)
+  ]
+
+
+# --- the results ------------------------------------------------------------------------
+
+
+def nvidia_smi() -> str:
+  fields = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
+  command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+  try:
+    return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+  except (OSError, subprocess.TimeoutExpired):
+    return ""
+
+
+def rounded(x):
+  """Six digits of every number."""
+  if isinstance(x, dict):
+    return {k: rounded(v) for k, v in x.items()}
+  if isinstance(x, list):
+    return [rounded(v) for v in x]
+  return float(f"{x:.6g}") if isinstance(x, float) else x
+
+
+def write(path: pathlib.Path, results: dict) -> None:
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(results, indent=1))
+  temporary.replace(path)
+
+
+def line_of(row: dict) -> str:
+  hidden = ("part", "name", "value", "unit", "said", "precision", "ceiling")
+  more = " ".join(
+    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={str(v)[:150]}"
+    for k, v in row.items()
+    if k not in hidden
+  )
+  x = row.get("value")
+  value = "-" if x is None else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+  return f"{row['part']:<12} {row['name']:<48} {value:>9} {row.get('unit', ''):<14}  {more}"
+
+
+def table(results: dict) -> str:
+  """The figures alone, for a terminal."""
+  head = [f"device: {results.get('device', 'none answered')}", str(results.get("versions", ""))]
+  keys = ("share", "ratio", "compile_seconds", "acc", "times_one", "loop", "kind", "error")
+  lines = []
+  for row in results["rows"]:
+    if "whole part" not in row["name"]:
+      more = {k: row[k] for k in keys if row.get(k) is not None}
+      short = {k: row[k] for k in ("part", "name", "value", "unit") if k in row}
+      lines.append(line_of(short | more).rstrip())
+  if results["no_room"]:
+    lines.append("no room in the budget: " + ", ".join(results["no_room"]))
+  return "\n".join(["", *head, *lines])
+
+
+# --- CIFAR-100 in 20 MiB ----------------------------------------------------------------
+
+_SIDE = 50  # images along a side of a mosaic
+_MOST = 20 * 2**20  # bytes of a packed file
+
+
+def pack(data_dir: str, path: str) -> str:
+  """Writes the images as mosaics in AVIF, as good as 20 MiB allow. -> what it did"""
+  from PIL import Image
+
+  place = pathlib.Path(data_dir) / "cifar-100-binary"
+  records = np.concatenate(
+    [np.fromfile(place / f"{name}.bin", np.uint8).reshape(-1, 3074) for name in ("train", "test")]
+  )
+  image = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+  mosaics = image.reshape(-1, _SIDE, _SIDE, 32, 32, 3).transpose(0, 1, 3, 2, 4, 5)
+  mosaics = np.ascontiguousarray(mosaics.reshape(-1, 32 * _SIDE, 32 * _SIDE, 3))
+
+  def encode(mosaic, quality):
+    out = io.BytesIO()
+    Image.fromarray(mosaic).save(out, "AVIF", quality=quality, speed=6, subsampling="4:4:4")
+    return out.getvalue()
+
+  enough = 0.96 * _MOST / len(mosaics)
+  quality = next(q for q in range(90, 0, -2) if len(encode(mosaics[0], q)) < enough)
+  parts = [encode(mosaic, quality) for mosaic in mosaics]
+  again = np.stack([np.asarray(Image.open(io.BytesIO(part)).convert("RGB")) for part in parts])
+  error = np.mean((again.astype(np.float32) - mosaics) ** 2, dtype=np.float64)
+  about = f"CIFAR-100 in AVIF 4:4:4, quality {quality}, PSNR {10 * np.log10(255**2 / error):.1f} dB"
+  with zipfile.ZipFile(path, "w") as archive:
+    for i, part in enumerate(parts):
+      archive.writestr(f"{i:02d}.avif", part)
+    archive.writestr("labels", records[:, :2].tobytes(), zipfile.ZIP_DEFLATED)
+    for name in ("fine_label_names.txt", "coarse_label_names.txt"):
+      archive.write(place / name, name)
+    archive.writestr("about", about)
+  return f"{path}: {pathlib.Path(path).stat().st_size:,} bytes, {about}"
+
+
+def originals(source: str, folder: str, smoke: bool) -> str:
+  """Puts CIFAR-100's files into a folder: original, unpacked or drawn. -> what they are"""
+  place = pathlib.Path(folder) / "cifar-100-binary"
+  if source and pathlib.Path(source).is_dir():
+    place.symlink_to(pathlib.Path(source).resolve() / "cifar-100-binary")
+    return "the original images"
+  place.mkdir()
+  if source:
+    from PIL import Image
+
+    with zipfile.ZipFile(source) as archive:
+      about, label = archive.read("about").decode(), archive.read("labels")
+      label = np.frombuffer(label, np.uint8).reshape(-1, 2)
+      names = sorted(name for name in archive.namelist() if name.endswith(".avif"))
+      mosaics = [np.asarray(Image.open(archive.open(n)).convert("RGB")) for n in names]
+      archive.extractall(place, ["fine_label_names.txt", "coarse_label_names.txt"])
+    image = np.stack(mosaics).reshape(-1, _SIDE, 32, _SIDE, 32, 3).transpose(0, 1, 3, 5, 2, 4)
+    image = image.reshape(len(label), -1)
+    num_test = 10000
+  else:
+    num_test, num_train = (2000, 4000) if smoke else (10000, 50000)
+    fine = np.tile(np.arange(100, dtype=np.uint8), (num_test + num_train) // 100)
+    label = np.stack([fine // 5, fine], 1)
+    image = np.random.default_rng(0).integers(0, 256, (len(fine), 3072), np.uint8)
+    about = "drawn images"
+    for name, count in (("fine", 100), ("coarse", 20)):
+      names = "\n".join(f"{name}_{i}" for i in range(count))
+      (place / f"{name}_label_names.txt").write_text(names)
+  records = np.hstack([label, image])
+  records[:-num_test].tofile(place / "train.bin")
+  records[-num_test:].tofile(place / "test.bin")
+  return about
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--budget", type=float, default=360, help="seconds")
+  parser.add_argument("--out", default="", help="folder for the results")
+  parser.add_argument("--parts", default="")
+  parser.add_argument("--networks", default="")
+  parser.add_argument("--rest", action="store_true")
+  parser.add_argument("--smoke", action="store_true")
+  parser.add_argument("--data_dir", default=os.environ.get("HALRP_ACCELERATOR_DATA", ""))
+  parser.add_argument("--pack", default="", metavar="DATA_DIR:FILE")
+  options = parser.parse_args()
+  if options.pack:
+    print(pack(*options.pack.rsplit(":", 1)))
+    return 0
+  if unknown := set(options.parts.split(",")) - {*PARTS, ""}:
+    parser.error(f"--parts: no part is called {', '.join(sorted(unknown))}; {', '.join(PARTS)} are")
+  if not options.out:
+    parser.error("--out is missing: the folder for the results")
+  return 1 if measure(options) else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
