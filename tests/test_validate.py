@@ -74,9 +74,9 @@ def test_a_variant_sets_every_switch_and_each_can_be_set_alone(digits_config, va
   assert changed.method.importance == "mean" and changed.method.prune == config.method.prune
 
 
-def test_published_is_code_with_the_squared_norm():
+def test_published_is_code_with_the_squared_norm_and_tasks_that_stay_as_they_were_learned():
   variants = methods.METHODS["halrp"].VARIANTS
-  assert variants["published"] == variants["code"] | {"importance": "sum"}
+  assert variants["published"] == variants["code"] | {"importance": "sum", "prune_scope": "new"}
 
 
 @pytest.mark.parametrize("bound", ["none", 0, 0.2])
