@@ -26,6 +26,7 @@ LAYERS = (
   },
   {"perturb", "models", "epoch"},
   {"train", "checkpoint"},
+  {"population"},
   {"methods"},
   {"report", "workdir"},
   {"experiment", "arguments"},

@@ -51,8 +51,7 @@ def test_the_networks_of_the_paper(name, num_classes, image_shape, parameters, n
   params, stats = count(name, num_classes, image_shape)
   assert size(params) == parameters
   assert len(perturb.layer_names(params)) == num_perturbed
-  # AlexNet evaluates with the batch's statistics, the LeNet of GPM has no BatchNorm
-  assert bool(stats) == (name not in ("alexnet", "saha_lenet", "saha_lenet_without_lrn"))
+  assert bool(stats) == (name not in ("saha_lenet", "saha_lenet_without_lrn"))  # no BatchNorm
 
 
 def test_dropout_is_active_in_training_alone():
