@@ -270,6 +270,8 @@ def run(
       show(event)
 
     folder.describe(benchmark)
+    for note in benchmark.notes:
+      log({"event": "data", "note": note})
     record = _learn_all(config, benchmark, method, folder, log, compiled, together)
     folder.finish(record)
   return record
