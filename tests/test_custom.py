@@ -107,10 +107,10 @@ def spoil(folder, how):
   ("how", "says"),
   [
     ("stray", "birds: stray.png is not in CLASS/"),
-    ("empty class", "birds/c: 0 PNG or JPEG images; a class needs at least 2"),
-    ("one image", "birds/c: 1 PNG or JPEG images; a class needs at least 2"),
+    ("empty class", "birds/c: 0 images; a class needs at least 2"),
+    ("one image", "birds/c: 1 images; a class needs at least 2"),
     ("one class", "alone: 1 class folders; a task needs at least 2"),
-    ("damaged", "cars/x/3.png: not a PNG or JPEG that can be read"),
+    ("damaged", "cars/x/3.png: not an image that can be read .none of PNG"),
     ("float", r"t.npz: image is float64 \(20, 8, 8\), expected uint8"),
     ("object", "t.npz: can't be read .*pickle"),
     ("gap", "t.npz: label 1 has 0 images"),

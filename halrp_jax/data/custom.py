@@ -102,12 +102,10 @@ def read_one(
     raise UserError(f"--data={text}: no such folder or .npz")
   if path.is_dir():
     tree = folders.walk(path)
-    own = folders.for_all(
-      lambda read: read(), [*_refusals(tree), lambda: _pictures(tree, config, shape)]
-    )[-1]
-    name = path.resolve().name
+    reads = [*_refusals(tree), lambda: _pictures(tree, config, shape)]
+    own, name = folders.for_all(lambda read: read(), reads)[0], path.resolve().name
   else:
-    own, name = _npz(path), path.stem
+    own, name = _npz(path), path.resolve().stem
   _tell_of(f"--data={text}", [own], tell)
   image = own.data.image
   if image.shape[1:] not in (shape, (*shape[:2], 1)):
@@ -165,6 +163,7 @@ def _read_folder(config, tell: Callable[[str], None]) -> dict[str, Own]:
   if not archives and _is_one_task(tree):
     tasks = [(tree.path.resolve().name, functools.partial(_pictures, tree, config, shape))]
     stray = []
+    tell(f"{what}: read as one task, whose classes its folders are")
   else:
     tasks = [(n[:-4], functools.partial(_npz, tree.path / n)) for n in archives]
     tasks += [
@@ -289,9 +288,10 @@ def _npz(path: pathlib.Path) -> Own:
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
       alias = {n: n.replace("validation_", "val_").replace("valid_", "val_") for n in archive.files}
       found = {alias[n]: archive[n] for n in archive.files if alias[n] in known}
-      unused = tuple(f"{path.name}: array {n}" for n in alias if alias[n] not in known)
+      unused = tuple(f"array {n} of {path.name}" for n in alias if alias[n] not in known)
   except Exception as e:  # zipfile, zlib and numpy raise many kinds
     raise UserError(f"{path}: can't be read ({brief(e)}); write it with numpy.savez") from e
+  folders.unique(((a, n) for n, a in alias.items()), f"{path}: array")
   kinds = [i for i, p in enumerate(prefixes) if not p or {f"{p}image", f"{p}label"} & found.keys()]
   parts = [_npz_part(path, found, prefixes[i]) for i in kinds]
   label = np.concatenate([y for _, y in parts])
@@ -349,6 +349,7 @@ def _read_tfds(config) -> dict[str, Own]:
   names = [n.strip() for n in config.data.tasks.split(",") if n.strip()]
   if not names:
     raise UserError("data.tasks is empty: name TFDS sets, with commas, for example mnist,emnist")
+  folders.unique(((n, n) for n in names), "data.tasks: TFDS set")
   size = config.data.image_size
   sets = {name: prepared.any_images(config.data_dir, name, size) for name in names}
   return {

@@ -52,17 +52,21 @@ class Tree(NamedTuple):
   def children(self) -> dict[str, "Tree"]:
     """Returns the trees of the folders in this one, by name."""
     tops = [name for name in self.folders if "/" not in name]
-    parts = {top: ([], [], {}, []) for top in tops}
-    lists = (self.files, self.folders, self.broken, self.skipped)
-    for i, names in enumerate(lists):
+    below = {top: ([], [], [], []) for top in tops}
+    for i, names in enumerate((self.files, self.folders, self.broken, self.skipped)):
       for name in names:
         top, _, rest = name.partition("/")
-        if rest and top in parts:
-          found = parts[top][i]
-          found.update({rest: names[name]}) if i == 2 else found.append(rest)
+        if rest and top in below:
+          below[top][i].append(rest)
     return {
-      top: Tree(self.path / top, tuple(files), tuple(folders), broken, tuple(skipped))
-      for top, (files, folders, broken, skipped) in parts.items()
+      top: Tree(
+        self.path / top,
+        tuple(files),
+        tuple(folders),
+        {name: self.broken[f"{top}/{name}"] for name in broken},
+        tuple(skipped),
+      )
+      for top, (files, folders, broken, skipped) in below.items()
     }
 
 

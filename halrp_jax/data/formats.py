@@ -175,8 +175,16 @@ _SAID = {
   _FRAMES: "with several frames, of which the first is used",
   _RESIZED: "resized",
 }
-# beginnings of files that people take for images
-_OTHERS = (
+_BEGINNINGS = (
+  (b"\x89PNG", "PNG"),
+  (b"\xff\xd8", "JPEG"),
+  (b"RIFF", "WEBP"),
+  (b"BM", "BMP"),
+  (b"GIF8", "GIF"),
+  (b"II", "TIFF"),
+  (b"MM", "TIFF"),
+)
+_OTHER_BEGINNINGS = (  # of files that people take for images
   (b"version https://git-lfs", "the pointer of a file in Git LFS, which git lfs pull fetches"),
   (b"<", "HTML, SVG or XML"),
   (b"%PDF", "PDF"),
@@ -226,35 +234,33 @@ def photo(contents: bytes, name: str, mode: str) -> tuple[Image.Image, int]:
 
   Colour profiles are not applied. See `read_photo`.
   """
-  found, size = _other_format(contents), None
+  kind, is_other = _kind_of(contents)
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
-      if not found:
-        image = Image.open(io.BytesIO(contents), formats=_FORMATS)
-        found, size = image.format, image.size
-        if size[0] * size[1] <= _MOST_PIXELS:
-          return _as_seen(image, mode)
-  except Image.DecompressionBombError:
-    size = "too many"
+      image = Image.open(io.BytesIO(contents), formats=_FORMATS)
+      kind, (width, height) = image.format, image.size
+      if width * height > _MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, expected at most {_MOST_PIXELS:,}")
+      return _as_seen(image, mode)
   except Image.UnidentifiedImageError:
-    found = "an unknown format"
+    kind += "" if is_other else ": damaged at its beginning"
   except Exception as e:  # a damaged file makes Pillow raise almost anything
-    found, size = f"{found or 'an unknown format'}: {brief(e)}", None
-  if size:
-    count = size if isinstance(size, str) else f"{size[0]} x {size[1]}"
-    raise UserError(f"{name}: {count} pixels, expected at most {_MOST_PIXELS:,}")
-  raise UserError(f"{name}: not an image that can be read ({found}); get it again or remove it")
+    kind += f": {brief(e)}"
+  raise UserError(f"{name}: not an image that can be read ({kind}); get it again or remove it")
 
 
-def _other_format(contents: bytes) -> str:
-  """Returns what a file is that is certainly none of `_FORMATS`; else an empty text."""
+def _kind_of(contents: bytes) -> tuple[str, bool]:
+  """Returns what a file seems to be, and whether that is none of `_FORMATS`."""
   if not contents:
-    return "an empty file"
+    return "an empty file", True
   if contents[4:8] == b"ftyp":
-    return "HEIC, AVIF or a film"
-  beginning = contents[:256].lstrip()
-  return next((kind for start, kind in _OTHERS if beginning.startswith(start)), "")
+    return "HEIC, AVIF or a film", True
+  for beginnings, start in ((_BEGINNINGS, contents), (_OTHER_BEGINNINGS, contents[:256].lstrip())):
+    for beginning, kind in beginnings:
+      if start.startswith(beginning):
+        return kind, beginnings is _OTHER_BEGINNINGS
+  return "none of PNG, JPEG, WebP, BMP, GIF, TIFF and PPM", True
 
 
 def _as_seen(image: Image.Image, mode: str) -> tuple[Image.Image, int]:
@@ -272,17 +278,17 @@ def _as_seen(image: Image.Image, mode: str) -> tuple[Image.Image, int]:
   done |= _PALETTE * (image.mode in ("P", "PA"))
   done |= _COLOURS * (image.mode in ("CMYK", "YCbCr", "LAB", "HSV"))
   if image.has_transparency_data:
-    image, clear = _on_white(image)
+    image, clear = on_white(image)
     done |= _CLEAR * clear
   colours = image.mode not in ("1", "L", "LA", "I")
   return image.convert(mode), done | _GREY * (colours != (mode == "RGB"))
 
 
-def _on_white(image: Image.Image) -> tuple[Image.Image, bool]:
+def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
   """Returns an image without transparency, and whether it had any."""
   grey = image.mode in ("1", "L", "LA", "La")
   if image.mode in ("La", "RGBa"):
-    image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    image = image.convert(image.mode.upper())
   image = image.convert("RGBA")
   clear = image.getchannel("A").getextrema()[0] < 255
   white = Image.new("RGBA", image.size, "white")
