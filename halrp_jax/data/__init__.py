@@ -74,6 +74,7 @@ def load(config) -> Benchmark:
     raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
   tasks = tasks if config.data.normalise else [_raw(task) for task in tasks]
   splits = {task.id: _hold_out(task, config, not outline) for task in tasks}
+  notes += _empty_classes(splits.values(), config)
   split_hash = _hash(splits.values())
   image = jax.device_put(next(iter(splits.values())).train.image)  # one array for all tasks
   tasks = tuple(_on_device(splits[i], image) for i in order if i in splits)
@@ -180,8 +181,8 @@ def _hold_out(task: Task, config, is_own: bool) -> Task:
   """Takes `train_fraction` of the images and holds out the validation images.
 
   Keyed by seed and the task's own id: the same images in every order. The test set stays whole. No
-  class is left without training images; of a user's own images, none without validation images
-  either.
+  class is left without training images, if as many images as classes are asked for; of a user's own
+  images, none without training and validation images whatever is asked for.
 
   Raises:
     UserError: if there are too few images.
@@ -189,11 +190,13 @@ def _hold_out(task: Task, config, is_own: bool) -> Task:
   task = task._replace(test=_mixed(task.test, task.id))
   pool, fraction, key = task.train, config.protocol.validation_fraction, (config.seed, task.id)
   if len(task.valid.index):
-    train, valid = _fraction(pool, config, key, 1), _fraction(task.valid, config, key, int(is_own))
-    return task._replace(train=train, valid=valid)
+    train = _fraction(pool, config, key, 1, is_own)
+    return task._replace(train=train, valid=_fraction(task.valid, config, key, 1, is_own))
   asked = is_own and fraction > 0  # for validation images of every class
-  used = _fraction(pool, config, key, 1 + asked)
-  held_out = _first_of_classes(used.label, math.floor(fraction * len(used.index)), int(asked), 1)
+  used = _fraction(pool, config, key, 1 + asked, is_own)
+  num_valid = math.floor(fraction * len(used.index))
+  spare = int(is_own or len(used.index) - num_valid >= task.num_classes)
+  held_out = _first_of_classes(used.label, num_valid, int(asked), spare)
   counts = np.bincount(used.label[held_out], minlength=task.num_classes)
   if asked and not counts.all():
     raise UserError(
@@ -202,14 +205,13 @@ def _hold_out(task: Task, config, is_own: bool) -> Task:
       "validate on: add images of this class, or set protocol.validation_fraction=0"
     )
   if fraction > 0 and not counts.any():
+    larger_helps = math.floor(fraction * len(pool.index)) and config.train_fraction < 1
     raise UserError(
-      f"task {task.name!r}: no validation images, since protocol.validation_fraction = {fraction} "
-      f"of {len(used.index)} images is less than one: "
-      + (
-        f"take a larger train_fraction than {config.train_fraction}"
-        if math.floor(fraction * len(pool.index)) and config.train_fraction < 1
-        else "take a larger one, or 0, or add images"
-      )
+      f"train_fraction = {config.train_fraction} leaves task {task.name!r} {len(used.index)} "
+      f"training and 0 validation images of {len(pool.index)}: take a larger fraction"
+      if larger_helps
+      else f"protocol.validation_fraction = {fraction} of the {len(used.index)} images of task "
+      f"{task.name!r} is less than one: take a larger one, or 0, or add images"
     )
   valid, train = (
     Split(used.image, used.index[rows], used.label[rows]) for rows in (held_out, ~held_out)
@@ -217,15 +219,45 @@ def _hold_out(task: Task, config, is_own: bool) -> Task:
   return task._replace(valid=valid, train=train)
 
 
+def _empty_classes(tasks, config) -> list[str]:
+  """Returns a line that counts the classes without training images, if there are any."""
+  counts = [np.bincount(t.train.label, minlength=t.num_classes) for t in tasks]
+  num_empty = sum(int((c == 0).sum()) for c in counts)
+  line = (
+    f"train_fraction = {config.train_fraction} leaves {num_empty} of {sum(map(len, counts))} "
+    "classes without training images"
+  )
+  return [line] if num_empty else []
+
+
 def _first_of_classes(label: np.ndarray, count: int, least: int, spare: int) -> np.ndarray:
-  """Marks the first `count` of drawn images, but at least the first `least` of each class, and not
-  the last `spare` of any. [N] -> bool [N]"""
-  marked = np.arange(len(label)) < count
-  for c in np.unique(label):
-    rows = np.flatnonzero(label == c)
-    n = min(max(int(marked[rows].sum()), least), len(rows) - spare)
-    marked[rows] = np.arange(len(rows)) < n
-  return marked
+  """Marks the first `count` of drawn images, changed as little as these need: of each class at
+  least its first `least`, and not its last `spare`.
+
+  Args:
+    label: in the order of drawing. [N]
+    count: number of images to mark; more are if `least` needs it, fewer if `spare` does.
+    least: of each class, if it has so many.
+    spare: of each class.
+
+  Returns:
+    bool [N].
+  """
+  sizes = np.bincount(label)
+  most = np.maximum(sizes - spare, 0)
+  n = np.bincount(label[:count], minlength=len(sizes)).clip(least, None).clip(None, most)
+  for c in label[count:]:  # the next ones, in the place of those that are spared
+    if n.sum() >= count:
+      break
+    n[c] += n[c] < most[c]
+  for c in label[:count][::-1]:  # the last ones, whose place is needed
+    if n.sum() <= count:
+      break
+    n[c] -= n[c] > least
+  rank = np.empty(len(label), int)  # the index of an image within its class
+  rank[np.argsort(label, kind="stable")] = np.arange(len(label))
+  rank -= (np.cumsum(sizes) - sizes)[label]
+  return rank < n[label]
 
 
 def _mixed(split: Split, task_id: int) -> Split:
@@ -237,9 +269,12 @@ def _mixed(split: Split, task_id: int) -> Split:
   return Split(split.image, split.index[rows], split.label[rows])
 
 
-def _fraction(split: Split, config, key: tuple[int, int], least: int) -> Split:
-  """Draws `train_fraction` of a split, of every class or of all images together; `least` images of
-  a class at least, where it has so many."""
+def _fraction(split: Split, config, key: tuple[int, int], least: int, is_own: bool) -> Split:
+  """Draws `train_fraction` of a split, of every class or of all images together.
+
+  At least `least` images of each class, if it has so many and there are to be as many images as
+  classes or they are the user's own.
+  """
   rows = np.random.default_rng(key).permutation(len(split.index))
   label, fraction = split.label[rows], config.train_fraction
   if config.protocol.fraction_per_class and fraction < 1:
@@ -247,7 +282,9 @@ def _fraction(split: Split, config, key: tuple[int, int], least: int) -> Split:
     kept = [p[: max(math.ceil(fraction * len(p)), least)] for p in parts]
     rows = rows[np.sort(np.concatenate(kept))]
   else:
-    rows = rows[_first_of_classes(label, math.ceil(fraction * len(rows)), least, 0)]
+    count = math.ceil(fraction * len(rows))
+    least = least if is_own or count >= len(np.unique(label)) else 0
+    rows = rows[_first_of_classes(label, count, least, 0)]
   return Split(split.image, split.index[rows], split.label[rows])
 
 
