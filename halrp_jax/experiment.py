@@ -270,8 +270,6 @@ def run(
       show(event)
 
     folder.describe(benchmark)
-    for note in benchmark.notes:
-      log({"event": "data", "note": note})
     record = _learn_all(config, benchmark, method, folder, log, compiled, together)
     folder.finish(record)
   return record
@@ -300,6 +298,8 @@ def _learn_all(config, benchmark, method, folder, log, compiled, together) -> di
   num_tasks = len(benchmark.tasks)
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
+  for note in () if done else benchmark.notes:
+    log({"event": "data", "note": note})
   rows = results.get("rows", [])
   accuracy = np.array(results.get("accuracy", np.full((num_tasks, num_tasks), np.nan)), float)
   for position, group in list(enumerate(method.groups(num_tasks), 1))[done:]:
