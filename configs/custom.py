@@ -4,7 +4,8 @@ r"""Your own images: a folder per task, an .npz per task, or TFDS sets (halrp_ja
   python -m halrp_jax.main --config=configs/custom.py --config.data_dir=DIR --workdir=RUN \
       [--config.network=resnet18] [--config.data.image_size=64]
 
-DIR holds TASK/CLASS/*.png or *.jpg, or TASK/train/CLASS/... and TASK/test/CLASS/..., or TASK.npz.
+DIR holds TASK/CLASS/IMAGE, or TASK/train/CLASS/IMAGE with TASK/val/... and TASK/test/..., or
+TASK.npz; check_data says what is read, converted, not used, and wrong.
 The hyper-parameters are those of CIFAR100-Split with the images shuffled: a start, not a result.
 """
 

@@ -300,14 +300,14 @@ def _learn_all(config, benchmark, model, method, folder, log, compiled, together
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
   state = population.complete(state, train.statistics_of(model, benchmark.image_shape))
+  notes = () if done else benchmark.notes
   if unmeasured := population.unmeasured(state):
-    log(
-      {
-        "event": "note",
-        "text": f"{len(unmeasured)} tasks are of a version that kept no statistics "
-        "of BatchNorm: `predict` and `export` of these go on depending on the batch",
-      }
+    notes = (
+      f"{len(unmeasured)} tasks are of a version that kept no statistics of BatchNorm: what is "
+      "predicted for them depends on the other images of a batch",
     )
+  for note in notes:
+    log({"event": "note", "note": note})
   rows = results.get("rows", [])
   accuracy = np.array(results.get("accuracy", np.full((num_tasks, num_tasks), np.nan)), float)
   for position, group in list(enumerate(method.groups(num_tasks), 1))[done:]:

@@ -39,6 +39,8 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
         progress.update(bar, total=event["epochs"], completed=done)
       elif event["event"] == "evaluation":
         progress.console.print(task_line(event), highlight=False, soft_wrap=True)
+      elif event["event"] == "note":
+        progress.console.print(event["note"], markup=False, highlight=False, soft_wrap=True)
       elif event["event"] == "finished":
         progress.console.print("this run is finished already; --overwrite starts anew")
 
@@ -48,6 +50,8 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
 def _print_event(stream: TextIO, event: dict) -> None:
   if event["event"] == "evaluation":
     print(task_line(event), file=stream, flush=True)
+  elif event["event"] == "note":
+    print(event["note"], file=stream, flush=True)
   elif event["event"] == "finished":
     print("this run is finished already; --overwrite starts anew", file=stream)
 

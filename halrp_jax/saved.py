@@ -58,13 +58,26 @@ def open_run(path: str) -> Saved:
 
 
 def find_task(saved: Saved, wanted: str) -> int:
-  """Position of the learned task with that id or name."""
-  for key in (lambda task: str(task.id), lambda task: task.name):
-    for t, task in enumerate(saved.benchmark.tasks):
-      if key(task) == wanted:
-        if t < len(saved.learned):
-          return t
-        raise UserError(f"--task={wanted}: {saved.path} has not learned it yet")
+  """Returns the position of a learned task.
+
+  Args:
+    saved: from `open_run`.
+    wanted: its name, or id:N; N alone where no other task has that name.
+
+  Raises:
+    UserError: if no task or several are meant, or it is not learned yet.
+  """
+  tasks = saved.benchmark.tasks
+  meant = [
+    t for t, task in enumerate(tasks) if wanted in (task.name, f"id:{task.id}", str(task.id))
+  ]
+  if len(meant) > 1:
+    choice = " or ".join(f"--task=id:{tasks[t].id} (called {tasks[t].name!r})" for t in meant)
+    raise UserError(f"--task={wanted} can mean several tasks: write {choice}")
+  if meant and meant[0] < len(saved.learned):
+    return meant[0]
+  if meant:
+    raise UserError(f"--task={wanted}: {saved.path} has not learned it yet")
   known = ", ".join(f"{task.id} ({task.name})" for task in saved.learned)
   what = f"--task={wanted}: there is no such task" if wanted else "--task is missing"
   raise UserError(f"{what}; learned: {known}")
@@ -185,7 +198,8 @@ def extend(
   shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
   task_id = 1 + max(task.id for task in run.benchmark.tasks)
   whole = config_dict.ConfigDict(config.to_dict() | {"train_fraction": 1.0})
-  task = data.load_task(data_path, whole, shape, task_id)
+  notes = []
+  task = data.load_task(data_path, whole, shape, task_id, notes.append)
   _require_room(run, task)
   benchmark = run.benchmark._replace(tasks=(*learned, task))
   trained = models.of(config, run.benchmark.max_classes)  # its training goes on as it was
@@ -202,6 +216,8 @@ def extend(
       show(event)
 
     folder.describe(benchmark)
+    for note in notes:
+      log({"event": "data", "note": note})
     start = time.perf_counter()
     state, ranks, unchanged = _learn_one(run, method, task, log, folder.keep())
     method = methods.make(config, run.model, benchmark)
@@ -254,6 +270,10 @@ def _require_room(run: Saved, task: Task) -> None:
     raise UserError(f"{name} learns all tasks at once: it can't be extended")
   if name == "iru":
     raise UserError("iru has room for the factors of its own tasks only: it can't be extended")
+  if same := [old.id for old in run.learned if old.name == task.name]:
+    raise UserError(
+      f"task {same[0]} of {run.path} is called {task.name!r} already: rename the new images' folder"
+    )
   if task.num_classes > width:
     raise UserError(
       f"task {task.name!r} has {task.num_classes} classes, the heads of {run.path} {width} outputs"

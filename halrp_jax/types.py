@@ -3,6 +3,7 @@
 An experiment folds `Method.learn` over a tuple of tasks; everything else is bookkeeping.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,9 +18,19 @@ class UserError(Exception):
   """Something the user can mend: config, data, arguments. Shown as one line, exit code 2."""
 
 
+class UserErrors(UserError):
+  """Several of them, found at once: the text is the first one, `lines` has all."""
+
+  def __init__(self, lines):
+    self.lines = tuple(lines)
+    more = len(self.lines) - 1
+    super().__init__(self.lines[0] + (f" (and {more} more; check_data lists them)" if more else ""))
+
+
 def brief(error: BaseException) -> str:
-  """What an error of a library says, on one line of bearable length."""
-  said = " ".join(str(error).split()) or type(error).__name__
+  """Returns a library's error message on one line of at most 200 characters, without addresses."""
+  said = re.sub(r"<[\w.]+ (object )?at 0x[0-9a-fA-F]+>", "", str(error))
+  said = " ".join(said.split()) or type(error).__name__
   return said if len(said) <= 200 else said[:200] + " ..."
 
 
@@ -63,6 +74,7 @@ class Benchmark(NamedTuple):
   tasks: tuple[Task, ...]  # in the order of training
   split_hash: str  # SHA-256 of images, index sets and labels; the same for all orders
   partial: bool  # True if images or tasks are fewer than the protocol asks for
+  notes: tuple[str, ...] = ()  # what was converted or left out, for people
 
   @property
   def image_shape(self) -> tuple[int, int, int]:

@@ -142,6 +142,26 @@ def test_check_data_says_what_is_odd(capsys, tmp_path):
   assert "WRONG  task 'zweite': 4 test images are training images too" in out
 
 
+def test_check_data_lists_all_bad_files_and_what_is_not_used(capsys, tmp_path):
+  make_custom(tmp_path / "data")
+  flags = (CUSTOM, f"--config.data_dir={tmp_path}/data", f"--sheet={tmp_path}/s.png")
+  Image.new("RGBA", (9, 9)).save(tmp_path / "data" / "zweite" / "Birnen" / "clear.webp")
+  (tmp_path / "data" / "zweite" / "labels.csv").write_text("x")
+  code, out, _ = call(capsys, "check_data", *flags)
+  assert code == 1 and "note   data_dir=" in out  # one colour only
+  assert "of 81 images 1 with transparency, put on white, 1 resized\n" in out
+  assert "1 not used (.csv 1), for example zweite/labels.csv\n" in out
+  for i in range(20):
+    (tmp_path / "data" / ("erste Aufgabe", "zweite")[i % 2] / "Birnen" / f"{i}.png").write_bytes(
+      b"?"
+    )
+  code, out, _ = call(capsys, "check_data", *flags)
+  assert code == 1 and out.count("WRONG  ") == out.count("\n") == 20
+  assert all(
+    f"/Birnen/{i}.png: not an image that can be read (none of PNG, " in out for i in range(20)
+  )
+
+
 def test_check_data_says_what_lacks(capsys, tmp_path):
   write_small_cifar(tmp_path)
   arguments = [f"--config={ROOT}/configs/cifar100_split.py", f"--sheet={tmp_path}/s.png"]

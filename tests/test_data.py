@@ -275,3 +275,45 @@ def test_real_superclasses_equal_the_spec(real_data):
 def test_normalisation_constants():
   np.testing.assert_allclose(cifar100._MEAN, [0.507, 0.487, 0.441])
   np.testing.assert_allclose(cifar100._STD, [0.267, 0.256, 0.276])
+
+
+# --- no class without images ----------------------------------------------------------
+
+
+def counts(split, num_classes):
+  return np.bincount(np.asarray(split.label), minlength=num_classes)
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.01])
+def test_a_small_fraction_of_digits_keeps_every_class(digits_config, fraction):
+  """26 or 13 images of 10 classes."""
+  keys = {"protocol.fraction_per_class": False, "protocol.validation_fraction": 0.2}
+  for seed in range(5):
+    config = digits_config("stl", train_fraction=fraction, seed=seed, order="natural", **keys)
+    benchmark = data.load(experiment.resolve(config))
+    train = np.array([counts(task.train, 10) for task in benchmark.tasks])
+    assert train.min() >= 1 and not benchmark.notes
+    sizes = {len(t.train.index) + len(t.valid.index) for t in benchmark.tasks}
+    assert sizes == {round(1297 * fraction)}
+
+
+def test_what_is_drawn_changes_where_a_class_would_be_empty_only():
+  label = np.array([0, 1, 0, 1, 2, 0, 2, 3])
+  marked = data._first_of_classes
+  for (count, least, spare), rows in {
+    (5, 1, 0): [0, 1, 2, 4, 7],  # 7 in the place of 3
+    (8, 1, 1): [0, 1, 2, 4],  # all but the last of each class
+    (2, 1, 1): [0, 1, 4],  # the third class, too, and nothing of the only one of the fourth
+    (1, 0, 1): [0],
+    (5, 0, 1): [0, 1, 2, 4],  # 4 in the place of 3
+  }.items():
+    assert np.flatnonzero(marked(label, count, least, spare)).tolist() == rows
+  for count in (0, 3, 8):
+    np.testing.assert_array_equal(marked(label, count, 0, 0), np.arange(8) < count)
+
+
+def test_fewer_images_than_classes_are_asked_for(tmp_path):
+  write_small_cifar(tmp_path)
+  config = cifar_config(tmp_path, allow_partial=True, train_fraction=0.05, **PER_TASK)
+  (note,) = data.load(config).notes
+  assert note.startswith("train_fraction = 0.05 leaves 6") and "of 100 classes without" in note

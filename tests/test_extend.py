@@ -103,6 +103,23 @@ def test_mistakes(capsys, monkeypatch, run_folder, tmp_path, classes, change, sa
   assert not (tmp_path / "more").exists()
 
 
+def test_what_is_done_to_the_pictures_is_told_and_a_name_is_not_given_twice(run_folder, tmp_path):
+  draw(tmp_path / "lights", 2, 5)
+  (tmp_path / "lights" / "level 1" / ".DS_Store").write_bytes(b"x")
+  (tmp_path / "lights" / "notes.txt").write_text("x")
+  events = []
+  run = saved.open_run(str(run_folder))
+  saved.extend(run, str(tmp_path / "lights"), str(tmp_path / "more"), events.append)
+  notes = [e["note"] for e in events if e["event"] == "data"]
+  assert notes == [
+    f"--data={tmp_path}/lights: of 10 images 10 grey made RGB, or colours made grey, 10 resized",
+    f"--data={tmp_path}/lights: 1 not used (.txt 1), for example notes.txt",
+  ]
+  more = saved.open_run(str(tmp_path / "more"))
+  with pytest.raises(UserError, match="task 10 of .*more is called 'lights' already: rename"):
+    saved.extend(more, str(tmp_path / "lights"), str(tmp_path / "most"))
+
+
 def test_a_run_is_not_extended_onto_itself_or_gone_on_with(run_folder, tmp_path):
   run = saved.open_run(str(run_folder))
   draw(tmp_path / "lights", 2, 5)

@@ -260,6 +260,27 @@ def test_omniglot_from_folders_is_the_same(tmp_path):
   assert data.load(config).split_hash == zipped
 
 
+def test_omniglot_without_what_systems_leave_behind(tmp_path):
+  import zipfile
+
+  originals.omniglot(tmp_path)
+  config = originals.config_of("omniglot_rotation", tmp_path)
+  clean = data.load(config).split_hash
+  path = tmp_path / "omniglot" / "images_background.zip"
+  with zipfile.ZipFile(path, "a") as archive:
+    for name in (
+      "Alphabet/character01/._0001_00.png",
+      ".cache/character99/0.png",
+      "@eaDir/c/0.png",
+    ):
+      archive.writestr(f"images_background/{name}", b"x")
+  assert data.load(config).split_hash == clean
+  with zipfile.ZipFile(path) as archive:
+    archive.extractall(path.parent)
+  path.unlink()
+  assert data.load(config).split_hash == clean
+
+
 def test_a_character_without_all_its_drawings_is_refused(tmp_path):
   originals.omniglot(tmp_path, drawings=19)
   config = originals.config_of("omniglot_rotation", tmp_path)
@@ -305,6 +326,23 @@ def test_tiny_imagenet_folder_and_zip_are_the_same(tiny_folder, tmp_path):
   originals.tiny_imagenet(tmp_path)
   originals.zipped(tmp_path, "tiny-imagenet-200", "tiny-imagenet-200.zip")
   assert data.load(tiny_config(tmp_path)).split_hash == folder_hash
+
+
+def test_tiny_imagenet_without_what_systems_leave_behind(tmp_path):
+  originals.tiny_imagenet(tmp_path)
+  clean = data.load(tiny_config(tmp_path)).split_hash
+  place = tmp_path / "tiny-imagenet-200" / "train"
+  (place / ".ipynb_checkpoints" / "images").mkdir(parents=True)
+  for name in (".ipynb_checkpoints/images/x.JPEG", "n00000003/images/._n00000003_1.JPEG"):
+    (place / name).write_bytes(b"x")
+  class_folder = place / "n00000005"
+  class_folder.rename(tmp_path / "elsewhere")
+  class_folder.symlink_to(tmp_path / "elsewhere")
+  assert data.load(tiny_config(tmp_path)).split_hash == clean
+  class_folder.unlink()
+  class_folder.symlink_to("/mnt/gone")
+  with pytest.raises(UserError, match="n00000005: a link to /mnt/gone, where nothing can be read"):
+    data.load(tiny_config(tmp_path))
 
 
 def test_grey_jpegs_become_rgb(tiny_folder):

@@ -42,7 +42,7 @@ LAYERS = (
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 # inside a folder of siblings: the package itself may import all, and these may be imported by all
 SHARED_SIBLINGS = {
-  "data": {"sources", "orders", "formats", "cache", "tasks", "prepared", "mnist_family"},
+  "data": {"folders", "sources", "orders", "formats", "cache", "tasks", "prepared", "mnist_family"},
   "methods": {"anchored", "additive", "dictionary"},
 }
 

@@ -317,5 +317,5 @@ def test_an_old_run_that_was_interrupted_goes_on(digits_config, tmp_path):
   events = []
   record = experiment.run(config, str(tmp_path / "run"), events.append)
   assert np.isfinite(record["average_accuracy"])
-  assert [e for e in events if e["event"] == "note" and "kept no statistics" in e["text"]]
+  assert [e for e in events if e["event"] == "note" and "kept no statistics" in e["note"]]
   assert population.unmeasured(saved.open_run(str(tmp_path / "run")).state) == (0,)

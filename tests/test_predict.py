@@ -159,6 +159,52 @@ def test_odd_images(tmp_path):
   np.testing.assert_array_equal(batches[1].image[0], want)
 
 
+def test_a_folder_of_all_kinds(capsys, run_folder, tmp_path):
+  new = tmp_path / "new"
+  (new / "10").mkdir(parents=True)
+  image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8))
+  for name in ("2.webp", "1.BMP", "10/3.gif", "10/20.tif", "10/1.jfif", "10/x.pgm"):
+    image.save(new / name, "JPEG" if name.endswith("jfif") else None)
+  image.convert("LA").resize((4, 4)).save(new / "10" / "la.png")
+  (new / "._2.webp").write_bytes(b"x")
+  (new / "9.heic").write_bytes(b"\0\0\0\x18ftypheic")
+  (new / "8.png").symlink_to("/mnt/gone.png")
+  (new / "notes.txt").write_text("x")
+  flags = (f"--workdir={run_folder}", "--task=id:3", f"--images={new}", f"--out={tmp_path}/p.csv")
+  code, out, _ = call(capsys, *flags)
+  assert code == 1 and "7 images predicted, 2 skipped" in out
+  names = ["10/1.jfif", "10/3.gif", "10/20.tif", "10/la.png", "10/x.pgm", "1.BMP", "2.webp"]
+  assert [r["image"] for r in rows(tmp_path / "p.csv")] == names
+  assert "8.png: a link to /mnt/gone.png, where nothing can be read" in out
+  assert "9.heic: not an image that can be read (HEIC" in out
+  assert "1 resized\n" in out and "note: 1 not used (.txt 1), for example notes.txt\n" in out
+
+
+def named(run, *names):
+  tasks = tuple(
+    task._replace(id=i, name=name)
+    for i, (task, name) in enumerate(zip(run.benchmark.tasks, names, strict=False))
+  )
+  return run._replace(benchmark=run.benchmark._replace(tasks=tasks))
+
+
+def test_a_task_is_found_by_name_or_id(run_folder):
+  run = saved.open_run(str(run_folder))
+  find = saved.find_task
+  assert find(named(run, "2", "dogs"), "dogs") == find(named(run, "2", "dogs"), "1") == 1
+  assert find(named(run, "2", "dogs"), "2") == 0
+  assert find(named(run, "1", "0"), "id:1") == 1
+  with pytest.raises(UserError) as e:
+    find(named(run, "1", "0"), "1")
+  assert str(e.value) == (
+    "--task=1 can mean several tasks: write --task=id:0 (called '1') or --task=id:1 (called '0')"
+  )
+  with pytest.raises(UserError, match="id:0 .called 'dogs'. or --task=id:1 .called 'dogs'."):
+    find(named(run, "dogs", "dogs"), "dogs")
+  with pytest.raises(UserError, match="--task=id:7: there is no such task; learned: 0 .a., 1 .b."):
+    find(named(run, "a", "b"), "id:7")
+
+
 def test_skipped_images_are_listed_and_change_the_exit_code(capsys, run_folder, nine, tmp_path):
   (tmp_path / "new").mkdir()
   Image.fromarray(nine[0][0][..., 0]).save(tmp_path / "new" / "good.png")
@@ -170,7 +216,7 @@ def test_skipped_images_are_listed_and_change_the_exit_code(capsys, run_folder, 
     f"--images={tmp_path}/new",
     f"--out={tmp_path}/pred.csv",
   )
-  assert code == 1 and "skipped " in out and "bad.png: not a PNG" in out
+  assert code == 1 and "skipped " in out and "bad.png: not an image" in out
   assert [r["image"] for r in rows(tmp_path / "pred.csv")] == ["good.png"]
 
 
@@ -181,7 +227,7 @@ def test_skipped_images_are_listed_and_change_the_exit_code(capsys, run_folder, 
     ({"task": "12"}, "--task=12: there is no such task; learned: 3 (permutation 3), 1 (perm"),
     ({"task": ""}, "--task is missing; learned: 3 "),
     ({"images": "nowhere"}, "nowhere: neither a folder nor an .npz"),
-    ({"images": "empty"}, "holds no PNG or JPEG"),
+    ({"images": "empty"}, "holds no images"),
     ({"images": "shape.npz"}, "image is uint8 (2, 9, 8), expected uint8 [N, 8 x 8 x 1]"),
     ({"images": "object.npz"}, "object.npz: can't be read"),
     ({"images": "text.npz"}, "text.npz: can't be read"),

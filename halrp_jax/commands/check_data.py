@@ -1,8 +1,9 @@
 """check_data --config=FILE [--config.KEY=VALUE ...] [--sheet=FILE.png]: looks the data over.
 
-Prints tasks, classes, counts and image sizes, says what is wrong, and draws a contact sheet: one
-row per task, images of its classes in turn, training images left, test images right. Exit code 1
-if something is wrong.
+Prints tasks, classes, counts and image sizes, what is converted or not used, says what is wrong,
+and draws a contact sheet: one row per task, images of its classes in turn, training images left,
+test images right. Files that can't be read are all listed, and nothing is drawn. Exit code 1 if
+something is wrong.
 """
 
 import pathlib
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from halrp_jax import arguments, data, experiment
-from halrp_jax.types import Task, UserError
+from halrp_jax.types import Task, UserError, UserErrors
 
 _FLAGS = {"sheet": "where the contact sheet goes; default: check_data.png"}
 _PER_ROW = 16  # images of each split
@@ -32,9 +33,16 @@ def main(argv: list[str]) -> int:
     complete = args.config.allow_partial
     args.config.allow_partial = True  # look at what is there, then say what lacks
   config = experiment.resolve(args.config)
-  benchmark = data.load(config)
+  try:
+    benchmark = data.load(config)
+  except UserErrors as e:
+    for line in e.lines:
+      print(f"WRONG  {line}")
+    return 1
   image = np.asarray(benchmark.tasks[0].train.image)
   print(f"{benchmark.name}: {len(benchmark.tasks)} tasks, images {benchmark.image_shape}")
+  for note in benchmark.notes:
+    print(f"note   {note}")
   wrong = []
   for task in benchmark.tasks:
     print(_task_line(task))

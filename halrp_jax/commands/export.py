@@ -1,4 +1,4 @@
-"""export --workdir=RUN --out=DIR [--task=ID] [--merge] [--format=F]: a model as files for others.
+"""export --workdir=RUN --out=DIR [--task=NAME] [--merge] [--format=F]: a model as files for others.
 
   python -m halrp_jax export --workdir=runs/digits-halrp --out=model
   python -m halrp_jax export --workdir=runs/digits-ewc --out=model --merge
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
   parser = arguments.parser("export", __doc__)
   parser.add_argument("--workdir", default="", help="the folder of a run")
   parser.add_argument("--out", default="", help="folder for the files")
-  parser.add_argument("--task", default="", help="id or name of a task; default: all")
+  parser.add_argument("--task", default="", help="name of a task, or id:N; default: all")
   parser.add_argument("--merge", action="store_true", help="whole networks")
   parser.add_argument("--format", default="safetensors", help=", ".join(export.FORMATS))
   options = parser.parse_args(argv)

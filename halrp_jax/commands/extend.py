@@ -3,11 +3,12 @@
   python -m halrp_jax extend --workdir=runs/mine --data=new_task --out=runs/mine-and-more
   python -m halrp_jax predict --workdir=runs/mine-and-more --task=new_task ...
 
-FOLDER holds CLASS/*.png or *.jpg, or train/CLASS/... and test/CLASS/...; FILE.npz is as in
-halrp_jax/data/custom.py. The task is named after it. NEW is the folder of a run: with the base, the
-old tasks' parts and the new one; predict, export and extend take it. RUN stays as it is. Where the
-method holds what tasks share (HALRP, STL, BN, BE, APDfix, CLR with its own BatchNorm) the old tasks
-are the same bits: the new task alone is pruned. The same command goes on where it was stopped.
+FOLDER holds CLASS/IMAGE, or train/CLASS/IMAGE with val/... and test/...; it and FILE.npz are as in
+halrp_jax/data/custom.py. The task is named after it, as no task of RUN is. NEW is the folder of a
+run: with the base, the old tasks' parts and the new one; predict, export and extend take it. RUN
+stays as it is. Where the method holds what tasks share (HALRP, STL, BN, BE, APDfix, CLR with its
+own BatchNorm) the old tasks are the same bits: the new task alone is pruned. The same command goes
+on where it was stopped.
 """
 
 import sys

@@ -1,12 +1,13 @@
-"""predict --workdir=RUN --task=ID --images=FOLDER|FILE.npz --out=FILE.csv: classes of new images.
+"""predict --workdir=RUN --task=NAME --images=FOLDER|FILE.npz --out=FILE.csv: classes of new images.
 
   python -m halrp_jax predict --workdir=runs/digits-halrp --task=3 --images=new --out=pred.csv
 
-The run may be finished or interrupted; its data are not needed. --task is the task's id or name.
-FOLDER: its PNG and JPEG files, resized where they have another size. FILE.npz: `image`, uint8
-[N, H, W] or [N, H, W, C], of the network's size. FILE.csv has a row per image: its name, the class,
-its probability, and the probability of every class. What can't be read is listed and skipped; the
-exit code is then 1.
+The run may be finished or interrupted; its data are not needed. --task is the task's name or
+id:N; N alone will do where no other task is called so. FOLDER: its images (PNG, JPEG, WebP, BMP,
+GIF, TIFF, PPM), as they are meant to be seen, resized where they have another size. FILE.npz:
+`image`, uint8 [N, H, W] or [N, H, W, C], of the network's size. FILE.csv has a row per image: its
+name, the class, its probability, and the probability of every class. What can't be read is listed
+and skipped; the exit code is then 1.
 
 What is said of an image does not depend on the images beside it: BatchNorm uses the statistics of
 the task's training images. A run of a version that kept none says so, and uses those of the batch.
@@ -17,8 +18,10 @@ import pathlib
 import sys
 import time
 
+import numpy as np
+
 from halrp_jax import arguments, saved, train
-from halrp_jax.data import incoming
+from halrp_jax.data import formats, incoming
 from halrp_jax.types import UserError
 
 _SECONDS = 5.0  # between two lines of progress
@@ -28,7 +31,7 @@ def main(argv: list[str]) -> int:
   """Writes the table; 1 if an image was skipped."""
   parser = arguments.parser("predict", __doc__)
   parser.add_argument("--workdir", default="", help="the folder of a run")
-  parser.add_argument("--task", default="", help="id or name of a learned task")
+  parser.add_argument("--task", default="", help="name of a learned task, or id:N")
   parser.add_argument("--images", default="", help="a folder, or an .npz")
   parser.add_argument("--out", default="", help="the table, CSV")
   parser.add_argument("--batch_size", type=int, default=0, help="default: that of the run")
@@ -57,7 +60,7 @@ def _write(run: saved.Saved, t: int, images: incoming.Incoming, place: pathlib.P
   task, classify = run.learned[t], saved.make_classifier(run, t)
   temporary = place.with_name(place.name + ".tmp")
   start = told = time.perf_counter()
-  done, skipped = 0, 0
+  done, skipped, converted = 0, 0, [np.zeros(0, np.uint8)]
   try:
     # a file's name may hold bytes that are no text
     with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
@@ -71,12 +74,16 @@ def _write(run: saved.Saved, t: int, images: incoming.Incoming, place: pathlib.P
           row = [name, task.class_names[best], *(f"{x:.6f}" for x in (p[best], *p))]
           table.writerow(row)
         done, skipped = done + len(batch.names), skipped + len(batch.skipped)
+        converted.append(batch.done)
         if time.perf_counter() - told > _SECONDS:
           told = time.perf_counter()
           print(f"{done + skipped:,} of {images.total:,} images", file=sys.stderr, flush=True)
     temporary.replace(place)
   finally:
     temporary.unlink(missing_ok=True)
+  for said in (formats.conversions(np.concatenate(converted)), images.unused):
+    if said:
+      print(f"note: {said}")
   seconds = time.perf_counter() - start
   print(
     f"task {task.id} ({task.name}): {done:,} images predicted, {skipped:,} skipped, "

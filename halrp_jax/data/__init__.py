@@ -33,6 +33,7 @@ class Family(NamedTuple):
   outline: Callable[..., Outline | None]  # (config) -> what the protocol asks for; None: anything
   read: Callable[..., list[Task]]  # (config) -> tasks by id
   originals: tuple[str, ...] = ()  # data sets it is made of: keys of `sources.ORIGINALS`
+  tells: bool = False  # read(config, tell) calls tell with lines about the files
 
 
 BENCHMARKS: dict[str, Family] = {
@@ -48,7 +49,7 @@ BENCHMARKS: dict[str, Family] = {
   "pmnist20": Family(mnist.outline_20, mnist.read_20, ("mnist",)),
   "cifar100_20": Family(cifar100.outline_random, cifar100.read_random, ("cifar100",)),
   "digits": Family(digits.outline, digits.read),
-  "custom": Family(custom.outline, custom.read),
+  "custom": Family(custom.outline, custom.read, tells=True),
 }
 
 
@@ -62,7 +63,8 @@ def load(config) -> Benchmark:
   family = BENCHMARKS[config.benchmark]
   outline = family.outline(config)
   order = _order(config, len(outline.tasks)) if outline else None
-  tasks = family.read(config)
+  notes = []
+  tasks = family.read(config, notes.append) if family.tells else family.read(config)
   order = order or _order(config, len(tasks))
   for task in tasks:
     _require_classes(task)
@@ -71,15 +73,22 @@ def load(config) -> Benchmark:
     more = f" (and {len(lacks) - 1} more)" if len(lacks) > 1 else ""
     raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
   tasks = tasks if config.data.normalise else [_raw(task) for task in tasks]
-  splits = {task.id: _hold_out(task, config) for task in tasks}
+  splits = {task.id: _hold_out(task, config, not outline) for task in tasks}
+  notes += _empty_classes(splits.values(), config)
   split_hash = _hash(splits.values())
   image = jax.device_put(next(iter(splits.values())).train.image)  # one array for all tasks
   tasks = tuple(_on_device(splits[i], image) for i in order if i in splits)
   is_partial = bool(lacks) or len(order) < len(splits)
-  return Benchmark(config.benchmark, tasks, split_hash, is_partial)
+  return Benchmark(config.benchmark, tasks, split_hash, is_partial, tuple(notes))
 
 
-def load_task(text: str, config, shape: tuple[int, int, int], task_id: int) -> Task:
+def load_task(
+  text: str,
+  config,
+  shape: tuple[int, int, int],
+  task_id: int,
+  tell: Callable[[str], None] = lambda line: None,
+) -> Task:
   """One task of the user's own images, split as a config says, images on the device.
 
   Args:
@@ -87,10 +96,11 @@ def load_task(text: str, config, shape: tuple[int, int, int], task_id: int) -> T
     config: resolved.
     shape: [H, W, C] that its images get.
     task_id: its number.
+    tell: is called with lines that say what was converted or is not used.
   """
-  task = custom.read_one(text, config, shape, task_id)
+  task = custom.read_one(text, config, shape, task_id, tell)
   _require_classes(task)
-  task = _hold_out(task if config.data.normalise else _raw(task), config)
+  task = _hold_out(task if config.data.normalise else _raw(task), config, True)
   return _on_device(task, jax.device_put(task.train.image))
 
 
@@ -167,29 +177,87 @@ def _raw(task: Task) -> Task:
   return task._replace(inputs=task.inputs._replace(mean=mean, std=std))
 
 
-def _hold_out(task: Task, config) -> Task:
-  """Takes `train_fraction` of the images and holds out the validation images (spec c).
+def _hold_out(task: Task, config, is_own: bool) -> Task:
+  """Takes `train_fraction` of the images and holds out the validation images.
 
-  Keyed by seed and the task's own id: the same images in every order. The test set stays whole.
+  Keyed by seed and the task's own id: the same images in every order. The test set stays whole. No
+  class is left without training images, if as many images as classes are asked for; of a user's own
+  images, none without training and validation images whatever is asked for.
+
+  Raises:
+    UserError: if there are too few images.
   """
   task = task._replace(test=_mixed(task.test, task.id))
-  pool, fraction = task.train, config.protocol.validation_fraction
+  pool, fraction, key = task.train, config.protocol.validation_fraction, (config.seed, task.id)
   if len(task.valid.index):
-    train, valid = (_fraction(s, config, (config.seed, task.id)) for s in (pool, task.valid))
-    return task._replace(train=train, valid=valid)
-  used = _fraction(pool, config, (config.seed, task.id))
-  num_used = len(used.index)
-  num_valid = math.floor(fraction * num_used)
-  if num_used - num_valid < 1 or (fraction > 0 and num_valid < 1):
+    train = _fraction(pool, config, key, 1, is_own)
+    return task._replace(train=train, valid=_fraction(task.valid, config, key, 1, is_own))
+  asked = is_own and fraction > 0  # for validation images of every class
+  used = _fraction(pool, config, key, 1 + asked, is_own)
+  num_valid = math.floor(fraction * len(used.index))
+  spare = int(is_own or len(used.index) - num_valid >= task.num_classes)
+  held_out = _first_of_classes(used.label, num_valid, int(asked), spare)
+  counts = np.bincount(used.label[held_out], minlength=task.num_classes)
+  if asked and not counts.all():
     raise UserError(
-      f"train_fraction = {config.train_fraction} leaves task {task.name!r} {num_used - num_valid} "
-      f"training and {num_valid} validation images of {len(pool.index)}: take a larger fraction"
+      f"task {task.name!r}: class {task.class_names[int(counts.argmin())]!r} has 1 image beside "
+      f"those for testing, and protocol.validation_fraction = {fraction} needs 2, to train and to "
+      "validate on: add images of this class, or set protocol.validation_fraction=0"
+    )
+  if fraction > 0 and not counts.any():
+    larger_helps = math.floor(fraction * len(pool.index)) and config.train_fraction < 1
+    raise UserError(
+      f"train_fraction = {config.train_fraction} leaves task {task.name!r} {len(used.index)} "
+      f"training and 0 validation images of {len(pool.index)}: take a larger fraction"
+      if larger_helps
+      else f"protocol.validation_fraction = {fraction} of the {len(used.index)} images of task "
+      f"{task.name!r} is less than one: take a larger one, or 0, or add images"
     )
   valid, train = (
-    Split(used.image, used.index[part], used.label[part])
-    for part in (slice(num_valid), slice(num_valid, None))
+    Split(used.image, used.index[rows], used.label[rows]) for rows in (held_out, ~held_out)
   )
   return task._replace(valid=valid, train=train)
+
+
+def _empty_classes(tasks, config) -> list[str]:
+  """Returns a line that counts the classes without training images, if there are any."""
+  counts = [np.bincount(t.train.label, minlength=t.num_classes) for t in tasks]
+  num_empty = sum(int((c == 0).sum()) for c in counts)
+  line = (
+    f"train_fraction = {config.train_fraction} leaves {num_empty} of {sum(map(len, counts))} "
+    "classes without training images"
+  )
+  return [line] if num_empty else []
+
+
+def _first_of_classes(label: np.ndarray, count: int, least: int, spare: int) -> np.ndarray:
+  """Marks the first `count` of drawn images, changed as little as these need: of each class at
+  least its first `least`, and not its last `spare`.
+
+  Args:
+    label: in the order of drawing. [N]
+    count: number of images to mark; more are if `least` needs it, fewer if `spare` does.
+    least: of each class, if it has so many.
+    spare: of each class.
+
+  Returns:
+    bool [N].
+  """
+  sizes = np.bincount(label)
+  most = np.maximum(sizes - spare, 0)
+  n = np.bincount(label[:count], minlength=len(sizes)).clip(least, None).clip(None, most)
+  for c in label[count:]:  # the next ones, in the place of those that are spared
+    if n.sum() >= count:
+      break
+    n[c] += n[c] < most[c]
+  for c in label[:count][::-1]:  # the last ones, whose place is needed
+    if n.sum() <= count:
+      break
+    n[c] -= n[c] > least
+  rank = np.empty(len(label), int)  # the index of an image within its class
+  rank[np.argsort(label, kind="stable")] = np.arange(len(label))
+  rank -= (np.cumsum(sizes) - sizes)[label]
+  return rank < n[label]
 
 
 def _mixed(split: Split, task_id: int) -> Split:
@@ -201,16 +269,22 @@ def _mixed(split: Split, task_id: int) -> Split:
   return Split(split.image, split.index[rows], split.label[rows])
 
 
-def _fraction(split: Split, config, key: tuple[int, int]) -> Split:
-  """`train_fraction` of a split, shuffled: of every class, or of all images together."""
+def _fraction(split: Split, config, key: tuple[int, int], least: int, is_own: bool) -> Split:
+  """Draws `train_fraction` of a split, of every class or of all images together.
+
+  At least `least` images of each class, if it has so many and there are to be as many images as
+  classes or they are the user's own.
+  """
   rows = np.random.default_rng(key).permutation(len(split.index))
-  if config.protocol.fraction_per_class and config.train_fraction < 1:
-    label = split.label[rows]
+  label, fraction = split.label[rows], config.train_fraction
+  if config.protocol.fraction_per_class and fraction < 1:
     parts = [np.flatnonzero(label == c) for c in np.unique(label)]
-    kept = [p[: math.ceil(config.train_fraction * len(p))] for p in parts]
+    kept = [p[: max(math.ceil(fraction * len(p)), least)] for p in parts]
     rows = rows[np.sort(np.concatenate(kept))]
   else:
-    rows = rows[: math.ceil(config.train_fraction * len(rows))]
+    count = math.ceil(fraction * len(rows))
+    least = least if is_own or count >= len(np.unique(label)) else 0
+    rows = rows[_first_of_classes(label, count, least, 0)]
   return Split(split.image, split.index[rows], split.label[rows])
 
 

@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 
-from halrp_jax.data import cache, formats, mnist_family, sources
+from halrp_jax.data import cache, folders, formats, mnist_family, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, grey_to_rgb, join, make_task
 from halrp_jax.types import Inputs, Task, UserError
 
@@ -118,9 +118,12 @@ def _read_notmnist(files: sources.Files, setting: str) -> ImageSet:
   place = {n: i for i, n in enumerate(train + test)}
 
   def decode(out):
-    for name, contents in files.stream(frozenset(place)):
+    def decode_one(item):
+      name, contents = item
       image = formats.picture(contents, f"{files.place}: {name}", "L", (28, 28))
       out[place[name]] = np.pad(np.asarray(image), 2)[..., None]
+
+    folders.for_all(decode_one, files.stream(frozenset(place)))
 
   image = cache.images(
     setting, f"notmnist-{sources.fingerprint(files)}", (len(place), 32, 32, 3), decode

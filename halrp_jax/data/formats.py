@@ -1,7 +1,11 @@
-"""Bytes of the original files -> arrays. Every format is checked before it is believed."""
+"""Bytes of the original files and of the user's images -> arrays.
+
+Every format is checked before it is believed.
+"""
 
 import io
 import math
+import pathlib
 import struct
 import warnings
 import zlib
@@ -118,33 +122,205 @@ def _unpacked_size(packed: memoryview, most: int) -> int:
 
 
 def picture(contents: bytes, name: str, mode: str, size: tuple[int, int] | None) -> Image.Image:
-  """A PNG or JPEG, decoded.
+  """Decodes an image.
 
   Args:
     contents: the file.
     name: what to call it in an error.
     mode: "L" or "RGB"; other modes are converted.
-    size: (width, height) it must have; None: any.
+    size: (width, height) of a published data set: it must have it, be a PNG or JPEG, and its pixels
+      are taken as they are stored, as the data set's authors do. None: any image, as it is meant to
+      be seen (`photo`).
 
   Raises:
     UserError: if it can't be read, or has another size.
   """
+  if size is None:
+    return photo(contents, name, mode)[0]
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
       image = Image.open(io.BytesIO(contents), formats=("PNG", "JPEG"))
-      wrong = size is not None and image.size != size
-      if not wrong and image.size[0] * image.size[1] <= _MOST_PIXELS:
-        return _eight_bits(image).convert(mode)
+      if image.size == size:
+        return (_eight_bits(image) if _is_deep(image) else image).convert(mode)
   except Exception as e:  # a damaged file makes Pillow raise almost anything
     raise UserError(f"{name}: not a PNG or JPEG that can be read ({brief(e)}); get it again") from e
-  expected = f"{size[0]} x {size[1]}" if wrong else f"at most {_MOST_PIXELS:,} pixels"
+  expected = f"{size[0]} x {size[1]}"
   raise UserError(f"{name}: {image.size[0]} x {image.size[1]} pixels, expected {expected}")
 
 
+# --- images of the user's -------------------------------------------------------------
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+_MOST_BYTES = 200_000_000  # of one image's file
+_ORIENTATION = 0x0112  # EXIF and TIFF
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+# what is done to an image, as bits
+_TURNED, _CLEAR, _DEEP, _PALETTE, _COLOURS, _GREY, _FRAMES, _RESIZED = (1 << i for i in range(8))
+_SAID = {
+  _TURNED: "turned as their EXIF orientation says",
+  _CLEAR: "with transparency, put on white",
+  _DEEP: "with 16 bits, scaled to 8",
+  _PALETTE: "with a palette, given its colours",
+  _COLOURS: "in CMYK or another colour space, made RGB",
+  _GREY: "grey made RGB, or colours made grey",
+  _FRAMES: "with several frames, of which the first is used",
+  _RESIZED: "resized",
+}
+_BEGINNINGS = (
+  (b"\x89PNG", "PNG"),
+  (b"\xff\xd8", "JPEG"),
+  (b"RIFF", "WEBP"),
+  (b"BM", "BMP"),
+  (b"GIF8", "GIF"),
+  (b"II", "TIFF"),
+  (b"MM", "TIFF"),
+)
+_OTHER_BEGINNINGS = (  # of files that people take for images
+  (b"version https://git-lfs", "the pointer of a file in Git LFS, which git lfs pull fetches"),
+  (b"<", "HTML, SVG or XML"),
+  (b"%PDF", "PDF"),
+  (b"PK\3\4", "a zip archive"),
+  (b"\x1f\x8b", "a gzip archive"),
+  (b"\x89HDF", "HDF5"),
+  (b"8BPS", "PSD"),
+  (b"\0\0\0\x0cjP", "JPEG 2000"),
+  (b"\x93NUMPY", "a numpy array"),
+)
+
+
+def read_photo(path: pathlib.Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, int]:
+  """Reads an image file of the user's.
+
+  Args:
+    path: the file.
+    shape: [H, W, C] that it is made to have; C is 1 or 3.
+
+  Returns:
+    uint8 array of that shape, and bits that say what was done to it (`conversions`).
+
+  Raises:
+    UserError: names the file, its format, and why it can't be read.
+  """
+  height, width, channels = shape
+  contents = sources.read_file(path, _MOST_BYTES)
+  image, done = photo(contents, str(path), "L" if channels == 1 else "RGB")
+  if image.size != (width, height):
+    image, done = image.resize((width, height), Image.Resampling.BILINEAR), done | _RESIZED
+  return np.asarray(image).reshape(shape), done
+
+
+def conversions(done: np.ndarray) -> str:
+  """Returns a text that counts what was done to images; empty if nothing was.
+
+  Args:
+    done: bits of `read_photo` for each image. [N]
+  """
+  counts = {text: int(np.count_nonzero(done & bit)) for bit, text in _SAID.items()}
+  said = ", ".join(f"{n:,} {text}" for text, n in counts.items() if n)
+  return said and f"of {len(done):,} images {said}"
+
+
+def photo(contents: bytes, name: str, mode: str) -> tuple[Image.Image, int]:
+  """Decodes an image as it is meant to be seen: turned, on white, 8 bits, the first frame.
+
+  Colour profiles are not applied. See `read_photo`.
+  """
+  kind, is_other = _kind_of(contents)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      image = Image.open(io.BytesIO(contents), formats=_FORMATS)
+      kind, (width, height) = image.format, image.size
+      if width * height > _MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, expected at most {_MOST_PIXELS:,}")
+      return _as_seen(image, mode)
+  except Image.UnidentifiedImageError:
+    kind += "" if is_other else ": damaged at its beginning"
+  except Exception as e:  # a damaged file makes Pillow raise almost anything
+    kind += f": {brief(e)}"
+  raise UserError(f"{name}: not an image that can be read ({kind}); get it again or remove it")
+
+
+def _kind_of(contents: bytes) -> tuple[str, bool]:
+  """Returns what a file seems to be, and whether that is none of `_FORMATS`."""
+  if not contents:
+    return "an empty file", True
+  if contents[4:8] == b"ftyp":
+    return "HEIC, AVIF or a film", True
+  for beginnings, start in ((_BEGINNINGS, contents), (_OTHER_BEGINNINGS, contents[:256].lstrip())):
+    for beginning, kind in beginnings:
+      if start.startswith(beginning):
+        return kind, beginnings is _OTHER_BEGINNINGS
+  return "none of PNG, JPEG, WebP, BMP, GIF, TIFF and PPM", True
+
+
+def _as_seen(image: Image.Image, mode: str) -> tuple[Image.Image, int]:
+  deep = _is_deep(image) or any(";16" in str(tile) for tile in image.tile)
+  done = _DEEP * deep | _FRAMES * _has_frames(image)
+  turn = _orientation(image) if image.format == "TIFF" else 1  # whose load turns it
+  image.load()
+  if turn not in _TURNS and (turn := _orientation(image)) in _TURNS:
+    image = image.transpose(_TURNS[turn])
+  done |= _TURNED * (turn in _TURNS)
+  if _is_deep(image):
+    image = _eight_bits(image)
+  elif image.mode == "F":
+    raise ValueError("pixels are floating-point numbers, whose range no file says")
+  done |= _PALETTE * (image.mode in ("P", "PA"))
+  done |= _COLOURS * (image.mode in ("CMYK", "YCbCr", "LAB", "HSV"))
+  if image.has_transparency_data:
+    image, clear = on_white(image)
+    done |= _CLEAR * clear
+  colours = image.mode not in ("1", "L", "LA", "I")
+  return image.convert(mode), done | _GREY * (colours != (mode == "RGB"))
+
+
+def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
+  """Returns an image without transparency, and whether it had any."""
+  grey = image.mode in ("1", "L", "LA", "La")
+  if image.mode in ("La", "RGBa"):
+    image = image.convert(image.mode.upper())
+  image = image.convert("RGBA")
+  clear = image.getchannel("A").getextrema()[0] < 255
+  white = Image.new("RGBA", image.size, "white")
+  return Image.alpha_composite(white, image).convert("L" if grey else "RGB"), clear
+
+
+def _orientation(image: Image.Image) -> int:
+  try:
+    return image.getexif().get(_ORIENTATION, 1)
+  except Exception:  # damaged EXIF data of a sound image
+    return 1
+
+
+def _has_frames(image: Image.Image) -> bool:
+  try:
+    return bool(getattr(image, "is_animated", False))
+  except Exception:  # a damaged frame after the first
+    return True
+
+
+def _is_deep(image: Image.Image) -> bool:
+  return image.mode.startswith("I")
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
-  """Pillow clips 16 bits to white when it converts them; so scale."""
-  if image.mode.startswith("I;16") or image.mode == "I":
-    wide = np.asarray(image, np.int64)
-    return Image.fromarray((wide >> 8).clip(0, 255).astype(np.uint8))
-  return image
+  """Scales 16 bits to 8, which Pillow clips."""
+  tags = getattr(image, "tag_v2", {})  # of a TIFF
+  if image.format == "TIFF" and image.mode == "I":
+    raise ValueError("pixels have a sign or 32 bits, whose range no file says")
+  wide = np.asarray(image, np.int64) << (16 - tags.get(258, (16,))[0])  # BitsPerSample
+  if tags.get(262) == 0:  # PhotometricInterpretation: white is 0
+    wide = 65535 - wide
+  if (clear := image.info.get("transparency")) is not None:
+    wide[wide == clear] = 65535  # on white, as other images are
+  return Image.fromarray((wide >> 8).clip(0, 255).astype(np.uint8))

@@ -1,7 +1,7 @@
 """Images without labels, to be classified: a folder, or `image` of an .npz file.
 
-A folder's PNG and JPEG files, also those of its sub-folders, are resized as in custom.py; of an
-animated one the first frame counts. An .npz has images of the network's size.
+A folder's images, also those of its sub-folders, are read and resized as in custom.py. An .npz has
+images of the network's size.
 """
 
 import pathlib
@@ -9,28 +9,26 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from halrp_jax.data import formats, sources
+from halrp_jax.data import folders, formats, sources
 from halrp_jax.types import UserError, brief
-
-_SUFFIXES = (".png", ".jpg", ".jpeg")
-_MOST = 200_000_000  # bytes of one image's file
 
 
 class Batch(NamedTuple):
   names: list[str]
   image: np.ndarray  # uint8 [B, H, W, C]
   skipped: list[str]  # lines that say what could not be read, and why
+  done: np.ndarray = np.zeros(0, np.uint8)  # what was done to the images: `formats.conversions`
 
 
 class Incoming(NamedTuple):
   total: int  # images, the damaged ones too
   batches: Iterator[Batch]  # all but the last one with as many good images as asked for
+  unused: str = ""  # a text that counts the files that are no images; empty if there are none
 
 
 def open_images(text: str, shape: tuple[int, int, int], batch_size: int) -> Incoming:
-  """The images that the user names.
+  """Opens the images that the user names, in the order of their names.
 
   Args:
     text: path of a folder or an .npz.
@@ -42,15 +40,14 @@ def open_images(text: str, shape: tuple[int, int, int], batch_size: int) -> Inco
   """
   place = sources.path_of("--images", text)
   if place.is_dir():
-    names = sorted(
-      p.relative_to(place).as_posix()
-      for p in place.rglob("*")
-      if p.suffix.lower() in _SUFFIXES and p.is_file() and not p.name.startswith(".")
-    )
+    tree = folders.walk(place, f"--images={text}")
+    names = [n for n in tree.files if folders.is_image(n) or folders.is_unread_image(n)]
+    unused = folders.unused(set(tree.files).union(tree.skipped) - set(names))
+    names = sorted([*names, *tree.broken], key=folders.path_order)
     if not names:
-      raise UserError(f"--images={text}: holds no PNG or JPEG")
-    return Incoming(len(names), _folder(place, names, shape, batch_size))
-  if place.suffix != ".npz":
+      raise UserError(f"--images={text}: holds no images{unused and f'; {unused}'}")
+    return Incoming(len(names), _folder(tree, names, shape, batch_size), unused)
+  if place.suffix.lower() != ".npz":
     raise UserError(f"--images={text}: neither a folder nor an .npz that is there")
   image = _npz(place, shape)
   starts = range(0, len(image), batch_size)
@@ -59,29 +56,22 @@ def open_images(text: str, shape: tuple[int, int, int], batch_size: int) -> Inco
   return Incoming(len(image), (Batch(names[part], image[part], []) for part in parts))
 
 
-def _folder(place, names, shape, batch_size) -> Iterator[Batch]:
-  batch = Batch([], [], [])
-  for name in names:
+def _folder(tree: folders.Tree, names, shape, batch_size) -> Iterator[Batch]:
+  names_read, images, skipped, done = [], [], [], []
+  for i, name in enumerate(names, 1):
     try:
-      batch.image.append(_picture(place / name, shape))
-      batch.names.append(name)
+      if name in tree.broken:
+        raise UserError(tree.broken[name])
+      image, bits = formats.read_photo(tree.path / name, shape)
+      images.append(image)
+      done.append(bits)
+      names_read.append(name)
     except UserError as e:
-      batch.skipped.append(str(e))
-    if len(batch.names) == batch_size:
-      yield batch._replace(image=np.stack(batch.image))
-      batch = Batch([], [], [])
-  if batch.names or batch.skipped:
-    image = np.stack(batch.image) if batch.names else np.zeros((0, *shape), np.uint8)
-    yield batch._replace(image=image)
-
-
-def _picture(path: pathlib.Path, shape) -> np.ndarray:
-  height, width, channels = shape
-  contents = sources.read_file(path, _MOST)
-  image = formats.picture(contents, str(path), "L" if channels == 1 else "RGB", None)
-  if image.size != (width, height):
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-  return np.asarray(image).reshape(shape)
+      skipped.append(str(e))
+    if len(images) == batch_size or i == len(names):
+      image = np.stack(images) if images else np.zeros((0, *shape), np.uint8)
+      yield Batch(names_read, image, skipped, np.array(done, np.uint8))
+      names_read, images, skipped, done = [], [], [], []
 
 
 def _npz(path: pathlib.Path, shape) -> np.ndarray:

@@ -11,7 +11,7 @@ Reference: B. Lake et al., "Human-level concept learning through probabilistic p
 import numpy as np
 from PIL import Image
 
-from halrp_jax.data import cache, formats, sources
+from halrp_jax.data import cache, folders, formats, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
 from halrp_jax.types import Inputs, Task, UserError
 
@@ -91,11 +91,15 @@ def _characters(archives, allow_partial: bool) -> list[tuple[str, list[tuple[str
 def _decode(archives, wanted, out: np.ndarray) -> None:
   for half, files in archives.items():
     place = {name: i for i, (archive, name) in enumerate(wanted) if archive == half}
-    for name, contents in files.stream(frozenset(place)):
+
+    def decode_one(item, files=files, place=place):
+      name, contents = item
       drawing = formats.picture(contents, f"{files.place}: {name}", "L", (105, 105))
       small = np.asarray(drawing.resize((32, 32), Image.Resampling.BILINEAR))
       for turn in range(_TURNS):
         out[_TURNS * place[name] + turn, :, :, 0] = np.rot90(small, turn)
+
+    folders.for_all(decode_one, files.stream(frozenset(place)))
 
 
 def _drawn(data: ImageSet, c: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from halrp_jax.data import formats
 from halrp_jax.data.tasks import ImageSet
 from halrp_jax.types import UserError, brief
 
@@ -100,5 +101,9 @@ def _sized(image: np.ndarray, size: int | None) -> np.ndarray:
   """uint8 [H, W, C], or [size, size, 3]"""
   if size is None:
     return image
-  picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
+  image = (image >> 8).astype(np.uint8) if image.dtype == np.uint16 else image
+  picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  if picture.has_transparency_data:
+    picture, _ = formats.on_white(picture)
+  picture = picture.convert("RGB")
   return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))

@@ -16,7 +16,8 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from halrp_jax.types import UserError, brief
+from halrp_jax.data import folders
+from halrp_jax.types import UserError, UserErrors, brief
 
 
 class Remote(NamedTuple):
@@ -277,14 +278,25 @@ def _published(remote: Remote) -> str:
 
 
 def folder(place: pathlib.Path, most: int) -> Files:
-  """All files below a folder."""
-  paths = {p.relative_to(place).as_posix(): p for p in place.rglob("*") if p.is_file()}
+  """Returns the files below a folder, without hidden and system files.
+
+  Raises:
+    UserError: if one of them can't be read, for example a link that leads nowhere.
+  """
+  tree = folders.walk(place)
+  if tree.broken:
+    raise UserErrors(tree.broken.values())
+  return files_of(tree, most)
+
+
+def files_of(tree: folders.Tree, most: int) -> Files:
+  """Returns the files of a folder; most: bytes of one."""
 
   def stream(names):
     for name in sorted(names):
-      yield name, read_file(paths[name], most)
+      yield name, read_file(tree.path / name, most)
 
-  return Files(place, tuple(sorted(paths)), stream)
+  return Files(tree.path, tree.files, stream)
 
 
 def read_file(path: pathlib.Path, most: int) -> bytes:
@@ -360,6 +372,7 @@ def _zip(path, folder: str, most: int) -> Files:
       _require_size(path, total, most)
       if not info.is_dir() and info.filename.startswith(f"{folder}/"):
         members[info.filename.removeprefix(f"{folder}/")] = info
+    members = {name: info for name, info in members.items() if folders.counts(name)}
 
   def stream(names):
     with _refusing(path), zipfile.ZipFile(path) as opened:
@@ -390,7 +403,7 @@ def _tar(path, folder: str, most: int) -> Files:
         if member.isfile() and name in wanted:
           yield name, opened.extractfile(member).read()
 
-  return Files(path, tuple(sorted(set(names))), stream)
+  return Files(path, tuple(sorted(filter(folders.counts, set(names)))), stream)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ Reference: Y. Le and X. Yang, "Tiny ImageNet visual recognition challenge", 2015
 
 import numpy as np
 
-from halrp_jax.data import cache, formats, sources
+from halrp_jax.data import cache, folders, formats, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
 from halrp_jax.types import Inputs, Task, UserError
 
@@ -85,8 +85,11 @@ def _read(files: sources.Files, setting: str) -> ImageSet:
   place = {n: i for i, n in enumerate(train + test)}
 
   def decode(out):
-    for name, contents in files.stream(frozenset(place)):
+    def decode_one(item):
+      name, contents = item
       out[place[name]] = formats.picture(contents, f"{files.place}: {name}", "RGB", (64, 64))
+
+    folders.for_all(decode_one, files.stream(frozenset(place)))
 
   key = f"tinyimagenet-{sources.fingerprint(files)}"
   image = cache.images(setting, key, (len(place), 64, 64, 3), decode)
