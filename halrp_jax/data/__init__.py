@@ -16,6 +16,7 @@ import numpy as np
 
 from halrp_jax.data import (
   cifar100,
+  content,
   custom,
   digits,
   five_datasets,
@@ -53,7 +54,17 @@ BENCHMARKS: dict[str, Family] = {
 
 
 def load(config) -> Benchmark:
-  """The benchmark a config names, split, in the order of training, images on the device.
+  """Returns the benchmark a config names, split, in the order of training, images on the device.
+
+  Raises: as `read`.
+  """
+  benchmark = read(config)
+  image = jax.device_put(benchmark.tasks[0].train.image)  # one array for all tasks
+  return benchmark._replace(tasks=tuple(_on_device(task, image) for task in benchmark.tasks))
+
+
+def read(config) -> Benchmark:
+  """Returns what `load` does, with the images as they were read.
 
   Raises:
     sources.Missing: if the data are not there.
@@ -71,12 +82,11 @@ def load(config) -> Benchmark:
     more = f" (and {len(lacks) - 1} more)" if len(lacks) > 1 else ""
     raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
   tasks = tasks if config.data.normalise else [_raw(task) for task in tasks]
-  splits = {task.id: _hold_out(task, config) for task in tasks}
-  split_hash = _hash(splits.values())
-  image = jax.device_put(next(iter(splits.values())).train.image)  # one array for all tasks
-  tasks = tuple(_on_device(splits[i], image) for i in order if i in splits)
+  drawn = content.with_hashes(tasks, [_hold_out(task, config) for task in tasks])
+  splits = {task.id: task for task in drawn}
   is_partial = bool(lacks) or len(order) < len(splits)
-  return Benchmark(config.benchmark, tasks, split_hash, is_partial)
+  tasks = tuple(splits[i] for i in order if i in splits)
+  return Benchmark(config.benchmark, tasks, _hash(drawn), is_partial)
 
 
 def load_task(text: str, config, shape: tuple[int, int, int], task_id: int) -> Task:
@@ -90,7 +100,8 @@ def load_task(text: str, config, shape: tuple[int, int, int], task_id: int) -> T
   """
   task = custom.read_one(text, config, shape, task_id)
   _require_classes(task)
-  task = _hold_out(task if config.data.normalise else _raw(task), config)
+  whole = task if config.data.normalise else _raw(task)
+  (task,) = content.with_hashes([whole], [_hold_out(whole, config)])
   return _on_device(task, jax.device_put(task.train.image))
 
 

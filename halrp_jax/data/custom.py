@@ -131,7 +131,7 @@ def _pictures(place: pathlib.Path, config, shape: tuple[int, int, int]) -> Image
       out[position[name]] = np.asarray(image).reshape(shape)
 
   position = {n: i for i, n in enumerate(names)}
-  key = f"custom-{place.resolve()}-{sources.fingerprint(files)}"
+  key = f"custom-{sources.fingerprint(files, names)}"
   image = cache.images(config.data.cache, key, (len(names), *shape), decode)
   label = np.array([classes.index(n.split("/")[-2]) for n in names])
   num_train = sum(n.startswith("train/") for n in names) if has_test else len(names)

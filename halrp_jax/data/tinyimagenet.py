@@ -88,7 +88,7 @@ def _read(files: sources.Files, setting: str) -> ImageSet:
     for name, contents in files.stream(frozenset(place)):
       out[place[name]] = formats.picture(contents, f"{files.place}: {name}", "RGB", (64, 64))
 
-  key = f"tinyimagenet-{sources.fingerprint(files)}"
+  key = f"tinyimagenet-{sources.fingerprint(files, place)}"
   image = cache.images(setting, key, (len(place), 64, 64, 3), decode)
   return ImageSet(image, np.array([label[n] for n in place]), len(train), words)
 
