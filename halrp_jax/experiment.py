@@ -4,39 +4,39 @@ import contextlib
 import datetime
 import functools
 import gc
+import json
 import os
 import platform
 import resource
 import threading
 import time
 from collections.abc import Callable
-from importlib import metadata
 
 import jax
 import numpy as np
 from flax import traverse_util
 from ml_collections import config_dict
 
-import halrp_jax
 from halrp_jax import (
   allocator,
   checkpoint,
   data,
   determinism,
+  identity,
   methods,
   metrics,
   models,
   parallel,
   perturb,
   processes,
+  standing,
   train,
   validate,
   workdir,
 )
-from halrp_jax.types import Benchmark, Method, Store, UserError, alone
+from halrp_jax.types import Benchmark, Method, Store, UserError, alone, brief
 
 SCHEMA = 1  # of record.json
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 
 
 # --- config ---------------------------------------------------------------------------
@@ -227,6 +227,7 @@ def run(
   stop_asked: Callable[[], bool] = lambda: False,
   builder: Callable | None = None,
   together: Callable = alone,
+  read: Callable | None = None,
 ) -> dict:
   """Learns all tasks of a config one after another and writes the record.
 
@@ -240,6 +241,7 @@ def run(
     stop_asked: asked between the chunks of training; True stops the run.
     builder: by default `build`; from `shared_build` for several runs at once.
     together: see `Store`.
+    read: for a run that is finished, by default from `shared_read`.
 
   Returns:
     The contents of record.json.
@@ -251,16 +253,21 @@ def run(
   """
   config = resolve(config)
   _require_one_run(config, overwrite)
-  if not overwrite and (record := workdir.finished_record(path, config.to_dict())):
+  if not overwrite and (record := identity.finished_record(path, config.to_dict())):
+    processes.first_does(lambda: _require_same_data(config, path, read or shared_read(), show))
     show({"event": "finished"})
     return record
   if config.deterministic:
     determinism.require()
   benchmark, _, method = processes.all_do(lambda: (builder or build)(config))
   processes.require_same("other images", lambda: benchmark.split_hash)
+  now = standing.of(benchmark)
+  software = now["flags"] | standing.versions()
+  processes.require_same("other JAX flags or versions", lambda: json.dumps(software))
+  now["machine"] = standing.machine()
   strict = config.checkpoint.strict
   with (
-    workdir.opened(path, config.to_dict(), overwrite, strict, stop_asked) as folder,
+    workdir.opened(path, config.to_dict(), overwrite, strict, stop_asked, now) as folder,
     _compile_clock() as compiled,
   ):
 
@@ -269,10 +276,49 @@ def run(
         folder.log(event)
       show(event)
 
+    if folder.said:
+      show({"event": "standing", "said": folder.said})
     folder.describe(benchmark)
     record = _learn_all(config, benchmark, method, folder, log, compiled, together)
+    record["standing"] = folder.standing
     folder.finish(record)
   return record
+
+
+def shared_read() -> Callable:
+  """Builds read(config) -> the part of standing.py that the data make; it keeps no images.
+
+  They are read once for all configs that draw the same, whatever their method and order.
+  """
+  known = {}
+
+  def read(config) -> dict:
+    keys = ("benchmark", "data_dir", "seed", "train_fraction", "allow_partial", "data", "protocol")
+    key = json.dumps([config.to_dict()[k] for k in keys])
+    if key not in known:
+      natural = config_dict.FrozenConfigDict(config.to_dict() | {"order": "natural"})
+      benchmark = data.read(natural)
+      tasks = {task.id: standing.of_task(task) for task in benchmark.tasks}
+      known[key] = tasks, benchmark.split_hash
+    tasks, split_hash = known[key]
+    return {"tasks": list(data.in_order(config, tasks)), "split_hash": split_hash}
+
+  return read
+
+
+def _require_same_data(config, path: str, read: Callable, show: Callable) -> None:
+  """Refuses a finished run that stands on other data or JAX flags; without data it stays as it is.
+
+  Nothing is computed, so it makes no difference on which machine this is.
+  """
+  now = {"flags": standing.flags()}
+  try:
+    now |= read(config)
+  except UserError as e:
+    show({"event": "standing", "said": [f"{path}: its data can't be compared ({brief(e)})"]})
+  _, said = identity.require_standing(path, config.to_dict(), now)
+  if said:
+    show({"event": "standing", "said": said})
 
 
 def _require_one_run(config, overwrite: bool) -> None:
@@ -378,7 +424,7 @@ def _record(config, benchmark, accuracy, rows, state) -> dict:
     "split_hash": benchmark.split_hash,
     "state_hash": checkpoint.fingerprint(state),
     "config": config.to_dict(),
-    "versions": _versions(),
+    "versions": standing.versions(),
     "device": _device(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
@@ -437,11 +483,6 @@ def _peak_of_process() -> int:
     return 1024 * next(int(line.split()[1]) for line in stream if line.startswith("VmHWM"))
   unit = 1 if platform.system() == "Darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _versions() -> dict[str, str]:
-  versions = {name: metadata.version(name) for name in _PACKAGES}
-  return {"halrp_jax": halrp_jax.__version__, "python": platform.python_version()} | versions
 
 
 def _device() -> str:

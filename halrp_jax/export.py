@@ -30,7 +30,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 import halrp_jax
-from halrp_jax import cards, checkpoint, lowrank, models, perturb, saved, train, workdir
+from halrp_jax import cards, checkpoint, files, lowrank, models, perturb, saved, train
 from halrp_jax.types import Params, UserError, brief
 
 SCHEMA = 1
@@ -232,7 +232,7 @@ def _write_arrays(place: pathlib.Path, stem: str, arrays: Arrays, card: dict, fo
   else:
     size = _replace(file, safetensors.numpy.save(arrays))
   card |= {"format": format, "bytes": size, "hash": checkpoint.fingerprint(arrays)}
-  workdir.write_json(place / f"{stem}.json", card)
+  files.write_json(place / f"{stem}.json", card)
   return size
 
 
@@ -247,7 +247,7 @@ def _write_program(place: pathlib.Path, stem: str, contents: bytes, card: dict) 
   size = _replace(_file(place, stem, "stablehlo"), contents)
   digest = hashlib.sha256(contents).hexdigest()
   card |= {"kind": "program", "format": "stablehlo", "bytes": size, "hash": digest}
-  workdir.write_json(place / f"{stem}.json", card)
+  files.write_json(place / f"{stem}.json", card)
   return size
 
 

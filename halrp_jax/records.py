@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halrp_jax import experiment, methods, metrics, validate, workdir
+from halrp_jax import experiment, identity, methods, metrics, validate
 
 # Not part of a setting. The variant is spelled out by its switches.
 _FREE = {"order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"}
-_FREE |= set(workdir.NEUTRAL_KEYS)
+_FREE |= set(identity.NEUTRAL_KEYS)
 # What programs did before the key existed, where that is not its default.
 _BEFORE = {"protocol.fraction_per_class": False}
-_OURS = {workdir.CONFIG, workdir.TASKS, "tune.json"}  # JSON files of ours that are no records
+_OURS = {identity.CONFIG, identity.TASKS, "tune.json"}  # JSON files of ours that are no records
 
 
 class Run(NamedTuple):
@@ -62,12 +62,12 @@ def read(root: str) -> tuple[list[Run], list[Skipped]]:
   """Every record below a folder, and what looked like one but can't be used."""
   runs, skipped = [], []
   for folder, folders, names in os.walk(root):
-    folders[:] = sorted(f for f in folders if f != workdir.CHECKPOINTS)
+    folders[:] = sorted(f for f in folders if f != identity.CHECKPOINTS)
     place = pathlib.Path(folder).relative_to(root)
-    if workdir.CONFIG in names and workdir.RECORD not in names:
+    if identity.CONFIG in names and identity.RECORD not in names:
       skipped.append(Skipped(str(place), "not finished: the same command goes on"))
     for name in sorted(n for n in names if n.endswith(".json") and n not in _OURS):
-      where = str(place if name == workdir.RECORD else place / name)
+      where = str(place if name == identity.RECORD else place / name)
       try:
         content = json.loads((pathlib.Path(folder) / name).read_text())
       except (OSError, ValueError, RecursionError) as e:

@@ -39,6 +39,9 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
         progress.update(bar, total=event["epochs"], completed=done)
       elif event["event"] == "evaluation":
         progress.console.print(task_line(event), highlight=False, soft_wrap=True)
+      elif event["event"] == "standing":
+        for line in event["said"]:
+          progress.console.print(f"note: {line}", highlight=False, soft_wrap=True, markup=False)
       elif event["event"] == "finished":
         progress.console.print("this run is finished already; --overwrite starts anew")
 
@@ -48,6 +51,9 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
 def _print_event(stream: TextIO, event: dict) -> None:
   if event["event"] == "evaluation":
     print(task_line(event), file=stream, flush=True)
+  elif event["event"] == "standing":
+    for line in event["said"]:
+      print(f"note: {line}", file=stream, flush=True)
   elif event["event"] == "finished":
     print("this run is finished already; --overwrite starts anew", file=stream)
 
@@ -99,8 +105,7 @@ def _sweep_line(row: dict, rows: list[dict]) -> str:
     parts.append(f"ACC {row['accuracy']:.2f} %")
   if row["state"] == "done":
     parts.append(f"{row['seconds']:.0f} s")
-  if row["error"]:
-    parts.append(row["error"])
+  parts += [text for text in (row["error"], row.get("note")) if text]
   if row["state"] in _ENDED and (left := remaining_seconds(rows)):
     parts.append(f"about {duration(left)} to go")
   return " | ".join(parts)

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from halrp_jax import checkpoint, data, experiment, methods, models, perturb, train, workdir
+from halrp_jax import (
+  checkpoint,
+  data,
+  experiment,
+  identity,
+  methods,
+  models,
+  perturb,
+  standing,
+  train,
+  workdir,
+)
 from halrp_jax.types import Benchmark, Keep, Method, State, Store, Task, UserError, one_at_a_time
 
 
@@ -38,7 +49,7 @@ def open_run(path: str) -> Saved:
   Raises:
     UserError: if it is no run, is of an older version, or no state of it is whole.
   """
-  config = experiment.resolve(config_dict.ConfigDict(workdir.read_config(path)))
+  config = experiment.resolve(config_dict.ConfigDict(identity.read_config(path)))
   benchmark = workdir.read_benchmark(path)
   model = models.of(config, benchmark.max_classes)
   state, results = workdir.newest_state(path)
@@ -164,16 +175,20 @@ def extend(
   benchmark = run.benchmark._replace(tasks=(*learned, task))
   method = methods.make(config, run.model, benchmark)
   t = len(learned)
-  known = config.to_dict() | {workdir.EXTENDED: {"task": task.name, "data": data_path, "t": t}}
-  if (record := workdir.finished_record(out, known)) is not None:
+  known = config.to_dict() | {identity.EXTENDED: {"task": task.name, "data": data_path, "t": t}}
+  now = _standing(run, benchmark)
+  if (record := identity.finished_record(out, known)) is not None:
+    identity.require_standing(out, known, now)
     return record
-  with workdir.opened(out, known, False, config.checkpoint.strict, stop_asked) as folder:
+  with workdir.opened(out, known, False, config.checkpoint.strict, stop_asked, now) as folder:
 
     def log(event: dict):
       if event["event"] != "progress":
         folder.log(event)
       show(event)
 
+    if said := [*now["changes"], *folder.said]:
+      show({"event": "standing", "said": said})
     folder.describe(benchmark)
     start = time.perf_counter()
     state, ranks, unchanged = _learn_one(run, method, task, log, folder.keep())
@@ -186,9 +201,24 @@ def extend(
       "unchanged": unchanged,
       "seconds": time.perf_counter() - start,
       "state_hash": checkpoint.fingerprint(state),
+      "standing": folder.standing,
     }
     folder.finish(record)
   return record
+
+
+def _standing(run: Saved, benchmark: Benchmark) -> dict:
+  """Returns what an extended run stands on: the old run, the new task, JAX's flags, the machine.
+
+  Raises:
+    UserError: if the run was learned with other JAX flags.
+  """
+  now = standing.of(benchmark) | {"machine": standing.machine()}
+  flags = {key: now[key] for key in ("flags", "machine")}
+  _, said = identity.require_standing(run.path, run.config.to_dict(), flags)
+  old = identity.read_standing(run.path).get("tasks", now["tasks"])[: len(run.learned)]
+  tasks = [*old, now["tasks"][-1]]
+  return now | {"tasks": tasks, "extends": checkpoint.fingerprint(run.state), "changes": said}
 
 
 def _learn_one(run: Saved, method: Method, task: Task, log: Callable, keep: Keep):

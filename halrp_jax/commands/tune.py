@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from halrp_jax import arguments, compile_cache, experiment, report, stop, validate, workdir
+from halrp_jax import arguments, compile_cache, experiment, files, report, stop, validate
 from halrp_jax.types import Diverged, Stopped, UserError
 
 _FLAGS = {
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     print(f"stopped; the same command goes on from {root}", file=sys.stderr)
     return stop.EXIT_CODE
   table = sorted(results.items(), key=lambda item: -(item[1]["average_accuracy"] or -np.inf))
-  workdir.write_json(root / "tune.json", dict(table))
+  files.write_json(root / "tune.json", dict(table))
   print(report.tune_text(dict(table)))
   return 0
 

@@ -70,11 +70,26 @@ def read(config) -> Benchmark:
     sources.Missing: if the data are not there.
     UserError: if they are damaged or too few, or the order is none.
   """
+  drawn, lacks = _drawn(config)
+  tasks = in_order(config, {task.id: task for task in drawn})
+  is_partial = bool(lacks) or len(tasks) < len(drawn)
+  return Benchmark(config.benchmark, tasks, _hash(drawn), is_partial)
+
+
+def in_order(config, found: dict[int, object]) -> tuple:
+  """Returns what belongs to the tasks, by their ids, in the order of training."""
+  outline = BENCHMARKS[config.benchmark].outline(config)
+  order = _order(config, len(outline.tasks) if outline else len(found))
+  return tuple(found[i] for i in order if i in found)
+
+
+def _drawn(config) -> tuple[list[Task], list[str]]:
+  """Returns the tasks in the order of their ids, with splits and hashes; what the data lack."""
   family = BENCHMARKS[config.benchmark]
   outline = family.outline(config)
-  order = _order(config, len(outline.tasks)) if outline else None
+  if outline:
+    _order(config, len(outline.tasks))  # refused before the data are read
   tasks = family.read(config)
-  order = order or _order(config, len(tasks))
   for task in tasks:
     _require_classes(task)
   lacks = _lacks(tasks, outline) if outline else []
@@ -82,11 +97,7 @@ def read(config) -> Benchmark:
     more = f" (and {len(lacks) - 1} more)" if len(lacks) > 1 else ""
     raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
   tasks = tasks if config.data.normalise else [_raw(task) for task in tasks]
-  drawn = content.with_hashes(tasks, [_hold_out(task, config) for task in tasks])
-  splits = {task.id: task for task in drawn}
-  is_partial = bool(lacks) or len(order) < len(splits)
-  tasks = tuple(splits[i] for i in order if i in splits)
-  return Benchmark(config.benchmark, tasks, _hash(drawn), is_partial)
+  return content.with_hashes(tasks, [_hold_out(task, config) for task in tasks]), lacks
 
 
 def load_task(text: str, config, shape: tuple[int, int, int], task_id: int) -> Task:
