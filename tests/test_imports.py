@@ -23,6 +23,7 @@ LAYERS = (
     "replicas",
     "processes",
     "cards",
+    "export_folder",
     "files",
     "standing",
   },
