@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from halrp_jax import validate
+from halrp_jax import standing, validate
 
 # --- while a run goes on --------------------------------------------------------------
 
@@ -207,6 +207,7 @@ def compare_text(records: dict[str, dict]) -> str:
     ("", list(records)),
     ("method", [r["method"] for r in records.values()]),
     ("benchmark", [r["benchmark"] for r in records.values()]),
+    ("data", [standing.short_data(r) for r in records.values()]),
     ("order, seed", [f"{r['order']}, {r['seed']}" for r in records.values()]),
     ("ACC %", [_number(r["average_accuracy"]) for r in records.values()]),
     ("BWT", [_number(r["bwt"]) for r in records.values()]),

@@ -13,6 +13,7 @@ A difference in `machine` is said and recorded, any other one is refused.
 """
 
 import contextlib
+import hashlib
 import os
 import platform
 from importlib import metadata
@@ -113,6 +114,32 @@ def compare(before: dict, now: dict, place: str = "") -> tuple[list[str], list[s
       refused.append(f"{key} = {_short(now[key])} (was {_short(before[key])})")
   refused += _changes(before.get("flags", {}), now.get("flags", {}))
   return refused, _changes(before.get("machine", {}), now.get("machine", {}))
+
+
+def data_of(record: dict) -> dict[int, str] | None:
+  """Returns the hashes of all images of a record's tasks by id; None of an older version.
+
+  Raises:
+    ValueError, TypeError, KeyError or AttributeError: if the record is damaged.
+  """
+  if "standing" not in record:
+    return None
+  found = {task["id"]: task["data"] for task in record["standing"]["tasks"]}
+  if not all(type(i) is int and isinstance(x, str) for i, x in found.items()):
+    raise ValueError("ids and hashes of tasks")
+  return found if all(found.values()) else None
+
+
+def short_data(record: dict) -> str:
+  """Returns eight digits that stand for the data of a record; "-" of an older version."""
+  found = data_of(record)
+  return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:8] if found else "-"
+
+
+def unusual_flags(record: dict) -> dict:
+  """Returns the flags of a record that are not JAX's defaults."""
+  found = record.get("standing", {}).get("flags", {})
+  return {name: value for name, value in found.items() if FLAGS.get(name) != value}
 
 
 def _compare_tasks(before: dict, now: dict, place: str) -> list[str]:
