@@ -96,7 +96,10 @@ def read_standing(path: str) -> dict:
   for name in (STANDING, RECORD, TASKS):
     file = pathlib.Path(path) / name
     if file.exists():
-      found = files.read_json(file, f"{file}: is gone")
+      try:
+        found = files.read_json(file, f"{file}: is gone")
+      except UserError as e:
+        raise UserError(f"{e}; --overwrite starts anew") from e
       older = {"split_hash": found.get("split_hash")}
       return found if name == STANDING else found.get("standing", older)
   return {}

@@ -109,9 +109,11 @@ def compare(before: dict, now: dict, place: str = "") -> tuple[list[str], list[s
     Lines that say what can't go on together, and lines that say what may round differently.
   """
   refused = _compare_tasks(before, now, f" in {place}" if place else "")
-  for key in ("input_shape", "num_classes", "extends"):
+  for key in ("input_shape", "num_classes"):
     if key in before and key in now and before[key] != now[key]:
-      refused.append(f"{key} = {_short(now[key])} (was {_short(before[key])})")
+      refused.append(f"{key} = {now[key]} (was {before[key]})")
+  if _differ(before.get("extends"), now.get("extends")):
+    refused.append("the state that is extended is another one")
   refused += _changes(before.get("flags", {}), now.get("flags", {}))
   return refused, _changes(before.get("machine", {}), now.get("machine", {}))
 
@@ -173,10 +175,6 @@ def _have(tasks: list[str]) -> str:
 
 def _differ(old: str | None, new: str | None) -> bool:
   return bool(old and new and old != new)
-
-
-def _short(value):
-  return value[:16] if isinstance(value, str) else value
 
 
 def _changes(before: dict, now: dict) -> list[str]:
