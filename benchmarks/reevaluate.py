@@ -1,14 +1,14 @@
-"""Accuracies of a finished run's model, evaluated in another way than it was recorded with.
+"""Accuracies of a finished run's model, evaluated in several ways.
 
-  python benchmarks/reevaluate.py --workdir=RUN --data_dir=DIR --batch_norm=batch \\
-      --batch_sizes=16,240
+  python benchmarks/reevaluate.py --workdir=RUN --data_dir=DIR [--kinds=population,batch] \\
+      [--images=mixed,sorted] [--batch_sizes=128]
 
-Training doesn't depend on what BatchNorm evaluates with, so this is what a run with that setting
-would have ended with.
+Training does not depend on whether BatchNorm evaluates with population statistics or with those of
+the test batch, so one run shows both. `sorted` orders each task's test images by class, as a folder
+of images is; with population statistics this changes nothing.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 
@@ -17,28 +17,48 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from halrp_jax import experiment, train, validate, workdir
+from halrp_jax import experiment, methods, models, train, validate, workdir
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  for name in ("workdir", "data_dir", "batch_norm", "batch_sizes"):
-    parser.add_argument(f"--{name}", required=True)
+  parser.add_argument("--workdir", required=True)
+  parser.add_argument("--data_dir", required=True)
+  parser.add_argument("--kinds", default="population,batch")
+  parser.add_argument("--images", default="mixed,sorted")
+  parser.add_argument("--batch_sizes", default="128")
+  parser.add_argument("--json", help="file that gets the accuracies")
   args = parser.parse_args()
   values = json.loads((pathlib.Path(args.workdir) / "config.json").read_text())
-  values["method"]["batch_norm"] = args.batch_norm
   config = experiment.resolve(config_dict.ConfigDict(_completed(values, args.data_dir)))
-  benchmark, _, method = experiment.build(config)
+  benchmark, _, _ = experiment.build(config)
   _, state, _ = workdir.inspect(args.workdir)
-  predict = functools.partial(method.predict, jax.tree.map(jnp.asarray, state))
-  for size in map(int, args.batch_sizes.split(",")):
-    accuracy = train.evaluate(predict, benchmark.tasks, "test", size)
-    lowest = ", ".join(f"{a:.1f}" for a in sorted(accuracy)[:5])
-    print(f"{args.batch_norm} {size}: ACC {np.mean(accuracy):.2f}, lowest tasks {lowest}")
+  state = jax.tree.map(jnp.asarray, state)
+  found = {}
+  for kind in args.kinds.split(","):
+    stored = "running" if kind == "population" else kind  # what is stored was taken in the run
+    model = models.make(config.network, benchmark.max_classes, stored, config.precision)
+    predict = methods.make(config, model, benchmark).predict
+    for images in args.images.split(","):
+      tasks = [_by_class(task) if images == "sorted" else task for task in benchmark.tasks]
+      for size in map(int, args.batch_sizes.split(",")):
+        accuracy = train.evaluate(lambda t, x, p=predict: p(state, t, x), tasks, "test", size)
+        found[f"{kind} {images} {size}"] = accuracy
+        lowest = ", ".join(f"{a:.1f}" for a in sorted(accuracy)[:5])
+        print(f"{kind} {images} {size}: ACC {np.mean(accuracy):.2f}, lowest tasks {lowest}")
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _by_class(task):
+  """Returns the task with its test images ordered by class."""
+  order = np.argsort(np.asarray(task.test.label), kind="stable")
+  test = task.test._replace(index=task.test.index[order], label=task.test.label[order])
+  return task._replace(test=test)
 
 
 def _completed(values: dict, data_dir: str) -> dict:
-  """Keys that came after the run was made, at their defaults."""
+  """Adds keys that came after the run was made, at their defaults."""
   for section, keys in (("", validate.KEYS), *validate.SECTIONS.items()):
     target = values[section] if section else values
     for name, key in keys.items():

@@ -27,7 +27,7 @@ def get_config(method: str = "halrp"):
     # WSN's loader, which the paper follows, validates on the training images; the bound is ours,
     # that of the paper's other benchmarks with grey images
     protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.0},
-    every_method={"batch_norm": "batch", "l2": 1e-4},
+    every_method={"l2": 1e-4},
     methods_={
       "halrp": {
         "alpha": 0.99,

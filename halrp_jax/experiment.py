@@ -28,13 +28,14 @@ from halrp_jax import (
   models,
   parallel,
   perturb,
+  population,
   processes,
   standing,
   train,
   validate,
   workdir,
 )
-from halrp_jax.types import Benchmark, Method, Store, UserError, alone, brief
+from halrp_jax.types import Benchmark, Method, Store, UserError, alone
 
 SCHEMA = 1  # of record.json
 
@@ -241,7 +242,7 @@ def run(
     stop_asked: asked between the chunks of training; True stops the run.
     builder: by default `build`; from `shared_build` for several runs at once.
     together: see `Store`.
-    read: for a run that is finished, by default from `shared_read`.
+    read: for a run that is finished, by default from `identity.shared_read`.
 
   Returns:
     The contents of record.json.
@@ -254,12 +255,13 @@ def run(
   config = resolve(config)
   _require_one_run(config, overwrite)
   if not overwrite and (record := identity.finished_record(path, config.to_dict())):
-    processes.first_does(lambda: _require_same_data(config, path, read or shared_read(), show))
+    known = read or identity.shared_read()
+    processes.first_does(lambda: identity.require_same_data(config, path, known, show))
     show({"event": "finished"})
     return record
   if config.deterministic:
     determinism.require()
-  benchmark, _, method = processes.all_do(lambda: (builder or build)(config))
+  benchmark, model, method = processes.all_do(lambda: (builder or build)(config))
   processes.require_same("other images", lambda: benchmark.split_hash)
   now = standing.of(benchmark)
   software = now["flags"] | standing.versions()
@@ -279,46 +281,10 @@ def run(
     if folder.said:
       show({"event": "standing", "said": folder.said})
     folder.describe(benchmark)
-    record = _learn_all(config, benchmark, method, folder, log, compiled, together)
+    record = _learn_all(config, benchmark, model, method, folder, log, compiled, together)
     record["standing"] = folder.standing
     folder.finish(record)
   return record
-
-
-def shared_read() -> Callable:
-  """Builds read(config) -> the part of standing.py that the data make; it keeps no images.
-
-  They are read once for all configs that draw the same, whatever their method and order.
-  """
-  known = {}
-
-  def read(config) -> dict:
-    keys = ("benchmark", "data_dir", "seed", "train_fraction", "allow_partial", "data", "protocol")
-    key = json.dumps([config.to_dict()[k] for k in keys])
-    if key not in known:
-      natural = config_dict.FrozenConfigDict(config.to_dict() | {"order": "natural"})
-      benchmark = data.read(natural)
-      tasks = {task.id: standing.of_task(task) for task in benchmark.tasks}
-      known[key] = tasks, benchmark.split_hash
-    tasks, split_hash = known[key]
-    return {"tasks": list(data.in_order(config, tasks)), "split_hash": split_hash}
-
-  return read
-
-
-def _require_same_data(config, path: str, read: Callable, show: Callable) -> None:
-  """Refuses a finished run that stands on other data or JAX flags; without data it stays as it is.
-
-  Nothing is computed, so it makes no difference on which machine this is.
-  """
-  now = {"flags": standing.flags()}
-  try:
-    now |= read(config)
-  except UserError as e:
-    show({"event": "standing", "said": [f"{path}: its data can't be compared ({brief(e)})"]})
-  _, said = identity.require_standing(path, config.to_dict(), now)
-  if said:
-    show({"event": "standing", "said": said})
 
 
 def _require_one_run(config, overwrite: bool) -> None:
@@ -339,11 +305,20 @@ def _require_one_run(config, overwrite: bool) -> None:
     raise UserError("several processes on GPUs must compute the same bits: set deterministic=True")
 
 
-def _learn_all(config, benchmark, method, folder, log, compiled, together) -> dict:
+def _learn_all(config, benchmark, model, method, folder, log, compiled, together) -> dict:
   """Folds `learn` over the tasks that are not learned yet; returns the record."""
   num_tasks = len(benchmark.tasks)
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
+  state = population.complete(state, train.statistics_of(model, benchmark.image_shape))
+  if unmeasured := population.unmeasured(state):
+    log(
+      {
+        "event": "note",
+        "text": f"{len(unmeasured)} tasks are of a version that kept no statistics "
+        "of BatchNorm: `predict` and `export` of these go on depending on the batch",
+      }
+    )
   rows = results.get("rows", [])
   accuracy = np.array(results.get("accuracy", np.full((num_tasks, num_tasks), np.nan)), float)
   for position, group in list(enumerate(method.groups(num_tasks), 1))[done:]:

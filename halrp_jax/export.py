@@ -29,7 +29,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 import halrp_jax
-from halrp_jax import cards, checkpoint, files, lowrank, models, perturb, saved, train
+from halrp_jax import cards, checkpoint, files, lowrank, models, perturb, population, saved, train
 from halrp_jax.export_folder import (
   BASE,
   FORMATS,
@@ -109,7 +109,7 @@ def write(run: saved.Saved, folder: str, positions: list[int], format: str, merg
         yield stem, _write_arrays(place, stem, _merged(run, t), card, format)
       else:
         card |= {"base": own[BASE]["hash"]}
-        yield stem, _write_arrays(place, stem, _added(run.state.tasks[t]), card, format)
+        yield stem, _write_arrays(place, stem, _added(run, t), card, format)
   except OSError as e:
     raise UserError(f"--out={folder}: {e.strerror or e}") from e
 
@@ -127,13 +127,19 @@ def _cut_head(params: Params, num_classes: int) -> Params:
 def _merged(run: saved.Saved, t: int) -> Arrays:
   params, stats = run.method.merge(run.state, t)
   params = _cut_head(params, run.learned[t].num_classes)
-  return _named({"params": params, "batch_stats": stats})
+  return _named({"params": params, "batch_stats": _measured(run, t, stats)})
 
 
-def _added(learned) -> Arrays:
-  """What a task of HALRP or BE adds to the base."""
+def _measured(run: saved.Saved, t: int, stats: Params) -> Params:
+  """Returns the statistics, or none where an older version kept none."""
+  return {} if t in population.unmeasured(run.state) else stats
+
+
+def _added(run: saved.Saved, t: int) -> Arrays:
+  """Returns what a task of HALRP or BE adds to the base."""
+  learned = run.state.tasks[t]
   rest = _cut_head(learned["rest"], int(learned["num_classes"]))
-  arrays = _named({"params": rest, "batch_stats": learned["stats"]})
+  arrays = _named({"params": rest, "batch_stats": _measured(run, t, learned["stats"])})
   for layer, p in learned["perturbation"].items():
     start, rank = f"perturbation/{layer}", int(learned.get("rank", {}).get(layer, p.U.shape[1]))
     arrays |= {f"{start}/R": np.asarray(p.R), f"{start}/S": np.asarray(p.S)}
@@ -180,8 +186,10 @@ def _take(arrays: Arrays, name: str, place: str) -> np.ndarray:
 def program(run: saved.Saved, t: int):
   """`jax.export` of a task: uint8 images [b, H, W, C], b any number, -> probabilities [b, K]."""
   task = run.learned[t]
-  network = models.of(run.config, task.num_classes)
-  variables = None
+  network = models.make(
+    run.config.network, task.num_classes, _batch_norm(run, t), run.config.precision
+  )
+  variables, predict = None, saved.predict_fn(run, t)
   if run.method.merge is not None:
     params, stats = run.method.merge(run.state, t)
     variables = {"params": _cut_head(params, task.num_classes), "batch_stats": stats}
@@ -189,7 +197,7 @@ def program(run: saved.Saved, t: int):
   def classify(image):
     x = train.prepare_images(image, task.inputs)
     if variables is None:
-      return jax.nn.softmax(run.method.predict(run.state, t, x))
+      return jax.nn.softmax(predict(run.state, t, x))
     return jax.nn.softmax(network.apply(variables, x, train=False))
 
   (b,) = jax.export.symbolic_shape("b")
@@ -215,16 +223,27 @@ def _card(run: saved.Saved, num_classes: int) -> dict:
   }
 
 
+def _batch_norm(run: saved.Saved, t: int) -> str:
+  """Returns the kind of statistics that a task's file is evaluated with."""
+  if t in population.unmeasured(run.state):
+    return "batch"
+  trained = models.of(run.config, run.benchmark.max_classes)
+  of_images = run.config.method.batch_norm == "population" or models.evaluates_with_batch(trained)
+  return "population" if of_images else "running"
+
+
 def _task_card(run: saved.Saved, t: int) -> dict:
   task = run.learned[t]
   row = run.results["accuracy"][len(run.learned) - 1]
   ranks = run.state.tasks[t].get("rank")
-  return _card(run, task.num_classes) | {
+  card = _card(run, task.num_classes)
+  return card | {
+    "network": card["network"] | {"batch_norm": _batch_norm(run, t)},
     "image_shape": list(map(int, task.train.image.shape[1:])),
     "task": cards.of_task(task),
     "ranks": ranks and {name: int(k) for name, k in ranks.items()},
     "test_accuracy_percent": row[t],
-    "depends_on_batch": saved.depends_on_batch(run.model),
+    "depends_on_batch": t in population.unmeasured(run.state),
     "state": checkpoint.fingerprint((run.state.shared, run.state.tasks[t])),
   }
 
@@ -290,13 +309,14 @@ def load(folder: str, task: int) -> Model:
       raise UserError(f"{place / stem}.stablehlo is a program: jax.export.deserialize reads it")
     meta = cards.to_task(card["task"], tuple(card["image_shape"]))
     spec, input_shape = card["network"], tuple(card["input_shape"])
-    how = spec["batch_norm"], spec.get("precision", "float32")  # older files have none
+    how = spec["batch_norm"], spec.get("precision", "float32")  # older files have no precision
     network = models.make(spec["name"], spec["num_classes"], *how)
     params, stats = jax.eval_shape(
       lambda key: train.initialize(network, key, input_shape), jax.random.key(0)
     )
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise UserError(f"{place / stem}.json: is not what was written ({brief(e)})") from e
+  stats = {} if models.evaluates_with_batch(network) else stats  # files of older versions
   shapes = traverse_util.flatten_dict({"params": params, "batch_stats": stats}, sep="/")
   expected = {k: x.shape for k, x in shapes.items()}
   file, arrays = _read_arrays(place, stem, card)

@@ -2,8 +2,11 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 
-from halrp_jax import files, processes, standing, validate
+from ml_collections import config_dict
+
+from halrp_jax import data, files, processes, standing, validate
 from halrp_jax.types import UserError, brief
 
 RECORD, METRICS, CONFIG, TASKS, STANDING, LOCK, CHECKPOINTS = (
@@ -26,6 +29,8 @@ NEUTRAL_KEYS = (  # change no result, the last two the rounding (pmap: what drop
   "parallel",
 )
 _LATER_KEYS = (*NEUTRAL_KEYS, "precision")  # programs before them did what the default says
+# keys of a method that came later, and what programs did before
+_BEFORE = {"halrp": {"prune_scope": "all"}}
 
 
 # --- config ---------------------------------------------------------------------------
@@ -49,6 +54,9 @@ def _fill_in(config: dict) -> None:
     place = config.setdefault(section, {}) if section else config
     if isinstance(place, dict):
       place.setdefault(key, known[name].default)
+  if isinstance(method := config.get("method"), dict):
+    for key, value in _BEFORE.get(method.get("name"), {}).items():
+      method.setdefault(key, value)
 
 
 def check_config(folder: pathlib.Path, config: dict) -> None:
@@ -148,3 +156,39 @@ def check_standing(folder: pathlib.Path, config: dict, now: dict) -> tuple[dict,
     found, said = {"changes": []} | now, []
   files.write_json(folder / STANDING, found)
   return found, said
+
+
+def shared_read() -> Callable:
+  """Builds read(config) -> the part of standing.py that the data make; it keeps no images.
+
+  They are read once for all configs that draw the same, whatever their method and order.
+  """
+  known = {}
+
+  def read(config) -> dict:
+    keys = ("benchmark", "data_dir", "seed", "train_fraction", "allow_partial", "data", "protocol")
+    key = json.dumps([config.to_dict()[k] for k in keys])
+    if key not in known:
+      natural = config_dict.FrozenConfigDict(config.to_dict() | {"order": "natural"})
+      benchmark = data.read(natural)
+      tasks = {task.id: standing.of_task(task) for task in benchmark.tasks}
+      known[key] = tasks, benchmark.split_hash
+    tasks, split_hash = known[key]
+    return {"tasks": list(data.in_order(config, tasks)), "split_hash": split_hash}
+
+  return read
+
+
+def require_same_data(config, path: str, read: Callable, show: Callable) -> None:
+  """Refuses a finished run that stands on other data or JAX flags; without data it stays as it is.
+
+  Nothing is computed, so it makes no difference on which machine this is.
+  """
+  now = {"flags": standing.flags()}
+  try:
+    now |= read(config)
+  except UserError as e:
+    show({"event": "standing", "said": [f"{path}: its data can't be compared ({brief(e)})"]})
+  _, said = require_standing(path, config.to_dict(), now)
+  if said:
+    show({"event": "standing", "said": said})

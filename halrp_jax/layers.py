@@ -68,8 +68,9 @@ class BatchNorm(nn.Module):
   """Batch normalisation over all axes but the last, then max pooling and ReLU if asked for.
 
   Training uses the batch's mean and biased variance; the running variance takes the *unbiased*
-  one (flax.linen.BatchNorm keeps the biased one). With `running=False` there are no running
-  statistics and evaluation uses the batch's too.
+  one (flax.linen.BatchNorm keeps the biased one). Evaluation uses the stored statistics
+  ("batch_stats"), or, with `running=False`, those of the batch: a prediction then depends on the
+  other images of its batch. The stored ones are kept either way.
 
   The bias of the layer before is a parameter here (`num_in`): training subtracts it again, so it is
   never added, only kept in the running mean. Its gradient is 0, not the noise of rounding.
@@ -77,7 +78,7 @@ class BatchNorm(nn.Module):
   Statistics and normalisation are float32 whatever comes in; the result has the input's dtype.
   """
 
-  running: bool = True
+  running: bool = True  # evaluation uses the stored statistics
   relu: bool = False
   pool: int = 1  # width of the max pooling window; 1: none
   num_in: int = 0  # fan-in of the layer before; 0: it has no bias
@@ -93,7 +94,8 @@ class BatchNorm(nn.Module):
     shift = 0.0
     if self.num_in:
       shift = self.param("input_bias", uniform_fan_in(self.num_in), (features,))
-    if self.running:
+    stored = train or self.running or self.is_initializing()
+    if stored:
       mean_ = self.variable("batch_stats", "mean", jnp.zeros, (features,))
       var_ = self.variable("batch_stats", "var", jnp.ones, (features,))
     if self.running and not train:
@@ -105,7 +107,7 @@ class BatchNorm(nn.Module):
       for f in (_fused_batch_norm, _plain_batch_norm)
     ]
     y, mean, var = lax.platform_dependent(x, scale, bias, cpu=forms[0], default=forms[1])
-    if self.running and not self.is_initializing():
+    if train and not self.is_initializing():
       count = x.size // features * parallel.axis_size()
       unbiased = var * count / max(count - 1, 1)
       mean_.value = (1 - self.momentum) * mean_.value + self.momentum * (mean + shift)

@@ -20,13 +20,13 @@ from halrp_jax import experiment, identity, methods, metrics, standing, validate
 _FREE = {"order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"}
 _FREE |= set(identity.NEUTRAL_KEYS)
 # What programs did before the key existed, where that is not its default.
-_BEFORE = {"protocol.fraction_per_class": False}
-_OURS = {
-  identity.CONFIG,
-  identity.TASKS,
-  identity.STANDING,
-  "tune.json",
-}  # JSON files of ours that are no records
+_BEFORE = {
+  "protocol.fraction_per_class": False,
+  "method.batch_norm": "own",
+  "method.prune_scope": "all",
+}
+# JSON files of ours that are no records
+_OURS = {identity.CONFIG, identity.TASKS, identity.STANDING, "tune.json"}
 
 
 class Run(NamedTuple):
@@ -159,7 +159,8 @@ def setting_of(config: dict) -> dict:
   if (name := flat["method.name"]) in methods.METHODS:
     keys = validate.keys_of(methods.METHODS[name].KEYS)
     switches = methods.variant_defaults(config["method"])
-    flat = {k: key.default for k, key in keys.items()} | _BEFORE | flat
+    before = {k: v for k, v in _BEFORE.items() if k in keys}
+    flat = {k: key.default for k, key in keys.items()} | before | flat
     for key, value in switches.items():
       if flat.get(f"method.{key}") is None:
         flat[f"method.{key}"] = value

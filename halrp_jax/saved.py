@@ -17,6 +17,7 @@ from halrp_jax import (
   methods,
   models,
   perturb,
+  population,
   standing,
   train,
   workdir,
@@ -30,7 +31,7 @@ class Saved(NamedTuple):
   path: str
   config: object  # resolved
   benchmark: Benchmark  # its tasks without images, in the order of training
-  model: object  # the Flax module
+  model: object  # the Flax module, which evaluates with the statistics that are stored
   method: Method
   state: State
   results: dict  # "accuracy" and "rows" so far
@@ -51,8 +52,9 @@ def open_run(path: str) -> Saved:
   """
   config = experiment.resolve(config_dict.ConfigDict(identity.read_config(path)))
   benchmark = workdir.read_benchmark(path)
-  model = models.of(config, benchmark.max_classes)
+  model = models.with_stored_statistics(models.of(config, benchmark.max_classes))
   state, results = workdir.newest_state(path)
+  state = population.complete(state, train.statistics_of(model, benchmark.image_shape))
   method = methods.make(config, model, benchmark)
   return Saved(path, config, benchmark, model, method, state, results)
 
@@ -70,19 +72,37 @@ def find_task(saved: Saved, wanted: str) -> int:
   raise UserError(f"{what}; learned: {known}")
 
 
-def depends_on_batch(model) -> bool:
-  """Whether the network evaluates with the statistics of the batch: predictions then depend on
-  which images share one."""
-  return not getattr(model, "running", True)
+def lacks_statistics(saved: Saved) -> str:
+  """Returns a line on the tasks that older versions kept no BatchNorm statistics of, or nothing.
+
+  Such a task is predicted with the statistics of the batch, as it was then.
+  """
+  if not (positions := population.unmeasured(saved.state)):
+    return ""
+  names = ", ".join(saved.learned[t].name for t in positions[:3])
+  names += " ..." if len(positions) > 3 else ""
+  return (
+    f"{saved.path} was written by a version that kept no BatchNorm statistics (tasks {names}): "
+    "predictions depend on which images share a batch; learn it again for a model of single images"
+  )
+
+
+def predict_fn(saved: Saved, t: int) -> Callable:
+  """Returns (state, t, image) -> logits [B, K] as a task has to be predicted."""
+  if t not in population.unmeasured(saved.state):
+    return saved.method.predict
+  batch_model = models.with_batch_statistics(saved.model)
+  return methods.make(saved.config, batch_model, saved.benchmark).predict
 
 
 def make_classifier(saved: Saved, t: int) -> Callable[[np.ndarray], np.ndarray]:
   """Builds uint8 images [B, H, W, C] -> probabilities [B, K] of a task."""
   inputs = saved.benchmark.tasks[t].inputs
   prepare = jax.jit(lambda image: train.prepare_images(image, inputs))
+  predict = predict_fn(saved, t)
 
   def classify(image):
-    logits = saved.method.predict(saved.state, t, prepare(image))
+    logits = predict(saved.state, t, prepare(image))
     return np.asarray(jax.nn.softmax(logits))
 
   return classify
@@ -96,16 +116,13 @@ def make_predict_many(run: Saved) -> Callable[[np.ndarray, np.ndarray], np.ndarr
   and BE.
 
   Raises:
-    UserError: if the method has no perturbations, or the network evaluates with the statistics of
-      the batch. predict_many: if an id is unknown or the shapes are others.
+    UserError: if the method has no perturbations, or the run is of a version that kept no
+      BatchNorm statistics. predict_many: if an id is unknown or the shapes are others.
   """
   if "perturbation" not in run.state.tasks[0]:
     raise UserError(f"predict_many: {run.config.method.name} keeps no perturbations of a base")
-  if depends_on_batch(run.model):
-    raise UserError(
-      f"predict_many: {run.config.network} evaluates with the statistics of the batch, so each "
-      "task needs batches of its own; train it with --config.method.batch_norm=own"
-    )
+  if line := lacks_statistics(run):
+    raise UserError(f"predict_many: {line}")
   place = {task.id: t for t, task in enumerate(run.learned)}
   shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
   kernels, tasks = run.state.shared["kernels"], run.state.tasks
@@ -173,7 +190,8 @@ def extend(
   task = data.load_task(data_path, whole, shape, task_id)
   _require_room(run, task)
   benchmark = run.benchmark._replace(tasks=(*learned, task))
-  method = methods.make(config, run.model, benchmark)
+  trained = models.of(config, run.benchmark.max_classes)  # its training goes on as it was
+  method = methods.make(config, trained, benchmark)
   t = len(learned)
   known = config.to_dict() | {identity.EXTENDED: {"task": task.name, "data": data_path, "t": t}}
   now = _standing(run, benchmark)
@@ -192,6 +210,7 @@ def extend(
     folder.describe(benchmark)
     start = time.perf_counter()
     state, ranks, unchanged = _learn_one(run, method, task, log, folder.keep())
+    method = methods.make(config, run.model, benchmark)
     results = _results_with(run, method, state, task, ranks, unchanged)
     folder.save_state(t + 1, state, results)
     record = results["rows"][-1] | {

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from halrp_jax import arguments, data, experiment, files, replicas
+from halrp_jax import arguments, data, experiment, files, identity, replicas
 from halrp_jax.data import orders, sources
 from halrp_jax.types import Stopped, UserError, brief
 
@@ -118,7 +118,7 @@ def run(
   for i, cell in enumerate(found):
     key = with_keys(cell.config, order="", seed=0).to_json() if vectorize else i
     groups.setdefault(key, []).append((cell, rows[i]))
-  read = experiment.shared_read()
+  read = identity.shared_read()
   for group in groups.values():
     _run_group(group, pathlib.Path(root), lambda: show(rows), stop_asked, read)
   return rows

@@ -178,6 +178,11 @@ def initialize(model, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Par
   return variables["params"], variables.get("batch_stats", {})
 
 
+def statistics_of(model, image_shape: tuple[int, ...]) -> Params:
+  """Returns shapes and types of a model's BatchNorm statistics; empty without BatchNorm."""
+  return jax.eval_shape(lambda key: initialize(model, key, image_shape), jax.random.key(0))[1]
+
+
 def make_initialize(model, benchmark) -> Callable:
   """Builds the jitted `initialize(key) -> params, stats`."""
   return jax.jit(lambda key: initialize(model, key, benchmark.image_shape))
@@ -199,10 +204,10 @@ def apply_model(model, params, stats, image, train, key):
   return logits, updates.get("batch_stats", {})
 
 
-def with_batch_statistics(model, params, image):
-  """A network without running statistics -> the same with those of a batch held fixed.
+def fix_batch_statistics(model, params, image):
+  """Returns a model that evaluates with stored statistics, and those of a batch to be stored.
 
-  -> model that evaluates with them, the statistics; of no effect without BatchNorm.
+  Of no effect on a network without BatchNorm.
   """
   if not hasattr(model, "running"):
     return model, {}
@@ -290,13 +295,23 @@ def count_leaves(tree: Params) -> int:
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
+def count_statistics(state) -> tuple[int, int]:
+  """Counts BatchNorm's statistics: those that predictions use, those kept for training alone.
+
+  Where all tasks have their own, the running ones they share serve training.
+  """
+  own = [p.get("stats", {}) for p in state.tasks]
+  of_tasks, of_training = count_leaves(own), count_leaves(state.shared.get("stats", {}))
+  return (of_tasks, of_training) if of_tasks else (of_training, 0)
+
+
 def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) -> Size:
   """Size of a model without zeros and masks.
 
   Args:
     base: parameters of the network of the first task.
     counted: numbers that later tasks add and the paper counts (spec a.9).
-    uncounted: those it leaves out: biases of later tasks, running statistics of all.
+    uncounted: those it leaves out: biases of later tasks, BatchNorm's statistics of all.
     training_only: numbers kept for training alone.
   """
   dense = base + counted + uncounted
@@ -554,6 +569,18 @@ def _watch(event: dict, store: Store, state, sums, step: int, num_steps: int) ->
 # --- evaluation -----------------------------------------------------------------------
 
 
+def make_predict(method) -> Callable:
+  """Builds `Method.predict` from `Method.logits`: compiled once, a task's own classes alone."""
+  logits_fn = jax.jit(method.logits)
+
+  def predict(state, t, image):
+    shared = {name: state.shared[name] for name in method.serves}
+    logits = logits_fn(shared, state.tasks[t], image)
+    return logits[:, : int(state.tasks[t]["num_classes"])]
+
+  return predict
+
+
 def evaluation_batch_size(config) -> int:
   """Images per evaluation batch."""
   return config.evaluation_batch_size or config.batch_size
@@ -598,7 +625,7 @@ def evaluate(
     predict_fn: (position in `tasks`, image [B, H, W, C]) -> logits [B, K]
     tasks: what to evaluate on.
     split: "train", "valid" or "test".
-    batch_size: images per batch; a network without running statistics takes those of the batch.
+    batch_size: images per batch; with `method.batch_norm=batch` accuracies depend on it.
   """
   hits = []
   for i, task in enumerate(tasks):

@@ -157,16 +157,23 @@ class Store(NamedTuple):
 
 
 class Method(NamedTuple):
-  """The only protocol of the project. All functions are pure but for `store`."""
+  """The only protocol of the project. All functions are pure but for `store`.
+
+  `methods.make` completes what a method's file gives: it derives `predict`, and its `learn` keeps
+  the BatchNorm statistics of each new task (`population`).
+  """
 
   init: Callable[..., State]  # (key, benchmark) -> state with no task learned
   groups: Callable[[int], tuple[tuple[int, ...], ...]]  # (num_tasks) -> positions learned together
   learn: Callable[..., tuple[State, dict]]  # (state, tasks, key, store) -> state, history
-  predict: Callable[..., Array]  # (state, t, image [B, H, W, C]) -> logits [B, K_t]; t static
+  # (shared, tasks[t], image [B, H, W, C]) -> logits [B, K], in evaluation; K of the widest task
+  logits: Callable[..., Array]
   size: Callable[[State], Size]
   # (state, t) -> params, stats of the plain network that predicts what task t does, its head as
   # wide as the widest task's; None: no plain network does
   merge: Callable[..., tuple[Params, Params]] | None = None
+  serves: tuple[str, ...] = ()  # entries of `State.shared` that `logits` needs
+  predict: Callable[..., Array] | None = None  # (state, t, image) -> logits [B, K_t]; t static
 
 
 def nothing_learned(key, benchmark) -> State:

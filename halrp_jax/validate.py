@@ -208,18 +208,18 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
   return plain | {f"{k}.{j}": x for k, v in nested.items() for j, x in v.items()}
 
 
-def batch_norm(default) -> Key:
-  """The key `method.batch_norm`, which every method has: some need the other kind."""
-  return one_of(
-    default,
-    ("own", "running", "batch"),
-    "statistics BatchNorm evaluates with: as the paper's network has it, running ones, the batch's",
-  )
-
-
+# every method has it
+BATCH_NORM = {
+  "batch_norm": one_of(
+    "population",
+    ("population", "running", "batch", "own"),
+    "statistics that BatchNorm evaluates with: those of the task's training images, computed once "
+    "and held; running ones; those of the test batch (no model for single images); as the paper's "
+    "network of that name does",
+  ),
+}
 # of the methods that train a plain network, at first or always
-NETWORK_KEYS = {
-  "batch_norm": batch_norm("own"),
+NETWORK_KEYS = BATCH_NORM | {
   "l2": number(0.0, 0, None, "L2 coefficient on the kernels of the features"),
   "l2_half": flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2"),
 }

@@ -101,7 +101,7 @@ def test_statistics_of_a_batch_are_held_fixed():
   model = experiment.models.make("lenet", 3, "batch")
   image = jnp.asarray(np.random.default_rng(0).normal(size=(32, 32, 32, 3)), jnp.float32)
   params = model.init(jax.random.key(0), image[:1], train=False)["params"]
-  fixed, stats = train.with_batch_statistics(model, params, image)
+  fixed, stats = train.fix_batch_statistics(model, params, image)
   got, _ = train.apply_model(fixed, params, stats, image, False, None)
   want, _ = train.apply_model(model, params, {}, image, False, None)
   np.testing.assert_allclose(got, want, atol=6e-2)  # its variance is the unbiased one

@@ -36,7 +36,7 @@ def lenet_state(num_tasks: int, rank: int, sigma: str = "folded") -> State:
 
 
 def method_config(digits_config, **switches):
-  overrides = {f"method.{k}": v for k, v in switches.items()}
+  overrides = {f"method.{k}": v for k, v in ({"prune_scope": "all"} | switches).items()}
   return experiment.resolve(digits_config(**overrides)).method
 
 
@@ -44,8 +44,13 @@ class PruneOnly:
   prune = staticmethod(lowrank.prune)
 
 
+def prune(state, m, num_later=9):
+  return halrp.prune(PruneOnly, state, m, num_later)
+
+
 def prune_all(state, m):
-  return halrp.prune_all(PruneOnly, state, m)
+  assert m.prune_scope == "all"
+  return prune(state, m)
 
 
 def test_size_with_all_ranks_at_the_cap(digits_config):
@@ -116,6 +121,20 @@ def test_percentiles_see_no_padding(digits_config, rule):
     assert kept == sum(int(np.sum(np.abs(v) > 1e-5)) for v in values)
   else:
     assert kept == pytest.approx(0.5 * total, rel=0.01)
+
+
+def test_a_task_pruned_when_it_is_learned_ends_as_large_as_one_pruned_again_and_again(
+  digits_config,
+):
+  """And never changes again, so that its BatchNorm statistics stay true."""
+  m = method_config(digits_config, prune_bound=0.2, prune_scope="new")
+  whole, state = lenet_state(10, CAP), lenet_state(1, CAP)
+  for t in range(1, 10):
+    before = state.tasks
+    state = prune(state._replace(tasks=(*before, whole.tasks[t])), m)
+    assert all(a is b for a, b in zip(state.tasks, before, strict=False))
+  again = prune_all(whole, method_config(digits_config, prune_bound=0.2))
+  assert halrp.size(state).paper == pytest.approx(halrp.size(again).paper, rel=1e-4)
 
 
 def test_the_first_task_is_never_pruned(digits_config):

@@ -195,9 +195,9 @@ def test_a_finished_run_stays_when_its_data_are_gone(mine, tmp_path):
 def test_data_are_read_once_for_all_finished_runs_that_draw_the_same(
   digits_config, tmp_path, monkeypatch
 ):
-  read, count = experiment.data.read, []
-  monkeypatch.setattr(experiment.data, "read", lambda c: count.append(1) or read(c))
-  one = experiment.shared_read()
+  read, count = identity.data.read, []
+  monkeypatch.setattr(identity.data, "read", lambda c: count.append(1) or read(c))
+  one = identity.shared_read()
   for order in ("0,1", "1,0"):
     for seed in (0, 1):
       found = one(experiment.resolve(digits_config("stl", order=order, seed=seed)))

@@ -129,14 +129,16 @@ def test_pooling_gives_the_gradient_to_the_first_of_equal_values():
   np.testing.assert_array_equal(got.ravel(), [1, 0, 0, 0])
 
 
-def test_batch_norm_without_running_statistics():
-  x = jax.random.normal(jax.random.key(0), (4, 3, 3, 2))
+def test_batch_norm_that_evaluates_with_the_batch_keeps_statistics_all_the_same():
+  x = 3 * jax.random.normal(jax.random.key(0), (4, 3, 3, 2)) + 1
   module = layers.BatchNorm(running=False)
   variables = module.init(jax.random.key(1), x, False)
-  assert "batch_stats" not in variables
-  np.testing.assert_allclose(
-    module.apply(variables, x, False), module.apply(variables, x, True), atol=1e-6
-  )
+  y, new = module.apply(variables, x, True, mutable=["batch_stats"])
+  np.testing.assert_allclose(module.apply(variables, x, False), y, atol=1e-6)
+  _, want = layers.BatchNorm().apply(variables, x, True, mutable=["batch_stats"])
+  jax.tree.map(np.testing.assert_array_equal, new, want)
+  # which are of no effect, and need not be there
+  np.testing.assert_array_equal(module.apply({"params": variables["params"]}, x, False), y)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 4, 3), (2, 7, 5, 3)])

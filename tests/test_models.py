@@ -71,9 +71,12 @@ def test_batch_norm_is_chosen_when_the_model_is_made():
   assert models.make("wide_lenet", 12, "own").running
   assert not models.make("wide_lenet", 12, "batch").running
   assert models.make("lenet", 10, "own").running and models.make("lenet", 10, "running").running
+  assert models.make("alexnet", 10, "population").running
+  assert not models.make("alexnet", 10, "own").running
   model = models.make("lenet", 10, "batch")
   params, stats = train.initialize(model, jax.random.key(0), (32, 32, 3))
-  assert stats == {} and size(params) == 2_995_620
+  assert size(stats) == 2_740 and size(params) == 2_995_620
+  assert models.with_stored_statistics(model).running
   assert models.make("mlp", 10, "batch") == models.make("mlp", 10)
 
 

@@ -100,6 +100,11 @@ def learn_two_tasks(network, method_name, benchmark_of):
     first = logits(method, state, benchmark, 0, 5) if first is None else first
   got = [logits(method, state, benchmark, t, 5) for t in range(2)]
   assert all(x.shape == (5, 3) and x.dtype == np.float32 and np.isfinite(x).all() for x in got)
+  alone, tolerance = (
+    logits(method, state, benchmark, 1, 1),
+    5e-2 if network == "wide_lenet" else 1e-5,
+  )
+  np.testing.assert_allclose(alone, got[1][:1], atol=tolerance, rtol=tolerance)
   if method_name in NO_FORGETTING:
     np.testing.assert_array_equal(got[0], first)
   assert method.size(state).base > 0 and before is not state

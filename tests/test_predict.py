@@ -174,17 +174,6 @@ def test_skipped_images_are_listed_and_change_the_exit_code(capsys, run_folder, 
   assert [r["image"] for r in rows(tmp_path / "pred.csv")] == ["good.png"]
 
 
-def test_a_network_with_batch_statistics_says_so(capsys, run_folder, tmp_path, monkeypatch):
-  depends = {n: saved.depends_on_batch(models.make(n, 3)) for n in ("mlp", "lenet", "alexnet")}
-  assert depends == {"mlp": False, "lenet": False, "alexnet": True}
-  assert saved.depends_on_batch(models.make("lenet", 3, "batch"))
-  monkeypatch.setattr(saved, "depends_on_batch", lambda model: True)
-  np.savez(tmp_path / "x.npz", image=np.zeros((3, 8, 8), np.uint8))
-  flags = (f"--workdir={run_folder}", "--task=3", f"--images={tmp_path}/x.npz")
-  code, out, _ = call(capsys, *flags, f"--out={tmp_path}/p.csv", "--batch_size=2")
-  assert code == 0 and out.count("evaluates with the statistics of the batch") == 1
-
-
 @pytest.mark.parametrize(
   ("change", "says"),
   [

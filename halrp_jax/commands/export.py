@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
     if not getattr(options, flag):
       raise UserError(f"export: --{flag} is missing; python -m halrp_jax export --help")
   run = saved.open_run(options.workdir)
+  if line := saved.lacks_statistics(run):
+    print(f"note: {line}")
   positions = list(range(len(run.learned)))
   if options.task:
     positions = [saved.find_task(run, options.task)]

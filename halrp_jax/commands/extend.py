@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
   stop_asked = stop.listen()
   compile_cache.use(options.compile_cache)
   run = saved.open_run(options.workdir)
+  if line := saved.lacks_statistics(run):
+    print(f"note: {line}")
   try:
     with report.live_display(sys.stdout) as show:
       record = saved.extend(run, options.data, options.out, show, stop_asked)

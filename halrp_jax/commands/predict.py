@@ -8,9 +8,8 @@ FOLDER: its PNG and JPEG files, resized where they have another size. FILE.npz: 
 its probability, and the probability of every class. What can't be read is listed and skipped; the
 exit code is then 1.
 
-A network without running statistics (method.batch_norm=batch, AlexNet) evaluates with the
-statistics of the batch: what it says of an image depends on the images beside it. It wants batches
-as large and as mixed as those it was tested on.
+What is said of an image does not depend on the images beside it: BatchNorm uses the statistics of
+the task's training images. A run of a version that kept none says so, and uses those of the batch.
 """
 
 import csv
@@ -44,11 +43,8 @@ def main(argv: list[str]) -> int:
   batch_size = options.batch_size or train.evaluation_batch_size(run.config)
   shape = tuple(run.benchmark.tasks[t].train.image.shape[1:])
   images = incoming.open_images(options.images, shape, batch_size)
-  if saved.depends_on_batch(run.model):
-    print(
-      f"note: {run.config.network} evaluates with the statistics of the batch ({batch_size} images "
-      "here): predictions depend on which images share one"
-    )
+  if line := saved.lacks_statistics(run):
+    print(f"note: {line}")
   try:
     skipped = _write(run, t, images, pathlib.Path(options.out))
   except OSError as e:

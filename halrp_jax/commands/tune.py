@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from halrp_jax import arguments, compile_cache, experiment, files, report, stop, validate
+from halrp_jax import arguments, compile_cache, experiment, files, identity, report, stop, validate
 from halrp_jax.types import Diverged, Stopped, UserError
 
 _FLAGS = {
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     experiment.resolve(config)  # a mistake in any cell is found before the first run
   compile_cache.use(args.compile_cache)
   root, stop_asked = pathlib.Path(args.workdir), stop.listen()
-  results, read = {}, experiment.shared_read()
+  results, read = {}, identity.shared_read()
   try:
     for name, config in cells.items():
       print(f"--- {name}")

@@ -6,9 +6,10 @@
 | shared["stats"]            | running statistics, where BatchNorm is shared |
 | shared["anchor"]           | what the penalty is made of, for training alone |
 | tasks[t]["private"]        | head; BatchNorm too with method.bn_scope = "task" |
-| tasks[t]["stats"]          | its running statistics then |
+| tasks[t]["stats"]          | its statistics then, and always with population statistics |
 
-A task is predicted with the features as they are now, hence these methods forget.
+A task is predicted with the features as they are now, hence these methods forget. Population
+statistics stay those of the features when the task was learned.
 """
 
 from collections.abc import Callable
@@ -52,11 +53,6 @@ def make(
 
   fit = train.make_fit(config, decay, apply_fn, penalty)
   initialize = train.make_initialize(model, benchmark)
-  logits_fn = jax.jit(
-    lambda shared, private, stats, image: train.apply_model(
-      model, perturb.join_private(shared, private), stats, image, False, None
-    )[0]
-  )
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -78,18 +74,18 @@ def make(
     shared = {"params": shared, "stats": {} if own_norm else stats, "anchor": anchor}
     return State(shared, (*state.tasks, learned)), {}
 
-  def predict(state, t, image):
-    shared, learned = state.shared, state.tasks[t]
-    stats = learned["stats"] or shared["stats"]
-    logits = logits_fn(shared["params"], learned["private"], stats, image)
-    return logits[:, : int(learned["num_classes"])]
+  def network(shared, learned):
+    params = perturb.join_private(shared["params"], learned["private"])
+    return params, learned["stats"] or shared["stats"]
+
+  def logits(shared, learned, image):
+    return train.apply_model(model, *network(shared, learned), image, False, None)[0]
 
   def merge(state, t):
-    p = state.tasks[t]
-    params = perturb.join_private(state.shared["params"], p["private"])
-    return params, p["stats"] or state.shared["stats"]
+    return network(state.shared, state.tasks[t])
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  serves = ("params", "stats")
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, serves)
 
 
 def _warm_start(state, fresh, own_norm: bool):
@@ -109,6 +105,6 @@ def size(state: State):
     params = perturb.join_private(state.shared["params"], learned["private"])
     counts.append(train.network_count(*perturb.split(params), int(learned["num_classes"])))
   private = [train.count_rest(p["private"], {}, int(p["num_classes"])).counted for p in later]
-  stats = train.count_leaves([state.shared["stats"], *(p["stats"] for p in state.tasks)])
+  stats, unused = train.count_statistics(state)
   anchors = train.count_leaves(state.shared["anchor"])
-  return train.dense_size(counts[0], sum(private), stats, anchors)
+  return train.dense_size(counts[0], sum(private), stats, anchors + unused)

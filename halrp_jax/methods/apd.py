@@ -93,8 +93,7 @@ def make(config, model, benchmark) -> Method:
     tau = jax.tree.map(jnp.add, additive.prune(p["tau"], m.l1), local)
     return additive.compose(shared["kernels"], p["mask"], tau)
 
-  @jax.jit
-  def logits_fn(shared, p, image):
+  def logits(shared, p, image):
     return network(kernels_of(shared, p), p["rest"], p["stats"], image, False, None)[0]
 
   def learn(state, tasks, key, store):
@@ -135,10 +134,6 @@ def make(config, model, benchmark) -> Method:
       state = store.once("consolidate", lambda: consolidate(state, m.clusters, m.close, seed))
     return state, {}
 
-  def predict(state, t, image):
-    shared = {k: state.shared[k] for k in ("kernels", "local")}
-    return logits_fn(shared, state.tasks[t], image)[:, : int(state.tasks[t]["num_classes"])]
-
   def size(state):
     """`training_only`: what the next task holds for those before (theta*, where tau is trained its
     gradient and moments too) and the centroids."""
@@ -153,7 +148,8 @@ def make(config, model, benchmark) -> Method:
     p = state.tasks[t]
     return perturb.join(kernels_of(state.shared, p), p["rest"]), p["stats"]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  serves = ("kernels", "local")
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, serves)
 
 
 def soft(x: jax.Array, threshold: float) -> jax.Array:

@@ -50,11 +50,6 @@ def make(config, model, benchmark) -> Method:
   initialize = train.make_initialize(model, benchmark)
   fit_base = train.make_fit(config, decay, *train.plain_network(model))
   fit_own = train.make_fit(config, decay, apply_fn, penalty)
-  logits_fn = jax.jit(
-    lambda kernels, p, image: network(
-      kernels, p["mask"], p["tau"], p["rest"], p["stats"], image, False, None
-    )[0]
-  )
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -79,9 +74,9 @@ def make(config, model, benchmark) -> Method:
     mask, tau = additive.masks_of(got["v"]), additive.prune(got["tau"], m.l1)
     return State(state.shared, (*state.tasks, _learned(task, mask, tau, got["rest"], stats))), {}
 
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    return logits_fn(state.shared["kernels"], learned, image)[:, : int(learned["num_classes"])]
+  def logits(shared, learned, image):
+    own = (learned[k] for k in ("mask", "tau", "rest", "stats"))
+    return network(shared["kernels"], *own, image, False, None)[0]
 
   def size(state):
     first = state.tasks[0] | {"mask": {}, "tau": {}}  # of ones and zeros
@@ -92,7 +87,7 @@ def make(config, model, benchmark) -> Method:
     kernels = additive.compose(state.shared["kernels"], p["mask"], p["tau"])
     return perturb.join(kernels, p["rest"]), p["stats"]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("kernels",))
 
 
 def _learned(task, mask, tau, rest, stats):

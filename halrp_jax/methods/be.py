@@ -38,9 +38,6 @@ def make(config, model, benchmark) -> Method:
   apply_scaled = train.perturbed_network(model)
   fit_base = train.make_fit(config, decay, *train.plain_network(model))
   fit_scaled = train.make_fit(config, decay, apply_scaled, penalty)
-  logits_fn = jax.jit(
-    lambda shared, p, image: apply_scaled(p, shared, p["stats"], image, False, None)[0]
-  )
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -65,15 +62,14 @@ def make(config, model, benchmark) -> Method:
     )
     return State(state.shared, (*state.tasks, _learned(task, trained, stats))), {}
 
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    return logits_fn(state.shared, learned, image)[:, : int(learned["num_classes"])]
+  def logits(shared, learned, image):
+    return apply_scaled(learned, shared, learned["stats"], image, False, None)[0]
 
   def merge(state, t):
     p = state.tasks[t]
     return perturb.merge(state.shared["kernels"], p["perturbation"], p["rest"]), p["stats"]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("kernels",))
 
 
 def _learned(task, trained, stats):
@@ -81,7 +77,7 @@ def _learned(task, trained, stats):
 
 
 def size(state: State):
-  """Later tasks add r, s, BatchNorm and head; biases and running statistics."""
+  """Later tasks add r, s, BatchNorm and head; biases and statistics."""
   kernels, (first, *later) = state.shared["kernels"], state.tasks
   counts = [train.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
   scales = train.count_leaves([p["perturbation"] for p in later])

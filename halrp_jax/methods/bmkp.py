@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from halrp_jax import bases, layers, perturb, train, validate
+from halrp_jax import bases, layers, models, perturb, train, validate
 from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
 
 # lambda and gamma: the paper's on CIFAR-100. Half the epochs for phase 1, half for 3: 51.5 % on the
@@ -87,12 +87,7 @@ def make(config, model, benchmark) -> Method:
   fit_projected = train.make_fit(config, decay, apply_projected, penalty)
   initialize = train.make_initialize(model, benchmark)
   to_coefficients = jax.jit(_to_coefficients)
-  moments_fn = jax.jit(_moments_of(model))
-  logits_fn = jax.jit(
-    lambda basis, p, image: apply_projected(
-      p["params"], {"basis": basis}, p["stats"], image, False, None
-    )[0]
-  )
+  moments_fn = jax.jit(_moments_of(models.in_training(config, model)))
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -137,9 +132,8 @@ def make(config, model, benchmark) -> Method:
     ranks = {name: int(k) for name, k in memory["num_directions"].items()}
     return State(shared, (*state.tasks, learned)), {"ranks": ranks}
 
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    return logits_fn(state.shared["basis"], learned, image)[:, : int(learned["num_classes"])]
+  def logits(shared, learned, image):
+    return apply_projected(learned["params"], shared, learned["stats"], image, False, None)[0]
 
   def merge(state, t):
     p, basis = state.tasks[t], state.shared["basis"]
@@ -147,7 +141,7 @@ def make(config, model, benchmark) -> Method:
     kernels = {n: layers.times(a, basis[n].T) for n, a in kernels.items()}
     return perturb.join(kernels, rest), p["stats"]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("basis",))
 
 
 # --- phase 1: what r is ---------------------------------------------------------------

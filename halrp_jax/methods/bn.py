@@ -1,13 +1,13 @@
 """BN: a frozen base whose BatchNorm and head are trained anew for every task ("BN-Tuned").
 
-Update rule: kernels and biases stay those of task 0; BatchNorm's scale and bias, its running
-statistics and the head are trained per task by Adam on the cross-entropy.
+Update rule: kernels and biases stay those of task 0; BatchNorm's scale and bias, its statistics
+and the head are trained per task by Adam on the cross-entropy.
 
 | symbol      | here                    | meaning |
 |-------------|-------------------------|---------|
 | W           | shared["kernels"]       | kernels after the first task, frozen for ever |
 | gamma, beta | tasks[t]["rest"]        | BatchNorm's scale and bias, head; biases too |
-| -           | tasks[t]["stats"]       | BatchNorm's running statistics |
+| -           | tasks[t]["stats"]       | BatchNorm's statistics |
 
 Phases: task 0 trains everything, as STL does; every later task starts from task 0's BatchNorm
 (method.start) with a fresh head and trains these alone. Nothing is forgotten.
@@ -42,11 +42,6 @@ def make(config, model, benchmark) -> Method:
     return train.apply_model(model, params, stats, image, train_mode, key)
 
   fit_tuned = train.make_fit(config, decay, apply_tuned, lambda params, frozen: 0.0)
-  logits_fn = jax.jit(
-    lambda kernels, p, image: train.apply_model(
-      model, perturb.join(kernels, p["rest"]), p["stats"], image, False, None
-    )[0]
-  )
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -70,9 +65,9 @@ def make(config, model, benchmark) -> Method:
     rest = perturb.join_biases(biases | trained["biases"], trained["others"])
     return State(state.shared, (*state.tasks, _learned(task, rest, stats))), {}
 
-  def predict(state, t, image):
-    logits = logits_fn(state.shared["kernels"], state.tasks[t], image)
-    return logits[:, : int(state.tasks[t]["num_classes"])]
+  def logits(shared, learned, image):
+    params = perturb.join(shared["kernels"], learned["rest"])
+    return train.apply_model(model, params, learned["stats"], image, False, None)[0]
 
   def size(state):
     kernels, (first, *later) = state.shared["kernels"], state.tasks
@@ -86,7 +81,7 @@ def make(config, model, benchmark) -> Method:
     p = state.tasks[t]
     return perturb.join(state.shared["kernels"], p["rest"]), p["stats"]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("kernels",))
 
 
 def _learned(task, rest, stats):

@@ -9,7 +9,7 @@ cross-entropy + l2 |K_t|^2.
 | W     | shared["kernels"]          | kernels after the first task, frozen for ever; biases too |
 | K_t   | tasks[t]["adapters"]       | [3, 3, C] by layer; none after 1x1 convolutions |
 | -     | shared["norm"], ["stats"]  | BatchNorm with method.bn_scope = "shared" |
-| -     | tasks[t]["norm"], ["stats"] | BatchNorm with method.bn_scope = "task" |
+| -     | tasks[t]["norm"], ["stats"] | BatchNorm with bn_scope = "task"; population statistics |
 | -     | tasks[t]["head"]           | |
 
 Phases: base (task 0 alone), reprogram (every task), both of config.epochs.
@@ -31,7 +31,6 @@ from halrp_jax import layers, perturb, train, validate
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 
 KEYS = validate.NETWORK_KEYS | {
-  "batch_norm": validate.batch_norm("batch"),
   "bn_scope": validate.one_of(
     "shared", ("shared", "task"), "one BatchNorm that all tasks train, or each its own"
   ),
@@ -55,9 +54,6 @@ def make(config, model, benchmark) -> Method:
   fit_base = train.make_fit(config, decay, *train.plain_network(model))
   fit = train.make_fit(config, decay, apply_fn, penalty)
   initialize = train.make_initialize(model, benchmark)
-  logits_fn = jax.jit(
-    lambda params, frozen, stats, image: apply_fn(params, frozen, stats, image, False, None)[0]
-  )
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -81,14 +77,13 @@ def make(config, model, benchmark) -> Method:
     learned |= {"num_classes": jnp.int32(task.num_classes)}
     return State(shared, (*state.tasks, learned)), {}
 
-  def predict(state, t, image):
-    shared, learned = state.shared, state.tasks[t]
-    norm = learned if own_norm else shared
-    params = {k: learned[k] for k in ("adapters", "head")} | {"norm": norm["norm"]}
-    frozen = {k: shared[k] for k in ("kernels", "biases")}
-    return logits_fn(params, frozen, norm["stats"], image)[:, : int(learned["num_classes"])]
+  def logits(shared, learned, image):
+    params = learned | {"norm": (learned if own_norm else shared)["norm"]}
+    stats = learned["stats"] or shared["stats"]
+    return apply_fn(params, shared, stats, image, False, None)[0]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  serves = ("kernels", "biases", "norm", "stats")
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, serves=serves)
 
 
 def _freeze(params, stats):
@@ -132,7 +127,4 @@ def size(state: State):
     train.count_rest(rest, {}, int(p["num_classes"])).counted
     for rest, p in zip(private, later, strict=True)
   ]
-  own_stats = train.count_leaves([p["stats"] for p in state.tasks])
-  return train.dense_size(
-    base, adapters + sum(counts), own_stats or train.count_leaves(shared["stats"])
-  )
+  return train.dense_size(base, adapters + sum(counts), *train.count_statistics(state))

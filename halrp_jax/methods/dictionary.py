@@ -45,31 +45,23 @@ def compose(a, b, z, shapes: Shapes) -> dict[str, jax.Array]:
   return {n: ((a[n] * z[n][None]) @ b[n]).reshape(s.shape) for n, s in shapes.items()}
 
 
-def make_predict(model, shapes: Shapes) -> Callable:
-  """Builds `Method.predict`."""
-
-  @jax.jit
-  def logits_fn(a, b, learned, image):
-    weights = perturb.join(compose(a, b, learned["z"], shapes), learned["rest"])
-    return train.apply_model(model, weights, learned["stats"], image, False, None)[0]
-
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    logits = logits_fn(state.shared["A"], state.shared["B"], learned, image)
-    return logits[:, : int(learned["num_classes"])]
-
-  return predict
+SERVES = ("A", "B")  # `Method.serves`
 
 
-def make_merge(shapes: Shapes) -> Callable:
-  """Builds `Method.merge`."""
+def make_network(model, shapes: Shapes) -> tuple[Callable, Callable]:
+  """Builds `Method.logits` and `Method.merge`."""
+
+  def network(shared, learned):
+    kernels = compose(shared["A"], shared["B"], learned["z"], shapes)
+    return perturb.join(kernels, learned["rest"]), learned["stats"]
+
+  def logits(shared, learned, image):
+    return train.apply_model(model, *network(shared, learned), image, False, None)[0]
 
   def merge(state, t):
-    p = state.tasks[t]
-    kernels = compose(state.shared["A"], state.shared["B"], p["z"], shapes)
-    return perturb.join(kernels, p["rest"]), p["stats"]
+    return network(state.shared, state.tasks[t])
 
-  return merge
+  return logits, merge
 
 
 def size(state: State, shapes: Shapes, used, coefficients: int, masks: int, training: int) -> Size:

@@ -13,7 +13,7 @@ theta*_k and F_k being the shared parameters and the diagonal Fisher information
 The sum over tasks is A (theta - center)^2 and a constant, exactly: memory does not grow.
 F = E_x [(d log p(y|x) / d theta)^2] over samples one by one, never of a batch's mean, with true
 labels (empirical Fisher) or labels drawn from the model (method.fisher), BatchNorm in evaluation
-mode (with the statistics of a chunk of samples, held fixed, where it keeps no running ones).
+mode (but for batch_norm=running with the statistics of a chunk of samples, held fixed).
 
 Phases: training; after every task the Fisher information on method.fisher_samples training images.
 
@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import models, perturb, train, validate
 from halrp_jax.methods import anchored
 
-_CHUNK = 16  # samples that share the statistics of BatchNorm where it keeps no running ones
+_CHUNK = 16  # samples that share the statistics of BatchNorm
 
 # strength found by `tune`: CIFAR100-Split, order A, seed 0. With a quarter of the training images
 # 1e3 and 1e4 are alike (53.1, 52.8), with 5 % 1e4 is the best by 6 points (docs/measurements.md)
@@ -46,7 +46,8 @@ KEYS = anchored.KEYS | {
 def make(config, model, benchmark):
   m = config.method
   own_norm = m.bn_scope == "task"
-  fisher_chunk = jax.jit(_fisher_of(model, own_norm, m.fisher == "sampled_label"))
+  measured = models.in_training(config, model)
+  fisher_chunk = jax.jit(_fisher_of(measured, own_norm, m.fisher == "sampled_label"))
 
   def first_anchor(shared):
     return {"fisher": jax.tree.map(jnp.zeros_like, shared), "center": shared}
@@ -96,8 +97,8 @@ def _fisher_of(model, own_norm: bool, sampled: bool):
 
   def chunk(params, stats, image, label, weight, num_classes, key):
     shared, private = perturb.split_private(params, own_norm)
-    if not stats:  # BatchNorm takes a batch's statistics: the chunk's, held fixed
-      frozen_model, fixed = train.with_batch_statistics(model, params, image)
+    if models.evaluates_with_batch(model):  # the chunk's statistics, held fixed
+      frozen_model, fixed = train.fix_batch_statistics(model, params, image)
     else:
       frozen_model, fixed = model, stats
     if sampled:

@@ -11,7 +11,7 @@ after the first task; every task has its own head.
 | k     | shared["num_directions"] | |
 | eps   | method.threshold         | share of a layer's energy that M must carry; + step * t |
 | -     | shared["others"]         | biases, BatchNorm's scale and bias, frozen after task 0 |
-| -     | tasks[t]["head"], ["stats"] | BatchNorm's running statistics are the task's own |
+| -     | tasks[t]["head"], ["stats"] | BatchNorm's statistics are the task's own |
 
 Phases: training; then method.samples training images pass through and M grows (bases.py).
 
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import bases, perturb, train, validate
+from halrp_jax import bases, models, perturb, train, validate
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 
 _CHUNK = 25  # images whose patches are in memory at once
@@ -74,12 +74,7 @@ def make(config, model, benchmark) -> Method:
     how=how,
   )
   initialize = train.make_initialize(model, benchmark)
-  logits_fn = jax.jit(
-    lambda shared, learned, image: plain(
-      whole(shared | learned, shared["others"]), {}, learned["stats"], image, False, None
-    )[0]
-  )
-  inputs_fn = jax.jit(_inputs_of(model, m.samples))
+  inputs_fn = jax.jit(_inputs_of(models.in_training(config, model), m.samples))
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -108,15 +103,16 @@ def make(config, model, benchmark) -> Method:
     shared = shared | store.once("basis", grow)
     return State(shared, (*state.tasks, learned)), {}
 
-  def predict(state, t, image):
-    shared = {k: state.shared[k] for k in ("kernels", "others")}
-    return logits_fn(shared, state.tasks[t], image)[:, : int(state.tasks[t]["num_classes"])]
+  def logits(shared, learned, image):
+    params = whole(shared | learned, shared["others"])
+    return plain(params, {}, learned["stats"], image, False, None)[0]
 
   def merge(state, t):
     p = state.tasks[t]
     return whole(state.shared | p, state.shared["others"]), p["stats"]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  serves = ("kernels", "others")
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, serves)
 
 
 def _no_decay(task):

@@ -38,11 +38,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import lowrank, perturb, train, validate
+from halrp_jax import lowrank, models, perturb, train, validate
 from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
 
 _CODE = {
-  "batch_norm": "own",
   "upper_rank": 100,
   "min_rank": 1,
   "importance": "mean",
@@ -54,13 +53,13 @@ _CODE = {
   "l2_half": True,
   "decay_target": 0.0,
   "prune": "mixed_all_layers",
+  "prune_scope": "all",
   "prune_rate": "excess",
 }
 VARIANTS = {
   "code": _CODE,
-  "published": _CODE | {"importance": "sum"},
+  "published": _CODE | {"importance": "sum", "prune_scope": "new"},
   "paper": {
-    "batch_norm": "own",
     "upper_rank": 0,
     "min_rank": 0,
     "importance": "sum",
@@ -72,6 +71,7 @@ VARIANTS = {
     "l2_half": False,
     "decay_target": 0.0,
     "prune": "mixed_all_layers_all_tasks",
+    "prune_scope": "all",
     "prune_rate": "fixed_above_bound",
   },
 }
@@ -82,7 +82,7 @@ _number, _whole, _flag, _one_of = (
   validate.flag,
   validate.one_of,
 )
-KEYS = {
+KEYS = validate.BATCH_NORM | {
   "variant": _one_of("published", tuple(VARIANTS), "what the switches left None mean"),
   "alpha": _number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all"),
   "warmup_epochs": _whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`"),
@@ -104,7 +104,6 @@ KEYS = {
     "how the residual is decomposed; randomized: the largest svd_rank singular values of a layer",
   ),
   "svd_rank": _whole(256, 1, None, "singular values per layer that svd=randomized finds"),
-  "batch_norm": validate.batch_norm(None),
   "upper_rank": _whole(None, 0, None, "largest rank of a layer; 0: no cap"),
   "min_rank": _whole(None, 0, None, "smallest rank of a layer"),
   "importance": _one_of(
@@ -122,6 +121,12 @@ KEYS = {
   "l2_half": _flag(None, "the L2 terms carry a factor 1/2"),
   "decay_target": _number(None, 0, 1, "value that the L2 term draws R and S to"),
   "prune": _one_of(None, tuple(lowrank.PRUNE_RULES), "what shares one pruning threshold"),
+  "prune_scope": _one_of(
+    None,
+    ("new", "all"),
+    "new: a task is pruned when it is learned, to its share of the bound, and never again; all: "
+    "every task is, again and again, whenever the bound is passed",
+  ),
   "prune_rate": _one_of(
     None,
     ("excess", "fixed", "fixed_above_bound"),
@@ -174,19 +179,16 @@ def make(config, model, benchmark) -> Method:
     perturbation, chosen, seconds = store.once("select", timed_select)
     ranks = chosen["ranks"]
     learned = fine_tune(f, config, state, perturbation, ranks, params, stats, task, fine_key, store)
-    state = prune_all(f, state._replace(tasks=(*state.tasks, learned)), m)
+    state = prune(
+      f, state._replace(tasks=(*state.tasks, learned)), m, max(1, len(benchmark.tasks) - 1)
+    )
     return state, chosen | {"select_seconds": seconds}
-
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    logits = f.logits(state.shared["kernels"], learned, image)
-    return logits[:, : int(learned["num_classes"])]
 
   def merge(state, t):
     p = state.tasks[t]
     return perturb.merge(state.shared["kernels"], p["perturbation"], p["rest"]), p["stats"]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  return Method(nothing_learned, one_at_a_time, learn, f.logits, size, merge, ("kernels",))
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------
@@ -301,20 +303,28 @@ def fine_tune(f, config, state, perturbation, ranks, params, stats, task, key, s
   return _learned(task, trained["perturbation"], ranks, trained["rest"], stats)
 
 
-def prune_all(f, state: State, m) -> State:
-  """Line 9: prunes U and V of every task since the second (paper Sect. 4.4)."""
+def prune(f, state: State, m, num_later: int) -> State:
+  """Line 9: prunes U and V (paper Sect. 4.4) of the new task, or of every task since the second.
+
+  A task pruned when it is learned has a share 1/`num_later` of the bound and never changes again.
+  Pruned with all others whenever the bound is passed, it ends with as many values, but changes
+  after its BatchNorm statistics were taken.
+  """
   bound = None if m.prune_bound == "none" else m.prune_bound
-  rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state))
+  known, later = state.tasks[:1], state.tasks[1:]
+  if m.prune_scope == "new":
+    known, later = state.tasks[:-1], state.tasks[-1:]
+    bound = bound and bound / num_later
+  rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state, later))
   if m.prune == "none" or rate is None:
     return state
-  first, *later = state.tasks
   values = [_low_rank_values(p) for p in later]
   taus = lowrank.prune_thresholds(values, m.prune, m.prune_threshold, rate)
   pruned = [
     p | {"perturbation": {n: f.prune(q, tau[n]) for n, q in p["perturbation"].items()}}
     for p, tau in zip(later, taus, strict=True)
   ]
-  return state._replace(tasks=(first, *pruned))
+  return state._replace(tasks=(*known, *pruned))
 
 
 # --- jitted functions -------------------------------------------------------------------
@@ -328,13 +338,13 @@ class _Functions(NamedTuple):
   decompose: Callable  # (kernels, free kernels, key) -> {layer: Decomposition}
   truncate: Callable  # `lowrank.truncate`
   prune: Callable  # `lowrank.prune`
-  logits: Callable  # (kernels, tasks[t], image) -> logits
+  logits: Callable  # `Method.logits`
 
 
 def _build(config, model, benchmark) -> _Functions:
   m, decay = config.method, train.learning_rate_decay(config, benchmark)
 
-  apply_perturbed = train.perturbed_network(model)
+  apply_perturbed, measured = train.perturbed_network(model), models.in_training(config, model)
 
   def penalty(params, frozen):
     """Paper Eq. 12. Sigma has no term there, and none here."""
@@ -351,7 +361,7 @@ def _build(config, model, benchmark) -> _Functions:
 
     def loss_fn(kernels):
       params = perturb.join(kernels, rest)
-      logits, _ = train.apply_model(model, params, stats, image, False, None)
+      logits, _ = train.apply_model(measured, params, stats, image, False, None)
       return train.cross_entropy(logits, label, num_classes)
 
     return {name: jnp.vdot(g, g) for name, g in jax.grad(loss_fn)(kernels).items()}
@@ -366,9 +376,8 @@ def _build(config, model, benchmark) -> _Functions:
       for i, name in enumerate(base)
     }
 
-  def logits(kernels, learned, image):
-    frozen, stats = {"kernels": kernels}, learned["stats"]
-    return apply_perturbed(learned, frozen, stats, image, False, None)[0]
+  def logits(shared, learned, image):
+    return apply_perturbed(learned, shared, learned["stats"], image, False, None)[0]
 
   return _Functions(
     initialize=train.make_initialize(model, benchmark),
@@ -378,7 +387,7 @@ def _build(config, model, benchmark) -> _Functions:
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
     prune=jax.jit(lowrank.prune),
-    logits=jax.jit(logits),
+    logits=logits,
   )
 
 
@@ -424,11 +433,9 @@ def _base_count(state) -> int:
   return train.network_count(state.shared["kernels"], first["rest"], int(first["num_classes"]))
 
 
-def _dense_growth(state) -> float:
-  """Growth over the base if zeros are counted too: what the bound is compared with (spec a.8)."""
-  dense = sum(
-    _fixed_count(p) + sum(v.size for v in _low_rank_values(p).values()) for p in state.tasks[1:]
-  )
+def _dense_growth(state, tasks) -> float:
+  """Returns what some tasks add to the base if zeros count too: the bound is on this."""
+  dense = sum(_fixed_count(p) + sum(v.size for v in _low_rank_values(p).values()) for p in tasks)
   return dense / _base_count(state)
 
 

@@ -154,8 +154,9 @@ def make(config, model, benchmark) -> Method:
     training = spare + 4 * total + -(-total // 32)
     return dictionary.size(state, shapes, used, coefficients, total * len(state.tasks), training)
 
-  predict, merge = dictionary.make_predict(model, shapes), dictionary.make_merge(shapes)
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  logits, merge = dictionary.make_network(model, shapes)
+  serves = dictionary.SERVES
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, serves)
 
 
 # --- the mathematics, all of one layer and by factor [F] --------------------------------

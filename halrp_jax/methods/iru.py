@@ -130,8 +130,9 @@ def make(config, model, benchmark) -> Method:
     coefficients = sum(sum(count.values()) for count in counts)
     return dictionary.size(state, shapes, counts[-1], coefficients, 0, 0)
 
-  predict, merge = dictionary.make_predict(model, shapes), dictionary.make_merge(shapes)
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  logits, merge = dictionary.make_network(model, shapes)
+  serves = dictionary.SERVES
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, serves)
 
 
 def mean_squared_error(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:

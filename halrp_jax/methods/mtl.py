@@ -8,6 +8,7 @@ features). An epoch is one pass over all of them. No continual learning: what it
 | W      | shared["params"]        | features, for all tasks |
 | -      | shared["stats"]         | BatchNorm's running statistics |
 | -      | tasks[t]["head"]        | head of task t |
+| -      | tasks[t]["stats"]       | BatchNorm's statistics over the images of task t (population) |
 
 The accuracy matrix has one row, the last; there is no backward transfer.
 
@@ -43,11 +44,6 @@ def make(config, model, benchmark) -> Method:
   fit = train.make_fit(config, decay, apply_fn, penalty_fn, objective_fn=objective)
   frozen = {"l2": train.l2_coefficient(m)}
   initialize = train.make_initialize(wide, benchmark)
-  logits_fn = jax.jit(
-    lambda shared, head, image: train.apply_model(
-      model, shared["params"] | {perturb.HEAD: head}, shared["stats"], image, False, None
-    )[0]
-  )
 
   def learn(state, tasks, key, store):
     init_key, fit_key = jax.random.split(key)
@@ -64,18 +60,20 @@ def make(config, model, benchmark) -> Method:
     )
     return State({"params": features, "stats": stats}, learned), {}
 
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    return logits_fn(state.shared, learned["head"], image)[:, : int(learned["num_classes"])]
+  def network(shared, learned):
+    params = shared["params"] | {perturb.HEAD: learned["head"]}
+    return params, learned.get("stats") or shared["stats"]
+
+  def logits(shared, learned, image):
+    return train.apply_model(model, *network(shared, learned), image, False, None)[0]
 
   def merge(state, t):
-    params = state.shared["params"] | {perturb.HEAD: state.tasks[t]["head"]}
-    return params, state.shared["stats"]
+    return network(state.shared, state.tasks[t])
 
   def groups(num_tasks):
     return (tuple(range(num_tasks)),)
 
-  return Method(nothing_learned, groups, learn, predict, size, merge)
+  return Method(nothing_learned, groups, learn, logits, size, merge, ("params", "stats"))
 
 
 def size(state: State):
@@ -84,5 +82,5 @@ def size(state: State):
   kernels, rest = perturb.split(state.shared["params"] | {perturb.HEAD: first["head"]})
   base = train.network_count(kernels, rest, int(first["num_classes"]))
   heads = [train.count_rest({perturb.HEAD: p["head"]}, {}, int(p["num_classes"])) for p in later]
-  stats = train.count_leaves(state.shared["stats"])
-  return train.dense_size(base, sum(count.counted for count in heads), stats)
+  stats, unused = train.count_statistics(state)
+  return train.dense_size(base, sum(count.counted for count in heads), stats, unused)

@@ -11,7 +11,8 @@ Update rule: SGD on L_s + beta L_p + alpha L_d, on two random views of every ima
 | paper | here                     | meaning |
 |-------|--------------------------|---------|
 | f     | shared["encoder"]        | the network without its head, trained by every task |
-| -     | shared["stats"]          | BatchNorm's running statistics, where it keeps any |
+| -     | shared["stats"]          | BatchNorm's running statistics |
+| -     | tasks[t]["stats"]        | its population statistics |
 | g     | shared["projection"]     | three dense layers; for training alone |
 | P_t   | tasks[t]["prototypes"]   | [C, F], a row for each class, no bias |
 | s'    | -                        | of encoder and prototypes as they were before the task |
@@ -37,15 +38,14 @@ import numpy as np
 import optax
 from jax import lax
 
-from halrp_jax import layers, perturb, train, validate
+from halrp_jax import layers, models, perturb, train, validate
 from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
 
 _BASE_TEMPERATURE = 0.07
 _GREY = (0.299, 0.587, 0.114)  # luminance of red, green, blue
 _NEVER = -1e9  # the score of a class that a task does not have
 
-KEYS = {
-  "batch_norm": validate.batch_norm("batch"),
+KEYS = validate.BATCH_NORM | {
   "epochs": validate.whole(100, 1, None, "epochs per task, instead of `epochs`"),
   "learning_rate": validate.number(1e-3, 0, None, "of SGD, constant", True),
   "momentum": validate.number(0.9, 0, 1, "of encoder and projection; prototypes have none"),
@@ -92,9 +92,9 @@ def check(config) -> list[str]:
 
 
 def make(config, model, benchmark) -> Method:
-  m, projection = config.method, Projection()
+  m, projection, taught = config.method, Projection(), models.in_training(config, model)
 
-  def features(encoder, stats, image, train_mode, key):
+  def features(model, encoder, stats, image, train_mode, key):
     with perturb.without_head():
       return train.apply_model(model, encoder, stats, image, train_mode, key)
 
@@ -104,8 +104,8 @@ def make(config, model, benchmark) -> Method:
       view_key, dropout_key = jax.random.split(key)
       views = augment(view_key, views, m.clip_colours) if m.augment == "image" else views
     label, teacher = jnp.tile(batch.label, 2), frozen["teacher"]
-    f, stats = features(params["encoder"], stats, views, train_mode, dropout_key)  # [2N, F]
-    then, _ = features(teacher["encoder"], teacher["stats"], views, False, None)
+    f, stats = features(model, params["encoder"], stats, views, train_mode, dropout_key)  # [2N, F]
+    then, _ = features(taught, teacher["encoder"], teacher["stats"], views, False, None)
     z = projection.apply({"params": params["projection"]}, f)
     own = lax.dynamic_index_in_dim(params["prototypes"], frozen["t"], keepdims=False)
     similarity = cosines(lax.stop_gradient(f), own)  # [2N, C]
@@ -139,11 +139,6 @@ def make(config, model, benchmark) -> Method:
   fit = train.make_fit(
     config, lambda task: 1.0, None, lambda params, frozen: 0.0, objective_fn=objective, how=how
   )
-  cosines_fn = jax.jit(
-    lambda shared, prototypes, image: cosines(
-      features(shared["encoder"], shared["stats"], image, False, None)[0], prototypes
-    )
-  )
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -163,12 +158,13 @@ def make(config, model, benchmark) -> Method:
     shared = {k: got[k] for k in ("encoder", "projection")} | {"stats": stats}
     return State(shared, tasks), {}
 
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    shared = {k: state.shared[k] for k in ("encoder", "stats")}
-    return cosines_fn(shared, learned["prototypes"], image)[:, : int(learned["num_classes"])]
+  def logits(shared, learned, image):
+    stats = learned.get("stats") or shared["stats"]
+    f, _ = features(model, shared["encoder"], stats, image, False, None)
+    return cosines(f, learned["prototypes"])
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size)
+  serves = ("encoder", "stats")
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, serves=serves)
 
 
 def _stack(tasks, num_tasks: int, shape):
@@ -261,9 +257,9 @@ def size(state: State) -> Size:
   prototypes = [p["prototypes"].shape[1] * int(p["num_classes"]) for p in tasks]
   head = {perturb.HEAD: {"kernel": tasks[0]["prototypes"].T}}
   base = train.network_count(kernels, rest | head, int(tasks[0]["num_classes"]))
-  stats, projection = (train.count_leaves(shared[k]) for k in ("stats", "projection"))
+  stats, projection = train.count_statistics(state)[0], train.count_leaves(shared["projection"])
   dense = base + sum(prototypes[1:]) + stats
-  teacher = train.count_leaves(shared["encoder"]) + stats + sum(prototypes)
+  teacher = train.count_leaves((shared["encoder"], shared["stats"])) + sum(prototypes)
   return Size(
     base=base,
     dense=dense,

@@ -7,7 +7,7 @@ network per task.
 | symbol | here                    | meaning |
 |--------|-------------------------|---------|
 | W      | tasks[t]["params"]      | the network of task t, head included |
-| -      | tasks[t]["stats"]       | its BatchNorm running statistics |
+| -      | tasks[t]["stats"]       | its BatchNorm statistics |
 
 Reference: the baseline of every table of the HALRP paper (Sect. 5.1); spec/baselines.md 3.1.
 """
@@ -28,9 +28,6 @@ def make(config, model, benchmark) -> Method:
   )
   frozen = {"l2": train.l2_coefficient(m)}
   initialize = train.make_initialize(model, benchmark)
-  logits_fn = jax.jit(
-    lambda p, x: train.apply_model(model, p["params"], p["stats"], x, False, None)[0]
-  )
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -40,9 +37,8 @@ def make(config, model, benchmark) -> Method:
     learned = {"params": params, "stats": stats, "num_classes": jnp.int32(task.num_classes)}
     return State(state.shared, (*state.tasks, learned)), {}
 
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    return logits_fn(learned, image)[:, : int(learned["num_classes"])]
+  def logits(shared, learned, image):
+    return train.apply_model(model, learned["params"], learned["stats"], image, False, None)[0]
 
   def size(state):
     counts = [
@@ -54,4 +50,4 @@ def make(config, model, benchmark) -> Method:
   def merge(state, t):
     return state.tasks[t]["params"], state.tasks[t]["stats"]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge)

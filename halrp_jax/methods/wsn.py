@@ -30,8 +30,7 @@ from jax import lax
 from halrp_jax import layers, perturb, train, validate
 from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
 
-KEYS = {
-  "batch_norm": validate.batch_norm("own"),
+KEYS = validate.BATCH_NORM | {
   "share": validate.number(0.5, 0, 1, "c: share of each layer's weights that a mask holds", True),
   "bn": validate.one_of(
     "task", ("task", "noaffine"), "BatchNorm's scale and bias: the task's own, or 1 and 0"
@@ -63,11 +62,9 @@ def make(config, model, benchmark) -> Method:
     kept = {n: w * _unpack(learned["mask"][n], w.shape) for n, w in kernels.items()}
     return perturb.join(kept, learned["rest"])
 
-  def subnetwork(kernels, learned, image):
-    weights = held(kernels, learned)
+  def logits(shared, learned, image):
+    weights = held(shared["kernels"], learned)
     return train.apply_model(model, weights, learned["stats"], image, False, None)[0]
-
-  logits_fn = jax.jit(subnetwork)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -96,15 +93,11 @@ def make(config, model, benchmark) -> Method:
     shared = {"kernels": got["kernels"], "scores": got["scores"], "used": used}
     return State(shared, (*state.tasks, learned)), {}
 
-  def predict(state, t, image):
-    learned = state.tasks[t]
-    return logits_fn(state.shared["kernels"], learned, image)[:, : int(learned["num_classes"])]
-
   def merge(state, t):
     p = state.tasks[t]
     return held(state.shared["kernels"], p), p["stats"]
 
-  return Method(nothing_learned, one_at_a_time, learn, predict, size, merge)
+  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("kernels",))
 
 
 def masked_kernel(kernel: jax.Array, score: jax.Array, share: float) -> jax.Array:

@@ -35,9 +35,9 @@ def make(
   Args:
     name: a key of `NETWORKS`.
     num_classes: width of the head.
-    batch_norm: "running": BatchNorm keeps running statistics and evaluates with them; "batch": it
-      evaluates with those of the batch; "own": as the paper's network of that name does. Of no
-      effect on a network without BatchNorm.
+    batch_norm: "population", "running": BatchNorm evaluates with the statistics that are stored;
+      "batch": with those of the batch; "own": as the paper's network of that name does. No effect
+      on a network without BatchNorm.
     precision: "float32", or "bfloat16": so are the products of all layers but the head, and what
       they give; parameters, statistics and logits stay float32.
   """
@@ -46,4 +46,29 @@ def make(
     network = network.clone(dtype=jnp.dtype(precision))
   if batch_norm == "own" or not hasattr(network, "running"):
     return network
-  return network.clone(running=batch_norm == "running")
+  return network.clone(running=batch_norm != "batch")
+
+
+def evaluates_with_batch(model: nn.Module) -> bool:
+  """Tells whether a prediction depends on the other images of its batch."""
+  return not getattr(model, "running", True)
+
+
+def with_stored_statistics(model: nn.Module) -> nn.Module:
+  """Returns the network that evaluates BatchNorm with the statistics that are stored."""
+  return model.clone(running=True) if evaluates_with_batch(model) else model
+
+
+def with_batch_statistics(model: nn.Module) -> nn.Module:
+  """Returns the network that evaluates BatchNorm with the statistics of the batch."""
+  return model.clone(running=False) if hasattr(model, "running") else model
+
+
+def in_training(config, model: nn.Module) -> nn.Module:
+  """Returns the network as a method uses it on the images of the task that it is learning.
+
+  Gradients, Fisher information and bases are taken between training steps, when the stored
+  statistics do not belong to the weights yet. With `method.batch_norm=population` they are taken
+  with the statistics of the batch, as training steps are; training is then that of "batch".
+  """
+  return with_batch_statistics(model) if config.method.batch_norm == "population" else model

@@ -1,7 +1,7 @@
 """The AlexNet of the paper (spec b): Five-dataset (32 pixels) and TinyImageNet (64 pixels).
 
 6,533,450 parameters at 32 pixels and 10 classes, 23,310,666 at 64, 23,300,421 with 5 classes.
-Without running statistics: BatchNorm evaluates with those of the test batch.
+The paper's network evaluates BatchNorm with the statistics of the test batch (`running=False`).
 """
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ class AlexNet(nn.Module):
   kernels: tuple[int, ...] = (4, 3, 2)
   dropout: tuple[float, ...] = (0.2, 0.2, 0.5)
   hidden: tuple[int, ...] = (2048, 2048)
-  running: bool = False
+  running: bool = False  # BatchNorm evaluates with those of the batch
   dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact

@@ -17,7 +17,7 @@ class LeNet(nn.Module):
   num_classes: int
   channels: tuple[int, int] = (20, 50)
   hidden: tuple[int, int] = (800, 500)
-  running: bool = True  # BatchNorm keeps running statistics and evaluates with them
+  running: bool = True  # BatchNorm evaluates with stored statistics
   dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
