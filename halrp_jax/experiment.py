@@ -4,25 +4,25 @@ import contextlib
 import datetime
 import functools
 import gc
+import json
 import os
 import platform
 import resource
 import threading
 import time
 from collections.abc import Callable
-from importlib import metadata
 
 import jax
 import numpy as np
 from flax import traverse_util
 from ml_collections import config_dict
 
-import halrp_jax
 from halrp_jax import (
   allocator,
   checkpoint,
   data,
   determinism,
+  identity,
   methods,
   metrics,
   models,
@@ -30,6 +30,7 @@ from halrp_jax import (
   perturb,
   population,
   processes,
+  standing,
   train,
   validate,
   workdir,
@@ -37,7 +38,6 @@ from halrp_jax import (
 from halrp_jax.types import Benchmark, Method, Store, UserError, alone
 
 SCHEMA = 1  # of record.json
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 
 
 # --- config ---------------------------------------------------------------------------
@@ -228,6 +228,7 @@ def run(
   stop_asked: Callable[[], bool] = lambda: False,
   builder: Callable | None = None,
   together: Callable = alone,
+  read: Callable | None = None,
 ) -> dict:
   """Learns all tasks of a config one after another and writes the record.
 
@@ -241,6 +242,7 @@ def run(
     stop_asked: asked between the chunks of training; True stops the run.
     builder: by default `build`; from `shared_build` for several runs at once.
     together: see `Store`.
+    read: for a run that is finished, by default from `identity.shared_read`.
 
   Returns:
     The contents of record.json.
@@ -252,16 +254,22 @@ def run(
   """
   config = resolve(config)
   _require_one_run(config, overwrite)
-  if not overwrite and (record := workdir.finished_record(path, config.to_dict())):
+  if not overwrite and (record := identity.finished_record(path, config.to_dict())):
+    known = read or identity.shared_read()
+    processes.first_does(lambda: identity.require_same_data(config, path, known, show))
     show({"event": "finished"})
     return record
   if config.deterministic:
     determinism.require()
   benchmark, model, method = processes.all_do(lambda: (builder or build)(config))
   processes.require_same("other images", lambda: benchmark.split_hash)
+  now = standing.of(benchmark)
+  software = now["flags"] | standing.versions()
+  processes.require_same("other JAX flags or versions", lambda: json.dumps(software))
+  now["machine"] = standing.machine()
   strict = config.checkpoint.strict
   with (
-    workdir.opened(path, config.to_dict(), overwrite, strict, stop_asked) as folder,
+    workdir.opened(path, config.to_dict(), overwrite, strict, stop_asked, now) as folder,
     _compile_clock() as compiled,
   ):
 
@@ -270,8 +278,11 @@ def run(
         folder.log(event)
       show(event)
 
+    if folder.said:
+      show({"event": "standing", "said": folder.said})
     folder.describe(benchmark)
     record = _learn_all(config, benchmark, model, method, folder, log, compiled, together)
+    record["standing"] = folder.standing
     folder.finish(record)
   return record
 
@@ -388,7 +399,7 @@ def _record(config, benchmark, accuracy, rows, state) -> dict:
     "split_hash": benchmark.split_hash,
     "state_hash": checkpoint.fingerprint(state),
     "config": config.to_dict(),
-    "versions": _versions(),
+    "versions": standing.versions(),
     "device": _device(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
@@ -449,6 +460,7 @@ def _peak_of_process() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+<<<<<<< HEAD
 def _version(package: str) -> str | None:
   """None: it is not installed, or has no metadata."""
   with contextlib.suppress(metadata.PackageNotFoundError):
@@ -460,6 +472,8 @@ def _versions() -> dict[str, str | None]:
   return {"halrp_jax": halrp_jax.__version__, "python": platform.python_version()} | versions
 
 
+=======
+>>>>>>> ids
 def _device() -> str:
   device = jax.devices()[0]
   return (

@@ -5,8 +5,8 @@
   DIR/task03.stablehlo, task03.json      its whole program: uint8 images -> probabilities
 
 The JSON is the card of the file beside it: classes, normalisation, network, ranks, accuracy, the
-hash of its arrays and that of the base it belongs to. With format=orbax the .safetensors are Orbax
-folders of the same names. Arrays are named
+hashes of its arrays, of the state and of the base it belongs to. A folder holds one model in one
+format. With format=orbax the .safetensors are Orbax folders of the same names. Arrays are named
 
   params/LAYER/.., batch_stats/LAYER/..    as in Flax; the base has params/LAYER/kernel
   perturbation/LAYER/R, S, sigma, rank, U, V    cut to the rank (lowrank.py); U and V are left out
@@ -18,7 +18,6 @@ A head is as wide as its task's classes.
 """
 
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,13 +29,20 @@ import safetensors.numpy
 from flax import traverse_util
 
 import halrp_jax
-from halrp_jax import cards, checkpoint, lowrank, models, perturb, population, saved, train, workdir
+from halrp_jax import cards, checkpoint, files, lowrank, models, perturb, population, saved, train
+from halrp_jax.export_folder import (
+  BASE,
+  FORMATS,
+  SCHEMA,
+  file_of,
+  read_card,
+  require_one_model,
+  stem_of,
+)
 from halrp_jax.types import Params, UserError, brief
 
-SCHEMA = 1
-FORMATS = ("safetensors", "orbax", "stablehlo")
-BASE = "base"
 _PLATFORMS = ("cpu", "cuda", "tpu")
+_IDENTITY = ("kind", "state", "task", "network", "input_shape")  # of a card: whose file it is
 
 Arrays = dict[str, np.ndarray]  # by name, as in the table above
 
@@ -62,7 +68,7 @@ def write(run: saved.Saved, folder: str, positions: list[int], format: str, merg
 
   Args:
     run: from `saved.open_run`.
-    folder: made if it isn't there; a base that is there must be this run's.
+    folder: made if it isn't there; what is there must be of this run's model and of the same form.
     positions: of the tasks, in the order of training.
     format: one of `FORMATS`.
     merged: whole networks; otherwise the base once and what each task adds.
@@ -82,28 +88,30 @@ def write(run: saved.Saved, folder: str, positions: list[int], format: str, merg
     raise UserError(f"{name} keeps no perturbations of a base: use --merge")
   try:
     place.mkdir(parents=True, exist_ok=True)
-    base_hash = None
+    kind = "program" if format == "stablehlo" else "merged" if merged else "perturbation"
+    cards_ = [_task_card(run, t) | {"kind": kind} for t in range(len(run.learned))]
+    own = {
+      stem_of(task.id): {k: card[k] for k in _IDENTITY}
+      for task, card in zip(run.learned, cards_, strict=True)
+    }
     if compact:
       arrays = _named({"params": perturb.join(run.state.shared["kernels"], {})})
-      base_hash = checkpoint.fingerprint(arrays)
-      _require_same_base(place, base_hash)
+      own[BASE] = {"kind": BASE, "hash": checkpoint.fingerprint(arrays)}
+    require_one_model(place, format, own)
+    if compact:
       card = _card(run, run.benchmark.max_classes) | {"kind": BASE}
       yield BASE, _write_arrays(place, BASE, arrays, card, format)
     for t in positions:
-      stem, card = _stem(run.learned[t].id), _task_card(run, t)
+      stem, card = stem_of(run.learned[t].id), cards_[t]
       if format == "stablehlo":
         yield stem, _write_program(place, stem, _serialized(program(run, t)), card)
       elif merged:
-        yield stem, _write_arrays(place, stem, _merged(run, t), card | {"kind": "merged"}, format)
+        yield stem, _write_arrays(place, stem, _merged(run, t), card, format)
       else:
-        card |= {"kind": "perturbation", "base": base_hash}
+        card |= {"base": own[BASE]["hash"]}
         yield stem, _write_arrays(place, stem, _added(run, t), card, format)
   except OSError as e:
     raise UserError(f"--out={folder}: {e.strerror or e}") from e
-
-
-def _stem(task_id: int) -> str:
-  return f"task{task_id:02d}"
 
 
 def _named(tree: Params) -> Arrays:
@@ -236,6 +244,7 @@ def _task_card(run: saved.Saved, t: int) -> dict:
     "ranks": ranks and {name: int(k) for name, k in ranks.items()},
     "test_accuracy_percent": row[t],
     "depends_on_batch": t in population.unmeasured(run.state),
+    "state": checkpoint.fingerprint((run.state.shared, run.state.tasks[t])),
   }
 
 
@@ -244,14 +253,14 @@ def _task_card(run: saved.Saved, t: int) -> dict:
 
 def _write_arrays(place: pathlib.Path, stem: str, arrays: Arrays, card: dict, format: str) -> int:
   """-> bytes of the file or folder"""
-  file = _file(place, stem, format)
+  file = file_of(place, stem, format)
   if format == "orbax":
     checkpoint.save_plain(file, traverse_util.unflatten_dict(arrays, sep="/"))
     size = sum(p.stat().st_size for p in file.rglob("*") if p.is_file())
   else:
     size = _replace(file, safetensors.numpy.save(arrays))
   card |= {"format": format, "bytes": size, "hash": checkpoint.fingerprint(arrays)}
-  workdir.write_json(place / f"{stem}.json", card)
+  files.write_json(place / f"{stem}.json", card)
   return size
 
 
@@ -263,10 +272,10 @@ def _serialized(exported) -> bytes:
 
 
 def _write_program(place: pathlib.Path, stem: str, contents: bytes, card: dict) -> int:
-  size = _replace(_file(place, stem, "stablehlo"), contents)
+  size = _replace(file_of(place, stem, "stablehlo"), contents)
   digest = hashlib.sha256(contents).hexdigest()
-  card |= {"kind": "program", "format": "stablehlo", "bytes": size, "hash": digest}
-  workdir.write_json(place / f"{stem}.json", card)
+  card |= {"format": "stablehlo", "bytes": size, "hash": digest}
+  files.write_json(place / f"{stem}.json", card)
   return size
 
 
@@ -276,18 +285,6 @@ def _replace(file: pathlib.Path, contents: bytes) -> int:
   temporary.write_bytes(contents)
   temporary.replace(file)
   return len(contents)
-
-
-def _file(place: pathlib.Path, stem: str, format: str) -> pathlib.Path:
-  return place / (stem if format == "orbax" else f"{stem}.{format}")
-
-
-def _require_same_base(place: pathlib.Path, base_hash: str) -> None:
-  if (place / f"{BASE}.json").exists() and (old := read_card(place, BASE)["hash"]) != base_hash:
-    raise UserError(
-      f"--out={place}: holds another base ({old[:16]}, this run's is {base_hash[:16]}), which its "
-      "tasks need; choose another folder"
-    )
 
 
 # --- reading --------------------------------------------------------------------------
@@ -304,7 +301,7 @@ def load(folder: str, task: int) -> Model:
     UserError: if a file is missing, damaged, lacks arrays or has others, or the base is not the
       one that the task belongs to.
   """
-  place, stem = pathlib.Path(folder), _stem(task)
+  place, stem = pathlib.Path(folder), stem_of(task)
   card = read_card(place, stem)
   try:
     kind, needed = card["kind"], card.get("base")
@@ -401,25 +398,8 @@ def _require_hash(arrays: Arrays, card: dict, file) -> None:
     raise UserError(f"{file}: was changed after it was written (its hash is not its card's)")
 
 
-def read_card(place: pathlib.Path, stem: str) -> dict:
-  """The JSON beside a file; `stem` is "base" or "task" and two digits."""
-  file = place / f"{stem}.json"
-  try:
-    card = json.loads(file.read_text())
-    if card["schema"] != SCHEMA:
-      raise UserError(f"{file}: schema {card['schema']!r}, this version reads {SCHEMA}")
-    if card["format"] not in FORMATS or not isinstance(card["hash"], str):
-      raise ValueError("format or hash")
-    return card
-  except FileNotFoundError as e:
-    known = ", ".join(sorted(p.stem for p in place.glob("*.json"))) or "none"
-    raise UserError(f"{file}: not there; {place} holds {known}") from e
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-    raise UserError(f"{file}: is not what was written ({brief(e)})") from e
-
-
 def _read_arrays(place: pathlib.Path, stem: str, card: dict) -> tuple[pathlib.Path, Arrays]:
-  file = _file(place, stem, card["format"])
+  file = file_of(place, stem, card["format"])
   try:
     if card["format"] == "orbax":
       return file, _named(checkpoint.load_plain(file))

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Iterable
 
-from halrp_jax import tables
+from halrp_jax import records, standing, tables
 from halrp_jax.figures import Picture
 from halrp_jax.records import Run, Skipped
 from halrp_jax.tables import Cell, Coverage, Row, Table
@@ -49,6 +49,7 @@ def page(
     '<a href="#skipped">Left out</a></nav>',
     f"<p>{len(runs)} runs of {len(rows)} settings; {len(skipped)} files left out. Mean ± standard "
     "error over runs, n = orders x seeds. Red: not comparable with the paper.</p>",
+    *(f"<p>{_e(line)}</p>" for line in records.notes([row.group for row in rows])),
     '<h2 id="tables">The paper\'s tables</h2>',
     *([_paper_table(table, anchor) for table in found] or ["<p>None has these runs.</p>"]),
     '<h2 id="runs">All that was run</h2>',
@@ -155,12 +156,14 @@ def _provenance(run: Run, number: int) -> str:
   record = run.record
   versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
   flag = ' <span class="flag">partial data</span>' if record["partial"] else ""
+  changes = "".join(f"; {line}" for line in record.get("standing", {}).get("changes", ()))
   config = json.dumps(record["config"], indent=1, sort_keys=True)
   return (
     f'<details id="run-{number}"><summary>{number}: <b>{_e(run.place)}</b>{flag}, '
     f"{_e(record['method'])} on {_e(record['benchmark'])}, order {_e(record['order'])}, seed "
     f"{record['seed']}; {_e(record['device'])}; {_e(record['date'])}</summary>"
-    f"<p>{_e(versions)}; split hash {_e(record['split_hash'][:16])}</p>"
+    f"<p>{_e(versions)}; data {standing.short_data(record)}, split hash "
+    f"{_e(record['split_hash'][:16])}{_e(changes)}</p>"
     f"<pre>{_e(config)}</pre></details>"
   )
 

@@ -132,6 +132,7 @@ def document(report: Report, reasons: dict, command: str) -> str:
     "error over n = orders x seeds. Difference: ours minus the paper's; why a number is off stands",
     f"in `{REASONS}`, written by hand. A run counts for a table if its config is that of its file",
     "in `configs/`, whatever order and seed; the others are below the tables.",
+    *records.notes([row.group for row in report.rows]),
   ]
   for table in report.tables:
     target = table.target

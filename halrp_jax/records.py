@@ -1,8 +1,10 @@
 """The records below a folder, and what they say together: means over runs, metrics over orders.
 
-A group is all runs of one setting, the setting being everything in the config but order, seed and
-what changes no result. Means are over all runs of a group; a task's accuracy under an order is its
-mean over the seeds of that order.
+A group is all runs of one setting on the same data, the setting being everything in the config but
+order, seed and what changes no result, and the JAX flags that are not as usual. The data are known
+by the hashes of their images and labels; records of older versions have none: there the benchmark,
+the tasks' names and, of equal seeds, the split hash are compared. Means are over all runs of a
+group; a task's accuracy under an order is its mean over the seeds of that order.
 """
 
 import json
@@ -12,18 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halrp_jax import experiment, methods, metrics, validate, workdir
+from halrp_jax import experiment, identity, methods, metrics, standing, validate
 
 # Not part of a setting. The variant is spelled out by its switches.
 _FREE = {"order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"}
-_FREE |= set(workdir.NEUTRAL_KEYS)
+_FREE |= set(identity.NEUTRAL_KEYS)
 # What programs did before the key existed, where that is not its default.
 _BEFORE = {
   "protocol.fraction_per_class": False,
   "method.batch_norm": "own",
   "method.prune_scope": "all",
 }
-_OURS = {workdir.CONFIG, workdir.TASKS, "tune.json"}  # JSON files of ours that are no records
+# JSON files of ours that are no records
+_OURS = {identity.CONFIG, identity.TASKS, identity.STANDING, "tune.json"}
 
 
 class Run(NamedTuple):
@@ -66,12 +69,12 @@ def read(root: str) -> tuple[list[Run], list[Skipped]]:
   """Every record below a folder, and what looked like one but can't be used."""
   runs, skipped = [], []
   for folder, folders, names in os.walk(root):
-    folders[:] = sorted(f for f in folders if f != workdir.CHECKPOINTS)
+    folders[:] = sorted(f for f in folders if f != identity.CHECKPOINTS)
     place = pathlib.Path(folder).relative_to(root)
-    if workdir.CONFIG in names and workdir.RECORD not in names:
+    if identity.CONFIG in names and identity.RECORD not in names:
       skipped.append(Skipped(str(place), "not finished: the same command goes on"))
     for name in sorted(n for n in names if n.endswith(".json") and n not in _OURS):
-      where = str(place if name == workdir.RECORD else place / name)
+      where = str(place if name == identity.RECORD else place / name)
       try:
         content = json.loads((pathlib.Path(folder) / name).read_text())
       except (OSError, ValueError, RecursionError) as e:
@@ -140,6 +143,10 @@ def _problem_of_numbers(record: dict) -> str:
     return "damaged: its config does not belong to it"
   if not isinstance(config.get("train_fraction"), (int, float)):
     return "damaged: its config has no train_fraction"
+  try:
+    standing.data_of(record), standing.unusual_flags(record)
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return "damaged: standing is not what was written"
   return ""
 
 
@@ -161,16 +168,13 @@ def setting_of(config: dict) -> dict:
 
 
 def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
-  """Runs of one setting together; of two runs with one order and seed the newer one counts."""
+  """Groups runs of one setting and data; of two with one order and seed the newer one counts."""
   found: dict[tuple, dict[tuple, Run]] = {}
   skipped = []
-  for run in sorted(runs, key=lambda r: (r.record["date"], r.place)):
-    record = run.record
-    setting = setting_of(record["config"])
-    head = (record["method"], record["benchmark"], setting["network"])
-    head += (float(record["config"]["train_fraction"]), record["partial"])
-    key = (*head, tuple(sorted(run.task_ids)), json.dumps(setting, sort_keys=True))
-    cell = (run.task_ids, record["seed"])
+  runs = sorted(runs, key=lambda r: (r.record["date"], r.place))
+  for run, data in zip(runs, _data(runs), strict=True):
+    *head, setting = _key(run)
+    key, cell = (*head, data, setting), (run.task_ids, run.record["seed"])
     if old := found.setdefault(key, {}).get(cell):
       skipped.append(Skipped(old.place, f"{run.place} is a newer run of the same"))
     found[key][cell] = run
@@ -179,6 +183,54 @@ def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
     for key, cells in found.items()
   ]
   return sorted(groups, key=lambda g: (g.benchmark, g.network, g.fraction, g.method)), skipped
+
+
+def _key(run: Run) -> tuple:
+  """Returns the first five fields of `Group`, the tasks, and the setting as a text."""
+  record = run.record
+  setting = setting_of(record["config"]) | standing.unusual_flags(record)
+  head = (record["method"], record["benchmark"], setting["network"])
+  head += (float(record["config"]["train_fraction"]), record["partial"])
+  return (*head, tuple(sorted(run.task_ids)), json.dumps(setting, sort_keys=True))
+
+
+def _data(runs: list[Run]) -> list[tuple]:
+  """Returns what tells the data of each run from those of others of its setting."""
+  found, splits = [], {}
+  for run in runs:
+    if hashes := standing.data_of(run.record):
+      found.append(tuple(sorted(hashes.items())))
+    else:
+      names = tuple(sorted(map(str, run.record.get("task_names", ()))))
+      found.append(names)
+      seeds = splits.setdefault((_key(run), names), {})
+      seeds.setdefault(run.record["seed"], set()).add(run.record["split_hash"])
+  for i, run in enumerate(runs):
+    seeds = splits.get((_key(run), found[i]), {})
+    if any(len(hashes) > 1 for hashes in seeds.values()):  # draws are equal, so the data differ
+      found[i] = (*found[i], run.record["split_hash"])
+  return found
+
+
+def notes(groups: list[Group]) -> list[str]:
+  """Returns sentences that say what the means of a report take for granted."""
+  runs = [run for found in groups for run in found.runs]
+  lines = []
+  if unknown := sum(standing.data_of(run.record) is None for run in runs):
+    lines.append(
+      f"{unknown} of {len(runs)} runs are of versions that recorded no hash of their data: their "
+      "data are told apart by the benchmark and the names of the tasks."
+    )
+  if mixed := sum(len({_machine(run) for run in found.runs}) > 1 for found in groups):
+    lines.append(
+      f"The runs of {mixed} of {len(groups)} settings are of several versions or machines: the "
+      "last bits may differ."
+    )
+  return lines
+
+
+def _machine(run: Run) -> str:
+  return json.dumps([run.record["versions"], run.record["device"]], sort_keys=True)
 
 
 def differences(setting: dict, other: dict) -> list[str]:

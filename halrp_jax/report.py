@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from halrp_jax import validate
+from halrp_jax import standing, validate
 
 # --- while a run goes on --------------------------------------------------------------
 
@@ -39,8 +39,14 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
         progress.update(bar, total=event["epochs"], completed=done)
       elif event["event"] == "evaluation":
         progress.console.print(task_line(event), highlight=False, soft_wrap=True)
+<<<<<<< HEAD
       elif event["event"] == "note":
         progress.console.print(event["note"], markup=False, highlight=False, soft_wrap=True)
+=======
+      elif event["event"] == "standing":
+        for line in event["said"]:
+          progress.console.print(f"note: {line}", highlight=False, soft_wrap=True, markup=False)
+>>>>>>> ids
       elif event["event"] == "finished":
         progress.console.print("this run is finished already; --overwrite starts anew")
 
@@ -50,8 +56,14 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
 def _print_event(stream: TextIO, event: dict) -> None:
   if event["event"] == "evaluation":
     print(task_line(event), file=stream, flush=True)
+<<<<<<< HEAD
   elif event["event"] == "note":
     print(event["note"], file=stream, flush=True)
+=======
+  elif event["event"] == "standing":
+    for line in event["said"]:
+      print(f"note: {line}", file=stream, flush=True)
+>>>>>>> ids
   elif event["event"] == "finished":
     print("this run is finished already; --overwrite starts anew", file=stream)
 
@@ -103,8 +115,7 @@ def _sweep_line(row: dict, rows: list[dict]) -> str:
     parts.append(f"ACC {row['accuracy']:.2f} %")
   if row["state"] == "done":
     parts.append(f"{row['seconds']:.0f} s")
-  if row["error"]:
-    parts.append(row["error"])
+  parts += [text for text in (row["error"], row.get("note")) if text]
   if row["state"] in _ENDED and (left := remaining_seconds(rows)):
     parts.append(f"about {duration(left)} to go")
   return " | ".join(parts)
@@ -206,6 +217,7 @@ def compare_text(records: dict[str, dict]) -> str:
     ("", list(records)),
     ("method", [r["method"] for r in records.values()]),
     ("benchmark", [r["benchmark"] for r in records.values()]),
+    ("data", [standing.short_data(r) for r in records.values()]),
     ("order, seed", [f"{r['order']}, {r['seed']}" for r in records.values()]),
     ("ACC %", [_number(r["average_accuracy"]) for r in records.values()]),
     ("BWT", [_number(r["bwt"]) for r in records.values()]),

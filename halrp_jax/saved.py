@@ -13,10 +13,12 @@ from halrp_jax import (
   checkpoint,
   data,
   experiment,
+  identity,
   methods,
   models,
   perturb,
   population,
+  standing,
   train,
   workdir,
 )
@@ -48,7 +50,7 @@ def open_run(path: str) -> Saved:
   Raises:
     UserError: if it is no run, is of an older version, or no state of it is whole.
   """
-  config = experiment.resolve(config_dict.ConfigDict(workdir.read_config(path)))
+  config = experiment.resolve(config_dict.ConfigDict(identity.read_config(path)))
   benchmark = workdir.read_benchmark(path)
   model = models.with_stored_statistics(models.of(config, benchmark.max_classes))
   state, results = workdir.newest_state(path)
@@ -205,19 +207,23 @@ def extend(
   trained = models.of(config, run.benchmark.max_classes)  # its training goes on as it was
   method = methods.make(config, trained, benchmark)
   t = len(learned)
-  known = config.to_dict() | {workdir.EXTENDED: {"task": task.name, "data": data_path, "t": t}}
-  if (record := workdir.finished_record(out, known)) is not None:
+  known = config.to_dict() | {identity.EXTENDED: {"task": task.name, "data": data_path, "t": t}}
+  now = _standing(run, benchmark)
+  if (record := identity.finished_record(out, known)) is not None:
+    identity.require_standing(out, known, now)
     return record
-  with workdir.opened(out, known, False, config.checkpoint.strict, stop_asked) as folder:
+  with workdir.opened(out, known, False, config.checkpoint.strict, stop_asked, now) as folder:
 
     def log(event: dict):
       if event["event"] != "progress":
         folder.log(event)
       show(event)
 
+    if said := [*now["changes"], *folder.said]:
+      show({"event": "standing", "said": said})
     folder.describe(benchmark)
     for note in notes:
-      log({"event": "data", "note": note})
+      log({"event": "note", "note": note})
     start = time.perf_counter()
     state, ranks, unchanged = _learn_one(run, method, task, log, folder.keep())
     method = methods.make(config, run.model, benchmark)
@@ -230,9 +236,24 @@ def extend(
       "unchanged": unchanged,
       "seconds": time.perf_counter() - start,
       "state_hash": checkpoint.fingerprint(state),
+      "standing": folder.standing,
     }
     folder.finish(record)
   return record
+
+
+def _standing(run: Saved, benchmark: Benchmark) -> dict:
+  """Returns what an extended run stands on: the old run, the new task, JAX's flags, the machine.
+
+  Raises:
+    UserError: if the run was learned with other JAX flags.
+  """
+  now = standing.of(benchmark) | {"machine": standing.machine()}
+  flags = {key: now[key] for key in ("flags", "machine")}
+  _, said = identity.require_standing(run.path, run.config.to_dict(), flags)
+  old = identity.read_standing(run.path).get("tasks", now["tasks"])[: len(run.learned)]
+  tasks = [*old, now["tasks"][-1]]
+  return now | {"tasks": tasks, "extends": checkpoint.fingerprint(run.state), "changes": said}
 
 
 def _learn_one(run: Saved, method: Method, task: Task, log: Callable, keep: Keep):

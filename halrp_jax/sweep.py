@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from halrp_jax import arguments, data, experiment, replicas, workdir
+from halrp_jax import arguments, data, experiment, files, identity, replicas
 from halrp_jax.data import orders, sources
 from halrp_jax.types import Stopped, UserError, brief
 
@@ -104,7 +104,7 @@ def run(
 
   Returns:
     A row per cell: name, method, state (waiting, running, done, kept or failed), done and total
-    (tasks), accuracy, seconds, error.
+    (tasks), accuracy, seconds, error, note (what has changed under it).
 
   Raises:
     UserError: before the first run, if a config is wrong; later if the data are not there.
@@ -118,16 +118,17 @@ def run(
   for i, cell in enumerate(found):
     key = with_keys(cell.config, order="", seed=0).to_json() if vectorize else i
     groups.setdefault(key, []).append((cell, rows[i]))
+  read = identity.shared_read()
   for group in groups.values():
-    _run_group(group, pathlib.Path(root), lambda: show(rows), stop_asked)
+    _run_group(group, pathlib.Path(root), lambda: show(rows), stop_asked, read)
   return rows
 
 
-def _run_group(group, root: pathlib.Path, changed, stop_asked) -> None:
+def _run_group(group, root: pathlib.Path, changed, stop_asked, read) -> None:
   """Runs cells at once, or the only one."""
   if len(group) == 1:
     ((cell, row),) = group
-    _run_cell(cell, row, root / cell.name, changed, stop_asked)
+    _run_cell(cell, row, root / cell.name, changed, stop_asked, read=read)
     return
   lock, build, raised = threading.Lock(), experiment.shared_build(), []
 
@@ -137,7 +138,7 @@ def _run_group(group, root: pathlib.Path, changed, stop_asked) -> None:
 
   def job(cell, row, together):
     cell = cell._replace(config=with_keys(cell.config, parallel="replicas"))
-    how = {"builder": build, "together": together}
+    how = {"builder": build, "together": together, "read": read}
     try:
       _run_cell(cell, row, root / cell.name, changed_alone, stop_asked, **how)
     except Exception as e:  # to be raised where the sweep was called
@@ -158,6 +159,7 @@ def _waiting(cell: Cell) -> dict:
     "accuracy": None,
     "seconds": 0.0,
     "error": "",
+    "note": "",
   }
 
 
@@ -169,6 +171,8 @@ def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked, **how) -> No
     row["seconds"] = time.perf_counter() - start
     if event["event"] == "finished":
       finished.append(True)
+    elif event["event"] == "standing":
+      row["note"] = "; ".join(event["said"])
     elif event["event"] in ("task", "evaluation"):
       row["total"] = event["num_tasks"]
       row["done"] = event["t"] + (event["event"] == "evaluation")
@@ -195,7 +199,7 @@ def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked, **how) -> No
 def _keep_error(folder: pathlib.Path) -> None:
   """The whole traceback, where it can be written at all."""
   if folder.is_dir():
-    workdir.write_text(folder / ERROR, traceback.format_exc())
+    files.write_text(folder / ERROR, traceback.format_exc())
 
 
 def failed(rows: list[dict]) -> bool:

@@ -3,12 +3,13 @@
 Every number of every form is written by `Cell`, so that they agree.
 """
 
+import collections
 import csv
 import io
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from halrp_jax import paper, records
+from halrp_jax import paper, records, standing
 from halrp_jax.paper import Column, Target
 from halrp_jax.records import Group, Number, Run
 
@@ -317,7 +318,25 @@ OVERVIEW = {
 
 def overview(groups: list[Group], configs: str) -> list[Row]:
   """Every group, also those that no table of the paper has."""
-  return [_overview_row(group, configs) for group in groups]
+  rows = [_overview_row(group, configs) for group in groups]
+  alike = collections.Counter(_texts(row) for row in rows)
+  return [
+    row._replace(where=f"{row.where}; {_data(row.group)}") if alike[_texts(row)] > 1 else row
+    for row in rows
+  ]
+
+
+def _texts(row: Row) -> tuple[str, ...]:
+  """Returns what tells a row from the others, but for its data."""
+  return row.label, row.where, row.share, row.difference
+
+
+def _data(group: Group) -> str:
+  """Returns names of the first tasks, and digits that stand for their data where they are known."""
+  record = group.runs[0].record
+  names = sorted(map(str, record.get("task_names", ())))
+  more = ", ..." if len(names) > 3 else ""
+  return f"{', '.join(names[:3])}{more}; data {standing.short_data(record)}"
 
 
 def _overview_row(group: Group, configs: str) -> Row:

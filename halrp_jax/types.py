@@ -63,6 +63,9 @@ class Task(NamedTuple):
   train: Split
   valid: Split
   test: Split
+  own_test: bool = True  # the data set itself says which images are for testing
+  data_hash: str = ""  # of all images and labels before any draw (data/content.py)
+  split_hash: str = ""  # of the three splits, in their order
 
   @property
   def num_classes(self) -> int:

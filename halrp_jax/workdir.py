@@ -2,6 +2,7 @@
 
   config.json    the resolved config
   tasks.json     classes, normalisation and shapes (cards.py): what predicting needs of the data
+  standing.json  what the run stands on (standing.py), compared when it goes on
   metrics.jsonl  one event per line
   record.json    when the run is finished
   lock           who is at work here
@@ -32,30 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import cards, checkpoint, packing, processes, validate
+from halrp_jax import cards, checkpoint, files, identity, packing, processes
+from halrp_jax.identity import CHECKPOINTS, CONFIG, LOCK, METRICS, RECORD, STANDING, TASKS
 from halrp_jax.types import Benchmark, Keep, State, Stopped, UserError
 
-RECORD, METRICS, CONFIG, TASKS, LOCK, CHECKPOINTS = (
-  "record.json",
-  "metrics.jsonl",
-  "config.json",
-  "tasks.json",
-  "lock",
-  "checkpoints",
-)
-EXTENDED = "extended"  # in the config of a run that learned more tasks than its benchmark has
-NEUTRAL_KEYS = (  # change no result, the last two the rounding (pmap: what dropout draws) at most
-  "data_dir",
-  "data.cache",
-  "checkpoint.every_epochs",
-  "checkpoint.every_seconds",
-  "checkpoint.strict",
-  "deterministic",
-  "parallel",
-)
-_LATER_KEYS = (*NEUTRAL_KEYS, "precision")  # programs before them did what the default says
-# keys of a method that came later, and what programs did before
-_BEFORE = {"halrp": {"prune_scope": "all"}}
 _KEPT_STATES = 2
 _NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
 
@@ -66,6 +47,8 @@ class Workdir:
   def __init__(self, folder: pathlib.Path, strict: bool):
     self.folder, self.items, self.strict = folder, folder / CHECKPOINTS, strict
     self.stop_asked = lambda: False
+    self.standing: dict = {}  # what the run stands on
+    self.said: list[str] = []  # what of it has changed since the run was last at work
     self._writer = ThreadPoolExecutor(1, "checkpoint")
     self._pending: list[Future] = []
     self._num_events = 0  # that are in metrics.jsonl and stay there
@@ -88,7 +71,7 @@ class Workdir:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if len(lines) < self._num_events:
       self._complain(f"{path}: {self._num_events - len(lines)} events are missing")
-    write_text(path, "".join(lines[: self._num_events]))
+    files.write_text(path, "".join(lines[: self._num_events]))
     return open(path, "a", buffering=1)
 
   # --- inside a task ----------------------------------------------------------------
@@ -153,7 +136,7 @@ class Workdir:
   @processes.by_first
   def describe(self, benchmark: Benchmark) -> None:
     """Writes what predicting needs of the data."""
-    write_json(self.folder / TASKS, cards.of_benchmark(benchmark))
+    files.write_json(self.folder / TASKS, cards.of_benchmark(benchmark))
 
   @processes.by_first
   def save_state(self, position: int, state: State, results: dict) -> None:
@@ -208,7 +191,7 @@ class Workdir:
   def finish(self, record: dict) -> None:
     """Writes the record; the last state stays, so that the model can be used."""
     self._raise_errors(wait=True)
-    write_json(self.folder / RECORD, record)
+    files.write_json(self.folder / RECORD, record)
 
   def close(self) -> None:
     """Waits for what is being written."""
@@ -219,35 +202,41 @@ class Workdir:
 
 @contextlib.contextmanager
 def opened(
-  path: str, config: dict, overwrite: bool, strict: bool, stop_asked: Callable[[], bool]
+  path: str, config: dict, overwrite: bool, strict: bool, stop_asked: Callable[[], bool], now: dict
 ) -> Iterator[Workdir]:
   """Opens or makes a run folder for a resolved config; nobody else can until it is closed.
 
+  Args:
+    now: what the run stands on in this process (standing.py).
+
   Raises:
-    UserError: if it can't be written, belongs to another config, or is in use.
+    UserError: if it can't be written, belongs to another config, stands on something else, or is in
+      use.
   """
   folder = pathlib.Path(path)
   run = Workdir(folder, strict)
   run.stop_asked = stop_asked
   try:
     with contextlib.ExitStack() as stack:
-      prepare = functools.partial(_prepare, stack, run, path, config, overwrite)
-      processes.first_does(prepare)
+      prepare = functools.partial(_prepare, stack, run, path, config, overwrite, now)
+      run.standing, run.said = processes.first_does(prepare)
       yield run
   except OSError as e:
     raise _unusable(path, e) from e
 
 
-def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool) -> None:
+def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool, now: dict):
   try:
     run.folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_locked(run.folder))
     if overwrite:
       _delete_run(run.folder)
-    _check_config(run.folder, config)
+    identity.check_config(run.folder, config)
+    result = identity.check_standing(run.folder, config, now)
     (run.folder / CHECKPOINTS).mkdir(exist_ok=True)
     (run.folder / METRICS).touch()
     stack.callback(run.close)
+    return result
   except OSError as e:
     raise _unusable(path, e) from e
 
@@ -292,50 +281,15 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
   return items, None, {}
 
 
-def read_config(path: str) -> dict:
-  """The resolved config of a run; of one that was extended, that of the run it began as.
-
-  A run of an older version gets the defaults of keys that did not exist (`_LATER_KEYS`).
-  """
-  missing = f"--workdir={path}: holds no {CONFIG}; give the folder of a run"
-  config = _read_json(pathlib.Path(path) / CONFIG, missing)
-  _fill_in(config)
-  return {k: v for k, v in config.items() if k != EXTENDED}
-
-
-def _fill_in(config: dict) -> None:
-  known = validate.keys_of({})
-  for name in _LATER_KEYS:
-    section, _, key = name.rpartition(".")
-    place = config.setdefault(section, {}) if section else config
-    if isinstance(place, dict):
-      place.setdefault(key, known[name].default)
-  if isinstance(method := config.get("method"), dict):
-    for key, value in _BEFORE.get(method.get("name"), {}).items():
-      method.setdefault(key, value)
-
-
 def read_benchmark(path: str) -> Benchmark:
   """The tasks of a run, in the order of training, without their images."""
   file = pathlib.Path(path) / TASKS
-  card = _read_json(
+  card = files.read_json(
     file,
     f"--workdir={path}: holds no {TASKS}, which has class names and normalisation: the run is of "
     "an older version; learn it again (--overwrite)",
   )
   return cards.to_benchmark(card, str(file))
-
-
-def _read_json(file: pathlib.Path, missing: str) -> dict:
-  try:
-    content = json.loads(file.read_text())
-  except (FileNotFoundError, NotADirectoryError) as e:
-    raise UserError(missing) from e
-  except (OSError, ValueError, RecursionError) as e:
-    raise UserError(f"{file}: can't be read ({e})") from e
-  if not isinstance(content, dict):
-    raise UserError(f"{file}: is not what was written")
-  return content
 
 
 def newest_state(path: str) -> tuple[State, dict]:
@@ -353,34 +307,6 @@ def newest_state(path: str) -> tuple[State, dict]:
       problem = str(e)
       warnings.warn(f"{e}; the state before {folder.name} is used instead", stacklevel=2)
   raise UserError(f"--workdir={path}: holds no state that is whole ({problem})")
-
-
-@processes.by_first
-def finished_record(path: str, config: dict) -> dict | None:
-  """The record of a finished run of this config; None if there is none."""
-  file = pathlib.Path(path) / RECORD
-  if not file.exists():
-    return None
-  _check_config(file.parent, config)
-  try:
-    return json.loads(file.read_text())
-  except (OSError, ValueError) as e:
-    raise UserError(f"{file}: can't be read ({e}); --overwrite starts anew") from e
-
-
-def write_json(path: pathlib.Path, content) -> None:
-  """Whole or not at all."""
-  write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Whole or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w") as stream:
-    stream.write(text)
-    stream.flush()
-    os.fsync(stream.fileno())
-  temporary.replace(path)
 
 
 def _item(name: str) -> str:
@@ -418,33 +344,9 @@ def _require_leaves(found, like, folder) -> None:
     raise checkpoint.Damaged(f"{folder}: its arrays are not those of this config's model")
 
 
-def _check_config(folder: pathlib.Path, config: dict) -> None:
-  """Refuses a folder with another config; writes the config into a new one."""
-  path = folder / CONFIG
-  if not path.exists():
-    if any((folder / name).exists() for name in (RECORD, CHECKPOINTS)):
-      raise UserError(f"{path}: missing; --overwrite starts anew")
-    write_json(path, config)
-    return
-  try:
-    old = json.loads(path.read_text())
-    _fill_in(old)
-    old = validate.flat(old)
-  except (OSError, ValueError, AttributeError) as e:
-    raise UserError(f"{path}: can't be read ({e}); --overwrite starts anew") from e
-  new = validate.flat(config)
-  keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-  if odd := [k for k in keys if k not in NEUTRAL_KEYS]:
-    changes = ", ".join(f"{k} = {new.get(k)!r} (was {old.get(k)!r})" for k in odd)
-    raise UserError(
-      f"--workdir={folder} holds a run of another config: {changes}; take another folder, or "
-      "--overwrite"
-    )
-
-
 def _delete_run(folder: pathlib.Path) -> None:
   shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-  for name in (RECORD, METRICS, CONFIG, TASKS):
+  for name in (RECORD, METRICS, CONFIG, TASKS, STANDING):
     (folder / name).unlink(missing_ok=True)
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy as safetensors
@@ -170,7 +171,77 @@ def test_an_unknown_task_and_another_base_are_refused(run, tmp_path):
   with pytest.raises(UserError, match=r"task07.json: not there; .* base, task00, task01, task03"):
     export.load(str(tmp_path), 7)
   spoil(tmp_path, "base")
-  with pytest.raises(UserError, match="holds another base"):
+  with pytest.raises(UserError, match="base.json, which is there, is of another model"):
+    write(run, tmp_path)
+
+
+def other_model(run, how):
+  """What another run, or this one at another time, would export."""
+  if how == "tasks":
+    tasks = tuple(task._replace(id=task.id + 5) for task in run.benchmark.tasks)
+    return run._replace(benchmark=run.benchmark._replace(tasks=tasks))
+  if how == "classes":
+    tasks = tuple(t._replace(class_names=t.class_names[::-1]) for t in run.benchmark.tasks)
+    return run._replace(benchmark=run.benchmark._replace(tasks=tasks))
+  *others, last = run.state.tasks
+  last = last | {"rest": jax.tree.map(lambda x: x + 1, last["rest"])}
+  return run._replace(state=run.state._replace(tasks=(*others, last)))
+
+
+def contents(folder):
+  return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("how", ["tasks", "classes", "state"])
+@pytest.mark.parametrize(("format", "merged"), [("safetensors", False), ("safetensors", True)])
+def test_a_folder_of_another_model_is_refused(run, tmp_path, format, merged, how):
+  write(run, tmp_path, format, merged)
+  before = contents(tmp_path)
+  with pytest.raises(UserError, match=r"task\d\d.json, which is there, is of another model"):
+    write(other_model(run, how), tmp_path, format, merged)
+  assert contents(tmp_path) == before
+  write(run, tmp_path, format, merged)  # the same model again
+  assert contents(tmp_path) == before
+
+
+def test_a_folder_of_another_models_programs_is_refused(run, tmp_path):
+  def export_one(run, t):
+    return list(export.write(run, str(tmp_path), [t], "stablehlo", False))
+
+  export_one(run, 0)
+  before = contents(tmp_path)
+  with pytest.raises(UserError, match="task.*, which is there, is of another model"):
+    export_one(other_model(run, "tasks"), 1)
+  assert contents(tmp_path) == before
+  export_one(run, 1)
+  assert before.items() < contents(tmp_path).items()
+
+
+@pytest.mark.parametrize(
+  ("second", "says"),
+  [
+    (("orbax", False), r"base.json, which is there, is of --format=safetensors \(base\)"),
+    (("safetensors", True), r"base.json, which is there, is of another model"),
+    (("stablehlo", False), r"base.json, which is there, is of another model"),
+  ],
+)
+def test_another_form_in_the_same_folder_is_refused(run, tmp_path, second, says):
+  write(run, tmp_path)
+  before = contents(tmp_path)
+  with pytest.raises(UserError, match=says):
+    write(run, tmp_path, *second)
+  assert contents(tmp_path) == before
+
+
+def test_files_without_a_card_are_not_joined(run, tmp_path):
+  (tmp_path / "README").write_text("not ours")
+  (tmp_path / "task77.safetensors").write_bytes(b"")
+  with pytest.raises(UserError, match="task77.safetensors, which is there, does not belong"):
+    write(run, tmp_path)
+  (tmp_path / "task77.safetensors").unlink()
+  write(run, tmp_path)
+  (tmp_path / "task00.stablehlo").write_bytes(b"")  # as an older version left it
+  with pytest.raises(UserError, match="task00.stablehlo, which is there, does not belong"):
     write(run, tmp_path)
 
 

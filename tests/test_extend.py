@@ -110,7 +110,7 @@ def test_what_is_done_to_the_pictures_is_told_and_a_name_is_not_given_twice(run_
   events = []
   run = saved.open_run(str(run_folder))
   saved.extend(run, str(tmp_path / "lights"), str(tmp_path / "more"), events.append)
-  notes = [e["note"] for e in events if e["event"] == "data"]
+  notes = [e["note"] for e in events if e["event"] == "note"]
   assert notes == [
     f"--data={tmp_path}/lights: of 10 images 10 grey made RGB, or colours made grey, 10 resized",
     f"--data={tmp_path}/lights: 1 not used (.txt 1), for example notes.txt",

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from halrp_jax import experiment, records
+from halrp_jax import experiment, records, standing
 
 from .conftest import ROOT
 
@@ -102,6 +102,61 @@ def test_a_newer_run_takes_the_place_of_the_same_older_one(make):
   (group,), skipped = records.group([new, old])
   assert [r.place for r in group.runs] == ["new"]
   assert skipped == [records.Skipped("old", "new is a newer run of the same")]
+
+
+def standing_of(hashes, **flags):
+  tasks = [{"id": i, "name": "t", "data": x, "split": f"{x} drawn"} for i, x in enumerate(hashes)]
+  usual = standing.FLAGS | flags
+  return {"standing": {"tasks": tasks, "flags": usual, "machine": {}, "changes": []}}
+
+
+def groups_of(*found):
+  groups, skipped = records.group([run(r, str(i)) for i, r in enumerate(found)])
+  return sorted([r.place for r in g.runs] for g in groups), skipped
+
+
+def test_runs_on_other_data_are_never_averaged(make):
+  """Not of several seeds, and of equal seeds neither takes the other's place."""
+  for seed in (0, 1):
+    one, other = make(**standing_of("abc")), make(seed=seed, **standing_of("abd"))
+    assert groups_of(one, other) == ([["0"], ["1"]], [])
+  again = make(seed=1, split_hash="another draw", **standing_of("abc"))
+  assert groups_of(one, again) == ([["0", "1"]], [])
+  assert groups_of(one, make(seed=1)) == ([["0"], ["1"]], [])  # whose data are not known
+
+
+def test_runs_with_other_jax_flags_are_never_averaged(make):
+  one, other = (make(seed=s, **standing_of("abc", jax_enable_x64=bool(s))) for s in (0, 1))
+  groups, _ = records.group([run(one), run(other)])
+  assert [records.differences(g.setting, groups[0].setting) for g in groups[1:]] in (
+    [["jax_enable_x64 = True"]],
+    [["jax_enable_x64 = None"]],
+  )
+
+
+def test_older_records_are_told_apart_by_names_and_by_the_splits_of_equal_seeds(make):
+  names = [{"task_names": list(x)} for x in (["cats", "dogs", "cows"], ["cars", "ships", "bikes"])]
+  assert groups_of(make(**names[0]), make(seed=1, **names[1]))[0] == [["0"], ["1"]]
+  assert groups_of(make(**names[0]), make(seed=1, split_hash="b", **names[0]))[0] == [["0", "1"]]
+  assert groups_of(make(split_hash="a"), make(split_hash="b")) == ([["0"], ["1"]], [])
+  found = [make(split_hash="a"), make(split_hash="b"), make(seed=1, split_hash="c")]
+  assert groups_of(*found)[0] == [["0"], ["1"], ["2"]]  # nothing says where the last belongs
+
+
+def test_what_a_report_takes_for_granted_is_said(make):
+  older, newer = make(), make(seed=1, versions={"jax": "9"}, **standing_of("abc"))
+  groups, _ = records.group([run(older), run(newer), run(make(seed=2, **standing_of("abc")))])
+  unknown, mixed = records.notes(groups)
+  assert unknown.startswith("1 of 3 runs are of versions that recorded no hash of their data")
+  assert mixed.startswith("The runs of 1 of 2 settings are of several versions or machines")
+  assert records.notes([g for g in groups if len(g.runs) == 0]) == []
+
+
+@pytest.mark.parametrize(
+  "wrong", [5, {}, {"tasks": 3}, {"tasks": [{"id": 0}]}, {"tasks": [], "flags": 1}]
+)
+def test_a_damaged_standing_is_named(make, wrong):
+  assert records.problem(make(standing=wrong)) == "damaged: standing is not what was written"
 
 
 def test_keys_that_a_record_is_too_old_for_count_as_what_was_done_then(make):

@@ -265,7 +265,7 @@ def test_what_an_interrupted_save_left_behind_is_no_harm(half):
 
 def test_two_runs_in_one_folder(digits_config, tmp_path):
   config = experiment.resolve(digits_config("stl")).to_dict()
-  arguments = (str(tmp_path), config, False, False, lambda: False)
+  arguments = (str(tmp_path), config, False, False, lambda: False, {})
   with (
     workdir.opened(*arguments),
     pytest.raises(UserError, match=f"in use .process {os.getpid()} on"),

@@ -10,7 +10,7 @@ different. Files that can't be used are named and left out. --docs writes reprod
 figures into that folder; reasons.json there says why a number is off.
 """
 
-from halrp_jax import arguments, paper, publish
+from halrp_jax import arguments, paper, publish, records
 from halrp_jax.types import UserError
 
 
@@ -32,6 +32,8 @@ def main(argv: list[str]) -> int:
     command = f"python -m halrp_jax report --runs={options.runs} --out=OUT --docs={options.docs}"
     publish.write_document(report, options.docs, command)
     print(f"{options.docs}/{publish.DOCUMENT}")
+  for line in records.notes([row.group for row in report.rows]):
+    print(f"note: {line}")
   for skipped in report.skipped:
     print(f"left out  {skipped.place}: {skipped.reason}")
   runs = sum(len(row.group.runs) for row in report.rows)

@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from halrp_jax import arguments, compile_cache, experiment, report, stop, validate, workdir
+from halrp_jax import arguments, compile_cache, experiment, files, identity, report, stop, validate
 from halrp_jax.types import Diverged, Stopped, UserError
 
 _FLAGS = {
@@ -45,16 +45,16 @@ def main(argv: list[str]) -> int:
     experiment.resolve(config)  # a mistake in any cell is found before the first run
   compile_cache.use(args.compile_cache)
   root, stop_asked = pathlib.Path(args.workdir), stop.listen()
-  results = {}
+  results, read = {}, identity.shared_read()
   try:
     for name, config in cells.items():
       print(f"--- {name}")
-      results[name] = _run(config, root / name, stop_asked)
+      results[name] = _run(config, root / name, stop_asked, read)
   except Stopped:
     print(f"stopped; the same command goes on from {root}", file=sys.stderr)
     return stop.EXIT_CODE
   table = sorted(results.items(), key=lambda item: -(item[1]["average_accuracy"] or -np.inf))
-  workdir.write_json(root / "tune.json", dict(table))
+  files.write_json(root / "tune.json", dict(table))
   print(report.tune_text(dict(table)))
   return 0
 
@@ -97,10 +97,10 @@ def _cell_config(config, values: dict, keep_fraction: bool):
   return cell
 
 
-def _run(config, folder: pathlib.Path, stop_asked) -> dict:
+def _run(config, folder: pathlib.Path, stop_asked, read) -> dict:
   try:
     with report.live_display(sys.stdout) as show:
-      record = experiment.run(config, str(folder), show, stop_asked=stop_asked)
+      record = experiment.run(config, str(folder), show, stop_asked=stop_asked, read=read)
   except Diverged as e:
     print(f"diverged: {e}")
     return {"average_accuracy": None, "bwt": None, "seconds": None}

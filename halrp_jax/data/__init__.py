@@ -16,6 +16,7 @@ import numpy as np
 
 from halrp_jax.data import (
   cifar100,
+  content,
   custom,
   digits,
   five_datasets,
@@ -54,18 +55,49 @@ BENCHMARKS: dict[str, Family] = {
 
 
 def load(config) -> Benchmark:
-  """The benchmark a config names, split, in the order of training, images on the device.
+  """Returns the benchmark a config names, split, in the order of training, images on the device.
+
+  Raises: as `read`.
+  """
+  benchmark = read(config)
+  image = jax.device_put(benchmark.tasks[0].train.image)  # one array for all tasks
+  return benchmark._replace(tasks=tuple(_on_device(task, image) for task in benchmark.tasks))
+
+
+def read(config) -> Benchmark:
+  """Returns what `load` does, with the images as they were read.
 
   Raises:
     sources.Missing: if the data are not there.
     UserError: if they are damaged or too few, or the order is none.
   """
+  drawn, lacks = _drawn(config)
+  tasks = in_order(config, {task.id: task for task in drawn})
+  is_partial = bool(lacks) or len(tasks) < len(drawn)
+  return Benchmark(config.benchmark, tasks, _hash(drawn), is_partial)
+
+
+def in_order(config, found: dict[int, object]) -> tuple:
+  """Returns what belongs to the tasks, by their ids, in the order of training."""
+  outline = BENCHMARKS[config.benchmark].outline(config)
+  order = _order(config, len(outline.tasks) if outline else len(found))
+  return tuple(found[i] for i in order if i in found)
+
+
+def _drawn(config) -> tuple[list[Task], list[str]]:
+  """Returns the tasks in the order of their ids, with splits and hashes; what the data lack."""
   family = BENCHMARKS[config.benchmark]
   outline = family.outline(config)
+<<<<<<< HEAD
   order = _order(config, len(outline.tasks)) if outline else None
   notes = []
   tasks = family.read(config, notes.append) if family.tells else family.read(config)
   order = order or _order(config, len(tasks))
+=======
+  if outline:
+    _order(config, len(outline.tasks))  # refused before the data are read
+  tasks = family.read(config)
+>>>>>>> ids
   for task in tasks:
     _require_classes(task)
   lacks = _lacks(tasks, outline) if outline else []
@@ -73,6 +105,7 @@ def load(config) -> Benchmark:
     more = f" (and {len(lacks) - 1} more)" if len(lacks) > 1 else ""
     raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
   tasks = tasks if config.data.normalise else [_raw(task) for task in tasks]
+<<<<<<< HEAD
   splits = {task.id: _hold_out(task, config, not outline) for task in tasks}
   notes += _empty_classes(splits.values(), config)
   split_hash = _hash(splits.values())
@@ -80,6 +113,9 @@ def load(config) -> Benchmark:
   tasks = tuple(_on_device(splits[i], image) for i in order if i in splits)
   is_partial = bool(lacks) or len(order) < len(splits)
   return Benchmark(config.benchmark, tasks, split_hash, is_partial, tuple(notes))
+=======
+  return content.with_hashes(tasks, [_hold_out(task, config) for task in tasks]), lacks
+>>>>>>> ids
 
 
 def load_task(
@@ -100,7 +136,12 @@ def load_task(
   """
   task = custom.read_one(text, config, shape, task_id, tell)
   _require_classes(task)
+<<<<<<< HEAD
   task = _hold_out(task if config.data.normalise else _raw(task), config, True)
+=======
+  whole = task if config.data.normalise else _raw(task)
+  (task,) = content.with_hashes([whole], [_hold_out(whole, config)])
+>>>>>>> ids
   return _on_device(task, jax.device_put(task.train.image))
 
 

@@ -3,8 +3,9 @@
   KEY.npy     uint8 [N, H, W, C]
   KEY.json    SHA-256 of the array's bytes, written last
 
-The key has the hash of the source in it, so that other files make another entry. Delete the folder
-at any time.
+The key has the hash of the source's contents in it, so that other files make another entry, also
+those of equal size and date, and moved ones make none. To compute it, the files (of a folder the
+images, or the archive) are read at every start, but not decoded. Delete the folder at any time.
 """
 
 import contextlib

@@ -227,6 +227,7 @@ def _pictures(tree: folders.Tree, config, shape: tuple[int, int, int], prefix: s
   def decode(out):
     done = np.zeros(num_extra * math.prod(shape), np.uint8)
 
+<<<<<<< HEAD
     def read_into(i):
       out[i], done[i] = formats.read_photo(tree.path / names[i], shape)
 
@@ -242,6 +243,14 @@ def _pictures(tree: folders.Tree, config, shape: tuple[int, int, int], prefix: s
   data = ImageSet(array[: len(names)], label, int((part == _TRAIN).sum()), classes)
   unused = tuple(f"{prefix}{n}" for n in (*tree.files, *tree.skipped) if n not in part_of)
   return Own(data, part, array[len(names) :].reshape(-1)[: len(names)], unused)
+=======
+  position = {n: i for i, n in enumerate(names)}
+  key = f"custom-{sources.fingerprint(files, names)}"
+  image = cache.images(config.data.cache, key, (len(names), *shape), decode)
+  label = np.array([classes.index(n.split("/")[-2]) for n in names])
+  num_train = sum(n.startswith("train/") for n in names) if has_test else len(names)
+  return ImageSet(image, label, num_train, classes)
+>>>>>>> ids
 
 
 def _classes(tree: folders.Tree, names: list[str], parts: dict[str, int]) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ the last 500 the test set. Ten tasks; each permutes the pixels its own way.
 
 import numpy as np
 
-from halrp_jax.data.tasks import Outline, TaskOutline
-from halrp_jax.types import Inputs, Split, Task
+from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
+from halrp_jax.types import Inputs, Task
 
 NUM_TASKS = 10
 NUM_TRAIN = 1297
@@ -26,16 +26,12 @@ def read(config) -> list[Task]:
   digits = load_digits()
   image = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # [1797, 8, 8, 1]
   label = digits.target.astype(np.int32)
-  rows = np.arange(len(image))
-  names = tuple(str(n) for n in digits.target_names)
+  data = ImageSet(image, label, NUM_TRAIN, tuple(str(n) for n in digits.target_names))
   pool = image[:NUM_TRAIN] / 255
   mean, std = (np.float32([f(pool)]) for f in (np.mean, np.std))
-  train = Split(image, rows[:NUM_TRAIN], label[:NUM_TRAIN])
-  test = Split(image, rows[NUM_TRAIN:], label[NUM_TRAIN:])
-  empty = Split(image, rows[:0], label[:0])
   tasks = []
   for i in range(NUM_TASKS):
     permutation = np.random.default_rng(i).permutation(image[0].size).astype(np.int32)
     inputs = Inputs(mean, std, permutation)
-    tasks.append(Task(i, f"permutation {i}", names, inputs, train, empty, test))
+    tasks.append(make_task(i, f"permutation {i}", data, range(10), inputs))
   return tasks

@@ -32,7 +32,10 @@ def read(config) -> list[Task]:
   archives = _archives(config.data_dir, config.allow_partial)
   characters = _characters(archives, config.allow_partial)
   wanted = [(archive, name) for _, files in characters for archive, name in files]
-  fingerprint = "-".join(sources.fingerprint(files) for files in archives.values())
+  fingerprint = "-".join(
+    sources.fingerprint(files, [name for archive, name in wanted if archive == half])
+    for half, files in archives.items()
+  )
   shape = (len(wanted) * _TURNS, 32, 32, 1)
   image = cache.images(
     config.data.cache, f"omniglot-{fingerprint}", shape, lambda out: _decode(archives, wanted, out)

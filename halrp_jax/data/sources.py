@@ -7,7 +7,7 @@ import contextlib
 import gzip
 import hashlib
 import io
-import os
+import json
 import pathlib
 import stat
 import sys
@@ -452,19 +452,23 @@ def _require_tar_member(path, member: tarfile.TarInfo) -> None:
     raise UserError(f"{path}: refused, since {member.name!r} declares {member.size:,} bytes")
 
 
-def fingerprint(files: Files) -> str:
-  """SHA-256 that stands for the contents: of an archive's bytes, of a folder's sizes and times."""
-  digest = hashlib.sha256()
-  try:
-    if files.place.is_file():
+def fingerprint(files: Files, names: Iterable[str]) -> str:
+  """Hashes what some files contain and their names in the order given: SHA-256.
+
+  Every file of a folder is read, since sizes and times stay the same under some changes; of an
+  archive its bytes are hashed.
+  """
+  names = list(names)
+  if files.place.is_file():
+    try:
       with open(files.place, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-    for name in files.names:
-      status = (files.place / name).stat()
-      digest.update(os.fsencode(name) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
-  except OSError as e:
-    raise UserError(f"{e.filename or files.place}: {e.strerror or e}") from e
-  return digest.hexdigest()
+        found = {"": hashlib.file_digest(stream, "sha256").hexdigest()}
+    except OSError as e:
+      raise UserError(f"{files.place}: {e.strerror or e}") from e
+  else:
+    found = {n: hashlib.sha256(x).hexdigest() for n, x in files.stream(frozenset(names))}
+  text = json.dumps([names, sorted(found.items())])
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- fetching -------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def make_task(
     classes: labels of `data` that belong to the task, ascending.
     inputs: how its images become network inputs.
     **rows: train, valid, test: rows of `data`; all images of these classes, no validation set of
-      its own, where not given.
+      its own, where not given. `test`: the data set itself has no test set for the task.
   """
   classes = np.asarray(classes)
 
@@ -59,7 +59,8 @@ def make_task(
   train, test = (rows.get(n, data.rows(classes, n == "test")) for n in ("train", "test"))
   names = tuple(data.class_names[c] for c in classes)
   valid = rows.get("valid", np.zeros(0, np.int64))
-  return Task(id, name, names, inputs, split(train), split(valid), split(test))
+  own_test = "test" not in rows
+  return Task(id, name, names, inputs, split(train), split(valid), split(test), own_test)
 
 
 def join(sets: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

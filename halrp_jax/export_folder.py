@@ -1,0 +1,76 @@
+"""The folder that `export` writes into: names of files, cards, whose they are."""
+
+import json
+import pathlib
+import re
+
+from halrp_jax.types import UserError, brief
+
+SCHEMA = 1
+FORMATS = ("safetensors", "orbax", "stablehlo")
+BASE = "base"
+_OURS = re.compile(r"(base|task\d{2,})(|\.json|\.safetensors|\.stablehlo)")
+
+
+def stem_of(task_id: int) -> str:
+  """Returns the name of a task's files without suffix."""
+  return f"task{task_id:02d}"
+
+
+def file_of(place: pathlib.Path, stem: str, format: str) -> pathlib.Path:
+  """Returns the path of the file, or of the Orbax folder, beside a card."""
+  return place / (stem if format == "orbax" else f"{stem}.{format}")
+
+
+def read_card(place: pathlib.Path, stem: str) -> dict:
+  """Reads the JSON beside a file; `stem` is "base" or "task" and two digits."""
+  file = place / f"{stem}.json"
+  try:
+    card = json.loads(file.read_text())
+    if card["schema"] != SCHEMA:
+      raise UserError(f"{file}: schema {card['schema']!r}, this version reads {SCHEMA}")
+    if card["format"] not in FORMATS or not isinstance(card["hash"], str):
+      raise ValueError("format or hash")
+    return card
+  except FileNotFoundError as e:
+    known = ", ".join(sorted(p.stem for p in place.glob("*.json"))) or "none"
+    raise UserError(f"{file}: not there; {place} holds {known}") from e
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    raise UserError(f"{file}: is not what was written ({brief(e)})") from e
+
+
+def require_one_model(place: pathlib.Path, format: str, own: dict[str, dict]) -> None:
+  """Refuses a folder with files that would not belong together with those to be written.
+
+  Nothing there is replaced by another model or form, even if all of it would be: an export that is
+  interrupted would leave a mixture.
+
+  Args:
+    place: the folder.
+    format: of the files to be written.
+    own: per file of the model, by its stem: what its card has to say.
+
+  Raises:
+    UserError: names the first file that is of another model, or written in another form.
+  """
+  own = json.loads(json.dumps(own))
+  for path in sorted(place.iterdir()):
+    if not (match := _OURS.fullmatch(path.name)):
+      continue
+    stem, suffix = match.groups()
+    if suffix == ".json":
+      card = read_card(place, stem)
+      form = card["format"], card.get("kind")
+      if stem in own and form != (format, own[stem]["kind"]):
+        _refuse(path, f"is of --format={form[0]} ({form[1]})")
+      if stem not in own or any(card.get(k) != x for k, x in own[stem].items()):
+        _refuse(path, "is of another model, or of this one before it learned more")
+    elif stem not in own or path != file_of(place, stem, format):
+      _refuse(path, "does not belong to what is to be written")
+
+
+def _refuse(path: pathlib.Path, why: str) -> None:
+  raise UserError(
+    f"--out={path.parent}: {path.name}, which is there, {why}; a folder holds one model in one "
+    "format: choose another folder"
+  )
