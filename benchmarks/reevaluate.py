@@ -29,25 +29,34 @@ def main():
   parser.add_argument("--batch_sizes", default="128")
   parser.add_argument("--json", help="file that gets the accuracies")
   args = parser.parse_args()
-  values = json.loads((pathlib.Path(args.workdir) / "config.json").read_text())
-  config = experiment.resolve(config_dict.ConfigDict(_completed(values, args.data_dir)))
+  sizes = [int(size) for size in args.batch_sizes.split(",")]
+  found = accuracies(
+    args.workdir, args.data_dir, args.kinds.split(","), args.images.split(","), sizes
+  )
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(found), encoding="utf-8")
+
+
+def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[str, list[float]]:
+  """Returns accuracies in percent by task, by "KIND IMAGES SIZE"; prints their means."""
+  values = json.loads((pathlib.Path(path) / "config.json").read_text(encoding="utf-8"))
+  config = experiment.resolve(config_dict.ConfigDict(_completed(values, data_dir)))
   benchmark, _, _ = experiment.build(config)
-  _, state, _ = workdir.inspect(args.workdir)
+  _, state, _ = workdir.inspect(path)
   state = jax.tree.map(jnp.asarray, state)
   found = {}
-  for kind in args.kinds.split(","):
+  for kind in kinds:
     stored = "running" if kind == "population" else kind  # what is stored was taken in the run
     model = models.make(config.network, benchmark.max_classes, stored, config.precision)
     predict = methods.make(config, model, benchmark).predict
-    for images in args.images.split(","):
+    for images in images_orders:
       tasks = [_by_class(task) if images == "sorted" else task for task in benchmark.tasks]
-      for size in map(int, args.batch_sizes.split(",")):
+      for size in sizes:
         accuracy = train.evaluate(lambda t, x, p=predict: p(state, t, x), tasks, "test", size)
         found[f"{kind} {images} {size}"] = accuracy
         lowest = ", ".join(f"{a:.1f}" for a in sorted(accuracy)[:5])
         print(f"{kind} {images} {size}: ACC {np.mean(accuracy):.2f}, lowest tasks {lowest}")
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(found), encoding="utf-8")
+  return found
 
 
 def _by_class(task):
