@@ -460,20 +460,6 @@ def _peak_of_process() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-<<<<<<< HEAD
-def _version(package: str) -> str | None:
-  """None: it is not installed, or has no metadata."""
-  with contextlib.suppress(metadata.PackageNotFoundError):
-    return metadata.version(package)
-
-
-def _versions() -> dict[str, str | None]:
-  versions = {name: _version(name) for name in _PACKAGES}
-  return {"halrp_jax": halrp_jax.__version__, "python": platform.python_version()} | versions
-
-
-=======
->>>>>>> ids
 def _device() -> str:
   device = jax.devices()[0]
   return (

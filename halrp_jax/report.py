@@ -39,14 +39,11 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
         progress.update(bar, total=event["epochs"], completed=done)
       elif event["event"] == "evaluation":
         progress.console.print(task_line(event), highlight=False, soft_wrap=True)
-<<<<<<< HEAD
       elif event["event"] == "note":
         progress.console.print(event["note"], markup=False, highlight=False, soft_wrap=True)
-=======
       elif event["event"] == "standing":
         for line in event["said"]:
           progress.console.print(f"note: {line}", highlight=False, soft_wrap=True, markup=False)
->>>>>>> ids
       elif event["event"] == "finished":
         progress.console.print("this run is finished already; --overwrite starts anew")
 
@@ -56,14 +53,11 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
 def _print_event(stream: TextIO, event: dict) -> None:
   if event["event"] == "evaluation":
     print(task_line(event), file=stream, flush=True)
-<<<<<<< HEAD
   elif event["event"] == "note":
     print(event["note"], file=stream, flush=True)
-=======
   elif event["event"] == "standing":
     for line in event["said"]:
       print(f"note: {line}", file=stream, flush=True)
->>>>>>> ids
   elif event["event"] == "finished":
     print("this run is finished already; --overwrite starts anew", file=stream)
 

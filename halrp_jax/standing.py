@@ -61,9 +61,15 @@ def _plain(value):
   return value if isinstance(value, bool | int | str | None) else str(value)
 
 
-def versions() -> dict[str, str]:
-  """Returns the versions of Python, this package and those that compute."""
-  found = {name: metadata.version(name) for name in _PACKAGES}
+def versions() -> dict[str, str | None]:
+  """Returns the versions of Python, this package and those that compute; None: not installed."""
+
+  def version(name):
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      return metadata.version(name)
+    return None
+
+  found = {name: version(name) for name in _PACKAGES}
   return {"halrp_jax": halrp_jax.__version__, "python": platform.python_version()} | found
 
 

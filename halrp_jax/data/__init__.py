@@ -71,10 +71,10 @@ def read(config) -> Benchmark:
     sources.Missing: if the data are not there.
     UserError: if they are damaged or too few, or the order is none.
   """
-  drawn, lacks = _drawn(config)
+  drawn, lacks, notes = _drawn(config)
   tasks = in_order(config, {task.id: task for task in drawn})
   is_partial = bool(lacks) or len(tasks) < len(drawn)
-  return Benchmark(config.benchmark, tasks, _hash(drawn), is_partial)
+  return Benchmark(config.benchmark, tasks, _hash(drawn), is_partial, notes)
 
 
 def in_order(config, found: dict[int, object]) -> tuple:
@@ -84,20 +84,14 @@ def in_order(config, found: dict[int, object]) -> tuple:
   return tuple(found[i] for i in order if i in found)
 
 
-def _drawn(config) -> tuple[list[Task], list[str]]:
-  """Returns the tasks in the order of their ids, with splits and hashes; what the data lack."""
+def _drawn(config) -> tuple[list[Task], list[str], tuple[str, ...]]:
+  """Returns the tasks by their ids, split and hashed; what the data lack; notes on the files."""
   family = BENCHMARKS[config.benchmark]
   outline = family.outline(config)
-<<<<<<< HEAD
-  order = _order(config, len(outline.tasks)) if outline else None
-  notes = []
-  tasks = family.read(config, notes.append) if family.tells else family.read(config)
-  order = order or _order(config, len(tasks))
-=======
   if outline:
     _order(config, len(outline.tasks))  # refused before the data are read
-  tasks = family.read(config)
->>>>>>> ids
+  notes = []
+  tasks = family.read(config, notes.append) if family.tells else family.read(config)
   for task in tasks:
     _require_classes(task)
   lacks = _lacks(tasks, outline) if outline else []
@@ -105,17 +99,9 @@ def _drawn(config) -> tuple[list[Task], list[str]]:
     more = f" (and {len(lacks) - 1} more)" if len(lacks) > 1 else ""
     raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
   tasks = tasks if config.data.normalise else [_raw(task) for task in tasks]
-<<<<<<< HEAD
-  splits = {task.id: _hold_out(task, config, not outline) for task in tasks}
-  notes += _empty_classes(splits.values(), config)
-  split_hash = _hash(splits.values())
-  image = jax.device_put(next(iter(splits.values())).train.image)  # one array for all tasks
-  tasks = tuple(_on_device(splits[i], image) for i in order if i in splits)
-  is_partial = bool(lacks) or len(order) < len(splits)
-  return Benchmark(config.benchmark, tasks, split_hash, is_partial, tuple(notes))
-=======
-  return content.with_hashes(tasks, [_hold_out(task, config) for task in tasks]), lacks
->>>>>>> ids
+  splits = [_hold_out(task, config, not outline) for task in tasks]
+  notes += _empty_classes(splits, config)
+  return content.with_hashes(tasks, splits), lacks, tuple(notes)
 
 
 def load_task(
@@ -136,12 +122,8 @@ def load_task(
   """
   task = custom.read_one(text, config, shape, task_id, tell)
   _require_classes(task)
-<<<<<<< HEAD
-  task = _hold_out(task if config.data.normalise else _raw(task), config, True)
-=======
   whole = task if config.data.normalise else _raw(task)
-  (task,) = content.with_hashes([whole], [_hold_out(whole, config)])
->>>>>>> ids
+  (task,) = content.with_hashes([whole], [_hold_out(whole, config, True)])
   return _on_device(task, jax.device_put(task.train.image))
 
 

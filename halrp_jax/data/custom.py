@@ -227,7 +227,6 @@ def _pictures(tree: folders.Tree, config, shape: tuple[int, int, int], prefix: s
   def decode(out):
     done = np.zeros(num_extra * math.prod(shape), np.uint8)
 
-<<<<<<< HEAD
     def read_into(i):
       out[i], done[i] = formats.read_photo(tree.path / names[i], shape)
 
@@ -236,21 +235,13 @@ def _pictures(tree: folders.Tree, config, shape: tuple[int, int, int], prefix: s
 
   files = sources.files_of(tree, _MOST)._replace(names=tuple(names))
   # photos: decoded as formats.read_photo does; another way of decoding needs another word
-  key = f"photos-{tree.path.resolve()}-{sources.fingerprint(files)}"
+  key = f"photos-{sources.fingerprint(files, names)}"
   array = cache.images(config.data.cache, key, (len(names) + num_extra, *shape), decode)
   label = np.array([classes.index(folders.shown(n.split("/")[-2])) for n in names])
   part = np.array([part_of[n] for n in names])
   data = ImageSet(array[: len(names)], label, int((part == _TRAIN).sum()), classes)
   unused = tuple(f"{prefix}{n}" for n in (*tree.files, *tree.skipped) if n not in part_of)
   return Own(data, part, array[len(names) :].reshape(-1)[: len(names)], unused)
-=======
-  position = {n: i for i, n in enumerate(names)}
-  key = f"custom-{sources.fingerprint(files, names)}"
-  image = cache.images(config.data.cache, key, (len(names), *shape), decode)
-  label = np.array([classes.index(n.split("/")[-2]) for n in names])
-  num_train = sum(n.startswith("train/") for n in names) if has_test else len(names)
-  return ImageSet(image, label, num_train, classes)
->>>>>>> ids
 
 
 def _classes(tree: folders.Tree, names: list[str], parts: dict[str, int]) -> tuple[str, ...]:

@@ -123,15 +123,9 @@ def _read_notmnist(files: sources.Files, setting: str) -> ImageSet:
       image = formats.picture(contents, f"{files.place}: {name}", "L", (28, 28))
       out[place[name]] = np.pad(np.asarray(image), 2)[..., None]
 
-<<<<<<< HEAD
     folders.for_all(decode_one, files.stream(frozenset(place)))
 
-  image = cache.images(
-    setting, f"notmnist-{sources.fingerprint(files)}", (len(place), 32, 32, 3), decode
-  )
-=======
   key = f"notmnist-{sources.fingerprint(files, place)}"
   image = cache.images(setting, key, (len(place), 32, 32, 3), decode)
->>>>>>> ids
   label = np.array([classes.index(n[0]) for n in place])
   return ImageSet(image, label, len(train), classes)

@@ -89,13 +89,9 @@ def _read(files: sources.Files, setting: str) -> ImageSet:
       name, contents = item
       out[place[name]] = formats.picture(contents, f"{files.place}: {name}", "RGB", (64, 64))
 
-<<<<<<< HEAD
     folders.for_all(decode_one, files.stream(frozenset(place)))
 
-  key = f"tinyimagenet-{sources.fingerprint(files)}"
-=======
   key = f"tinyimagenet-{sources.fingerprint(files, place)}"
->>>>>>> ids
   image = cache.images(setting, key, (len(place), 64, 64, 3), decode)
   return ImageSet(image, np.array([label[n] for n in place]), len(train), words)
 
