@@ -28,8 +28,6 @@ def get_config(method: str = "halrp"):
       "validation_fraction": 0.2,
       "fraction_per_class": False,
     },
-    # The published rows fit networks that evaluate with the statistics of the batch, not those of
-    # the released LeNet (docs/measurements.md); all methods do here, so that they compare.
     every_method={"l2": 1e-4},
     methods_={
       "halrp": {

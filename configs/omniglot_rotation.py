@@ -22,8 +22,6 @@ def get_config(method: str = "halrp"):
     batch_size=16,
     evaluation_batch_size=240,  # a task's whole test set
     learning_rate=5e-3,
-    # With batches of 16 running statistics fail on single tasks; those of the test batch fit the
-    # published row (docs/measurements.md).
     # WSN's loader, which the paper follows, validates on the training images; the bound is ours,
     # that of the paper's other benchmarks with grey images
     protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.0},
