@@ -23,14 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from flax.linen.linear import canonicalize_padding
 
-from halrp_jax import layers, lowrank
+from halrp_jax import kinds, layers, lowrank
 from halrp_jax.types import Params, UserError
 
 HEAD = "head"  # never perturbed
 _SEPARATOR = "/"
-_PASS = 15  # multiply-adds in the time of reading or writing one number (docs/measurements.md)
 
 
 def layer_names(params: Params) -> tuple[str, ...]:
@@ -157,7 +155,7 @@ def _matrix_shapes(names, model, variables, *args, **kwargs) -> dict[str, tuple[
       kernel = module.get_variable("params", "kernel")
       if kernel is None or kernel.shape != flat[f"{name}/kernel"].shape:
         raise UserError(f"{name}: its kernel is one of a stack (nn.scan, nn.vmap): not perturbed")
-      found[name] = _matrix_shape(name, module, kernel)
+      found[name] = kinds.matrix_shape(name, module, kernel)
     return next_fun(*call_args, **call_kwargs)
 
   def run(variables):
@@ -184,21 +182,13 @@ def _matrix_shape(name: str, module: nn.Module, kernel) -> tuple[int, int]:
   )
 
 
-def compose(kernel: jax.Array, p: lowrank.Perturbation) -> jax.Array:
-  """W_t of a layer, in its own shape: `lowrank.compose` on the kernel seen as a matrix [I, J]."""
-  shape = (p.S.size, p.R.size)
-  if kernel.shape[-2:] == shape:
-    return lowrank.compose(kernel, p)
-  return lowrank.compose(kernel.reshape(shape), p).reshape(kernel.shape)
-
-
 def merge(
   kernels: Mapping[str, jax.Array],
   perturbation: Mapping[str, lowrank.Perturbation],
   rest: Params,
 ) -> Params:
   """Ordinary parameters of one task: the perturbed kernels W_t and everything else."""
-  return join({n: compose(w, perturbation[n]) for n, w in kernels.items()}, rest)
+  return join({n: kinds.compose(w, perturbation[n]) for n, w in kernels.items()}, rest)
 
 
 def apply(
@@ -230,8 +220,9 @@ def apply(
     name = _SEPARATOR.join(module.path)
     if name not in kernels or context.method_name != "__call__":
       return next_fun(*call_args, **call_kwargs)
+    (x,) = (*call_args, *call_kwargs.values())
     bias = module.get_variable("params", "bias") if module.use_bias else None
-    return _perturbed(module, kernels[name], perturbation[name], bias, *call_args, form=form)
+    return kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)
 
   with nn.intercept_methods(intercept):
     return model.apply(variables, *args, **kwargs)
@@ -331,7 +322,7 @@ def apply_in_bases(
     detached = module.clone(parent=None, name=None, use_bias=False)
     y = detached.apply({"params": {"kernel": kernel}}, x)
     y = layers.times(y, bases[name].T) if few_places else y
-    return y + _channels(module.get_variable("params", "bias"), y) if module.use_bias else y
+    return y + kinds.channels(module.get_variable("params", "bias"), y) if module.use_bias else y
 
   with nn.intercept_methods(intercept):
     return model.apply(variables, *args, **kwargs)
@@ -345,7 +336,7 @@ def layer_inputs(
   -> by layer path [B, d], for a convolution its patches [B, H', W', d]; the kernel seen as a matrix
   is [d, J].
   """
-  return _tapped(model, names, variables, image, lambda module, x, y: _rows(module, x))
+  return _tapped(model, names, variables, image, lambda module, x, y: kinds.rows(module, x))
 
 
 def layer_outputs(
@@ -379,76 +370,3 @@ def without_head():
     return args[0].astype(jnp.float32) if is_head else next_fun(*args, **kwargs)
 
   return nn.intercept_methods(intercept)
-
-
-def _rows(module, x):
-  if not isinstance(module, nn.Conv):
-    return x
-  return layers.patches(x, module.kernel_size, *_strides_and_padding(module))
-
-
-def _strides_and_padding(module):
-  """Of a 2-D convolution, as pairs; padding by name stays."""
-  strides, padding = module.strides or 1, module.padding
-  strides = (strides,) * 2 if isinstance(strides, int) else strides
-  return strides, padding if isinstance(padding, str) else canonicalize_padding(padding, 2)
-
-
-def _perturbed(module, kernel, p, bias, x, *, form):
-  detached = module.clone(parent=None, name=None, use_bias=False)
-  factored = form == "factored" or (form == "auto" and _factored_is_cheaper(kernel, p, x))
-  if factored and _can_be_factored(module):
-    y = detached.apply({"params": {"kernel": kernel}}, x * _channels(p.S, x))
-    branch = _low_rank_branch(module, p, x, y.dtype)
-    y = (y * _channels(p.R, y) + branch).astype(y.dtype)
-  else:
-    y = detached.apply({"params": {"kernel": compose(kernel, p)}}, x)
-  # in the layer's own dtype, as it would add it; DenseGeneral's bias has several axes
-  return (
-    y
-    if bias is None
-    else y + jnp.reshape(bias, (1,) * (y.ndim - bias.ndim) + bias.shape).astype(y.dtype)
-  )
-
-
-def _channels(v, like):
-  """[C] -> [1, ..., 1, C], to broadcast against `like`."""
-  return v.reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-def _low_rank_branch(module, p, x, dtype):
-  """U (Sigma (V' x)), for a convolution on the sum over its window (authors: 1x1, pool, 1x1).
-
-  `dtype`: of the products with x.
-  """
-  u = p.U if p.sigma is None else p.U * _channels(p.sigma, p.U)
-  if not isinstance(module, nn.Conv):
-    return (x.astype(dtype) @ p.V.astype(dtype)) @ u.T.astype(dtype)
-  total = layers.window_sum(x, module.kernel_size, *_strides_and_padding(module))
-  return layers.times(total.astype(dtype), (p.V @ u.T).astype(dtype))
-
-
-def _can_be_factored(module) -> bool:
-  """Whether `_low_rank_branch` knows this layer: Dense, ordinary 2-D convolutions."""
-  if not isinstance(module, nn.Conv):
-    return isinstance(module, nn.Dense)
-  undilated = all(d in (None, 1, (1, 1)) for d in (module.kernel_dilation, module.input_dilation))
-  ordinary = module.feature_group_count == 1 and module.mask is None and undilated
-  return ordinary and len(module.kernel_size) == 2 and module.padding not in ("CIRCULAR", "REFLECT")
-
-
-def _factored_is_cheaper(kernel, p, x) -> bool:
-  """Multiply-adds of one training step and passes over memory, by shape alone.
-
-  Composed: three products with the kernel (output, input gradient, kernel gradient), and the kernel
-  is written and read several times. Factored: two products, the low-rank branch, and more passes
-  over the activations.
-  """
-  num_in, num_out, columns = p.S.size, p.R.size, p.U.shape[-1]
-  places, window = x.size // num_in, kernel[..., 0, 0].size
-  saved = places * kernel.size + _PASS * 4 * kernel.size + 3 * columns * num_in * num_out
-  if window == 1:
-    branch = 3 * places * columns * (num_in + num_out) + _PASS * places * (2 * num_in + 2 * num_out)
-  else:
-    branch = 3 * places * num_in * num_out + _PASS * places * (6 * num_in + 5 * num_out)
-  return branch < saved

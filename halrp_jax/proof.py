@@ -1,0 +1,237 @@
+"""Proof on an example that a network can be perturbed: which layers are seen, and that each is exact.
+
+Two things can go wrong unnoticed: a layer may compute with another kernel than the parameter at its
+path (normalised weights, a network applied inside another), or in a way that a perturbed layer
+does not reproduce. Both are found by computing, not by a list of names.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from halrp_jax import kinds, lowrank
+from halrp_jax.types import Params, UserError, brief
+
+_SEPARATOR = "/"
+_LOOSEST = 1e-3  # relative to the largest value; or 32 times the dtype's epsilon, if that is more
+_NOT_ITS_OWN = (
+  "the kernel it computes with is not the parameter at its path (a normalised or otherwise "
+  "transformed kernel, or a network applied inside another): not perturbed; choose other layers "
+  "by `pattern`"
+)
+
+
+def check_network(model, variables) -> dict[str, Params]:
+  """Returns `variables` with plain arrays in place of Flax's boxes (nn.with_partitioning).
+
+  Raises:
+    UserError: if `model` is no Linen module, or `variables` are not what its `init` returns.
+  """
+  check_module(model)
+  if not isinstance(variables, Mapping):
+    raise UserError(
+      f"variables: expected a dict such as {type(model).__name__}.init returns, got "
+      f"{type(variables).__name__}"
+    )
+  if not isinstance(variables.get("params"), Mapping) or not variables["params"]:
+    known = ", ".join(map(str, variables)) or "nothing"
+    raise UserError(
+      f'variables: expected {{"params": ..., other collections}}, found {known}; '
+      'if these are the parameters, pass {"params": params}'
+    )
+  return nn.meta.unbox(dict(variables))
+
+
+def check_module(model) -> None:
+  """Raises UserError if `model` is no instance of a Linen module."""
+  if isinstance(model, type) and issubclass(model, nn.Module):
+    raise UserError(f"{model.__name__} is a class: pass an instance, {model.__name__}(...)")
+  if not isinstance(model, nn.Module):
+    raise UserError(
+      f"expected a Flax Linen module (flax.linen.Module), got {type(model).__name__}; "
+      "for flax.nnx: flax.nnx.bridge.to_linen"
+    )
+
+
+def is_call_of(names: Iterable[str], context) -> str:
+  """Returns the path of an intercepted layer if it is one of `names`, otherwise ""."""
+  if context.method_name != "__call__" or not kinds.is_known(context.module):
+    return ""
+  name = _SEPARATOR.join(context.module.path)
+  return name if name in names else ""
+
+
+def find_layers(
+  run_fn: Callable, names: Iterable[str], params: Params
+) -> tuple[dict[str, tuple[int, int]], set[str]]:
+  """Traces a network; nothing is computed.
+
+  Args:
+    run_fn: params -> what the network returns.
+    names: the layers to be perturbed, by path.
+    params: all parameters, without boxes.
+
+  Returns:
+    (I, J) by layer; those of `names` whose kernel may be another than the parameter at the path:
+    for these, and only for these, tracing does not tell.
+
+  Raises:
+    UserError: if a layer can't be perturbed.
+  """
+  found, unsure, others = {}, set(), {}
+
+  def run(params):
+    flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
+
+    def intercept(next_fun, args, kwargs, context):
+      module, path = context.module, _SEPARATOR.join(context.module.path)
+      if name := is_call_of(names, context):
+        kernel, own = module.get_variable("params", "kernel"), flat[f"{name}/kernel"]
+        if kernel is None or kernel.shape != own.shape:
+          raise UserError(
+            f"{name}: its kernel is one of a stack (nn.scan, nn.vmap), or of a network inside "
+            "another: not perturbed"
+          )
+        found[name] = kinds.matrix_shape(name, module, kernel)
+        if kernel is not own:
+          unsure.add(name)
+      elif path in names:
+        others.setdefault(path, module)
+      return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+      return run_fn(params)
+
+  with _explained():
+    jax.eval_shape(run, params)
+  for name in names:
+    if name not in found and name in others:
+      kinds.matrix_shape(name, others[name], None)
+    if name not in found:
+      raise UserError(f"{name}: is never called as a layer here: not perturbed")
+  return found, unsure
+
+
+def prove_layers(
+  run_fn: Callable,
+  kernels: Mapping[str, jax.Array],
+  perturbation: Mapping[str, lowrank.Perturbation],
+  key: jax.Array | None = None,
+):
+  """Computes a network and, at every perturbed layer, both forms of its perturbation beside it.
+
+  Args:
+    run_fn: () -> what the network returns with the perturbed kernels as its parameters.
+    kernels: before the perturbation, by path.
+    perturbation: by path.
+    key: if given, layers are compared on random inputs instead of those that reach them.
+
+  Returns:
+    What `run_fn` returns.
+
+  Raises:
+    UserError: if a layer computes something else than its perturbed kernel says.
+  """
+  faults = {}
+
+  def note(name, what, error):
+    if not error <= 1:
+      faults.setdefault(name, what)
+
+  def watch(name, what, error):
+    """`error` is traced under nn.jit, nn.remat, nn.scan."""
+    if isinstance(error, jax.core.Tracer):
+      jax.debug.callback(lambda e: note(name, what, np.max(e)), error)
+    else:
+      note(name, what, error)
+
+  def intercept(next_fun, args, kwargs, context):
+    if not (name := is_call_of(kernels, context)):
+      return next_fun(*args, **kwargs)
+    module, (x,) = context.module, (*args, *kwargs.values())
+    own = module.get_variable("params", "kernel")
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    watch(name, _NOT_ITS_OWN, _distance(own, kinds.compose(kernels[name], perturbation[name])))
+    want = y = None
+    if key is None:
+      want = y = next_fun(*args, **kwargs)
+    else:
+      x = _random_like(key, jnp.asarray(x))
+      params = {"kernel": own} | ({} if bias is None else {"bias": bias})
+      want = module.clone(parent=None, name=None).apply({"params": params}, x)
+    for form in ("composed", "factored"):
+      got = kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)
+      text = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}"
+      watch(name, f"{text}: not perturbed; choose other layers by `pattern`", _distance(got, want))
+    return next_fun(*args, **kwargs) if y is None else y
+
+  with _explained(), nn.intercept_methods(intercept):
+    out = run_fn()
+    jax.effects_barrier()
+  for name in sorted(faults):
+    raise UserError(f"{name}: {faults[name]}")
+  return out
+
+
+def is_same(a, b) -> bool:
+  """Whether two pytrees agree within rounding."""
+  a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+  return len(a) == len(b) and all(
+    np.shape(x) == np.shape(y) and bool(_distance(x, y) <= 1) for x, y in zip(a, b, strict=True)
+  )
+
+
+def _distance(a, b) -> jax.Array:
+  """Largest difference over the largest that rounding explains. Infinite in other shapes."""
+  a, b = jnp.asarray(a), jnp.asarray(b)
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return jnp.inf
+  if not jnp.issubdtype(a.dtype, jnp.floating):
+    return jnp.where(jnp.all(a == b), 0.0, jnp.inf)
+  tolerance = max(_LOOSEST, 32 * float(jnp.finfo(a.dtype).eps))
+  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  known = jnp.isfinite(a) | jnp.isfinite(b)  # what overflows in both is no difference
+  largest = jnp.max(jnp.abs(b), initial=0.0, where=jnp.isfinite(b))
+  difference = jnp.max(jnp.abs(a - b), initial=0.0, where=known)
+  return difference / (tolerance * jnp.maximum(largest, jnp.finfo(jnp.float32).tiny))
+
+
+def _random_like(key, x):
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return jax.random.normal(key, x.shape, x.dtype)
+  if x.dtype == bool:
+    return jax.random.bernoulli(key, shape=x.shape)
+  return jax.random.randint(key, x.shape, 0, min(jnp.iinfo(x.dtype).max, 1000)).astype(x.dtype)
+
+
+def stand_ins(key: jax.Array, tree: Params) -> Params:
+  """Returns `tree` with random real numbers in [0.5, 1) in place of its own; the rest as it is.
+
+  What a layer computes is to be proved whatever the parameters and statistics are: normalised
+  weights change nothing while they are still as `init` made them.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+
+  def draw(key, x):
+    if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
+      return x
+    return jax.random.uniform(key, jnp.shape(x), jnp.asarray(x).dtype, 0.5, 1)
+
+  keys = jax.random.split(key, len(leaves))
+  return treedef.unflatten([draw(k, x) for k, x in zip(keys, leaves, strict=True)])
+
+
+@contextlib.contextmanager
+def _explained():
+  """Errors of the network on its example as errors of the user's."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as e:
+    raise UserError(f"the network can't be applied to this example: {brief(e)}") from e
