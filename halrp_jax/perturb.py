@@ -15,6 +15,7 @@ as a matrix [I, J], a convolution's as one for each place of its window, I and J
 """
 
 import fnmatch
+import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -24,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from halrp_jax import kinds, layers, lowrank
-from halrp_jax.types import Params, UserError
+from halrp_jax import kinds, layers, lowrank, proof
+from halrp_jax.types import Params, UserError, brief
 
 HEAD = "head"  # never perturbed
 _SEPARATOR = "/"
@@ -122,64 +123,95 @@ def init(
   Raises:
     UserError: if no layer matches, or one that does can't be perturbed exactly.
   """
+  if not isinstance(rank, int | np.integer) or rank < 0:
+    raise UserError(f"rank = {rank!r} must be a whole number, at least 0")
+  if not isinstance(pattern, str):
+    raise UserError(f"pattern = {pattern!r} must be a text such as '*/attn/*'")
+  variables = proof.check_network(model, variables)
   params = variables["params"]
   names = [n for n in layer_names(params) if fnmatch.fnmatchcase(n, pattern)]
   if not names:
     known = ", ".join(layer_names(params)) or "none"
     raise UserError(f"no layer's path matches {pattern!r}; those with a kernel: {known}")
-  if rank < 0:
-    raise UserError(f"rank = {rank} must be at least 0")
-  shapes = _matrix_shapes(names, model, variables, *args, **kwargs)
+
+  def run(params):
+    return model.apply(variables | {"params": params}, *args, **kwargs)
+
+  shapes, unsure = proof.find_layers(run, names, params)
+  if is_traced := any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, args))):
+    for name in sorted(unsure):
+      raise UserError(f"{name}: that it is exact can't be proved under jax.jit: call init outside")
   flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
   kernels = {n: flat.pop(f"{n}/kernel") for n in names}
   perturbation = {}
-  for layer_key, (name, kernel) in zip(
-    jax.random.split(key, len(names)), kernels.items(), strict=True
-  ):
+  for layer_key, (name, kernel) in zip(_split(key, len(names)), kernels.items(), strict=True):
     num_in, num_out = shapes[name]
     columns, bound = min(rank, num_in, num_out), 1 / math.sqrt(num_in)
     p = lowrank.identity(kernel.reshape(-1, num_in, num_out), columns, fold=True)
     v = jax.random.uniform(layer_key, p.V.shape, kernel.dtype, -bound, bound)
     perturbation[name] = p._replace(V=v)
-  return kernels, perturbation, traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+  rest = traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+  if not is_traced:
+    _prove(model, kernels, perturbation, variables | {"params": rest}, args, kwargs)
+  return kernels, perturbation, rest
 
 
-def _matrix_shapes(names, model, variables, *args, **kwargs) -> dict[str, tuple[int, int]]:
-  """(I, J) of layers by path; UserError for those that can't be perturbed."""
-  found = {}
-  flat = traverse_util.flatten_dict(variables["params"], sep=_SEPARATOR)
-
-  def intercept(next_fun, call_args, call_kwargs, context):
-    module, name = context.module, _SEPARATOR.join(context.module.path)
-    if name in names and context.method_name == "__call__":
-      kernel = module.get_variable("params", "kernel")
-      if kernel is None or kernel.shape != flat[f"{name}/kernel"].shape:
-        raise UserError(f"{name}: its kernel is one of a stack (nn.scan, nn.vmap): not perturbed")
-      found[name] = kinds.matrix_shape(name, module, kernel)
-    return next_fun(*call_args, **call_kwargs)
-
-  def run(variables):
-    with nn.intercept_methods(intercept):
-      return model.apply(variables, *args, **kwargs)
-
-  jax.eval_shape(run, variables)
-  for name in names:
-    if name not in found:
-      raise UserError(f"{name}: is never called as a layer here: not perturbed")
-  return found
+def _split(key, num: int):
+  try:
+    return jax.random.split(key, num)
+  except (TypeError, ValueError) as e:
+    raise UserError(f"key: expected one such as jax.random.key(0), got {key!r}") from e
 
 
-def _matrix_shape(name: str, module: nn.Module, kernel) -> tuple[int, int]:
-  if type(module) is nn.DenseGeneral:
-    if module.batch_dims:
-      raise UserError(f"{name}: DenseGeneral with batch_dims is not perturbed")
-    num_axes = 1 if isinstance(module.axis, int) else len(module.axis)
-    return math.prod(kernel.shape[:num_axes]), math.prod(kernel.shape[num_axes:])
-  if type(module) in (nn.Dense, nn.Conv):
-    return kernel.shape[-2:]
-  raise UserError(
-    f"{name}: {type(module).__name__} is not perturbed, only Dense, Conv and DenseGeneral are"
-  )
+def _prove(model, kernels, perturbation, variables, args, kwargs) -> None:
+  """Computes the network with kernels that are unchanged, then with others, in all forms.
+
+  Raises:
+    UserError: if `apply` is not `model.apply` on the merged parameters; it names the layer.
+  """
+  key = jax.random.key(0)
+
+  def moved(p, i):
+    """Far enough from the identity that whatever is left out is seen."""
+    return p._replace(
+      R=p.R + 0.5 * jnp.sin(i + jnp.arange(p.R.size)).astype(p.R.dtype),
+      S=p.S + 0.5 * jnp.cos(i + jnp.arange(p.S.size)).astype(p.S.dtype),
+      U=jax.random.normal(jax.random.fold_in(key, i), p.U.shape, p.U.dtype),
+    )
+
+  others = {n: moved(p, i) for i, (n, p) in enumerate(perturbation.items())}
+
+  def run(variables, kernels):
+    params = join(kernels, variables["params"])
+    return model.apply(variables | {"params": params}, *args, **kwargs)
+
+  is_pair = kwargs.get("mutable", False) is not False  # of the output and changed collections
+  fakes = proof.stand_ins(key, (kernels, variables))
+  proof.prove_layers(functools.partial(run, fakes[1]), fakes[0], others, key)
+  for p in (perturbation, others):
+    want = proof.prove_layers(functools.partial(run, variables), kernels, p)
+
+    def fault(names, p=p, want=want):
+      """What is wrong if the layers `names` alone are perturbed by `apply`, the others merged."""
+      chosen = {n: kernels[n] for n in names}
+      merged = {n: kinds.compose(w, p[n]) for n, w in kernels.items() if n not in chosen}
+      params = join(merged, variables["params"])
+      try:
+        got = apply(
+          model, chosen, p, variables | {"params": params}, *args, form="composed", **kwargs
+        )
+      except Exception as e:
+        return f"its kernel is used outside of the layer ({brief(e)})"
+      same = proof.is_same(*((got[0], want[0]) if is_pair else (got, want)))
+      return "" if same else "perturbed, the network gives something else than merged"
+
+    if what := fault(kernels):
+      alone = [(n, found) for n in kernels if (found := fault([n]))]
+      name, what = alone[0] if alone else (", ".join(kernels), what)
+      raise UserError(f"{name}: {what}: not perturbed; choose other layers by `pattern`")
+
+
+compose = kinds.compose  # of one layer
 
 
 def merge(
@@ -216,10 +248,9 @@ def apply(
   """
 
   def intercept(next_fun, call_args, call_kwargs, context):
-    module = context.module
-    name = _SEPARATOR.join(module.path)
-    if name not in kernels or context.method_name != "__call__":
+    if not (name := proof.is_call_of(kernels, context)):
       return next_fun(*call_args, **call_kwargs)
+    module = context.module
     (x,) = (*call_args, *call_kwargs.values())
     bias = module.get_variable("params", "bias") if module.use_bias else None
     return kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)

@@ -6,6 +6,7 @@ does not reproduce. Both are found by computing, not by a list of names.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 
 import flax.linen as nn
@@ -19,10 +20,10 @@ from halrp_jax.types import Params, UserError, brief
 
 _SEPARATOR = "/"
 _LOOSEST = 1e-3  # relative to the largest value; or 32 times the dtype's epsilon, if that is more
+_REFUSED = "not perturbed; choose other layers by `pattern`"
 _NOT_ITS_OWN = (
   "the kernel it computes with is not the parameter at its path (a normalised or otherwise "
-  "transformed kernel, or a network applied inside another): not perturbed; choose other layers "
-  "by `pattern`"
+  f"transformed kernel, or a network applied inside another): {_REFUSED}"
 )
 
 
@@ -83,7 +84,7 @@ def find_layers(
   Raises:
     UserError: if a layer can't be perturbed.
   """
-  found, unsure, others = {}, set(), {}
+  found, unsure, others, names = {}, set(), {}, frozenset(names)
 
   def run(params):
     flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
@@ -100,7 +101,7 @@ def find_layers(
         found[name] = kinds.matrix_shape(name, module, kernel)
         if kernel is not own:
           unsure.add(name)
-      elif path in names:
+      elif path in names and not kinds.is_known(module):
         others.setdefault(path, module)
       return next_fun(*args, **kwargs)
 
@@ -109,7 +110,7 @@ def find_layers(
 
   with _explained():
     jax.eval_shape(run, params)
-  for name in names:
+  for name in sorted(names):
     if name not in found and name in others:
       kinds.matrix_shape(name, others[name], None)
     if name not in found:
@@ -126,7 +127,7 @@ def prove_layers(
   """Computes a network and, at every perturbed layer, both forms of its perturbation beside it.
 
   Args:
-    run_fn: () -> what the network returns with the perturbed kernels as its parameters.
+    run_fn: kernels by path -> what the network returns with them.
     kernels: before the perturbation, by path.
     perturbation: by path.
     key: if given, layers are compared on random inputs instead of those that reach them.
@@ -138,17 +139,18 @@ def prove_layers(
     UserError: if a layer computes something else than its perturbed kernel says.
   """
   faults = {}
+  merged = {n: kinds.compose(w, perturbation[n]) for n, w in kernels.items()}
 
-  def note(name, what, error):
-    if not error <= 1:
+  def note(name, what, right):
+    if not np.all(right):
       faults.setdefault(name, what)
 
-  def watch(name, what, error):
-    """`error` is traced under nn.jit, nn.remat, nn.scan."""
-    if isinstance(error, jax.core.Tracer):
-      jax.debug.callback(lambda e: note(name, what, np.max(e)), error)
+  def watch(name, what, right):
+    """`right` is traced under nn.jit, nn.remat, nn.scan."""
+    if isinstance(right, jax.core.Tracer):
+      jax.debug.callback(functools.partial(note, name, what), right)
     else:
-      note(name, what, error)
+      note(name, what, right)
 
   def intercept(next_fun, args, kwargs, context):
     if not (name := is_call_of(kernels, context)):
@@ -156,22 +158,22 @@ def prove_layers(
     module, (x,) = context.module, (*args, *kwargs.values())
     own = module.get_variable("params", "kernel")
     bias = module.get_variable("params", "bias") if module.use_bias else None
-    watch(name, _NOT_ITS_OWN, _distance(own, kinds.compose(kernels[name], perturbation[name])))
-    want = y = None
-    if key is None:
-      want = y = next_fun(*args, **kwargs)
-    else:
-      x = _random_like(key, jnp.asarray(x))
+    watch(name, _NOT_ITS_OWN, jnp.array_equal(own, merged[name], equal_nan=True))
+    want = y = next_fun(*args, **kwargs)
+    x = jnp.asarray(x)
+    if key is not None:
+      x = _random_like(key, x)
       params = {"kernel": own} | ({} if bias is None else {"bias": bias})
       want = module.clone(parent=None, name=None).apply({"params": params}, x)
     for form in ("composed", "factored"):
       got = kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)
-      text = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}"
-      watch(name, f"{text}: not perturbed; choose other layers by `pattern`", _distance(got, want))
-    return next_fun(*args, **kwargs) if y is None else y
+      what = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}: {_REFUSED}"
+      watch(name, what, _agree(got, want, own.dtype))
+    return y
 
-  with _explained(), nn.intercept_methods(intercept):
-    out = run_fn()
+  exactly = jax.default_matmul_precision("float32")  # accelerators take less by default
+  with _explained(), exactly, nn.intercept_methods(intercept):
+    out = run_fn(merged)
     jax.effects_barrier()
   for name in sorted(faults):
     raise UserError(f"{name}: {faults[name]}")
@@ -181,24 +183,24 @@ def prove_layers(
 def is_same(a, b) -> bool:
   """Whether two pytrees agree within rounding."""
   a, b = jax.tree.leaves(a), jax.tree.leaves(b)
-  return len(a) == len(b) and all(
-    np.shape(x) == np.shape(y) and bool(_distance(x, y) <= 1) for x, y in zip(a, b, strict=True)
-  )
+  return len(a) == len(b) and all(bool(_agree(x, y)) for x, y in zip(a, b, strict=True))
 
 
-def _distance(a, b) -> jax.Array:
-  """Largest difference over the largest that rounding explains. Infinite in other shapes."""
+def _agree(a, b, *dtypes) -> jax.Array:
+  """Whether two arrays are the same within the rounding of their dtype and of `dtypes`."""
+  if jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
+    a, b = jax.random.key_data(a), jax.random.key_data(b)
   a, b = jnp.asarray(a), jnp.asarray(b)
   if a.shape != b.shape or a.dtype != b.dtype:
-    return jnp.inf
-  if not jnp.issubdtype(a.dtype, jnp.floating):
-    return jnp.where(jnp.all(a == b), 0.0, jnp.inf)
-  tolerance = max(_LOOSEST, 32 * float(jnp.finfo(a.dtype).eps))
-  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.array(False)
+  if not jnp.issubdtype(a.dtype, jnp.inexact):
+    return jnp.all(a == b)
+  tolerance = max(_LOOSEST, *(32 * float(jnp.finfo(d).eps) for d in (a.dtype, *dtypes)))
+  a, b = (x if jnp.iscomplexobj(x) else x.astype(jnp.float32) for x in (a, b))
   known = jnp.isfinite(a) | jnp.isfinite(b)  # what overflows in both is no difference
   largest = jnp.max(jnp.abs(b), initial=0.0, where=jnp.isfinite(b))
   difference = jnp.max(jnp.abs(a - b), initial=0.0, where=known)
-  return difference / (tolerance * jnp.maximum(largest, jnp.finfo(jnp.float32).tiny))
+  return difference <= tolerance * largest
 
 
 def _random_like(key, x):
