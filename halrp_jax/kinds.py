@@ -66,13 +66,12 @@ def guessed_matrix_shape(name: str, flat: dict) -> tuple[int, int]:
   parent, _, own = name.rpartition("/")
   of = {k: flat.get(f"{parent}/{k}/kernel") for k in ("query", "key", "value", "out")}
   num_out = 1 if bias is None else max(bias.ndim, 1)
-  if own in of and all(w is not None and w.ndim == 3 for w in of.values()):
-    if of["query"].shape[1] == of["out"].shape[0]:
-      num_out = 1 if own == "out" else 2
-      return math.prod(kernel.shape[:-num_out]), math.prod(kernel.shape[-num_out:])
-  if num_out > 1:
-    return math.prod(kernel.shape[:-num_out]), math.prod(kernel.shape[-num_out:])
-  return tuple(kernel.shape[-2:])
+  in_attention = own in of and all(w is not None and w.ndim == 3 for w in of.values())
+  if in_attention and of["query"].shape[1] == of["out"].shape[0]:
+    num_out = 1 if own == "out" else 2
+  elif num_out == 1:
+    return tuple(kernel.shape[-2:])
+  return math.prod(kernel.shape[:-num_out]), math.prod(kernel.shape[-num_out:])
 
 
 def as_matrix(kernel: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -157,7 +156,7 @@ def can_be_factored(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-  """Whether a layer is a Dense or an ordinary 2-D convolution: [.., J] is its kernel as a matrix."""
+  """Whether a layer is a Dense or an ordinary 2-D convolution."""
   if not is_known(module) or not can_be_factored(module):
     return False
   return not isinstance(module, nn.Conv) or len(_window(module)) == 2

@@ -134,18 +134,16 @@ def init(
     known = ", ".join(layer_names(params)) or "none"
     raise UserError(f"no layer's path matches {pattern!r}; those with a kernel: {known}")
 
-  def run(params):
-    return model.apply(variables | {"params": params}, *args, **kwargs)
-
-  shapes, unsure = proof.find_layers(run, names, params)
-  if is_traced := any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, args))):
-    for name in sorted(unsure):
+  found = proof.find_layers(lambda v: model.apply(v, *args, **kwargs), names, variables)
+  is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, args)))
+  for name, layer in found.items():
+    if is_traced and not layer.is_sure:
       raise UserError(f"{name}: that it is exact can't be proved under jax.jit: call init outside")
   flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
   kernels = {n: flat.pop(f"{n}/kernel") for n in names}
   perturbation = {}
   for layer_key, (name, kernel) in zip(_split(key, len(names)), kernels.items(), strict=True):
-    num_in, num_out = shapes[name]
+    num_in, num_out = found[name].shape
     columns, bound = min(rank, num_in, num_out), 1 / math.sqrt(num_in)
     p = lowrank.identity(kernel.reshape(-1, num_in, num_out), columns, fold=True)
     v = jax.random.uniform(layer_key, p.V.shape, kernel.dtype, -bound, bound)
@@ -208,7 +206,7 @@ def _prove(model, kernels, perturbation, variables, args, kwargs) -> None:
     if what := fault(kernels):
       alone = [(n, found) for n in kernels if (found := fault([n]))]
       name, what = alone[0] if alone else (", ".join(kernels), what)
-      raise UserError(f"{name}: {what}: not perturbed; choose other layers by `pattern`")
+      raise UserError(f"{name}: {what}: {proof.REFUSED}")
 
 
 compose = kinds.compose  # of one layer

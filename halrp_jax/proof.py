@@ -1,4 +1,4 @@
-"""Proof on an example that a network can be perturbed: which layers are seen, and that each is exact.
+"""Proof on an example that a network can be perturbed: its layers are found, and each is exact.
 
 Two things can go wrong unnoticed: a layer may compute with another kernel than the parameter at its
 path (normalised weights, a network applied inside another), or in a way that a perturbed layer
@@ -8,6 +8,7 @@ does not reproduce. Both are found by computing, not by a list of names.
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,10 +21,10 @@ from halrp_jax.types import Params, UserError, brief
 
 _SEPARATOR = "/"
 _LOOSEST = 1e-3  # relative to the largest value; or 32 times the dtype's epsilon, if that is more
-_REFUSED = "not perturbed; choose other layers by `pattern`"
+REFUSED = "not perturbed (perturb.init leaves out what `pattern` does not match)"
 _NOT_ITS_OWN = (
   "the kernel it computes with is not the parameter at its path (a normalised or otherwise "
-  f"transformed kernel, or a network applied inside another): {_REFUSED}"
+  f"transformed kernel, or a network applied inside another): {REFUSED}"
 )
 
 
@@ -67,27 +68,27 @@ def is_call_of(names: Iterable[str], context) -> str:
   return name if name in names else ""
 
 
-def find_layers(
-  run_fn: Callable, names: Iterable[str], params: Params
-) -> tuple[dict[str, tuple[int, int]], set[str]]:
+class Layer(NamedTuple):
+  shape: tuple[int, int]  # (I, J) of its kernel as a matrix
+  is_plain: bool  # `kinds.is_plain`
+  is_sure: bool  # its kernel is the parameter at its path; False: tracing alone does not tell
+
+
+def find_layers(run_fn: Callable, names: Iterable[str], variables: dict) -> dict[str, Layer]:
   """Traces a network; nothing is computed.
 
   Args:
-    run_fn: params -> what the network returns.
+    run_fn: variables -> what the network returns.
     names: the layers to be perturbed, by path.
-    params: all parameters, without boxes.
-
-  Returns:
-    (I, J) by layer; those of `names` whose kernel may be another than the parameter at the path:
-    for these, and only for these, tracing does not tell.
+    variables: parameters and other collections, without boxes.
 
   Raises:
     UserError: if a layer can't be perturbed.
   """
-  found, unsure, others, names = {}, set(), {}, frozenset(names)
+  found, others, names = {}, {}, frozenset(names)
 
-  def run(params):
-    flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
+  def run(variables):
+    flat = traverse_util.flatten_dict(variables["params"], sep=_SEPARATOR)
 
     def intercept(next_fun, args, kwargs, context):
       module, path = context.module, _SEPARATOR.join(context.module.path)
@@ -96,26 +97,25 @@ def find_layers(
         if kernel is None or kernel.shape != own.shape:
           raise UserError(
             f"{name}: its kernel is one of a stack (nn.scan, nn.vmap), or of a network inside "
-            "another: not perturbed"
+            f"another: {REFUSED}"
           )
-        found[name] = kinds.matrix_shape(name, module, kernel)
-        if kernel is not own:
-          unsure.add(name)
+        is_sure = kernel is own and (name not in found or found[name].is_sure)
+        shape = kinds.matrix_shape(name, module, kernel)
+        found[name] = Layer(shape, kinds.is_plain(module), is_sure)
       elif path in names and not kinds.is_known(module):
         others.setdefault(path, module)
       return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
-      return run_fn(params)
+      return run_fn(variables)
 
-  with _explained():
-    jax.eval_shape(run, params)
-  for name in sorted(names):
-    if name not in found and name in others:
+  with explained():
+    jax.eval_shape(run, variables)
+  for name in sorted(names - found.keys()):
+    if name in others:
       kinds.matrix_shape(name, others[name], None)
-    if name not in found:
-      raise UserError(f"{name}: is never called as a layer here: not perturbed")
-  return found, unsure
+    raise UserError(f"{name}: is never called as a layer here: {REFUSED}")
+  return found
 
 
 def prove_layers(
@@ -167,12 +167,12 @@ def prove_layers(
       want = module.clone(parent=None, name=None).apply({"params": params}, x)
     for form in ("composed", "factored"):
       got = kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)
-      what = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}: {_REFUSED}"
+      what = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}: {REFUSED}"
       watch(name, what, _agree(got, want, own.dtype))
     return y
 
   exactly = jax.default_matmul_precision("float32")  # accelerators take less by default
-  with _explained(), exactly, nn.intercept_methods(intercept):
+  with explained(), exactly, nn.intercept_methods(intercept):
     out = run_fn(merged)
     jax.effects_barrier()
   for name in sorted(faults):
@@ -229,11 +229,11 @@ def stand_ins(key: jax.Array, tree: Params) -> Params:
 
 
 @contextlib.contextmanager
-def _explained():
-  """Errors of the network on its example as errors of the user's."""
+def explained(what: str = "the network"):
+  """A context in which whatever a network raises becomes a UserError."""
   try:
     yield
   except UserError:
     raise
   except Exception as e:
-    raise UserError(f"the network can't be applied to this example: {brief(e)}") from e
+    raise UserError(f"{what} can't be applied to this example: {brief(e)}") from e

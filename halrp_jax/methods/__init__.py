@@ -8,6 +8,7 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
+from halrp_jax import contract
 from halrp_jax.methods import (
   apd,
   apdfix,
@@ -26,7 +27,7 @@ from halrp_jax.methods import (
   stl,
   wsn,
 )
-from halrp_jax.types import Method
+from halrp_jax.types import Method, UserError
 
 METHODS = {
   "halrp": halrp,
@@ -47,10 +48,26 @@ METHODS = {
   "ibpwf": ibpwf,
 }
 
+# whose rules need the kernel [.., J] of every layer to have its inputs before and its outputs last
+_PLAIN_LAYERS = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "wsn"}
+
 
 def make(config, model, benchmark) -> Method:
-  """The method that `config.method.name` names."""
-  return METHODS[config.method.name].make(config, model, benchmark)
+  """The method that `config.method.name` names.
+
+  Raises:
+    UserError: if the network is not what the method demands (`contract`).
+  """
+  name, image_shape = config.method.name, benchmark.image_shape
+  if not contract.is_own(model) and name not in ("halrp", "be"):  # which do it themselves
+    variables = contract.check(model, image_shape, benchmark.max_classes)
+    if name in _PLAIN_LAYERS:
+      contract.check_plain(model, variables, image_shape, name)
+    if name == "mtl" and not hasattr(model, "num_classes"):
+      raise UserError(
+        f"mtl widens the head: {type(model).__name__} needs a field num_classes, the head's width"
+      )
+  return METHODS[name].make(config, model, benchmark)
 
 
 def variant_defaults(method_config: dict) -> dict:
