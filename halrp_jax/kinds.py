@@ -101,7 +101,7 @@ def apply(module: nn.Module, kernel, p: lowrank.Perturbation, bias, x, *, form: 
   """
   x = jnp.asarray(x)
   factored = form == "factored" or (form == "auto" and _factored_is_cheaper(kernel, p, x))
-  if not (factored and can_be_factored(module)):
+  if not (factored and x.size and can_be_factored(module)):
     params = {"kernel": compose(kernel, p)} | ({} if bias is None else {"bias": bias})
     return module.clone(parent=None, name=None).apply({"params": params}, x)
   dtype = module.dtype or jnp.result_type(*(v for v in (x, kernel, bias) if v is not None))

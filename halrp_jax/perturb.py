@@ -34,24 +34,31 @@ _SEPARATOR = "/"
 
 def layer_names(params: Params) -> tuple[str, ...]:
   """Paths of the layers that are perturbed: all that have a kernel but the head."""
-  flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
-  suffix = f"{_SEPARATOR}kernel"
-  names = (path.removesuffix(suffix) for path in flat if path.endswith(suffix))
+  paths = traverse_util.flatten_dict(params)
+  names = (_SEPARATOR.join(path[:-1]) for path in paths if path[-1] == "kernel" and path[:-1])
   return tuple(sorted(n for n in names if n.split(_SEPARATOR)[0] != HEAD))
 
 
 def split(params: Params) -> tuple[dict[str, jax.Array], Params]:
   """Parameters -> (kernels of the perturbed layers by path, everything else)."""
-  flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
-  kernels = {name: flat.pop(f"{name}/kernel") for name in layer_names(params)}
-  return kernels, traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+  return _take_out(layer_names(params), params)
+
+
+def _take_out(names: Iterable[str], params: Params) -> tuple[dict[str, jax.Array], Params]:
+  flat = traverse_util.flatten_dict(params)  # names of parameters may have slashes in them
+  kernels = {name: flat.pop(_kernel_path(name)) for name in names}
+  return kernels, traverse_util.unflatten_dict(flat)
+
+
+def _kernel_path(name: str) -> tuple[str, ...]:
+  return (*name.split(_SEPARATOR), "kernel")
 
 
 def join(kernels: Mapping[str, jax.Array], rest: Params) -> Params:
   """The inverse of `split`."""
-  flat = traverse_util.flatten_dict(rest, sep=_SEPARATOR)
-  flat |= {f"{name}/kernel": kernel for name, kernel in kernels.items()}
-  return traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+  flat = traverse_util.flatten_dict(rest)
+  flat |= {_kernel_path(name): kernel for name, kernel in kernels.items()}
+  return traverse_util.unflatten_dict(flat)
 
 
 def split_biases(rest: Params, names: Iterable[str]) -> tuple[dict[str, jax.Array], Params]:
@@ -139,8 +146,7 @@ def init(
   for name, layer in found.items():
     if is_traced and not layer.is_sure:
       raise UserError(f"{name}: that it is exact can't be proved under jax.jit: call init outside")
-  flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
-  kernels = {n: flat.pop(f"{n}/kernel") for n in names}
+  kernels, rest = _take_out(names, params)
   perturbation = {}
   for layer_key, (name, kernel) in zip(_split(key, len(names)), kernels.items(), strict=True):
     num_in, num_out = found[name].shape
@@ -148,7 +154,6 @@ def init(
     p = lowrank.identity(kernel.reshape(-1, num_in, num_out), columns, fold=True)
     v = jax.random.uniform(layer_key, p.V.shape, kernel.dtype, -bound, bound)
     perturbation[name] = p._replace(V=v)
-  rest = traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
   if not is_traced:
     _prove(model, kernels, perturbation, variables | {"params": rest}, args, kwargs)
   return kernels, perturbation, rest
@@ -169,23 +174,30 @@ def _prove(model, kernels, perturbation, variables, args, kwargs) -> None:
   """
   key = jax.random.key(0)
 
-  def moved(p, i):
+  def moved(name, i):
     """Far enough from the identity that whatever is left out is seen."""
+    p = perturbation[name]
+    window = kernels[name].size // (p.R.size * p.S.size)
     return p._replace(
       R=p.R + 0.5 * jnp.sin(i + jnp.arange(p.R.size)).astype(p.R.dtype),
       S=p.S + 0.5 * jnp.cos(i + jnp.arange(p.S.size)).astype(p.S.dtype),
-      U=jax.random.normal(jax.random.fold_in(key, i), p.U.shape, p.U.dtype),
+      U=jax.random.normal(jax.random.fold_in(key, i), p.U.shape, p.U.dtype) / window,
     )
 
-  others = {n: moved(p, i) for i, (n, p) in enumerate(perturbation.items())}
+  def centred(w, p):
+    """A kernel's stand-in as large as fresh ones are."""
+    return (4 * (w - 0.75) / math.sqrt(w.size / p.R.size)).astype(w.dtype)
+
+  others = {n: moved(n, i) for i, n in enumerate(kernels)}
 
   def run(variables, kernels):
     params = join(kernels, variables["params"])
     return model.apply(variables | {"params": params}, *args, **kwargs)
 
   is_pair = kwargs.get("mutable", False) is not False  # of the output and changed collections
-  fakes = proof.stand_ins(key, (kernels, variables))
-  proof.prove_layers(functools.partial(run, fakes[1]), fakes[0], others, key)
+  drawn, changed = proof.stand_ins(key, (kernels, variables))
+  drawn = {n: centred(w, others[n]) for n, w in drawn.items()}
+  proof.prove_layers(functools.partial(run, changed), drawn, others, key)
   for p in (perturbation, others):
     want = proof.prove_layers(functools.partial(run, variables), kernels, p)
 
