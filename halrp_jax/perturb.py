@@ -197,26 +197,30 @@ def _prove(model, kernels, perturbation, variables, args, kwargs) -> None:
   is_pair = kwargs.get("mutable", False) is not False  # of the output and changed collections
   drawn, changed = proof.stand_ins(key, (kernels, variables))
   drawn = {n: centred(w, others[n]) for n, w in drawn.items()}
-  proof.prove_layers(functools.partial(run, changed), drawn, others, key)
-  for p in (perturbation, others):
-    want = proof.prove_layers(functools.partial(run, variables), kernels, p)
+  proof.prove_layers(run, changed, drawn, [others], key)
 
-    def fault(names, p=p, want=want):
-      """What is wrong if the layers `names` alone are perturbed by `apply`, the others merged."""
-      chosen = {n: kernels[n] for n in names}
-      merged = {n: kinds.compose(w, p[n]) for n, w in kernels.items() if n not in chosen}
-      params = join(merged, variables["params"])
-      try:
-        got = apply(
-          model, chosen, p, variables | {"params": params}, *args, form="composed", **kwargs
-        )
-      except Exception as e:
-        return f"its kernel is used outside of the layer ({brief(e)})"
-      same = proof.is_same(*((got[0], want[0]) if is_pair else (got, want)))
-      return "" if same else "perturbed, the network gives something else than merged"
+  @functools.partial(jax.jit, static_argnames="names")
+  def perturbed(p, variables, kernels, names):
+    """The layers `names` by `apply`, the others merged."""
+    chosen = {n: kernels[n] for n in names}
+    merged = {n: kinds.compose(w, p[n]) for n, w in kernels.items() if n not in chosen}
+    variables = variables | {"params": join(merged, variables["params"])}
+    return apply(model, chosen, p, variables, *args, form="composed", **kwargs)
 
-    if what := fault(kernels):
-      alone = [(n, found) for n in kernels if (found := fault([n]))]
+  def fault(p, want, names):
+    """What is wrong if these layers alone are perturbed by `apply`; "" if nothing."""
+    try:
+      with proof.exactly():
+        got = perturbed(p, variables, kernels, names)
+    except Exception as e:
+      return f"its kernel is used outside of the layer ({brief(e)})"
+    same = proof.is_same(*((got[0], want[0]) if is_pair else (got, want)))
+    return "" if same else "perturbed, the network gives something else than merged"
+
+  both = (perturbation, others)  # unchanged, and changed
+  for p, want in zip(both, proof.prove_layers(run, variables, kernels, both), strict=True):
+    if what := fault(p, want, tuple(kernels)):
+      alone = [(n, found) for n in kernels if (found := fault(p, want, (n,)))]
       name, what = alone[0] if alone else (", ".join(kernels), what)
       raise UserError(f"{name}: {what}: {proof.REFUSED}")
 

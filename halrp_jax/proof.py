@@ -7,7 +7,7 @@ does not reproduce. Both are found by computing, not by a list of names.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -120,64 +120,74 @@ def find_layers(run_fn: Callable, names: Iterable[str], variables: dict) -> dict
 
 def prove_layers(
   run_fn: Callable,
+  variables: Params,
   kernels: Mapping[str, jax.Array],
-  perturbation: Mapping[str, lowrank.Perturbation],
+  perturbations: Sequence[Mapping[str, lowrank.Perturbation]],
   key: jax.Array | None = None,
-):
+) -> list:
   """Computes a network and, at every perturbed layer, both forms of its perturbation beside it.
 
   Args:
-    run_fn: kernels by path -> what the network returns with them.
+    run_fn: (variables, kernels by path) -> what the network returns with them.
+    variables: parameters but `kernels`, and other collections.
     kernels: before the perturbation, by path.
-    perturbation: by path.
+    perturbations: each by path.
     key: if given, layers are compared on random inputs instead of those that reach them.
 
   Returns:
-    What `run_fn` returns.
+    What `run_fn` returns with the kernels of each perturbation.
 
   Raises:
     UserError: if a layer computes something else than its perturbed kernel says.
   """
   faults = {}
-  merged = {n: kinds.compose(w, perturbation[n]) for n, w in kernels.items()}
 
   def note(name, what, right):
     if not np.all(right):
       faults.setdefault(name, what)
 
   def watch(name, what, right):
-    """`right` is traced under nn.jit, nn.remat, nn.scan."""
-    if isinstance(right, jax.core.Tracer):
-      jax.debug.callback(functools.partial(note, name, what), right)
-    else:
-      note(name, what, right)
+    # a callback leaves nn.remat and nn.scan too
+    jax.debug.callback(functools.partial(note, name, what), right)
 
-  def intercept(next_fun, args, kwargs, context):
-    if not (name := is_call_of(kernels, context)):
-      return next_fun(*args, **kwargs)
-    module, (x,) = context.module, (*args, *kwargs.values())
-    own = module.get_variable("params", "kernel")
-    bias = module.get_variable("params", "bias") if module.use_bias else None
-    watch(name, _NOT_ITS_OWN, jnp.array_equal(own, merged[name], equal_nan=True))
-    want = y = next_fun(*args, **kwargs)
-    x = jnp.asarray(x)
-    if key is not None:
-      x = _random_like(key, x)
-      params = {"kernel": own} | ({} if bias is None else {"bias": bias})
-      want = module.clone(parent=None, name=None).apply({"params": params}, x)
-    for form in ("composed", "factored"):
-      got = kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)
-      what = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}: {REFUSED}"
-      watch(name, what, _agree(got, want, own.dtype))
-    return y
+  @jax.jit
+  def run(variables, kernels, merged, perturbation):
+    def intercept(next_fun, args, kwargs, context):
+      if not (name := is_call_of(kernels, context)):
+        return next_fun(*args, **kwargs)
+      module, (x,) = context.module, (*args, *kwargs.values())
+      own = module.get_variable("params", "kernel")
+      bias = module.get_variable("params", "bias") if module.use_bias else None
+      watch(name, _NOT_ITS_OWN, jnp.array_equal(own, merged[name], equal_nan=True))
+      want = y = next_fun(*args, **kwargs)
+      x = jnp.asarray(x)
+      if key is not None:
+        x = _random_like(key, x)
+        params = {"kernel": own} | ({} if bias is None else {"bias": bias})
+        want = module.clone(parent=None, name=None).apply({"params": params}, x)
+      for form in ("composed", "factored"):
+        got = kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)
+        what = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}: {REFUSED}"
+        watch(name, what, _agree(got, want, own.dtype))
+      return y
 
-  exactly = jax.default_matmul_precision("float32")  # accelerators take less by default
-  with explained(), exactly, nn.intercept_methods(intercept):
-    out = run_fn(merged)
+    with nn.intercept_methods(intercept):
+      return run_fn(variables, merged)
+
+  out = []
+  with explained(), exactly():
+    for p in perturbations:
+      merged = {n: kinds.compose(w, p[n]) for n, w in kernels.items()}
+      out.append(run(variables, kernels, merged, p))
     jax.effects_barrier()
   for name in sorted(faults):
     raise UserError(f"{name}: {faults[name]}")
   return out
+
+
+def exactly():
+  """A context in which accelerators multiply float32 as such, not with less by default."""
+  return jax.default_matmul_precision("float32")
 
 
 def is_same(a, b) -> bool:
