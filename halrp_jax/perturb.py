@@ -5,9 +5,8 @@
   params = perturb.merge(kernels, perturbation, rest)    # model.apply({"params": params}, x) == y
 
 The model stays an ordinary Flax module: while it is applied, `nn.intercept_methods` replaces the
-call of each perturbed Dense, Conv and DenseGeneral (the projections of attention). A kernel is seen
-as a matrix [I, J], a convolution's as one for each place of its window, I and J being the inputs
-(with groups: of one group) and all outputs. Two exact ways to compute such a layer:
+call of each perturbed Dense, Conv and DenseGeneral (the projections of attention). `kinds` says how a
+kernel is seen as a matrix [I, J]. Two exact ways to compute such a layer:
 
 * composed: W_t is formed and the ordinary layer applied;
 * factored: y = R * layer(S * x, W) + U (Sigma (V' x)) + b. The gradient of the frozen W is never
@@ -110,7 +109,7 @@ def init(
   pattern: str = "*",
   **kwargs,
 ) -> tuple[dict[str, jax.Array], dict[str, lowrank.Perturbation], Params]:
-  """Perturbations of some layers of any Linen model, that change nothing yet.
+  """Returns perturbations of some layers of any Linen model, that change nothing yet.
 
   R and S are 1, U is 0 and V random, within +-1/sqrt(I): the first gradient moves R, S and U.
 
@@ -118,7 +117,8 @@ def init(
     key: of V.
     model: any Linen model.
     variables: its {"params", other collections}: the base.
-    *args: what `model.apply` takes; traced, not computed.
+    *args: an example of what `model.apply` takes. The network is computed on it, unchanged and
+      changed, and each form compared with the ordinary network; under jax.jit it is only traced.
     rank: columns of U and V; at most min(I, J) of a layer.
     pattern: which layers, as in file names: "*" is any text, with slashes in it ("*/attn/*"). The
       head (`HEAD`) is never one of them.
@@ -128,7 +128,8 @@ def init(
     Kernels by layer path, perturbations by layer path, the other parameters.
 
   Raises:
-    UserError: if no layer matches, or one that does can't be perturbed exactly.
+    UserError: if no layer matches, one that does is not perturbed exactly, or an argument is of
+      the wrong kind.
   """
   if not isinstance(rank, int | np.integer) or rank < 0:
     raise UserError(f"rank = {rank!r} must be a whole number, at least 0")
@@ -167,7 +168,10 @@ def _split(key, num: int):
 
 
 def _prove(model, kernels, perturbation, variables, args, kwargs) -> None:
-  """Computes the network with kernels that are unchanged, then with others, in all forms.
+  """Computes the network with unchanged kernels and with changed ones, in both forms.
+
+  What a layer computes is proved on random parameters too: normalised weights are normalised
+  already while they are fresh, and give nothing away.
 
   Raises:
     UserError: if `apply` is not `model.apply` on the merged parameters; it names the layer.
