@@ -5,8 +5,8 @@
   params = perturb.merge(kernels, perturbation, rest)    # model.apply({"params": params}, x) == y
 
 The model stays an ordinary Flax module: while it is applied, `nn.intercept_methods` replaces the
-call of each perturbed Dense, Conv and DenseGeneral (the projections of attention). `kinds` says how a
-kernel is seen as a matrix [I, J]. Two exact ways to compute such a layer:
+call of each perturbed Dense, Conv and DenseGeneral (the projections of attention). `kinds` says how
+a kernel is seen as a matrix [I, J]. Two exact ways to compute such a layer:
 
 * composed: W_t is formed and the ordinary layer applied;
 * factored: y = R * layer(S * x, W) + U (Sigma (V' x)) + b. The gradient of the frozen W is never
