@@ -191,9 +191,14 @@ def exactly():
 
 
 def is_same(a, b) -> bool:
-  """Whether two pytrees agree within rounding."""
+  """Whether two pytrees agree but for what rounding makes of a whole network, 16 bits in it or not.
+
+  How exact the layers are is known already (`prove_layers`).
+  """
   a, b = jax.tree.leaves(a), jax.tree.leaves(b)
-  return len(a) == len(b) and all(bool(_agree(x, y)) for x, y in zip(a, b, strict=True))
+  return len(a) == len(b) and all(
+    bool(_agree(x, y, jnp.bfloat16)) for x, y in zip(a, b, strict=True)
+  )
 
 
 def _agree(a, b, *dtypes) -> jax.Array:
