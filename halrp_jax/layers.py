@@ -284,24 +284,25 @@ def _apart(fn):
 
 
 def window_sum(x: jax.Array, window, strides, padding) -> jax.Array:
-  """Sum over sliding windows of the places. [B, H, W, C] -> [B, H', W', C]
+  """Sums over sliding windows of the places. [B, *spatial, C] -> [B, *spatial', C]
 
   Args:
-    x: [B, H, W, C]
-    window: height and width.
-    strides: along height and width.
-    padding: "SAME", "VALID" or ((top, bottom), (left, right)).
+    x: [B, *spatial, C]; of any number of spatial axes.
+    window: its width along each spatial axis.
+    strides: along each spatial axis.
+    padding: by name ("SAME", "VALID", "SAME_LOWER") or (low, high) for each spatial axis, not
+      negative.
   """
   if isinstance(padding, str):
-    padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    padding = lax.padtype_to_pads(x.shape[1:-1], window, strides, padding)
 
   def plain(x):
     pads = ((0, 0), *padding, (0, 0))
     return lax.reduce_window(x, 0.0, lax.add, (1, *window, 1), (1, *strides, 1), pads)
 
   def axis_by_axis(x):
-    for axis, width, stride, pads in zip((1, 2), window, strides, padding, strict=True):
-      x = jnp.pad(x, [pads if a == axis else (0, 0) for a in range(4)])
+    for axis, (width, stride, pads) in enumerate(zip(window, strides, padding, strict=True), 1):
+      x = jnp.pad(x, [pads if a == axis else (0, 0) for a in range(x.ndim)])
       last = x.shape[axis] - width
       x = sum(lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(width))
     return x

@@ -5,9 +5,8 @@
   params = perturb.merge(kernels, perturbation, rest)    # model.apply({"params": params}, x) == y
 
 The model stays an ordinary Flax module: while it is applied, `nn.intercept_methods` replaces the
-call of each perturbed Dense, Conv and DenseGeneral (the projections of attention). A kernel is seen
-as a matrix [I, J], a convolution's as one for each place of its window, I and J being the inputs
-(with groups: of one group) and all outputs. Two exact ways to compute such a layer:
+call of each perturbed Dense, Conv and DenseGeneral (the projections of attention). `kinds` says how
+a kernel is seen as a matrix [I, J]. Two exact ways to compute such a layer:
 
 * composed: W_t is formed and the ordinary layer applied;
 * factored: y = R * layer(S * x, W) + U (Sigma (V' x)) + b. The gradient of the frozen W is never
@@ -15,6 +14,7 @@ as a matrix [I, J], a convolution's as one for each place of its window, I and J
 """
 
 import fnmatch
+import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -23,36 +23,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from flax.linen.linear import canonicalize_padding
 
-from halrp_jax import layers, lowrank
-from halrp_jax.types import Params, UserError
+from halrp_jax import kinds, layers, lowrank, proof
+from halrp_jax.types import Params, UserError, brief
 
 HEAD = "head"  # never perturbed
 _SEPARATOR = "/"
-_PASS = 15  # multiply-adds in the time of reading or writing one number (docs/measurements.md)
 
 
 def layer_names(params: Params) -> tuple[str, ...]:
   """Paths of the layers that are perturbed: all that have a kernel but the head."""
-  flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
-  suffix = f"{_SEPARATOR}kernel"
-  names = (path.removesuffix(suffix) for path in flat if path.endswith(suffix))
+  paths = traverse_util.flatten_dict(params)
+  names = (_SEPARATOR.join(path[:-1]) for path in paths if path[-1] == "kernel" and path[:-1])
   return tuple(sorted(n for n in names if n.split(_SEPARATOR)[0] != HEAD))
 
 
 def split(params: Params) -> tuple[dict[str, jax.Array], Params]:
   """Parameters -> (kernels of the perturbed layers by path, everything else)."""
-  flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
-  kernels = {name: flat.pop(f"{name}/kernel") for name in layer_names(params)}
-  return kernels, traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+  return _take_out(layer_names(params), params)
+
+
+def _take_out(names: Iterable[str], params: Params) -> tuple[dict[str, jax.Array], Params]:
+  flat = traverse_util.flatten_dict(params)  # names of parameters may have slashes in them
+  kernels = {name: flat.pop(_kernel_path(name)) for name in names}
+  return kernels, traverse_util.unflatten_dict(flat)
+
+
+def _kernel_path(name: str) -> tuple[str, ...]:
+  return (*name.split(_SEPARATOR), "kernel")
 
 
 def join(kernels: Mapping[str, jax.Array], rest: Params) -> Params:
   """The inverse of `split`."""
-  flat = traverse_util.flatten_dict(rest, sep=_SEPARATOR)
-  flat |= {f"{name}/kernel": kernel for name, kernel in kernels.items()}
-  return traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+  flat = traverse_util.flatten_dict(rest)
+  flat |= {_kernel_path(name): kernel for name, kernel in kernels.items()}
+  return traverse_util.unflatten_dict(flat)
 
 
 def split_biases(rest: Params, names: Iterable[str]) -> tuple[dict[str, jax.Array], Params]:
@@ -104,7 +109,7 @@ def init(
   pattern: str = "*",
   **kwargs,
 ) -> tuple[dict[str, jax.Array], dict[str, lowrank.Perturbation], Params]:
-  """Perturbations of some layers of any Linen model, that change nothing yet.
+  """Returns perturbations of some layers of any Linen model, that change nothing yet.
 
   R and S are 1, U is 0 and V random, within +-1/sqrt(I): the first gradient moves R, S and U.
 
@@ -112,7 +117,8 @@ def init(
     key: of V.
     model: any Linen model.
     variables: its {"params", other collections}: the base.
-    *args: what `model.apply` takes; traced, not computed.
+    *args: an example of what `model.apply` takes. The network is computed on it, unchanged and
+      changed, and each form compared with the ordinary network; under jax.jit it is only traced.
     rank: columns of U and V; at most min(I, J) of a layer.
     pattern: which layers, as in file names: "*" is any text, with slashes in it ("*/attn/*"). The
       head (`HEAD`) is never one of them.
@@ -122,74 +128,108 @@ def init(
     Kernels by layer path, perturbations by layer path, the other parameters.
 
   Raises:
-    UserError: if no layer matches, or one that does can't be perturbed exactly.
+    UserError: if no layer matches, one that does is not perturbed exactly, or an argument is of
+      the wrong kind.
   """
+  if not isinstance(rank, int | np.integer) or rank < 0:
+    raise UserError(f"rank = {rank!r} must be a whole number, at least 0")
+  if not isinstance(pattern, str):
+    raise UserError(f"pattern = {pattern!r} must be a text such as '*/attn/*'")
+  variables = proof.check_network(model, variables)
   params = variables["params"]
   names = [n for n in layer_names(params) if fnmatch.fnmatchcase(n, pattern)]
   if not names:
     known = ", ".join(layer_names(params)) or "none"
     raise UserError(f"no layer's path matches {pattern!r}; those with a kernel: {known}")
-  if rank < 0:
-    raise UserError(f"rank = {rank} must be at least 0")
-  shapes = _matrix_shapes(names, model, variables, *args, **kwargs)
-  flat = traverse_util.flatten_dict(params, sep=_SEPARATOR)
-  kernels = {n: flat.pop(f"{n}/kernel") for n in names}
+
+  found = proof.find_layers(lambda v: model.apply(v, *args, **kwargs), names, variables)
+  is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, args)))
+  for name, layer in found.items():
+    if is_traced and not layer.is_sure:
+      raise UserError(f"{name}: that it is exact can't be proved under jax.jit: call init outside")
+  kernels, rest = _take_out(names, params)
   perturbation = {}
-  for layer_key, (name, kernel) in zip(
-    jax.random.split(key, len(names)), kernels.items(), strict=True
-  ):
-    num_in, num_out = shapes[name]
+  for layer_key, (name, kernel) in zip(_split(key, len(names)), kernels.items(), strict=True):
+    num_in, num_out = found[name].shape
     columns, bound = min(rank, num_in, num_out), 1 / math.sqrt(num_in)
     p = lowrank.identity(kernel.reshape(-1, num_in, num_out), columns, fold=True)
     v = jax.random.uniform(layer_key, p.V.shape, kernel.dtype, -bound, bound)
     perturbation[name] = p._replace(V=v)
-  return kernels, perturbation, traverse_util.unflatten_dict(flat, sep=_SEPARATOR)
+  if not is_traced:
+    _prove(model, kernels, perturbation, variables | {"params": rest}, args, kwargs)
+  return kernels, perturbation, rest
 
 
-def _matrix_shapes(names, model, variables, *args, **kwargs) -> dict[str, tuple[int, int]]:
-  """(I, J) of layers by path; UserError for those that can't be perturbed."""
-  found = {}
-  flat = traverse_util.flatten_dict(variables["params"], sep=_SEPARATOR)
-
-  def intercept(next_fun, call_args, call_kwargs, context):
-    module, name = context.module, _SEPARATOR.join(context.module.path)
-    if name in names and context.method_name == "__call__":
-      kernel = module.get_variable("params", "kernel")
-      if kernel is None or kernel.shape != flat[f"{name}/kernel"].shape:
-        raise UserError(f"{name}: its kernel is one of a stack (nn.scan, nn.vmap): not perturbed")
-      found[name] = _matrix_shape(name, module, kernel)
-    return next_fun(*call_args, **call_kwargs)
-
-  def run(variables):
-    with nn.intercept_methods(intercept):
-      return model.apply(variables, *args, **kwargs)
-
-  jax.eval_shape(run, variables)
-  for name in names:
-    if name not in found:
-      raise UserError(f"{name}: is never called as a layer here: not perturbed")
-  return found
+def _split(key, num: int):
+  try:
+    return jax.random.split(key, num)
+  except (TypeError, ValueError) as e:
+    raise UserError(f"key: expected one such as jax.random.key(0), got {key!r}") from e
 
 
-def _matrix_shape(name: str, module: nn.Module, kernel) -> tuple[int, int]:
-  if type(module) is nn.DenseGeneral:
-    if module.batch_dims:
-      raise UserError(f"{name}: DenseGeneral with batch_dims is not perturbed")
-    num_axes = 1 if isinstance(module.axis, int) else len(module.axis)
-    return math.prod(kernel.shape[:num_axes]), math.prod(kernel.shape[num_axes:])
-  if type(module) in (nn.Dense, nn.Conv):
-    return kernel.shape[-2:]
-  raise UserError(
-    f"{name}: {type(module).__name__} is not perturbed, only Dense, Conv and DenseGeneral are"
-  )
+def _prove(model, kernels, perturbation, variables, args, kwargs) -> None:
+  """Computes the network with unchanged kernels and with changed ones, in both forms.
+
+  What a layer computes is proved on random parameters too: normalised weights are normalised
+  already while they are fresh, and give nothing away.
+
+  Raises:
+    UserError: if `apply` is not `model.apply` on the merged parameters; it names the layer.
+  """
+  key = jax.random.key(0)
+
+  def moved(name, i):
+    """Far enough from the identity that whatever is left out is seen."""
+    p = perturbation[name]
+    window = kernels[name].size // (p.R.size * p.S.size)
+    return p._replace(
+      R=p.R + 0.5 * jnp.sin(i + jnp.arange(p.R.size)).astype(p.R.dtype),
+      S=p.S + 0.5 * jnp.cos(i + jnp.arange(p.S.size)).astype(p.S.dtype),
+      U=jax.random.normal(jax.random.fold_in(key, i), p.U.shape, p.U.dtype) / window,
+    )
+
+  def centred(w, p):
+    """A kernel's stand-in as large as fresh ones are."""
+    return (4 * (w - 0.75) / math.sqrt(w.size / p.R.size)).astype(w.dtype)
+
+  others = {n: moved(n, i) for i, n in enumerate(kernels)}
+
+  def run(variables, kernels):
+    params = join(kernels, variables["params"])
+    return model.apply(variables | {"params": params}, *args, **kwargs)
+
+  is_pair = kwargs.get("mutable", False) is not False  # of the output and changed collections
+  drawn, changed = proof.stand_ins(key, (kernels, variables))
+  drawn = {n: centred(w, others[n]) for n, w in drawn.items()}
+  proof.prove_layers(run, changed, drawn, [others], key)
+
+  @functools.partial(jax.jit, static_argnames="names")
+  def perturbed(p, variables, kernels, names):
+    """The layers `names` by `apply`, the others merged."""
+    chosen = {n: kernels[n] for n in names}
+    merged = {n: kinds.compose(w, p[n]) for n, w in kernels.items() if n not in chosen}
+    variables = variables | {"params": join(merged, variables["params"])}
+    return apply(model, chosen, p, variables, *args, form="composed", **kwargs)
+
+  def fault(p, want, names):
+    """What is wrong if these layers alone are perturbed by `apply`; "" if nothing."""
+    try:
+      with proof.exactly():
+        got = perturbed(p, variables, kernels, names)
+    except Exception as e:
+      return f"its kernel is used outside of the layer ({brief(e)})"
+    same = proof.is_same(*((got[0], want[0]) if is_pair else (got, want)))
+    return "" if same else "perturbed, the network gives something else than merged"
+
+  both = (perturbation, others)  # unchanged, and changed
+  for p, want in zip(both, proof.prove_layers(run, variables, kernels, both), strict=True):
+    if what := fault(p, want, tuple(kernels)):
+      alone = [(n, found) for n in kernels if (found := fault(p, want, (n,)))]
+      name, what = alone[0] if alone else (", ".join(kernels), what)
+      raise UserError(f"{name}: {what}: {proof.REFUSED}")
 
 
-def compose(kernel: jax.Array, p: lowrank.Perturbation) -> jax.Array:
-  """W_t of a layer, in its own shape: `lowrank.compose` on the kernel seen as a matrix [I, J]."""
-  shape = (p.S.size, p.R.size)
-  if kernel.shape[-2:] == shape:
-    return lowrank.compose(kernel, p)
-  return lowrank.compose(kernel.reshape(shape), p).reshape(kernel.shape)
+compose = kinds.compose  # of one layer
 
 
 def merge(
@@ -198,7 +238,7 @@ def merge(
   rest: Params,
 ) -> Params:
   """Ordinary parameters of one task: the perturbed kernels W_t and everything else."""
-  return join({n: compose(w, perturbation[n]) for n, w in kernels.items()}, rest)
+  return join({n: kinds.compose(w, perturbation[n]) for n, w in kernels.items()}, rest)
 
 
 def apply(
@@ -226,12 +266,12 @@ def apply(
   """
 
   def intercept(next_fun, call_args, call_kwargs, context):
-    module = context.module
-    name = _SEPARATOR.join(module.path)
-    if name not in kernels or context.method_name != "__call__":
+    if not (name := proof.is_call_of(kernels, context)):
       return next_fun(*call_args, **call_kwargs)
+    module = context.module
+    (x,) = (*call_args, *call_kwargs.values())
     bias = module.get_variable("params", "bias") if module.use_bias else None
-    return _perturbed(module, kernels[name], perturbation[name], bias, *call_args, form=form)
+    return kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)
 
   with nn.intercept_methods(intercept):
     return model.apply(variables, *args, **kwargs)
@@ -331,7 +371,7 @@ def apply_in_bases(
     detached = module.clone(parent=None, name=None, use_bias=False)
     y = detached.apply({"params": {"kernel": kernel}}, x)
     y = layers.times(y, bases[name].T) if few_places else y
-    return y + _channels(module.get_variable("params", "bias"), y) if module.use_bias else y
+    return y + kinds.channels(module.get_variable("params", "bias"), y) if module.use_bias else y
 
   with nn.intercept_methods(intercept):
     return model.apply(variables, *args, **kwargs)
@@ -345,7 +385,7 @@ def layer_inputs(
   -> by layer path [B, d], for a convolution its patches [B, H', W', d]; the kernel seen as a matrix
   is [d, J].
   """
-  return _tapped(model, names, variables, image, lambda module, x, y: _rows(module, x))
+  return _tapped(model, names, variables, image, lambda module, x, y: kinds.rows(module, x))
 
 
 def layer_outputs(
@@ -379,76 +419,3 @@ def without_head():
     return args[0].astype(jnp.float32) if is_head else next_fun(*args, **kwargs)
 
   return nn.intercept_methods(intercept)
-
-
-def _rows(module, x):
-  if not isinstance(module, nn.Conv):
-    return x
-  return layers.patches(x, module.kernel_size, *_strides_and_padding(module))
-
-
-def _strides_and_padding(module):
-  """Of a 2-D convolution, as pairs; padding by name stays."""
-  strides, padding = module.strides or 1, module.padding
-  strides = (strides,) * 2 if isinstance(strides, int) else strides
-  return strides, padding if isinstance(padding, str) else canonicalize_padding(padding, 2)
-
-
-def _perturbed(module, kernel, p, bias, x, *, form):
-  detached = module.clone(parent=None, name=None, use_bias=False)
-  factored = form == "factored" or (form == "auto" and _factored_is_cheaper(kernel, p, x))
-  if factored and _can_be_factored(module):
-    y = detached.apply({"params": {"kernel": kernel}}, x * _channels(p.S, x))
-    branch = _low_rank_branch(module, p, x, y.dtype)
-    y = (y * _channels(p.R, y) + branch).astype(y.dtype)
-  else:
-    y = detached.apply({"params": {"kernel": compose(kernel, p)}}, x)
-  # in the layer's own dtype, as it would add it; DenseGeneral's bias has several axes
-  return (
-    y
-    if bias is None
-    else y + jnp.reshape(bias, (1,) * (y.ndim - bias.ndim) + bias.shape).astype(y.dtype)
-  )
-
-
-def _channels(v, like):
-  """[C] -> [1, ..., 1, C], to broadcast against `like`."""
-  return v.reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-def _low_rank_branch(module, p, x, dtype):
-  """U (Sigma (V' x)), for a convolution on the sum over its window (authors: 1x1, pool, 1x1).
-
-  `dtype`: of the products with x.
-  """
-  u = p.U if p.sigma is None else p.U * _channels(p.sigma, p.U)
-  if not isinstance(module, nn.Conv):
-    return (x.astype(dtype) @ p.V.astype(dtype)) @ u.T.astype(dtype)
-  total = layers.window_sum(x, module.kernel_size, *_strides_and_padding(module))
-  return layers.times(total.astype(dtype), (p.V @ u.T).astype(dtype))
-
-
-def _can_be_factored(module) -> bool:
-  """Whether `_low_rank_branch` knows this layer: Dense, ordinary 2-D convolutions."""
-  if not isinstance(module, nn.Conv):
-    return isinstance(module, nn.Dense)
-  undilated = all(d in (None, 1, (1, 1)) for d in (module.kernel_dilation, module.input_dilation))
-  ordinary = module.feature_group_count == 1 and module.mask is None and undilated
-  return ordinary and len(module.kernel_size) == 2 and module.padding not in ("CIRCULAR", "REFLECT")
-
-
-def _factored_is_cheaper(kernel, p, x) -> bool:
-  """Multiply-adds of one training step and passes over memory, by shape alone.
-
-  Composed: three products with the kernel (output, input gradient, kernel gradient), and the kernel
-  is written and read several times. Factored: two products, the low-rank branch, and more passes
-  over the activations.
-  """
-  num_in, num_out, columns = p.S.size, p.R.size, p.U.shape[-1]
-  places, window = x.size // num_in, kernel[..., 0, 0].size
-  saved = places * kernel.size + _PASS * 4 * kernel.size + 3 * columns * num_in * num_out
-  if window == 1:
-    branch = 3 * places * columns * (num_in + num_out) + _PASS * places * (2 * num_in + 2 * num_out)
-  else:
-    branch = 3 * places * num_in * num_out + _PASS * places * (6 * num_in + 5 * num_out)
-  return branch < saved

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ import optax
 from flax import traverse_util
 from jax import lax
 
-from halrp_jax import epoch, layers, parallel, perturb, processes
+from halrp_jax import contract, epoch, layers, parallel, perturb, processes
 from halrp_jax.types import Array, Diverged, Inputs, Params, Size, Split, Store, Task
 
 
@@ -174,7 +175,9 @@ def sum_squares(tree: Params) -> jax.Array:
 
 def initialize(model, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Params, Params]:
   """Fresh (params, stats) of a model. `image_shape` is [H, W, C]."""
+  contract.check_call(model)
   variables = model.init({"params": key}, jnp.zeros((1, *image_shape)), train=False)
+  variables = nn.meta.unbox(variables)
   return variables["params"], variables.get("batch_stats", {})
 
 
@@ -246,6 +249,7 @@ def head_network(model) -> tuple[Callable, Callable]:
 
   `params` is {"head": its parameters}; `frozen` {"params": the others}.
   """
+  contract.check_call(model)
 
   def apply_fn(params, frozen, stats, image, train, key):
     return apply_model(model, frozen["params"] | params, stats, image, False, key)

@@ -8,7 +8,7 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
-from halrp_jax import models, population, train
+from halrp_jax import contract, models, population, train
 from halrp_jax.methods import (
   apd,
   apdfix,
@@ -27,7 +27,7 @@ from halrp_jax.methods import (
   stl,
   wsn,
 )
-from halrp_jax.types import Method
+from halrp_jax.types import Method, UserError
 
 METHODS = {
   "halrp": halrp,
@@ -48,9 +48,17 @@ METHODS = {
   "ibpwf": ibpwf,
 }
 
+# whose rules need the kernel [.., J] of every layer to have its inputs before and its outputs last
+_PLAIN_LAYERS = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "wsn"}
+
 
 def make(config, model, benchmark) -> Method:
-  """Builds the method that `config.method.name` names, ready to learn and to predict."""
+  """Builds the method that `config.method.name` names, ready to learn and to predict.
+
+  Raises:
+    UserError: if the network is not what the method demands (`contract`).
+  """
+  _check_network(config.method.name, model, benchmark)
   build = METHODS[config.method.name].make
   method = build(config, model, benchmark)
   if config.method.batch_norm == "population" or models.evaluates_with_batch(model):
@@ -59,6 +67,19 @@ def make(config, model, benchmark) -> Method:
     batch_size = train.evaluation_batch_size(config)
     method = method._replace(learn=population.keep(method, logits_fn, batch_size))
   return method._replace(predict=train.make_predict(method))
+
+
+def _check_network(name: str, model, benchmark) -> None:
+  """Refuses a network of somebody else's that the method can't work with."""
+  if contract.is_own(model) or name in ("halrp", "be"):  # which do it themselves
+    return
+  variables = contract.check(model, benchmark.image_shape, benchmark.max_classes)
+  if name in _PLAIN_LAYERS:
+    contract.check_plain(model, variables, benchmark.image_shape, name)
+  if name == "mtl" and not hasattr(model, "num_classes"):
+    raise UserError(
+      f"mtl widens the head: {type(model).__name__} needs a field num_classes, the head's width"
+    )
 
 
 def variant_defaults(method_config: dict) -> dict:

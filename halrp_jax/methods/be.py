@@ -18,7 +18,7 @@ learning", 2020, Eq. 1, 6, 7; spec/baselines.md 3.6. Biases and BatchNorm per ta
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import lowrank, perturb, train, validate
+from halrp_jax import contract, kinds, lowrank, perturb, train, validate
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 
 KEYS = validate.NETWORK_KEYS | {
@@ -34,6 +34,7 @@ def make(config, model, benchmark) -> Method:
     scales = [(p.R, p.S) for p in params["perturbation"].values()]
     return half * m.l2_scales * train.sum_squares(scales)
 
+  shapes_fn = contract.make_matrix_shapes(model, benchmark)
   initialize = train.make_initialize(model, benchmark)
   apply_scaled = train.perturbed_network(model)
   fit_base = train.make_fit(config, decay, *train.plain_network(model))
@@ -48,7 +49,11 @@ def make(config, model, benchmark) -> Method:
       frozen = {"l2": half * m.l2}
       params, stats = fit_base(params, stats, frozen, task, fit_key, config.epochs, store)
       kernels, rest = perturb.split(params)
-      ones = {name: lowrank.identity(w, 0, fold=True) for name, w in kernels.items()}
+      shapes = shapes_fn(params)
+      ones = {
+        name: lowrank.identity(kinds.as_matrix(w, shapes[name]), 0, fold=True)
+        for name, w in kernels.items()
+      }
       learned = _learned(task, {"perturbation": ones, "rest": rest}, stats)
       return State({"kernels": kernels}, (learned,)), {}
     first = state.tasks[0]

@@ -34,12 +34,21 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import lowrank, models, perturb, train, validate
-from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
+from halrp_jax import contract, kinds, lowrank, models, perturb, train, validate
+from halrp_jax.types import (
+  Benchmark,
+  Method,
+  Size,
+  State,
+  UserError,
+  nothing_learned,
+  one_at_a_time,
+)
 
 _CODE = {
   "upper_rank": 100,
@@ -165,6 +174,7 @@ def make(config, model, benchmark) -> Method:
     (task,) = tasks
     if not state.tasks:
       return learn_base(f, config, task, key, store), {}
+    _check_shapes(f, state)
     warm_key, select_key, fine_key = jax.random.split(key, 3)
     params, stats = warm_up(f, config, state, task, warm_key, store)
 
@@ -204,21 +214,58 @@ def learn_base(f, config, task, key, store) -> State:
   params, stats = f.fit_free(
     params, stats, frozen, task, fit_key, config.epochs, store.child("base")
   )
-  return base_state(config, task, params, stats)
+  return _first_state(config, task, params, stats, f.shapes(params))
 
 
-def base_state(config, task, params, stats) -> State:
-  """The state after the first task, whoever trained its network (`pretrained.load`).
+def base_state(config, task, params, stats, model=None) -> State:
+  """Returns the state after the first task, whoever trained its network (`pretrained.load`).
 
   The next tasks are learned on it as on any other: `make(..).learn(state, (task,), key, store)`.
+
+  Args:
+    config: resolved.
+    task: the first task.
+    params: of the network, its head among them.
+    stats: its running statistics, {} if it has none.
+    model: the network. Without it the kernels' shapes have to tell how they are matrices
+      (`kinds.guessed_matrix_shape`); `learn` refuses the state if they told it wrong.
+
+  Raises:
+    UserError: if the network or its parameters are not what a method demands (`contract`).
   """
+  params = nn.meta.unbox(params)
+  contract.check_params(params, task.num_classes)
+  shapes = contract.guessed_matrix_shapes(params)
+  if model is not None:
+    benchmark = Benchmark("", (task,), "", False)
+    shapes = contract.make_matrix_shapes(model, benchmark)(params)
+    contract.check_same(model, benchmark.image_shape, params)
+  return _first_state(config, task, params, stats, shapes)
+
+
+def _first_state(config, task, params, stats, shapes) -> State:
   m = config.method
   kernels, rest = perturb.split(params)
   identity = {
-    name: lowrank.identity(kernel, _columns(kernel, m), m.sigma == "folded")
+    name: lowrank.identity(
+      kinds.as_matrix(kernel, shapes[name]), _columns(shapes[name], m), m.sigma == "folded"
+    )
     for name, kernel in kernels.items()
   }
   return State({"kernels": kernels}, (_learned(task, identity, {}, rest, stats),))
+
+
+def _check_shapes(f, state) -> None:
+  """Raises UserError if a state's kernels are not those of the network, or not seen as it says."""
+  shapes = f.shapes(perturb.join(state.shared["kernels"], state.tasks[0]["rest"]))
+  first = state.tasks[0]["perturbation"]
+  for name in sorted(shapes.keys() | first.keys()):
+    have = (first[name].S.size, first[name].R.size) if name in first else None
+    if have != shapes.get(name):
+      raise UserError(
+        f"{name}: the first task's state has a matrix {have} there, the network "
+        f"{shapes.get(name)}: give base_state the network, base_state(..., model=model)"
+      )
 
 
 def warm_up(f, config, state, task, key, store):
@@ -245,11 +292,15 @@ def select(f, config, state, params, stats, task, key):
   if m.rank_rule == "importance":
     importance = layer_importance(f, config, params, stats, task)
   svd_key, key = jax.random.split(key)
-  decomposition = f.decompose(kernels, free, svd_key)
+  shapes = f.shapes(params)
+  matrices, free = (
+    {n: kinds.as_matrix(w, shapes[n]) for n, w in tree.items()} for tree in (kernels, free)
+  )
+  decomposition = f.decompose(matrices, free, svd_key)
   ranks, exact = choose_ranks(m, decomposition, kernels, importance)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
-    width = _columns(kernels[name], m)
+    width = _columns(shapes[name], m)
     if m.rank_rule == "random":
       layer_key = jax.random.fold_in(key, i)
       perturbation[name] = lowrank.random_factors(layer_key, d, ranks[name], width)
@@ -278,11 +329,11 @@ def choose_ranks(m, decomposition, kernels, importance) -> tuple[dict[str, int],
   """Line 6, for the whole network at once (paper Eq. 11). -> ranks, whether they are exact"""
   found = [d.sigma.size for d in decomposition.values()]
   if m.rank_rule in ("flat", "random"):
-    wanted = ranks = [min(m.upper_rank, *kernels[name].shape[-2:]) for name in decomposition]
+    wanted = ranks = [min(m.upper_rank, d.S.size, d.R.size) for d in decomposition.values()]
   else:
     scores = []
     for name, d in decomposition.items():
-      window = kernels[name][..., 0, 0].size if m.window_factor else 1
+      window = kernels[name].size // (d.S.size * d.R.size) if m.window_factor else 1
       scores.append(window * importance[name] * lowrank.squared_singular_values(d))
     wanted = lowrank.allocate_ranks(scores, m.alpha, crossing=m.crossing)
     ranks = lowrank.allocate_ranks(
@@ -331,11 +382,12 @@ def prune(f, state: State, m, num_later: int) -> State:
 
 
 class _Functions(NamedTuple):
+  shapes: Callable  # (params) -> {layer: (I, J)}
   initialize: Callable  # (key) -> params, stats
   fit_free: Callable  # `train.make_fit` of the plain network
   fit_perturbed: Callable  # `train.make_fit` of the perturbed one
   square_gradients: Callable  # (params, stats, image, label, num_classes) -> {layer: |g_l|^2}
-  decompose: Callable  # (kernels, free kernels, key) -> {layer: Decomposition}
+  decompose: Callable  # (kernels as matrices, free ones, key) -> {layer: Decomposition}
   truncate: Callable  # `lowrank.truncate`
   prune: Callable  # `lowrank.prune`
   logits: Callable  # `Method.logits`
@@ -380,6 +432,7 @@ def _build(config, model, benchmark) -> _Functions:
     return apply_perturbed(learned, shared, learned["stats"], image, False, None)[0]
 
   return _Functions(
+    shapes=contract.make_matrix_shapes(model, benchmark),
     initialize=train.make_initialize(model, benchmark),
     fit_free=train.make_fit(config, decay, *train.plain_network(model)),
     fit_perturbed=train.make_fit(config, decay, apply_perturbed, penalty),
@@ -391,9 +444,9 @@ def _build(config, model, benchmark) -> _Functions:
   )
 
 
-def _columns(kernel, m) -> int:
-  """Width of U and V: the largest rank the layer can get."""
-  full = min(kernel.shape[-2:])
+def _columns(shape, m) -> int:
+  """Width of U and V: the largest rank the layer can get. `shape`: (I, J)"""
+  full = min(shape)
   return min(m.upper_rank or full, full)
 
 
