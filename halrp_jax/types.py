@@ -17,6 +17,10 @@ class UserError(Exception):
   """Something the user can mend: config, data, arguments. Shown as one line, exit code 2."""
 
 
+class InUse(UserError):
+  """A run's folder in which another process is at work: nothing is wrong, it is not free now."""
+
+
 def brief(error: BaseException) -> str:
   """What an error of a library says, on one line of bearable length."""
   said = " ".join(str(error).split()) or type(error).__name__
