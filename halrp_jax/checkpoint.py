@@ -7,8 +7,8 @@ An *item* is one pytree in a folder of its own, written once:
   NAME/manifest.json  size and SHA-256 of every other file; written last
 
 It is written under another name and renamed when it is whole. Orbax restores a flipped byte without
-a word, so nothing is read before the manifest verifies. A file that the manifest does not name is no
-damage: file managers, synchronisation and NFS leave files everywhere. No pickle anywhere.
+a word, so nothing is read before the manifest verifies. A file that the manifest does not name is
+no damage: file managers, synchronisation and NFS leave files everywhere. No pickle anywhere.
 """
 
 import errno

@@ -21,9 +21,15 @@ class InUse(UserError):
   """A run's folder in which another process is at work: nothing is wrong, it is not free now."""
 
 
+def one_line(text) -> str:
+  """Returns a text on one line; what can't be printed, as a terminal's commands, is escaped."""
+  line = " ".join(str(text).split())
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def brief(error: BaseException) -> str:
   """What an error of a library says, on one line of bearable length."""
-  said = " ".join(str(error).split()) or type(error).__name__
+  said = one_line(error) or type(error).__name__
   return said if len(said) <= 200 else said[:200] + " ..."
 
 

@@ -119,7 +119,7 @@ def _run(path: str) -> Iterator[Finding]:
   if not (folder / workdir.RECORD).exists():
     yield f"{len(rows)} tasks learned, not finished: the same command goes on", ""
     return
-  record, broken = _json(folder / workdir.RECORD, "delete it and start the run again, which writes it")
+  record, broken = _json(folder / workdir.RECORD, "delete it, the same command writes it again")
   yield f"{folder / workdir.RECORD}", broken
   if state is None:
     yield "no state is whole", "the model is lost; --overwrite learns it anew"
