@@ -1,6 +1,7 @@
 """What goes wrong with the machine and its devices, told on one line."""
 
 import jax
+import jax.extend
 
 from halrp_jax import processes
 from halrp_jax.types import brief
@@ -25,9 +26,7 @@ def explain(error: BaseException) -> str | None:
     return line
   text = str(error)
   if isinstance(error, MemoryError):
-    return (
-      f"this machine has not enough memory{_said(text)}; end other programs, or use fewer images"
-    )
+    return f"this machine has no memory left{_said(text)}; end other programs or use fewer images"
   if not isinstance(error, jax.errors.JaxRuntimeError):
     return None
   device = jax.local_devices()[0].device_kind
@@ -50,12 +49,13 @@ def unusable() -> str | None:
   try:
     jax.devices()
     return None
-  except Exception as e:  # RuntimeError, or AssertionError for a platform without a plugin
-    asked, said = jax.config.jax_platforms, str(e)
+  except Exception as e:  # for cuda without a GPU AssertionError, with python -O AttributeError
+    asked, said = jax.config.jax_platforms, str(e) if isinstance(e, RuntimeError) else ""
   if not asked:
     return f"jax finds no device that it can use{_said(said)}"
   try:
     jax.config.update("jax_platforms", "")
+    jax.extend.backend.clear_backends()
     found = ", ".join(sorted({device.platform for device in jax.devices()}))
   except Exception:
     found = "none"

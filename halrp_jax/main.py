@@ -61,7 +61,7 @@ def _main(argv: list[str], stop_asked) -> int:
   args = arguments.parse_config(argv, FLAGS, SWITCHES)
   try:
     if args.help:
-      print(report.help_text(__doc__, args.get_help(), methods.METHODS))
+      print(report.help_text(__doc__ or "", args.get_help(), methods.METHODS))
     elif args.list:
       print(report.list_text(data.BENCHMARKS, models.NETWORKS, methods.METHODS))
     elif args.config is None:

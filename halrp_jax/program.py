@@ -37,7 +37,7 @@ def run(main: Callable[[], int]) -> int:
       sys.stdout.flush()
     return code
   except BrokenPipeError:
-    _discard_output()
+    _discard(sys.stdout, sys.stderr)
     return 128 + signal.SIGPIPE
   except KeyboardInterrupt:
     print("stopped", file=sys.stderr)
@@ -46,7 +46,7 @@ def run(main: Callable[[], int]) -> int:
     return _complain(str(e))
   except OSError as e:
     if not e.filename:
-      _discard_output()
+      _discard(sys.stdout)
     place = e.filename or "input or output"
     return _complain(f"{os.fsdecode(place)}: {e.strerror or e}")
   except Exception as e:
@@ -61,9 +61,9 @@ def _complain(text: str) -> int:
   return MISTAKE
 
 
-def _discard_output() -> None:
+def _discard(*streams) -> None:
   """Lets what is still in the buffers go nowhere; else Python complains when it ends."""
   nowhere = os.open(os.devnull, os.O_WRONLY)
-  for stream in (sys.stdout, sys.stderr):
+  for stream in streams:
     with contextlib.suppress(OSError, ValueError, AttributeError):
       os.dup2(nowhere, stream.fileno())

@@ -61,9 +61,9 @@ def _print_event(stream: TextIO, event: dict) -> None:
 def task_line(event: dict) -> str:
   """One line per finished task."""
   row = event["accuracy"]
-  ranks = event["ranks"]
+  ranks, name = event["ranks"], one_line(event["task"])
   parts = [
-    f"task {event['t'] + 1}/{event['num_tasks']} ({one_line(event['task'])}, id {event['task_id']})",
+    f"task {event['t'] + 1}/{event['num_tasks']} ({name}, id {event['task_id']})",
     f"accuracy {row[-1]:.2f} %",
     f"mean of {len(row)}: {sum(row) / len(row):.2f} %",
     f"growth {100 * event['increment']:+.1f} %",

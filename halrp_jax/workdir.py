@@ -280,6 +280,11 @@ def opened(
 
 
 def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool) -> None:
+  if any("\ud800" <= c <= "\udfff" for c in str(run.folder.resolve())):
+    raise UserError(
+      f"--workdir={path}: its name is no text in this locale, and checkpoints need one; set "
+      "PYTHONUTF8=1 or choose another folder"
+    )
   try:
     run.folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_locked(run.folder))
@@ -525,9 +530,9 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
       fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       stream.seek(0)
+      who = stream.read().strip() or "by another process"
       raise InUse(
-        f"--workdir={folder} is in use ({stream.read().strip()}): wait for that run, stop it, or "
-        "take another folder"
+        f"--workdir={folder} is in use ({who}): wait for that run, stop it, or take another folder"
       ) from e
     except OSError as e:
       raise UserError(

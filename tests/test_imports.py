@@ -32,7 +32,7 @@ LAYERS = (
   {"sweep", "records", "estimate", "saved"},
   {"paper", "export", "pretrained"},
   {"tables"},
-  {"figures"},
+  {"figures", "latex"},
   {"page"},
   {"publish"},
   {"commands"},

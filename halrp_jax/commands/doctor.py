@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import halrp_jax
-from halrp_jax import arguments, checkpoint, data, experiment, layers, validate, workdir
+from halrp_jax import arguments, checkpoint, data, devices, experiment, layers, validate, workdir
 from halrp_jax.data import sources
 from halrp_jax.types import UserError
 
@@ -53,6 +53,9 @@ def _versions() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
+  if line := devices.unusable():
+    yield "devices", line
+    return
   for device in jax.local_devices():
     with jax.default_device(device):
       for what, error in _self_test().items():
