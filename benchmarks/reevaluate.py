@@ -25,7 +25,7 @@ def main():
   for name in ("workdir", "data_dir", "batch_norm", "batch_sizes"):
     parser.add_argument(f"--{name}", required=True)
   args = parser.parse_args()
-  values = json.loads((pathlib.Path(args.workdir) / "config.json").read_text())
+  values = json.loads((pathlib.Path(args.workdir) / "config.json").read_text(encoding="utf-8"))
   values["method"]["batch_norm"] = args.batch_norm
   config = experiment.resolve(config_dict.ConfigDict(_completed(values, args.data_dir)))
   benchmark, _, method = experiment.build(config)

@@ -29,7 +29,9 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     rows = sweep.run(cells, str(folder), lambda rows: None, lambda: False, vectorize)
     seconds = time.perf_counter() - start
-    records = [json.loads((folder / cell.name / "record.json").read_text()) for cell in cells]
+    records = [
+      json.loads((folder / cell.name / "record.json").read_text(encoding="utf-8")) for cell in cells
+    ]
     ranks = [record["ranks"] for record in records]
     accuracy = np.array([row["accuracy"] for row in rows])
     results[vectorize] = seconds, accuracy, ranks

@@ -5,8 +5,8 @@
   DIR/task03.stablehlo, task03.json      its whole program: uint8 images -> probabilities
 
 The JSON is the card of the file beside it: classes, normalisation, network, ranks, accuracy, the
-hash of its arrays and that of the base it belongs to. With format=orbax the .safetensors are Orbax
-folders of the same names. Arrays are named
+hash of its arrays and that of the base it belongs to; of a program also the packages that running
+it needs. With format=orbax the .safetensors are Orbax folders of the same names. Arrays are named
 
   params/LAYER/.., batch_stats/LAYER/..    as in Flax; the base has params/LAYER/kernel
   perturbation/LAYER/R, S, sigma, rank, U, V    cut to the rank (lowrank.py); U and V are left out
@@ -21,6 +21,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
+from importlib import metadata
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ SCHEMA = 1
 FORMATS = ("safetensors", "orbax", "stablehlo")
 BASE = "base"
 _PLATFORMS = ("cpu", "cuda", "tpu")
+_PROGRAM_NEEDS = ("jax", "flatbuffers")  # packages; `pip install jax` alone lacks the second
 
 Arrays = dict[str, np.ndarray]  # by name, as in the table above
 
@@ -240,13 +242,17 @@ def _serialized(exported) -> bytes:
   try:
     return bytes(exported.serialize())
   except ImportError as e:
-    raise UserError(f"--format=stablehlo: {brief(e)}") from e
+    raise UserError(
+      f"--format=stablehlo needs the package flatbuffers ({brief(e)}), and so does whoever runs "
+      "the programs: pip install flatbuffers"
+    ) from e
 
 
 def _write_program(place: pathlib.Path, stem: str, contents: bytes, card: dict) -> int:
   size = _replace(_file(place, stem, "stablehlo"), contents)
   digest = hashlib.sha256(contents).hexdigest()
   card |= {"kind": "program", "format": "stablehlo", "bytes": size, "hash": digest}
+  card |= {"needs": {name: metadata.version(name) for name in _PROGRAM_NEEDS}}
   workdir.write_json(place / f"{stem}.json", card)
   return size
 
@@ -290,7 +296,10 @@ def load(folder: str, task: int) -> Model:
   try:
     kind, needed = card["kind"], card.get("base")
     if kind == "program":
-      raise UserError(f"{place / stem}.stablehlo is a program: jax.export.deserialize reads it")
+      raise UserError(
+        f"{place / stem}.stablehlo is a program: jax.export.deserialize reads it, with the "
+        "packages jax and flatbuffers"
+      )
     meta = cards.to_task(card["task"], tuple(card["image_shape"]))
     spec, input_shape = card["network"], tuple(card["input_shape"])
     how = spec["batch_norm"], spec.get("precision", "float32")  # older files have none
@@ -385,7 +394,7 @@ def read_card(place: pathlib.Path, stem: str) -> dict:
   """The JSON beside a file; `stem` is "base" or "task" and two digits."""
   file = place / f"{stem}.json"
   try:
-    card = json.loads(file.read_text())
+    card = json.loads(file.read_text(encoding="utf-8"))
     if card["schema"] != SCHEMA:
       raise UserError(f"{file}: schema {card['schema']!r}, this version reads {SCHEMA}")
     if card["format"] not in FORMATS or not isinstance(card["hash"], str):

@@ -152,7 +152,7 @@ def document(report: Report, reasons: dict, command: str) -> str:
   lines += [f"![{p.caption}](figures/{p.name}.png)\n\n{p.caption}\n" for p in report.pictures]
   if report.skipped:
     lines += ["## Left out", ""]
-    lines += [f"* {s.place}: {s.reason}" for s in report.skipped]
+    lines += [f"* {tables.markdown(s.place)}: {tables.markdown(s.reason)}" for s in report.skipped]
   return "\n".join(lines).rstrip() + "\n"
 
 
@@ -163,5 +163,5 @@ def _overview(rows: list[Row]) -> str:
   for row in rows:
     places = ", ".join(run.place.removesuffix(".json") for run in row.group.runs)
     cells = (row.label, row.where, row.share, row.difference, row.count, *row.numbers, places)
-    lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| {' | '.join(map(tables.markdown, cells))} |")
   return "\n".join(lines)

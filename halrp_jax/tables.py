@@ -5,6 +5,7 @@ Every number of every form is written by `Cell`, so that they agree.
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -190,7 +191,7 @@ def to_csv(table: Table) -> str:
         *(cell.write(ours.value), cell.write(ours.error)),
         *((cell.group.num_orders, len(cell.runs)) if cell.group else ("", "")),
         *(cell.write(theirs.value), cell.write(theirs.error), cell.write(cell.difference, "+")),
-        *("; ".join(cell.flags), " ".join(run.place for run in cell.runs)),
+        *("; ".join(cell.flags), plain_cell(" ".join(run.place for run in cell.runs))),
       ]
     )
   return stream.getvalue()
@@ -210,6 +211,16 @@ def short(cell: Cell) -> str:
 def head(column: Column) -> str:
   name, unit, _ = METRICS[column.metric]
   return f"{column.head}, {name} ({unit})"
+
+
+def markdown(text) -> str:
+  """Returns a text whose characters Markdown shows as they are, also in a table."""
+  return re.sub(r"[\\|<`*\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split()))
+
+
+def plain_cell(text: str) -> str:
+  """Returns a name for a CSV file: one that a spreadsheet would compute begins with a quote."""
+  return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def to_markdown(table: Table) -> str:

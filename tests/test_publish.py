@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from halrp_jax import figures, paper, publish, records, tables
+from halrp_jax import figures, page, paper, publish, records, tables
 from halrp_jax.commands import report
 from halrp_jax.types import UserError
 
@@ -159,6 +159,20 @@ def test_page_csv_markdown_and_latex_agree(written):
   assert num_cells == sum(
     len(t.rows) * len(t.columns) for t in paper.TARGETS.values() if t.is_table
   )
+
+
+def test_names_are_shown_as_they_are_in_every_form(published):
+  name = "=a|b <i> _x_ [red]`c`"
+  assert tables.markdown(name) == r"=a\|b \<i> \_x\_ \[red\]\`c\`"
+  assert tables.plain_cell(name) == "'" + name and tables.plain_cell("a=b") == "a=b"
+  row = published.rows[0]
+  run = records.Run(name, row.group.runs[0].record | {"seed": "<b>1"})
+  row = row._replace(group=row.group._replace(runs=(run,)))
+  made = published._replace(rows=[row], skipped=[records.Skipped(name, "x|y")], pictures=[])
+  text = publish.document(made, {}, COMMAND)
+  assert text.count(tables.markdown(name)) == 2 and r"x\|y" in text
+  shown = page.page("<title>", *made)
+  assert "<i>" not in shown and "<b>1" not in shown and html.escape(name) in shown
 
 
 def test_partial_data_are_red(written):
