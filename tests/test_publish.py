@@ -168,7 +168,9 @@ def test_names_are_shown_as_they_are_in_every_form(published):
   row = published.rows[0]
   run = records.Run(name, row.group.runs[0].record | {"seed": "<b>1"})
   row = row._replace(group=row.group._replace(runs=(run,)))
-  made = published._replace(rows=[row], skipped=[records.Skipped(name, "x|y")], pictures=[])
+  made = published._replace(
+    tables=[], rows=[row], skipped=[records.Skipped(name, "x|y")], pictures=[]
+  )
   text = publish.document(made, {}, COMMAND)
   assert text.count(tables.markdown(name)) == 2 and r"x\|y" in text
   shown = page.page("<title>", *made)
