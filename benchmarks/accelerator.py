@@ -167,7 +167,7 @@ def measure(options) -> int:
     write(out / "accelerator.json", results)
 
   worker = start(units[0]) if units else None
-  with open(out / "accelerator.log", "w") as log:
+  with open(out / "accelerator.log", "w", encoding="utf-8") as log:
     for i, (part, target, limit) in enumerate(units):
       left = deadline - time.monotonic()
       if left < LEAST:
@@ -233,7 +233,7 @@ def rounded(x):
 
 def write(path: pathlib.Path, results: dict) -> None:
   temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(results, indent=1))
+  temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
   temporary.replace(path)
 
 
@@ -330,7 +330,7 @@ def originals(source: str, folder: str, smoke: bool) -> str:
     about = "drawn images"
     for name, count in (("fine", 100), ("coarse", 20)):
       names = "\n".join(f"{name}_{i}" for i in range(count))
-      (place / f"{name}_label_names.txt").write_text(names)
+      (place / f"{name}_label_names.txt").write_text(names, encoding="utf-8")
   records = np.hstack([label, image])
   records[:-num_test].tofile(place / "train.bin")
   records[-num_test:].tofile(place / "test.bin")

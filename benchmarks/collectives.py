@@ -41,7 +41,7 @@ def compiled_programs(data_dir: str, num_devices: int, folder: pathlib.Path) -> 
 def sent(program: pathlib.Path) -> dict[str, int]:
   """Bytes of all results of each kind of collective operation."""
   total = {}
-  for shapes, kind in _COLLECTIVE.findall(program.read_text()):
+  for shapes, kind in _COLLECTIVE.findall(program.read_text(encoding="utf-8")):
     for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
       size = math.prod(map(int, filter(None, sizes.split(","))))
       total[kind] = total.get(kind, 0) + _BYTES[dtype] * size

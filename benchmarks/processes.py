@@ -61,7 +61,7 @@ def run(argv: list[str], places: list[list[int]]) -> dict[str, float]:
       running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
     if any([process.wait() for process in running]):
       sys.exit("error: a run failed")
-    lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
+    lines = (pathlib.Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
   epochs = [e for e in map(json.loads, lines) if e["event"] == "epoch"]
   config = arguments.parse_config(["", *argv], {}, {}).config
   tasks = experiment.plan(config)["tasks"]

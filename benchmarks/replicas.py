@@ -26,7 +26,9 @@ def run(cells, folder: pathlib.Path, vectorize: bool):
   seconds = time.perf_counter() - start
   if sweep.failed(rows):
     raise RuntimeError("; ".join(sorted({row["error"] for row in rows if row["error"]})))
-  records = [json.loads((folder / cell.name / "record.json").read_text()) for cell in cells]
+  records = [
+    json.loads((folder / cell.name / "record.json").read_text(encoding="utf-8")) for cell in cells
+  ]
   accuracy = np.array([row["accuracy"] for row in rows])
   return seconds, accuracy, [record["ranks"] for record in records]
 

@@ -31,7 +31,7 @@ def total(seconds: dict[str, float]) -> float:
 def step_seconds(folder: pathlib.Path) -> dict[str, float]:
   """Median seconds of an epoch per phase ("task03/finetune"); the first epoch of each left out."""
   phases = {}
-  for line in (folder / "metrics.jsonl").read_text().splitlines():
+  for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
     event = json.loads(line)
     if event["event"] == "epoch" and event["epoch"] > 1:
       phases.setdefault(event["phase"], []).append(event["seconds"])
@@ -46,7 +46,9 @@ def main() -> int:
   records = {}
   for method in ("stl", "halrp"):
     learn(method, args.data_dir, args.workdir / method, more)
-    records[method] = json.loads((args.workdir / method / "record.json").read_text())
+    records[method] = json.loads(
+      (args.workdir / method / "record.json").read_text(encoding="utf-8")
+    )
   unit = total(records["stl"]["seconds"][0])
   print(f"unit: STL's first task, {unit:.1f} s")
   for method, record in records.items():

@@ -2,18 +2,12 @@
 
 import argparse
 import re
-import warnings
 
 from absl import flags
 from ml_collections import config_flags
 
 from halrp_jax import methods, validate
 from halrp_jax.types import UserError
-
-
-def plain_warnings() -> None:
-  """Warnings as one line, for people: call it once, in a program."""
-  warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
 
 
 def parse_config(

@@ -7,7 +7,8 @@ An *item* is one pytree in a folder of its own, written once:
   NAME/manifest.json  size and SHA-256 of every other file; written last
 
 It is written under another name and renamed when it is whole. Orbax restores a flipped byte without
-a word, so nothing is read before the manifest verifies. No pickle anywhere.
+a word, so nothing is read before the manifest verifies. A file that the manifest does not name is
+no damage: file managers, synchronisation and NFS leave files everywhere. No pickle anywhere.
 """
 
 import errno
@@ -28,7 +29,7 @@ from halrp_jax import packing
 from halrp_jax.types import Params, brief
 
 _ARRAYS, _ABOUT, _MANIFEST = "arrays", "about.json", "manifest.json"
-_TEMPORARY = ".writing-"
+_TEMPORARY, _REPLACED = ".writing-", ".replaced-"
 _UNREADABLE = (  # what a forged item can raise
   OSError,
   KeyError,
@@ -66,8 +67,7 @@ def save(folder: pathlib.Path, packed: packing.Packed, about: dict) -> None:
   Raises:
     OSError: if the disk is full or can't be written; what was there before is unchanged.
   """
-  temporary = folder.with_name(_TEMPORARY + folder.name)
-  shutil.rmtree(temporary, ignore_errors=True)
+  temporary = _emptied(folder.with_name(_TEMPORARY + folder.name))
   structure, arrays = packed
   try:
     temporary.mkdir()
@@ -78,8 +78,7 @@ def save(folder: pathlib.Path, packed: packing.Packed, about: dict) -> None:
     leaves = [[list(x.shape), str(x.dtype)] for x in arrays]
     _write(temporary / _ABOUT, about | {"structure": structure, "leaves": leaves})
     _write(temporary / _MANIFEST, _manifest(temporary))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    _replace(temporary, folder)
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
     raise
@@ -89,7 +88,8 @@ def load(folder: pathlib.Path) -> tuple[Params, dict]:
   """Reads an item that is whole. -> pytree with numpy arrays, about
 
   Raises:
-    Damaged: if a file is missing or was changed. FileNotFoundError: no such item.
+    Damaged: if a file is missing or was changed. FileNotFoundError: no such item. OSError: if a
+      file can't be read now, which says nothing about what is in it.
   """
   about = verify(folder)
   try:
@@ -102,17 +102,17 @@ def load(folder: pathlib.Path) -> tuple[Params, dict]:
         raise Damaged(f"{folder}: array {name} is not the one that was written")
     return packing.unpack(about["structure"], [arrays[name] for name in blank]), about
   except _UNREADABLE as e:
+    if getattr(e, "errno", None):  # the system's: no access, no memory, a disk that is away
+      raise
     raise Damaged(f"{folder}: can't be read ({type(e).__name__}: {e})") from e
 
 
 def save_plain(folder: pathlib.Path, tree: dict) -> None:
   """Writes nested dicts of arrays as Orbax does for everybody; an older one is replaced."""
-  temporary = folder.with_name(_TEMPORARY + folder.name)
-  shutil.rmtree(temporary, ignore_errors=True)
+  temporary = _emptied(folder.with_name(_TEMPORARY + folder.name))
   try:
     _orbax(lambda checkpointer: checkpointer.save(temporary.resolve(), tree))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    _replace(temporary, folder)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
@@ -135,21 +135,19 @@ def load_plain(folder: pathlib.Path) -> dict:
 
 
 def verify(folder: pathlib.Path) -> dict:
-  """Checks every file of an item against its manifest; returns what `about` holds.
+  """Checks every file that an item's manifest names; returns what `about` holds.
 
   Raises:
-    Damaged: names the first file that is missing, extra or changed. FileNotFoundError: no item.
+    Damaged: names the first file that is missing or changed. FileNotFoundError and OSError: as
+      `load`.
   """
   if not folder.is_dir():
     raise FileNotFoundError(folder)
   manifest = _read(folder / _MANIFEST)
-  found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-  for name in sorted(manifest.keys() | (found - {_MANIFEST})):
-    if name not in found:
+  for name in filter(_is_written, sorted({_ABOUT, *manifest})):
+    if not (folder / name).is_file():
       raise Damaged(f"{folder / name}: missing")
-    if name not in manifest:
-      raise Damaged(f"{folder / name}: is not in the manifest")
-    if _entry(folder / name) != manifest[name]:
+    if _entry(folder / name) != manifest.get(name):
       raise Damaged(f"{folder / name}: was changed after it was written")
   about = _read(folder / _ABOUT)
   if not {"leaves", "structure"} <= about.keys():
@@ -157,11 +155,50 @@ def verify(folder: pathlib.Path) -> dict:
   return about
 
 
-def sweep(folder: pathlib.Path, keep: set[str]) -> None:
-  """Deletes the items that are not in `keep`, and what an interrupted `save` left behind."""
+def strays(folder: pathlib.Path) -> list[str]:
+  """Returns the names of the files in an item's folder that `save` has not written."""
+  try:
+    known = {_MANIFEST, *_read(folder / _MANIFEST)}
+  except Damaged:
+    known = {_MANIFEST}
+  found = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if not p.is_dir())
+  return [name for name in found if name not in known]
+
+
+def sweep(folder: pathlib.Path, names: set[str]) -> None:
+  """Deletes the items named, and what an interrupted `save` left behind; nothing else."""
   for path in folder.iterdir():
-    if path.name not in keep:
+    if path.name in names or path.name.startswith((_TEMPORARY, _REPLACED)):
       shutil.rmtree(path, ignore_errors=True)
+
+
+def free_name(path: pathlib.Path) -> pathlib.Path:
+  """Returns `path`, or the first of path-2, path-3, ... where nothing is yet."""
+  found, n = path, 1
+  while os.path.lexists(found):
+    n += 1
+    found = path.with_name(f"{path.name}-{n}")
+  return found
+
+
+def _emptied(path: pathlib.Path) -> pathlib.Path:
+  """Deletes a folder; returns a free name where it can't be, as with a file open on NFS."""
+  shutil.rmtree(path, ignore_errors=True)
+  return free_name(path)
+
+
+def _replace(new: pathlib.Path, folder: pathlib.Path) -> None:
+  """Renames `new` to `folder`, whatever is there and even if it can't be deleted."""
+  old = _emptied(folder.with_name(_REPLACED + folder.name))
+  if os.path.lexists(folder):
+    folder.rename(old)
+  try:
+    new.rename(folder)
+  except OSError:
+    if os.path.lexists(old):
+      old.rename(folder)
+    raise
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def _orbax(fn):
@@ -205,11 +242,14 @@ def _is_no_error(record: logging.LogRecord) -> bool:
 
 
 def _manifest(folder: pathlib.Path) -> dict:
-  return {
-    p.relative_to(folder).as_posix(): _entry(p)
-    for p in sorted(folder.rglob("*"))
-    if p.is_file() and p != folder / _MANIFEST
-  }
+  found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+  return {name: _entry(p) for name, p in found.items() if name != _MANIFEST and _is_written(name)}
+
+
+def _is_written(name: str) -> bool:
+  """Whether `save` may have written a file: no name of its or of Orbax's is a file manager's."""
+  last = name.rpartition("/")[2]
+  return not last.startswith(".") and last.lower() not in ("thumbs.db", "desktop.ini")
 
 
 def _entry(path: pathlib.Path) -> list:
@@ -218,7 +258,7 @@ def _entry(path: pathlib.Path) -> list:
 
 
 def _write(path: pathlib.Path, content) -> None:
-  with open(path, "w") as stream:
+  with open(path, "w", encoding="utf-8") as stream:
     json.dump(content, stream)
     stream.flush()
     os.fsync(stream.fileno())
@@ -226,10 +266,10 @@ def _write(path: pathlib.Path, content) -> None:
 
 def _read(path: pathlib.Path) -> dict:
   try:
-    content = json.loads(path.read_text())
-  except FileNotFoundError as e:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
     raise Damaged(f"{path}: missing") from e
-  except (OSError, ValueError, RecursionError) as e:
+  except (ValueError, RecursionError) as e:
     raise Damaged(f"{path}: can't be read ({e})") from e
   if not isinstance(content, dict):
     raise Damaged(f"{path}: is not what was written")

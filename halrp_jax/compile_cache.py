@@ -96,7 +96,7 @@ def _is_cut(entry: pathlib.Path) -> bool:
 def _processor() -> str:
   """A name for processors that can run the same program."""
   try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
   except OSError:
     flags = platform.processor()

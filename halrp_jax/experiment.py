@@ -442,8 +442,8 @@ def _forget_peak() -> None:
   """
   gc.collect()
   allocator.trim()
-  with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
-    stream.write("5")
+  with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb") as stream:
+    stream.write(b"5")
 
 
 def _peak_memory() -> int:
@@ -454,7 +454,7 @@ def _peak_memory() -> int:
 
 def _peak_of_process() -> int:
   """getrusage also counts what the process was forked from, hence only where there is no /proc."""
-  with contextlib.suppress(OSError), open("/proc/self/status") as stream:
+  with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as stream:
     return 1024 * next(int(line.split()[1]) for line in stream if line.startswith("VmHWM"))
   unit = 1 if platform.system() == "Darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

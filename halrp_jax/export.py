@@ -5,8 +5,9 @@
   DIR/task03.stablehlo, task03.json      its whole program: uint8 images -> probabilities
 
 The JSON is the card of the file beside it: classes, normalisation, network, ranks, accuracy, the
-hashes of its arrays, of the state and of the base it belongs to. A folder holds one model in one
-format. With format=orbax the .safetensors are Orbax folders of the same names. Arrays are named
+hashes of its arrays, of the state and of the base it belongs to; of a program also the packages
+that running it needs. A folder holds one model in one format. With format=orbax the .safetensors
+are Orbax folders of the same names. Arrays are named
 
   params/LAYER/.., batch_stats/LAYER/..    as in Flax; the base has params/LAYER/kernel
   perturbation/LAYER/R, S, sigma, rank, U, V    cut to the rank (lowrank.py); U and V are left out
@@ -20,6 +21,7 @@ A head is as wide as its task's classes.
 import hashlib
 import pathlib
 from collections.abc import Callable
+from importlib import metadata
 from typing import NamedTuple
 
 import jax
@@ -43,6 +45,7 @@ from halrp_jax.types import Params, UserError, brief
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _IDENTITY = ("kind", "state", "task", "network", "input_shape")  # of a card: whose file it is
+_PROGRAM_NEEDS = ("jax", "flatbuffers")  # packages; `pip install jax` alone lacks the second
 
 Arrays = dict[str, np.ndarray]  # by name, as in the table above
 
@@ -268,13 +271,17 @@ def _serialized(exported) -> bytes:
   try:
     return bytes(exported.serialize())
   except ImportError as e:
-    raise UserError(f"--format=stablehlo: {brief(e)}") from e
+    raise UserError(
+      f"--format=stablehlo needs the package flatbuffers ({brief(e)}), and so does whoever runs "
+      "the programs: pip install flatbuffers"
+    ) from e
 
 
 def _write_program(place: pathlib.Path, stem: str, contents: bytes, card: dict) -> int:
   size = _replace(file_of(place, stem, "stablehlo"), contents)
   digest = hashlib.sha256(contents).hexdigest()
   card |= {"format": "stablehlo", "bytes": size, "hash": digest}
+  card |= {"needs": {name: metadata.version(name) for name in _PROGRAM_NEEDS}}
   files.write_json(place / f"{stem}.json", card)
   return size
 
@@ -306,7 +313,10 @@ def load(folder: str, task: int) -> Model:
   try:
     kind, needed = card["kind"], card.get("base")
     if kind == "program":
-      raise UserError(f"{place / stem}.stablehlo is a program: jax.export.deserialize reads it")
+      raise UserError(
+        f"{place / stem}.stablehlo is a program: jax.export.deserialize reads it, with the "
+        "packages jax and flatbuffers"
+      )
     meta = cards.to_task(card["task"], tuple(card["image_shape"]))
     spec, input_shape = card["network"], tuple(card["input_shape"])
     how = spec["batch_norm"], spec.get("precision", "float32")  # older files have no precision

@@ -26,7 +26,7 @@ def read_card(place: pathlib.Path, stem: str) -> dict:
   """Reads the JSON beside a file; `stem` is "base" or "task" and two digits."""
   file = place / f"{stem}.json"
   try:
-    card = json.loads(file.read_text())
+    card = json.loads(file.read_text(encoding="utf-8"))
     if card["schema"] != SCHEMA:
       raise UserError(f"{file}: schema {card['schema']!r}, this version reads {SCHEMA}")
     if card["format"] not in FORMATS or not isinstance(card["hash"], str):

@@ -13,9 +13,9 @@ def write_json(path: pathlib.Path, content) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text, whole or not at all."""
+  """Writes UTF-8, whole or not at all. Bytes of a path that are no text are escaped."""
   temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w") as stream:
+  with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as stream:
     stream.write(text)
     stream.flush()
     os.fsync(stream.fileno())
@@ -29,7 +29,7 @@ def read_json(path: pathlib.Path, missing: str) -> dict:
     UserError: `missing` if there is no such file; else what is wrong with it.
   """
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
   except (FileNotFoundError, NotADirectoryError) as e:
     raise UserError(missing) from e
   except (OSError, ValueError, RecursionError) as e:

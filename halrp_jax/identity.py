@@ -68,7 +68,7 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
     files.write_json(path, config)
     return
   try:
-    old = json.loads(path.read_text())
+    old = json.loads(path.read_text(encoding="utf-8"))
     _fill_in(old)
     old = validate.flat(old)
   except (OSError, ValueError, AttributeError) as e:
@@ -91,9 +91,12 @@ def finished_record(path: str, config: dict) -> dict | None:
     return None
   check_config(file.parent, config)
   try:
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
   except (OSError, ValueError) as e:
-    raise UserError(f"{file}: can't be read ({e}); --overwrite starts anew") from e
+    raise UserError(
+      f"{file}: can't be read ({e}); delete it: the same command then writes it again from the "
+      "checkpoints"
+    ) from e
 
 
 # --- what it stands on ----------------------------------------------------------------

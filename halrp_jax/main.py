@@ -8,8 +8,9 @@
 
 The method stands after the colon (default: halrp). Any key of the config can be set with
 --config.KEY=VALUE. A run that was interrupted goes on with the same command. Exit codes: 0 done,
-1 the loss is no number, 2 a mistake in config, data or arguments (one line), 75 stopped by SIGTERM
-or SIGINT, or because another process of the run has ended (134: so, and jax noticed first).
+1 the loss is no number, 2 a mistake in config, data, arguments or environment (one line), 75
+stopped by SIGTERM or SIGINT, or because another process of the run has ended (134: so, and jax
+noticed first), 141 nobody reads the output any more.
 """
 
 import sys
@@ -28,9 +29,10 @@ from halrp_jax import (
   methods,
   models,
   processes,
+  program,
   report,
 )
-from halrp_jax.types import Diverged, Stopped, UserError
+from halrp_jax.types import Diverged, Stopped, UserError, one_line
 
 FLAGS = {
   "workdir": "folder for record.json and more",
@@ -52,10 +54,14 @@ SWITCHES = {
 
 def main(argv: list[str], stop_asked=lambda: False) -> int:
   """Runs the command line; returns the exit code. `stop_asked`: see `experiment.run`."""
+  return program.run(lambda: _main(argv, stop_asked))
+
+
+def _main(argv: list[str], stop_asked) -> int:
+  args = arguments.parse_config(argv, FLAGS, SWITCHES)
   try:
-    args = arguments.parse_config(argv, FLAGS, SWITCHES)
     if args.help:
-      print(report.help_text(__doc__, args.get_help(), methods.METHODS))
+      print(report.help_text(__doc__ or "", args.get_help(), methods.METHODS))
     elif args.list:
       print(report.list_text(data.BENCHMARKS, models.NETWORKS, methods.METHODS))
     elif args.config is None:
@@ -73,18 +79,16 @@ def main(argv: list[str], stop_asked=lambda: False) -> int:
         record = experiment.run(args.config, args.workdir, show, args.overwrite, stop_asked)
       if processes.is_first():
         print(report.record_text(record, args.workdir))
-  except UserError as e:
-    print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-    return 2
   except Diverged as e:
-    print(f"error: {e}", file=sys.stderr)
+    print(f"error: {one_line(e)}", file=sys.stderr)
     return 1
   except Stopped:
-    print(f"stopped; the same command goes on from {args.workdir}", file=sys.stderr)
+    same = "the same command without --overwrite" if args.overwrite else "the same command"
+    print(f"stopped; {same} goes on from {args.workdir}", file=sys.stderr)
     return stop.EXIT_CODE
   return 0
 
 
 if __name__ == "__main__":
-  arguments.plain_warnings()
+  program.prepare()
   sys.exit(processes.run_to_end(lambda: main(sys.argv, stop_asked)))

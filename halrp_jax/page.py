@@ -161,7 +161,7 @@ def _provenance(run: Run, number: int) -> str:
   return (
     f'<details id="run-{number}"><summary>{number}: <b>{_e(run.place)}</b>{flag}, '
     f"{_e(record['method'])} on {_e(record['benchmark'])}, order {_e(record['order'])}, seed "
-    f"{record['seed']}; {_e(record['device'])}; {_e(record['date'])}</summary>"
+    f"{_e(record['seed'])}; {_e(record['device'])}; {_e(record['date'])}</summary>"
     f"<p>{_e(versions)}; data {standing.short_data(record)}, split hash "
     f"{_e(record['split_hash'][:16])}{_e(changes)}</p>"
     f"<pre>{_e(config)}</pre></details>"

@@ -194,7 +194,7 @@ STANDARD = (  # one config per benchmark and network
 @functools.cache
 def numbers() -> dict:
   """{"2": {row: {head: {metric: [value, standard error]}}}}, percent; increments are fractions."""
-  return json.loads(pathlib.Path(__file__).with_name("paper.json").read_text())
+  return json.loads(pathlib.Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 
 
 def number(target: Target, row: str, column: Column) -> records.Number | None:

@@ -20,7 +20,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from halrp_jax import packing, stop
-from halrp_jax.types import Diverged, Stopped, UserError, brief, result_of
+from halrp_jax.types import Diverged, InUse, Stopped, UserError, brief, result_of
 
 _HEARTBEAT_SECONDS = 30  # after which one that says nothing counts as gone
 _CONNECT_SECONDS = 600  # for hosts that fetch their images first
@@ -218,7 +218,7 @@ def total(numbers: np.ndarray) -> np.ndarray:
   return numbers if count() == 1 else _all(numbers).sum(0)
 
 
-_ERRORS = {kind.__name__: kind for kind in (UserError, Stopped, Diverged)}
+_ERRORS = {kind.__name__: kind for kind in (InUse, UserError, Stopped, Diverged)}
 
 
 def _outcome(fn: Callable[[], object]):

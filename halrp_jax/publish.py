@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-from halrp_jax import figures, page, paper, records, tables
+from halrp_jax import figures, latex, page, paper, records, tables
 from halrp_jax.figures import Picture
 from halrp_jax.records import Group, Skipped
 from halrp_jax.tables import Coverage, Row, Table
@@ -82,16 +82,21 @@ def write(report: Report, out: str, title: str) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
       for table in report.tables:
         place = folder / "tables" / table.target.slug
-        place.with_suffix(".csv").write_text(tables.to_csv(table))
-        place.with_suffix(".md").write_text(tables.to_markdown(table))
-        place.with_suffix(".tex").write_text(tables.to_latex(table))
+        _write(place.with_suffix(".csv"), tables.to_csv(table))
+        _write(place.with_suffix(".md"), tables.to_markdown(table))
+        _write(place.with_suffix(".tex"), latex.to_latex(table))
       for picture in report.pictures:
         (folder / "figures" / f"{picture.name}.svg").write_bytes(page.svg(picture))
       _write_pictures(report, folder / "figures")
       text = page.page(title, *report)
-      (folder / PAGE).write_text(text)
+      _write(folder / PAGE, text)
     except OSError as e:
       raise UserError(f"--out={out}: {e.strerror or e}; choose a folder that can be written") from e
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Writes UTF-8 whatever the locale; bytes of a file's name that are no text are escaped."""
+  path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _write_pictures(report: Report, folder: pathlib.Path) -> None:
@@ -105,7 +110,7 @@ def write_document(report: Report, docs: str, command: str) -> None:
   folder = pathlib.Path(docs)
   try:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    (folder / DOCUMENT).write_text(document(report, read_reasons(docs), command))
+    _write(folder / DOCUMENT, document(report, read_reasons(docs), command))
     for old in (folder / "figures").glob("*.png"):
       old.unlink()
     _write_pictures(report, folder / "figures")
@@ -117,7 +122,7 @@ def read_reasons(docs: str) -> dict:
   """{target: {row: {head: why ours is off}}}, written by hand."""
   path = pathlib.Path(docs) / REASONS
   try:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
   except (OSError, ValueError) as e:
     raise UserError(f"{path}: can't be read ({e})") from e
 
@@ -148,7 +153,7 @@ def document(report: Report, reasons: dict, command: str) -> str:
   lines += [f"![{p.caption}](figures/{p.name}.png)\n\n{p.caption}\n" for p in report.pictures]
   if report.skipped:
     lines += ["## Left out", ""]
-    lines += [f"* {s.place}: {s.reason}" for s in report.skipped]
+    lines += [f"* {tables.markdown(s.place)}: {tables.markdown(s.reason)}" for s in report.skipped]
   return "\n".join(lines).rstrip() + "\n"
 
 
@@ -159,5 +164,5 @@ def _overview(rows: list[Row]) -> str:
   for row in rows:
     places = ", ".join(run.place.removesuffix(".json") for run in row.group.runs)
     cells = (row.label, row.where, row.share, row.difference, row.count, *row.numbers, places)
-    lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| {' | '.join(map(tables.markdown, cells))} |")
   return "\n".join(lines)

@@ -76,7 +76,7 @@ def read(root: str) -> tuple[list[Run], list[Skipped]]:
     for name in sorted(n for n in names if n.endswith(".json") and n not in _OURS):
       where = str(place if name == identity.RECORD else place / name)
       try:
-        content = json.loads((pathlib.Path(folder) / name).read_text())
+        content = json.loads((pathlib.Path(folder) / name).read_text(encoding="utf-8"))
       except (OSError, ValueError, RecursionError) as e:
         skipped.append(Skipped(where, f"can't be read ({_brief(e)})"))
         continue

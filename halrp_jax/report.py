@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
 from halrp_jax import standing, validate
+from halrp_jax.types import one_line
 
 # --- while a run goes on --------------------------------------------------------------
 
@@ -23,8 +24,8 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
   if not stream.isatty():
     yield lambda event: _print_event(stream, event)
     return
-  columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-  with Progress(*columns, console=Console(file=stream), transient=True) as progress:
+  columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+  with Progress(*columns, console=_console(stream), transient=True) as progress:
     bar = progress.add_task("starting", total=None)
 
     def show(event):
@@ -38,16 +39,21 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
         done = event["epoch"] - 1 + event["step"] / event["steps"]
         progress.update(bar, total=event["epochs"], completed=done)
       elif event["event"] == "evaluation":
-        progress.console.print(task_line(event), highlight=False, soft_wrap=True)
+        progress.console.print(task_line(event), soft_wrap=True)
       elif event["event"] == "note":
-        progress.console.print(event["note"], markup=False, highlight=False, soft_wrap=True)
+        progress.console.print(event["note"], soft_wrap=True)
       elif event["event"] == "standing":
         for line in event["said"]:
-          progress.console.print(f"note: {line}", highlight=False, soft_wrap=True, markup=False)
+          progress.console.print(f"note: {line}", soft_wrap=True)
       elif event["event"] == "finished":
         progress.console.print("this run is finished already; --overwrite starts anew")
 
     yield show
+
+
+def _console(stream: TextIO) -> Console:
+  """A terminal that shows names as they are: [red] and :smile: mean nothing in them."""
+  return Console(file=stream, markup=False, emoji=False, highlight=False)
 
 
 def _print_event(stream: TextIO, event: dict) -> None:
@@ -65,9 +71,9 @@ def _print_event(stream: TextIO, event: dict) -> None:
 def task_line(event: dict) -> str:
   """One line per finished task."""
   row = event["accuracy"]
-  ranks = event["ranks"]
+  ranks, name = event["ranks"], one_line(event["task"])
   parts = [
-    f"task {event['t'] + 1}/{event['num_tasks']} ({event['task']}, id {event['task_id']})",
+    f"task {event['t'] + 1}/{event['num_tasks']} ({name}, id {event['task_id']})",
     f"accuracy {row[-1]:.2f} %",
     f"mean of {len(row)}: {sum(row) / len(row):.2f} %",
     f"growth {100 * event['increment']:+.1f} %",
@@ -80,15 +86,18 @@ def task_line(event: dict) -> str:
 
 # --- while a sweep goes on ------------------------------------------------------------
 
-_ENDED = ("done", "kept", "failed")
+_ENDED = ("done", "kept", "failed", "at work elsewhere")
 _SHOWN = 12  # cells of a sweep that a terminal shows at once
 
 
 @contextlib.contextmanager
-def live_sweep(stream: TextIO) -> Iterator[Callable[[list[dict]], None]]:
+def live_sweep(stream: TextIO | None) -> Iterator[Callable[[list[dict]], None]]:
   """Yields a function that shows the rows of `sweep.run`: a table on a terminal, else lines."""
+  if stream is None:
+    yield lambda rows: None
+    return
   if stream.isatty():
-    with Live(console=Console(file=stream), refresh_per_second=4) as live:
+    with Live(console=_console(stream), refresh_per_second=4) as live:
       yield lambda rows: live.update(_sweep_table(rows))
     return
   told = {}
@@ -158,7 +167,9 @@ def sweep_text(rows: list[dict]) -> str:
   """What became of the cells."""
   states = {s: [r for r in rows if r["state"] == s] for s in _ENDED}
   lines = [f"FAILED {r['name']}: {r['error']}" for r in states["failed"]]
-  return "\n".join([*lines, ", ".join(f"{len(found)} {s}" for s, found in states.items())])
+  always = _ENDED[:3]
+  counts = [f"{len(found)} {s}" for s, found in states.items() if found or s in always]
+  return "\n".join([*lines, ", ".join(counts)])
 
 
 def duration(seconds: float) -> str:

@@ -89,7 +89,7 @@ def machine() -> dict:
 
 
 def _processor() -> str:
-  with contextlib.suppress(OSError), open("/proc/cpuinfo") as stream:
+  with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as stream:
     for line in stream:
       if line.startswith("model name"):
         return line.partition(":")[2].strip()

@@ -1,5 +1,6 @@
 """Many runs in one process, one sub-folder each. A cell that fails doesn't stop the others."""
 
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -10,11 +11,12 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from halrp_jax import arguments, data, experiment, files, identity, replicas
+from halrp_jax import arguments, data, devices, experiment, files, identity, replicas
 from halrp_jax.data import orders, sources
-from halrp_jax.types import Stopped, UserError, brief
+from halrp_jax.types import InUse, Stopped, UserError, brief
 
 ERROR = "error.txt"  # in the folder of a cell that failed
+ELSEWHERE = "at work elsewhere"  # state of a cell that another process runs
 
 
 class Cell(NamedTuple):
@@ -103,11 +105,13 @@ def run(
     vectorize: cells that differ in order and seed alone are learned at once (`replicas`).
 
   Returns:
-    A row per cell: name, method, state (waiting, running, done, kept or failed), done and total
-    (tasks), accuracy, seconds, error, note (what has changed under it).
+    A row per cell: name, method, state (waiting, running, done, kept, failed or `ELSEWHERE`, which
+    is looked at again at the end), done and total (tasks), accuracy, seconds, error, note (what has
+    changed under it).
 
   Raises:
-    UserError: before the first run, if a config is wrong; later if the data are not there.
+    UserError: before the first run, if a config is wrong; later if the data are not there, or jax
+      has no device.
     Stopped: if `stop_asked` said so; the same call goes on from there.
   """
   for cell in found:
@@ -121,6 +125,9 @@ def run(
   read = identity.shared_read()
   for group in groups.values():
     _run_group(group, pathlib.Path(root), lambda: show(rows), stop_asked, read)
+  for cell, row in zip(found, rows, strict=True):
+    if row["state"] == ELSEWHERE:
+      _run_group([(cell, row)], pathlib.Path(root), lambda: show(rows), stop_asked, read)
   return rows
 
 
@@ -178,14 +185,20 @@ def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked, **how) -> No
       row["done"] = event["t"] + (event["event"] == "evaluation")
     changed()
 
-  row["state"] = "running"
+  row |= {"state": "running", "error": ""}
   changed()
   try:
     record = experiment.run(cell.config, str(folder), event_seen, stop_asked=stop_asked, **how)
-  except (Stopped, sources.Missing):
+  except (Stopped, sources.Missing, BrokenPipeError):  # the last: nobody sees the output
     raise
-  except Exception as e:  # whatever it is, the other cells don't depend on it
-    row |= {"state": "failed", "error": f"{type(e).__name__}: {brief(e)}"}
+  except InUse as e:
+    row |= {"state": ELSEWHERE, "error": brief(e)}
+  except Exception as e:
+    if line := devices.unusable():
+      raise UserError(line) from e
+    # whatever else it is, the other cells don't depend on it
+    text = devices.explain(e) or f"{type(e).__name__}: {brief(e)}"
+    row |= {"state": "failed", "error": text}
     _keep_error(folder)
   else:
     row["accuracy"] = record["average_accuracy"]
@@ -198,7 +211,7 @@ def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked, **how) -> No
 
 def _keep_error(folder: pathlib.Path) -> None:
   """The whole traceback, where it can be written at all."""
-  if folder.is_dir():
+  with contextlib.suppress(OSError):
     files.write_text(folder / ERROR, traceback.format_exc())
 
 

@@ -1,4 +1,4 @@
-"""Groups of runs against the paper's tables; the same table as CSV, Markdown and LaTeX.
+"""Groups of runs against the paper's tables; the same table as CSV and Markdown (LaTeX: latex.py).
 
 Every number of every form is written by `Cell`, so that they agree.
 """
@@ -6,6 +6,7 @@ Every number of every form is written by `Cell`, so that they agree.
 import collections
 import csv
 import io
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -191,7 +192,7 @@ def to_csv(table: Table) -> str:
         *(cell.write(ours.value), cell.write(ours.error)),
         *((cell.group.num_orders, len(cell.runs)) if cell.group else ("", "")),
         *(cell.write(theirs.value), cell.write(theirs.error), cell.write(cell.difference, "+")),
-        *("; ".join(cell.flags), " ".join(run.place for run in cell.runs)),
+        *("; ".join(cell.flags), plain_cell(" ".join(run.place for run in cell.runs))),
       ]
     )
   return stream.getvalue()
@@ -213,54 +214,22 @@ def head(column: Column) -> str:
   return f"{column.head}, {name} ({unit})"
 
 
+def markdown(text) -> str:
+  """Returns a text whose characters Markdown shows as they are, also in a table."""
+  return re.sub(r"[\\|<`*\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split()))
+
+
+def plain_cell(text: str) -> str:
+  """Returns a name for a CSV file: one that a spreadsheet would compute begins with a quote."""
+  return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def to_markdown(table: Table) -> str:
   lines = [f"| | {' | '.join(head(c) for c in table.target.columns)} |"]
   lines.append("|---" * (len(table.target.columns) + 1) + "|")
   for label, cells in table.rows.items():
     lines.append(f"| {label} | {' | '.join(short(c) for c in cells)} |")
   return "\n".join(lines) + "\n"
-
-
-def to_latex(table: Table) -> str:
-  r"""The paper's layout: a row per system; ours, the paper's in brackets, the difference."""
-  columns = table.target.columns
-  groups: list[list] = []
-  for column in columns:
-    if groups and groups[-1][0] == column.head:
-      groups[-1][1] += 1
-    else:
-      groups.append([column.head, 1])
-  heads = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{_latex(name)}}}" for name, n in groups)
-  names = " & ".join(f"{METRICS[c.metric][0]} ({_latex(METRICS[c.metric][1])})" for c in columns)
-  lines = [
-    "% needs xcolor",
-    r"\begin{table}",
-    rf"\caption{{{_latex(table.target.title)}: ours (the paper's; difference)}}",
-    rf"\begin{{tabular}}{{l{'c' * len(columns)}}}",
-    r"\hline",
-    rf" & {heads} \\",
-    rf" & {names} \\",
-    r"\hline",
-    *(rf"{_latex(k)} & {' & '.join(map(_latex_cell, v))} \\" for k, v in table.rows.items()),
-    r"\hline",
-    r"\end{tabular}",
-    r"\end{table}",
-  ]
-  return "\n".join(lines) + "\n"
-
-
-def _latex_cell(cell: Cell) -> str:
-  inner = [_latex(cell.text(cell.paper))] if cell.paper else []
-  inner += [f"${cell.write(cell.difference, '+')}$"] if cell.difference is not None else []
-  text = _latex(cell.ours_text) + (f" ({'; '.join(inner)})" if inner else "")
-  flags = _latex(", ".join(cell.flags))
-  return rf"\textcolor{{red}}{{{text}, {flags}}}" if flags else text
-
-
-def _latex(text: str) -> str:
-  for old, new in (("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("±", r"$\pm$")):
-    text = text.replace(old, new)
-  return text
 
 
 def to_status(table: Table, reasons: dict) -> str:

@@ -27,10 +27,20 @@ class UserErrors(UserError):
     super().__init__(self.lines[0] + (f" (and {more} more; check_data lists them)" if more else ""))
 
 
+class InUse(UserError):
+  """A run's folder in which another process is at work: nothing is wrong, it is not free now."""
+
+
+def one_line(text) -> str:
+  """Returns a text on one line; what can't be printed, as a terminal's commands, is escaped."""
+  line = " ".join(str(text).split())
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def brief(error: BaseException) -> str:
   """Returns a library's error message on one line of at most 200 characters, without addresses."""
   said = re.sub(r"<[\w.]+ (object )?at 0x[0-9a-fA-F]+>", "", str(error))
-  said = " ".join(said.split()) or type(error).__name__
+  said = one_line(said) or type(error).__name__
   return said if len(said) <= 200 else said[:200] + " ..."
 
 

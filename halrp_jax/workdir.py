@@ -10,6 +10,7 @@
     state-0003    after the third group of tasks: names of the parts below, results so far
     shared-HASH, task00-HASH    parts of the state, each written once
     now.task03.warmup.fit       inside the task that is being learned
+  set_aside/     items that could not be used when the run went on; delete it at any time
 
 A restart is the same command again: the newest state whose items all verify is restored, finished
 parts of the next task return at once, the interrupted one goes on at its last saved epoch. Events
@@ -17,12 +18,14 @@ after that point are cut off `metrics.jsonl`, since they come again.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import time
 import warnings
@@ -35,10 +38,26 @@ import numpy as np
 
 from halrp_jax import cards, checkpoint, files, identity, packing, processes
 from halrp_jax.identity import CHECKPOINTS, CONFIG, LOCK, METRICS, RECORD, STANDING, TASKS
-from halrp_jax.types import Benchmark, Keep, State, Stopped, UserError
+from halrp_jax.types import Benchmark, InUse, Keep, State, Stopped, UserError
 
+SET_ASIDE = "set_aside"
 _KEPT_STATES = 2
+_STATE = re.compile(r"state-(\d{4,})")
+_ITEM = re.compile(rf"{_STATE.pattern}|(shared|task\d{{2,}})-[0-9a-f]{{16}}|now\.[\w.]+")
 _NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
+
+
+def _of_folder(method: Callable) -> Callable:
+  """Wraps a method of `Workdir`: what the disk refuses is an error that names the folder."""
+
+  @functools.wraps(method)
+  def call(self, *args):
+    try:
+      return method(self, *args)
+    except OSError as e:
+      raise _unusable(self.folder, e) from e
+
+  return call
 
 
 class Workdir:
@@ -57,6 +76,7 @@ class Workdir:
 
   # --- events -----------------------------------------------------------------------
 
+  @_of_folder
   def log(self, event: dict) -> None:
     """Appends an event; what an interrupted run wrote after its last saved state goes first."""
     if not processes.is_first():
@@ -68,11 +88,12 @@ class Workdir:
 
   def _cut_metrics(self):
     path = self.folder / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.splitlines(keepends=True)
     if len(lines) < self._num_events:
       self._complain(f"{path}: {self._num_events - len(lines)} events are missing")
     files.write_text(path, "".join(lines[: self._num_events]))
-    return open(path, "a", buffering=1)
+    return open(path, "a", buffering=1, encoding="utf-8")
 
   # --- inside a task ----------------------------------------------------------------
 
@@ -93,6 +114,7 @@ class Workdir:
     return jax.tree.structure(like).unflatten(found)
 
   @processes.by_first
+  @_of_folder
   def _read_item(self, name: str, like):
     folder = self.items / _item(name)
     try:
@@ -104,7 +126,7 @@ class Workdir:
     except FileNotFoundError:
       return None
     except checkpoint.Damaged as e:
-      self._complain(f"{e}; this part is computed again")
+      self._complain(f"{e}; this part is computed again", [folder])
       return None
     self._num_events = max(self._num_events, about["events"])
     return tree
@@ -127,18 +149,20 @@ class Workdir:
         future.result()
       except OSError as e:
         raise UserError(
-          f"{self.items}: a checkpoint can't be written ({e.strerror or e}); make room and start "
-          "the same command again: what was saved before is whole"
+          f"{self.items}: a checkpoint can't be written ({e.strerror or e}); {_remedy(e)}, then "
+          "start the same command again: what was saved before is whole"
         ) from e
 
   # --- between tasks ----------------------------------------------------------------
 
   @processes.by_first
+  @_of_folder
   def describe(self, benchmark: Benchmark) -> None:
     """Writes what predicting needs of the data."""
     files.write_json(self.folder / TASKS, cards.of_benchmark(benchmark))
 
   @processes.by_first
+  @_of_folder
   def save_state(self, position: int, state: State, results: dict) -> None:
     """Saves the state after a group of tasks; parts that have not changed are not written again."""
     names = []
@@ -153,11 +177,19 @@ class Workdir:
 
   def _sweep(self) -> None:
     """Deletes what neither of the last states needs, and the parts of the task they end with."""
-    keep = set()
-    for folder in sorted(self.items.glob("state-*"))[-_KEPT_STATES:]:
+    checkpoint.sweep(self.items, self._names() - self._needed(_states(self.items)[:_KEPT_STATES]))
+
+  def _names(self) -> set[str]:
+    """Names of the items; whatever else is in their folder is not the run's."""
+    return {p.name for p in self.items.iterdir() if _ITEM.fullmatch(p.name)}
+
+  def _needed(self, states: list[pathlib.Path]) -> set[str]:
+    """Names of the states that can be read and of their parts."""
+    names = set()
+    for folder in states:
       with contextlib.suppress(checkpoint.Damaged):
-        keep |= {folder.name, *checkpoint.verify(folder)["items"]}
-    checkpoint.sweep(self.items, keep)
+        names |= {folder.name, *checkpoint.verify(folder)["items"]}
+    return names
 
   def restore_state(self) -> tuple[int, State, dict] | None:
     """The newest state whose files all verify: position, state, results. None: start anew."""
@@ -167,32 +199,47 @@ class Workdir:
     return position, jax.tree.map(jnp.asarray, state), results
 
   @processes.by_first
+  @_of_folder
   def _newest_state(self) -> tuple[int, State, dict] | None:
-    for folder in sorted(self.items.glob("state-*"), reverse=True):
+    states, found, problems = _states(self.items), None, []
+    while states and not found:
       try:
-        state, about = _load_state(folder)
-        self._num_events, self._written = about["events"], set(about["items"])
-        return int(folder.name.removeprefix("state-")), state, about["results"]
+        found = _load_state(states[0])
       except _NO_STATE as e:
-        self._complain(f"{e}; the state before {folder.name} is used instead")
-        for now in self.items.glob("now.*"):  # they belong to the task after this state
-          shutil.rmtree(now, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    return None
+        problems.append(str(e))
+        states = states[1:]
+    if problems:
+      then = f"the run goes on after {states[0].name}" if found else "the run starts anew"
+      unused = sorted(self._names() - self._needed(states))
+      self._complain(f"{'; '.join(problems)}; {then}", [self.items / name for name in unused])
+    if not found:
+      return None
+    state, about = found
+    self._num_events, self._written = about["events"], set(about["items"])
+    return _position(states[0]), state, about["results"]
 
-  def _complain(self, text: str) -> None:
+  def _complain(self, text: str, unused: list[pathlib.Path] = ()) -> None:
+    """Warns of damage, or raises if the run is strict; items that are of no use are moved away."""
     if self.strict:
       raise UserError(f"{text} (checkpoint.strict=False goes on)")
+    if unused:
+      place = checkpoint.free_name(self.folder / SET_ASIDE)
+      place.mkdir()
+      for folder in unused:
+        folder.rename(place / folder.name)
+      text += f"; {len(unused)} checkpoints that are not used are set aside in {place}"
     warnings.warn(text, stacklevel=3)
 
   # --- the end ----------------------------------------------------------------------
 
   @processes.by_first
+  @_of_folder
   def finish(self, record: dict) -> None:
     """Writes the record; the last state stays, so that the model can be used."""
     self._raise_errors(wait=True)
     files.write_json(self.folder / RECORD, record)
 
+  @_of_folder
   def close(self) -> None:
     """Waits for what is being written."""
     self._writer.shutdown(wait=True)
@@ -216,16 +263,18 @@ def opened(
   folder = pathlib.Path(path)
   run = Workdir(folder, strict)
   run.stop_asked = stop_asked
-  try:
-    with contextlib.ExitStack() as stack:
-      prepare = functools.partial(_prepare, stack, run, path, config, overwrite, now)
-      run.standing, run.said = processes.first_does(prepare)
-      yield run
-  except OSError as e:
-    raise _unusable(path, e) from e
+  with contextlib.ExitStack() as stack:
+    prepare = functools.partial(_prepare, stack, run, path, config, overwrite, now)
+    run.standing, run.said = processes.first_does(prepare)
+    yield run
 
 
 def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool, now: dict):
+  if any("\ud800" <= c <= "\udfff" for c in str(run.folder.resolve())):
+    raise UserError(
+      f"--workdir={path}: its name is no text in this locale, and checkpoints need one; set "
+      "PYTHONUTF8=1 or choose another folder"
+    )
   try:
     run.folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_locked(run.folder))
@@ -241,19 +290,26 @@ def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool, now:
     raise _unusable(path, e) from e
 
 
-def _unusable(path: str, error: OSError) -> UserError:
-  return UserError(
-    f"--workdir={path}: {error.strerror or error} ({error.filename or 'checkpoint'}); choose a "
-    "folder that can be written and has room"
-  )
+def _unusable(path, error: OSError) -> UserError:
+  place = f" ({error.filename})" if error.filename else ""
+  return UserError(f"--workdir={path}: {error.strerror or error}{place}; {_remedy(error)}")
+
+
+def _remedy(error: OSError) -> str:
+  """What helps against an error of the disk."""
+  if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    return "make room or choose a folder that has some"
+  if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    return "choose a folder that can be read and written"
+  return "look after the disk, or choose another folder"
 
 
 def inspect(path: str) -> tuple[list[dict], State | None, dict]:
   """Verifies every file of a run; changes nothing.
 
   Returns:
-    Per item: name, files, bytes, problem (a line, or None); the newest state that is whole; the
-    results that belong to it.
+    Per item: name, files, bytes, problem (a line, or None), strays (names of files that no run has
+    written); the newest state that is whole; the results that belong to it.
 
   Raises:
     UserError: if there is no run.
@@ -264,16 +320,19 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
   items, trees = [], {}
   for item in sorted((folder / CHECKPOINTS).glob("[!.]*")):
     files = [p for p in item.rglob("*") if p.is_file()]
-    found = {"name": item.name, "files": len(files), "problem": None}
+    found = {"name": item.name, "files": len(files), "problem": None, "strays": [item.name]}
     found["bytes"] = sum(p.stat().st_size for p in files)
+    items.append(found)
+    if not _ITEM.fullmatch(item.name):
+      continue
+    found["strays"] = checkpoint.strays(item)
     try:
       trees[item.name] = checkpoint.load(item)
       if not item.name.startswith(("now.", "state-")):
         _part(item)
     except (checkpoint.Damaged, FileNotFoundError, NotADirectoryError) as e:
       found["problem"] = str(e)
-    items.append(found)
-  for name in sorted((n for n in trees if n.startswith("state-")), reverse=True):
+  for name in (p.name for p in _states(folder / CHECKPOINTS) if p.name in trees):
     about = trees[name][1]
     if set(about["items"]) <= trees.keys():
       shared, *tasks = (trees[n][0]["tree"] for n in about["items"])
@@ -299,14 +358,27 @@ def newest_state(path: str) -> tuple[State, dict]:
     UserError: if there is none.
   """
   problem = "no task is learned yet"
-  for folder in sorted((pathlib.Path(path) / CHECKPOINTS).glob("state-*"), reverse=True):
+  for folder in _states(pathlib.Path(path) / CHECKPOINTS):
     try:
       state, about = _load_state(folder)
       return state, about["results"]
     except _NO_STATE as e:
       problem = str(e)
       warnings.warn(f"{e}; the state before {folder.name} is used instead", stacklevel=2)
+    except OSError as e:
+      raise UserError(f"{e.filename or folder}: can't be read ({e.strerror or e})") from e
   raise UserError(f"--workdir={path}: holds no state that is whole ({problem})")
+
+
+def _states(items: pathlib.Path) -> list[pathlib.Path]:
+  """The folders of the states, the newest first."""
+  found = [p for p in items.glob("state-*") if _STATE.fullmatch(p.name) and p.is_dir()]
+  return sorted(found, key=_position, reverse=True)
+
+
+def _position(folder: pathlib.Path) -> int:
+  """Number of groups of tasks that are learned in a state."""
+  return int(_STATE.fullmatch(folder.name)[1])
 
 
 def _item(name: str) -> str:
@@ -330,6 +402,8 @@ def _load_state(folder: pathlib.Path) -> tuple[State, dict]:
 
 def _part(folder: pathlib.Path):
   """A part of a state; its name says what is in it, so that another run's can't stand there."""
+  if not folder.is_dir():
+    raise checkpoint.Damaged(f"{folder}: missing")
   tree = checkpoint.load(folder)[0]["tree"]
   if not folder.name.endswith(f"-{checkpoint.fingerprint(tree)[:16]}"):
     raise checkpoint.Damaged(f"{folder}: holds something else than its name says")
@@ -345,7 +419,9 @@ def _require_leaves(found, like, folder) -> None:
 
 
 def _delete_run(folder: pathlib.Path) -> None:
-  shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+  for path in folder.iterdir():
+    if path.name == CHECKPOINTS or re.fullmatch(rf"{SET_ASIDE}(-\d+)?", path.name):
+      shutil.rmtree(path, ignore_errors=True)
   for name in (RECORD, METRICS, CONFIG, TASKS, STANDING):
     (folder / name).unlink(missing_ok=True)
 
@@ -354,14 +430,19 @@ def _delete_run(folder: pathlib.Path) -> None:
 def _locked(folder: pathlib.Path) -> Iterator[None]:
   """The system gives the lock back when its holder ends, however it ends: none goes stale."""
   path = folder / LOCK
-  with open(path, "a+") as stream:
+  with open(path, "a+", encoding="utf-8", errors="replace") as stream:
     try:
       fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       stream.seek(0)
+      who = stream.read().strip() or "by another process"
+      raise InUse(
+        f"--workdir={folder} is in use ({who}): wait for that run, stop it, or take another folder"
+      ) from e
+    except OSError as e:
       raise UserError(
-        f"--workdir={folder} is in use ({stream.read().strip()}): wait for that run, stop it, or "
-        "take another folder"
+        f"--workdir={folder}: its file system can't lock files ({e.strerror}), and two runs in one "
+        "folder would spoil it; choose a folder on a local disk"
       ) from e
     stream.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")

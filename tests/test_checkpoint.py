@@ -1,5 +1,6 @@
 """Items on disk: whole or not there, and never trusted when they were touched."""
 
+import errno
 import json
 import shutil
 
@@ -84,14 +85,71 @@ def test_every_damage_to_every_file_is_found(tmp_path, damage):
     shutil.rmtree(copy)
 
 
-def test_an_extra_file_and_an_empty_folder_are_found(tmp_path):
-  save(tmp_path / "item")
-  (tmp_path / "item" / "more").write_text("x")
-  with pytest.raises(checkpoint.Damaged, match="not in the manifest"):
-    checkpoint.load(tmp_path / "item")
+def test_an_empty_folder_is_found(tmp_path):
   (tmp_path / "hollow").mkdir()
   with pytest.raises(checkpoint.Damaged, match="missing"):
     checkpoint.load(tmp_path / "hollow")
+
+
+# left by file managers, synchronisation, editors and NFS
+STRAYS = (".DS_Store", "Thumbs.db", "arrays/desktop.ini", "arrays/d/.nfs000", "about (copy).json")
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_a_file_that_the_manifest_does_not_name_is_no_damage(tmp_path, name):
+  save(tmp_path / "item")
+  (tmp_path / "item" / name).write_bytes(b"\0\0Bud1")
+  assert_same(checkpoint.load(tmp_path / "item")[0], TREE)
+  assert checkpoint.strays(tmp_path / "item") == [name]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "arrays/desktop.ini"])
+def test_a_file_left_while_an_item_is_written_may_change_later(tmp_path, monkeypatch, name):
+  write = checkpoint._write
+
+  def write_with_stray(path, content):
+    write(path, content)
+    if path.name == "about.json":
+      (path.parent / name).write_bytes(b"1")
+
+  with monkeypatch.context() as m:
+    m.setattr(checkpoint, "_write", write_with_stray)
+    save(tmp_path / "item")
+  (tmp_path / "item" / name).write_bytes(b"2")
+  assert_same(checkpoint.load(tmp_path / "item")[0], TREE)
+  (tmp_path / "item" / name).unlink()
+  assert_same(checkpoint.load(tmp_path / "item")[0], TREE)
+
+
+def test_an_item_that_can_not_be_deleted_is_replaced_all_the_same(tmp_path, monkeypatch):
+  """As with a file that is open on NFS."""
+  save(tmp_path / "item", {"x": np.ones(3)})
+  (tmp_path / ".writing-item").mkdir()
+  (tmp_path / ".replaced-item").mkdir()
+  with monkeypatch.context() as m:
+    m.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: None)
+    save(tmp_path / "item", {"x": np.zeros(3)})
+  np.testing.assert_array_equal(checkpoint.load(tmp_path / "item")[0]["x"], np.zeros(3))
+  checkpoint.sweep(tmp_path, set())
+  assert [p.name for p in tmp_path.iterdir()] == ["item"]
+
+
+def test_a_file_that_can_not_be_read_now_is_no_damage(tmp_path, monkeypatch):
+  save(tmp_path / "item")
+
+  def away(path):
+    raise OSError(errno.EIO, "Input/output error", str(path))
+
+  monkeypatch.setattr(checkpoint, "_entry", away)
+  with pytest.raises(OSError, match="Input/output"):
+    checkpoint.load(tmp_path / "item")
+
+
+def test_plain_folders_of_orbax_may_hold_strays(tmp_path):
+  checkpoint.save_plain(tmp_path / "item", {"a": {"x": np.ones(3, np.float32)}})
+  (tmp_path / "item" / ".DS_Store").write_bytes(b"1")
+  (tmp_path / "item" / "d" / "Thumbs.db").write_bytes(b"1")
+  np.testing.assert_array_equal(checkpoint.load_plain(tmp_path / "item")["a"]["x"], np.ones(3))
 
 
 def forge(folder, **changes):

@@ -1,6 +1,8 @@
 """export: files that predict what the run does, when the run and its config are gone."""
 
+import importlib.metadata
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from halrp_jax import __main__ as verbs
 from halrp_jax import experiment, export, saved
 from halrp_jax.types import UserError
 
-from .conftest import interrupt
+from .conftest import ROOT, interrupt
 
 NUM_TASKS = 3
 
@@ -273,6 +275,59 @@ def test_a_program_runs_in_a_process_without_this_package(run, images, tmp_path)
   np.testing.assert_allclose(np.load(tmp_path / "y.npy"), want, atol=1e-5)
   with pytest.raises(UserError, match="is a program: jax.export.deserialize"):
     export.load(str(tmp_path / "out"), 1)
+
+
+def only(folder, *packages):
+  """A folder with these installed packages alone, as after `pip install` in a new environment."""
+  folder.mkdir()
+  for name in packages:
+    for file in importlib.metadata.files(name):
+      top, path = file.parts[0], pathlib.Path(file.locate())
+      if top != ".." and not (folder / top).exists():
+        (folder / top).symlink_to(path.parents[len(file.parts) - 2] if file.parts[1:] else path)
+  return folder
+
+
+JAX = (
+  "jax",
+  "jaxlib",
+  "ml_dtypes",
+  "numpy",
+  "opt_einsum",
+  "scipy",
+)  # what `pip install jax` brings
+
+
+def test_a_program_needs_the_packages_that_its_card_names_and_no_others(run, images, tmp_path):
+  write(run, tmp_path / "out", "stablehlo")
+  card = json.loads((tmp_path / "out" / "task01.json").read_text(encoding="utf-8"))
+  assert card["needs"].keys() == {"jax", "flatbuffers"}
+  np.save(tmp_path / "x.npy", images)
+  paths = [str(tmp_path / n) for n in ("out/task01.stablehlo", "x.npy", "y.npy")]
+  outcomes = {}
+  for name, packages in (("jax", JAX), ("all", (*JAX, "flatbuffers"))):
+    path = only(tmp_path / name, *packages)
+    code = f"import sys; sys.path.insert(0, {str(path)!r})\n{READER}"
+    command = [sys.executable, "-I", "-S", "-c", code, *paths]
+    outcomes[name] = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tmp_path)
+  assert outcomes["all"].returncode == 0, outcomes["all"].stderr
+  want = saved.make_classifier(run, 1)(images)
+  np.testing.assert_allclose(np.load(tmp_path / "y.npy"), want, atol=1e-5)
+  assert outcomes["jax"].returncode and "flatbuffers" in outcomes["jax"].stderr
+  for place in ("README.md", "docs/guide.md", "halrp_jax/commands/export.py"):
+    (line,) = [
+      x for x in (ROOT / place).read_text(encoding="utf-8").splitlines() if "flatbuffers" in x
+    ]
+    assert "jax" in line
+
+
+def test_without_flatbuffers_the_error_names_it(run, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "flatbuffers", None)
+  for name in [m for m in sys.modules if m.startswith("jax._src.export.serialization")]:
+    monkeypatch.delitem(sys.modules, name)
+  with pytest.raises(UserError, match="needs the package flatbuffers .*pip install flatbuffers"):
+    write(run, tmp_path / "out", "stablehlo")
+  assert not list((tmp_path / "out").iterdir())
 
 
 # --- the command ----------------------------------------------------------------------

@@ -29,18 +29,18 @@ LAYERS = (
   },
   {"kinds"},
   {"proof"},
-  {"perturb", "models", "epoch"},
+  {"perturb", "models", "epoch", "devices"},
   {"contract"},
   {"train", "checkpoint"},
   {"population"},
   {"methods"},
-  {"report", "identity"},
+  {"report", "identity", "program"},
   {"workdir"},
   {"experiment", "arguments"},
   {"sweep", "records", "estimate", "saved"},
   {"paper", "export", "pretrained"},
   {"tables"},
-  {"figures"},
+  {"figures", "latex"},
   {"page"},
   {"publish"},
   {"commands"},
@@ -147,3 +147,28 @@ def test_nothing_in_the_package_can_run_what_it_reads():
         assert not (owner == "yaml" and name == "load"), path
       elif isinstance(node, ast.keyword):
         assert node.arg != "allow_pickle" or node.value.value is False, path
+
+
+def test_texts_are_utf8_whatever_the_locale():
+  """Every file that is opened as text, and every program whose output is read, has an encoding."""
+  root = PACKAGE.parent
+  folders = ("halrp_jax", "benchmarks", "examples", "configs", "launch")
+  for path in (p for folder in folders for p in sorted((root / folder).rglob("*.py"))):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.Call) and _is_text(node):
+        place = f"{path.relative_to(root)}:{node.lineno}"
+        assert any(k.arg == "encoding" for k in node.keywords), f"{place}: encoding is missing"
+
+
+def _is_text(call: ast.Call) -> bool:
+  name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+  owner = getattr(getattr(call.func, "value", None), "id", "")
+  keywords = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+  if name in ("read_text", "write_text"):
+    return isinstance(call.func, ast.Attribute) and owner != "workdir"  # whose own function it is
+  if name in ("run", "Popen", "check_output"):
+    return bool(keywords.get("text") or keywords.get("universal_newlines"))
+  if name == "open" and owner not in ("gzip", "tarfile", "Image", "os", "zipfile"):
+    modes = [a.value for a in call.args[:2] if isinstance(a, ast.Constant)]
+    return "b" not in str(keywords.get("mode") or (modes or [""])[-1])
+  return False

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from halrp_jax import figures, paper, publish, records, tables
+from halrp_jax import figures, page, paper, publish, records, tables
 from halrp_jax.commands import report
 from halrp_jax.types import UserError
 
@@ -122,6 +122,20 @@ def test_whole_data_go_before_partial_ones():
 # --- the same in every form -----------------------------------------------------------
 
 
+def cells_of_latex(text):
+  """The cells of all parts, row by row."""
+  rows, row = {}, []
+  for part in text.split(r"\begin{tabular}")[1:]:
+    for line in filter(None, part.split(r"\hline")[2].splitlines()):
+      label, *cells = (x.strip() for x in line.partition(r"\\")[0].split("&"))
+      if label:
+        row = rows.setdefault(label, [])
+        row += cells
+      elif cells:  # the paper's, below
+        row[-len(cells) :] = [f"{a} {b}" for a, b in zip(row[-len(cells) :], cells, strict=True)]
+  return [cell for row in rows.values() for cell in row]
+
+
 def test_page_csv_markdown_and_latex_agree(written):
   page = html.unescape((written / "index.html").read_text())
   page = page[page.index('id="tables"') : page.index('id="runs"')]
@@ -132,8 +146,7 @@ def test_page_csv_markdown_and_latex_agree(written):
     from_page = re.findall(r"<td class=\"number\">(.*?)</td>", in_page, re.S)
     markdown = path.with_suffix(".md").read_text().splitlines()[2:]
     from_markdown = [c for line in markdown for c in line.strip("| ").split(" | ")[1:]]
-    latex = [x for x in path.with_suffix(".tex").read_text().splitlines() if x.endswith(r"\\")][2:]
-    from_latex = [c for line in latex for c in line.removesuffix(r" \\").split(" & ")[1:]]
+    from_latex = cells_of_latex(path.with_suffix(".tex").read_text(encoding="utf-8"))
     assert len(rows) == len(from_page) == len(from_markdown) == len(from_latex)
     for row, *forms in zip(rows, from_page, from_markdown, from_latex, strict=True):
       wanted = [row[k] for k in ("ours", "standard_error", "paper", "paper_standard_error")]
@@ -146,6 +159,22 @@ def test_page_csv_markdown_and_latex_agree(written):
   assert num_cells == sum(
     len(t.rows) * len(t.columns) for t in paper.TARGETS.values() if t.is_table
   )
+
+
+def test_names_are_shown_as_they_are_in_every_form(published):
+  name = "=a|b <i> _x_ [red]`c`"
+  assert tables.markdown(name) == r"=a\|b \<i> \_x\_ \[red\]\`c\`"
+  assert tables.plain_cell(name) == "'" + name and tables.plain_cell("a=b") == "a=b"
+  row = published.rows[0]
+  run = records.Run(name, row.group.runs[0].record | {"seed": "<b>1"})
+  row = row._replace(group=row.group._replace(runs=(run,)))
+  made = published._replace(
+    tables=[], rows=[row], skipped=[records.Skipped(name, "x|y")], pictures=[]
+  )
+  text = publish.document(made, {}, COMMAND)
+  assert text.count(tables.markdown(name)) == 2 and r"x\|y" in text
+  shown = page.page("<title>", *made)
+  assert "<i>" not in shown and "<b>1" not in shown and html.escape(name) in shown
 
 
 def test_partial_data_are_red(written):

@@ -67,6 +67,20 @@ def test_a_progress_bar_on_a_terminal():
   assert report.task_line(EVENT) in stream.getvalue()
 
 
+@pytest.mark.parametrize("name", ["[red]a", "[/x]", ":smile:", "[link=http://x]y[/link]"])
+def test_markup_in_names_is_shown_as_it_is(name):
+  stream = io.StringIO()
+  stream.isatty = lambda: True
+  with report.live_display(stream) as show:
+    show(EVENT | {"task": name})
+  assert f"({name}, id" in stream.getvalue()
+  row = {"name": name, "method": "a", "state": "failed", "done": 0, "total": 0, "error": name}
+  stream.truncate(0)
+  with report.live_sweep(stream) as show:
+    show([row | {"accuracy": None, "seconds": 0.0}])
+  assert stream.getvalue().count(name) >= 2
+
+
 def test_the_summary_has_what_the_user_looks_for(record):
   text = report.record_text(record, "runs/x")
   assert re.search(r"ACC +75.00 %", text) and re.search(r"BWT +-10.00", text)

@@ -1,5 +1,6 @@
 """sweep: the cells, their shards, failures beside successes, and a second start."""
 
+import fcntl
 import io
 import json
 import signal
@@ -118,6 +119,19 @@ def test_any_error_is_kept_to_its_cell_but_a_stop_is_not(digits, tmp_path, monke
   monkeypatch.setattr(experiment, "run", stops)
   with pytest.raises(Stopped):
     sweep.run(cells, str(tmp_path), lambda rows: None, lambda: True)
+
+
+def test_a_cell_at_work_elsewhere_is_looked_at_again_and_is_no_failure(tmp_path, capsys):
+  argv = [*RUN, "--orders=0,1", f"--workdir={tmp_path}"]
+  (tmp_path / "stl_0_0").mkdir()
+  with open(tmp_path / "stl_0_0" / "lock", "ab") as other:
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert command.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("stl_0_0 at work elsewhere") == 2  # at its turn and at the end
+    assert "1 done, 0 kept, 0 failed, 1 at work elsewhere" in out and "FAILED" not in out
+  assert command.main(argv) == 0
+  assert "1 done, 1 kept, 0 failed" in capsys.readouterr().out
 
 
 def test_data_that_are_not_there_end_the_sweep(tmp_path):

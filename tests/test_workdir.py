@@ -12,7 +12,7 @@ import pytest
 
 from halrp_jax import checkpoint, data, experiment, packing, workdir
 from halrp_jax.data import digits
-from halrp_jax.types import Diverged, Stopped, UserError
+from halrp_jax.types import Diverged, InUse, Stopped, UserError
 
 TIMES = ("seconds", "memory_bytes", "peak_memory_bytes", "date")
 
@@ -257,10 +257,82 @@ def test_strict_stops_at_damage(half, digits_config):
 def test_what_an_interrupted_save_left_behind_is_no_harm(half):
   folder, config, want = half
   (folder / "checkpoints" / ".writing-state-0003").mkdir()
-  (folder / "checkpoints" / "stray").mkdir()
+  (folder / "checkpoints" / ("shared-" + "0" * 16)).mkdir()
   experiment.run(config, str(folder))
   assert same(folder, want)
-  assert not (folder / "checkpoints" / "stray").exists()
+  names = {p.name for p in (folder / "checkpoints").iterdir()}
+  assert not names & {".writing-state-0003", "shared-" + "0" * 16}
+
+
+def test_what_the_run_has_not_written_is_neither_used_nor_deleted(half, recwarn):
+  folder, config, want = half
+  items = folder / "checkpoints"
+  shutil.copytree(items / "state-0001", items / "state-0002 copy")
+  (items / "state-0009").write_text("a file")
+  (items / "state-0003.zip").write_text("packed")
+  (items / "stray").mkdir()
+  for item in list(items.iterdir()):
+    if item.is_dir():
+      (item / ".DS_Store").write_bytes(b"1")
+  assert workdir.newest_state(str(folder))[1]["rows"][1]
+  experiment.run(config, str(folder))
+  assert same(folder, want) and not recwarn.list
+  names = {p.name for p in items.iterdir()}
+  assert {"state-0002 copy", "state-0003.zip", "state-0009", "stray"} <= names
+  strays = {item["name"]: item["strays"] for item in workdir.inspect(str(folder))[0]}
+  assert strays["stray"] == ["stray"] and strays["state-0002 copy"]
+
+
+def test_what_is_damaged_is_set_aside_with_all_that_can_still_be_read(half):
+  folder, config, want = half
+  items = folder / "checkpoints"
+  (damaged,) = items.glob("task00-*")  # both states need it
+  next((damaged / "arrays" / "d").iterdir()).write_bytes(b"")
+  before = {p.name for p in items.iterdir()}
+  whole = {p.name: checkpoint.load(p) for p in items.iterdir() if p != damaged}
+  with pytest.warns(UserWarning, match=f"starts anew; .* are set aside in {folder}/set_aside"):
+    experiment.run(config, str(folder))
+  assert same(folder, want)
+  aside = folder / "set_aside"
+  assert {p.name for p in aside.iterdir()} == before and len(whole) == len(before) - 1
+  for name, (_, about) in whole.items():
+    assert checkpoint.load(aside / name)[1] == about
+  experiment.run(config, str(folder), overwrite=True)
+  assert not aside.exists()
+
+
+def test_a_disk_that_is_away_costs_no_task(half, monkeypatch):
+  folder, config, want = half
+  before = sorted(p.name for p in (folder / "checkpoints").iterdir())
+
+  def away(path):
+    raise OSError(5, "Input/output error", str(path))
+
+  with monkeypatch.context() as m:
+    m.setattr(checkpoint, "_entry", away)
+    with pytest.raises(UserError, match="Input/output error .*look after the disk"):
+      experiment.run(config, str(folder))
+    with pytest.raises(UserError, match="Input/output error"):
+      workdir.newest_state(str(folder))
+  assert before == sorted(p.name for p in (folder / "checkpoints").iterdir())
+  experiment.run(config, str(folder))
+  assert same(folder, want)
+
+
+def test_a_record_and_events_that_are_spoiled_are_written_again(whole, digits_config, tmp_path):
+  config = digits_config("stl")
+  shutil.copytree(whole(config)[0], tmp_path / "run")
+  record = tmp_path / "run" / "record.json"
+  record.write_bytes(record.read_bytes()[:100])
+  with pytest.raises(UserError, match="record.json: can't be read .*delete it: the same command"):
+    experiment.run(config, str(tmp_path / "run"))
+  record.unlink()
+  with open(tmp_path / "run" / "metrics.jsonl", "ab") as stream:
+    stream.write(b"\xff\xfe")  # cut off, as all that came after the last state
+  experiment.run(config, str(tmp_path / "run"))
+  assert timeless(json.loads(record.read_text(encoding="utf-8"))) == timeless(
+    json.loads((whole(config)[0] / "record.json").read_text(encoding="utf-8"))
+  )
 
 
 def test_two_runs_in_one_folder(digits_config, tmp_path):
@@ -268,7 +340,7 @@ def test_two_runs_in_one_folder(digits_config, tmp_path):
   arguments = (str(tmp_path), config, False, False, lambda: False, {})
   with (
     workdir.opened(*arguments),
-    pytest.raises(UserError, match=f"in use .process {os.getpid()} on"),
+    pytest.raises(InUse, match=f"in use .process {os.getpid()} on"),
     workdir.opened(*arguments),
   ):
     pass

@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
 def _read(name: str) -> dict:
   path = pathlib.Path(name) / "record.json"
   try:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as e:
     raise UserError(f"{path}: not found; give the --workdir of a finished run") from e
   except (OSError, ValueError) as e:

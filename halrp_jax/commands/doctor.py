@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import halrp_jax
-from halrp_jax import arguments, checkpoint, data, experiment, layers, validate, workdir
+from halrp_jax import arguments, checkpoint, data, devices, experiment, layers, validate, workdir
 from halrp_jax.data import sources
 from halrp_jax.types import UserError
 
@@ -53,6 +53,9 @@ def _versions() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
+  if line := devices.unusable():
+    yield "devices", line
+    return
   for device in jax.local_devices():
     with jax.default_device(device):
       for what, error in _self_test().items():
@@ -103,10 +106,12 @@ def _error(found, wanted) -> float:
 def _run(path: str) -> Iterator[Finding]:
   items, state, results = workdir.inspect(path)
   folder = pathlib.Path(path)
-  config, broken = _json(folder / workdir.CONFIG)
+  config, broken = _json(folder / workdir.CONFIG, "put a copy there; --overwrite starts anew")
   yield f"{folder / workdir.CONFIG}{_summary(config)}", broken
   for item in items:
     line = f"{item['name']}: {item['files']} files, {item['bytes']:,} bytes"
+    if strays := item["strays"]:
+      line += f"; not the run's and no harm: {', '.join(strays)}"
     remedy = f"{item['problem']}; start the run again, it falls back on what is whole"
     yield line, remedy if item["problem"] else ""
   rows = results.get("rows", [])
@@ -117,7 +122,7 @@ def _run(path: str) -> Iterator[Finding]:
   if not (folder / workdir.RECORD).exists():
     yield f"{len(rows)} tasks learned, not finished: the same command goes on", ""
     return
-  record, broken = _json(folder / workdir.RECORD)
+  record, broken = _json(folder / workdir.RECORD, "delete it, the same command writes it again")
   yield f"{folder / workdir.RECORD}", broken
   if state is None:
     yield "no state is whole", "the model is lost; --overwrite learns it anew"
@@ -129,15 +134,15 @@ def _run(path: str) -> Iterator[Finding]:
     )
 
 
-def _json(path: pathlib.Path) -> tuple[dict, str]:
-  """Contents, and what to do if it can't be read."""
+def _json(path: pathlib.Path, remedy: str) -> tuple[dict, str]:
+  """Returns the contents, and `remedy` with the reason if they can't be read."""
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(content, dict):
       return content, ""
-    return {}, "is no JSON object; --overwrite starts anew"
+    return {}, f"is no JSON object; {remedy}"
   except (OSError, ValueError, RecursionError) as e:
-    return {}, f"can't be read ({e}); --overwrite starts anew"
+    return {}, f"can't be read ({e}); {remedy}"
 
 
 def _summary(config: dict) -> str:

@@ -7,7 +7,7 @@
 Writes the base once and a small file per task (HALRP, BE), or with --merge a whole ordinary Flax
 network per task (every method but CLR and PRD), each with a JSON card: classes, normalisation,
 network, ranks, accuracy, hashes. --format: safetensors (default), orbax, or stablehlo, a program
-from images to probabilities that needs JAX but neither Flax nor this package. A folder that holds
+from images to probabilities that needs the packages jax and flatbuffers alone. A folder that holds
 another model or format is refused: delete it, or choose another one. All tasks, unless
 --task names one. `halrp_jax.export.load(DIR, task)` reads the first two (halrp_jax/export.py).
 """

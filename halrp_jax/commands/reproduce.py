@@ -96,7 +96,7 @@ def _reproduce(target, configs: str, options) -> int:
     print(f"stopped; the same command goes on from {options.workdir}", file=sys.stderr)
     return stop.EXIT_CODE
   print(report.sweep_text(rows))
-  if any(row["state"] != "failed" for row in rows):
+  if any(row["state"] in ("done", "kept") for row in rows):
     found = publish.collect(str(root), configs, [target], smoke, only=True)
     out = pathlib.Path(options.workdir) / f"report-{target.slug}-{options.budget}"
     publish.write(found, str(out), f"halrp_jax: {target.name}, budget {options.budget}")

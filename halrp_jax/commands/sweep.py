@@ -10,9 +10,10 @@ on a CPU it is no faster (docs/measurements.md).
 
 Every cell is a run of its own, DIR/METHOD_ORDER_SEED; a second start goes on where the first was
 stopped, finished cells are left as they are; one whose data or JAX flags have changed since fails.
-Any --config.KEY=VALUE holds for all cells. What
-stands after the colon of an ablation's config is named in --methods too. Exit codes: 0 all done, 1
-a cell failed (the others are done), 2 a mistake, 75 stopped by SIGTERM or SIGINT.
+A cell in which another sweep is at work is looked at again at the end and is no failure. Any
+--config.KEY=VALUE holds for all cells. What stands after the colon of an ablation's config is named
+in --methods too. Exit codes: 0 all done, 1 a cell failed (the others are done), 2 a mistake, 75
+stopped by SIGTERM or SIGINT.
 """
 
 import sys

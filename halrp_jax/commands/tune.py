@@ -17,7 +17,7 @@ import sys
 import numpy as np
 
 from halrp_jax import arguments, compile_cache, experiment, files, identity, report, stop, validate
-from halrp_jax.types import Diverged, Stopped, UserError
+from halrp_jax.types import Diverged, InUse, Stopped, UserError
 
 _FLAGS = {
   "grid": "KEY=VALUE,VALUE,... for one or more keys, with semicolons between",
@@ -45,17 +45,22 @@ def main(argv: list[str]) -> int:
     experiment.resolve(config)  # a mistake in any cell is found before the first run
   compile_cache.use(args.compile_cache)
   root, stop_asked = pathlib.Path(args.workdir), stop.listen()
-  results, read = {}, identity.shared_read()
+  results, waiting, read = {}, dict(cells), identity.shared_read()
   try:
-    for name, config in cells.items():
-      print(f"--- {name}")
-      results[name] = _run(config, root / name, stop_asked, read)
+    for name in [*cells, *cells]:  # one that another process is at is looked at again at the end
+      if name in waiting and (row := _run(name, cells[name], root / name, stop_asked, read)):
+        results[name] = row
+        del waiting[name]
   except Stopped:
     print(f"stopped; the same command goes on from {root}", file=sys.stderr)
     return stop.EXIT_CODE
+  if not results:
+    raise UserError(f"tune: another process is at work in all cells of {root}; wait for it")
   table = sorted(results.items(), key=lambda item: -(item[1]["average_accuracy"] or -np.inf))
   files.write_json(root / "tune.json", dict(table))
   print(report.tune_text(dict(table)))
+  if waiting:
+    print(f"at work elsewhere, hence not in the table: {', '.join(waiting)}")
   return 0
 
 
@@ -97,10 +102,15 @@ def _cell_config(config, values: dict, keep_fraction: bool):
   return cell
 
 
-def _run(config, folder: pathlib.Path, stop_asked, read) -> dict:
+def _run(name: str, config, folder: pathlib.Path, stop_asked, read) -> dict | None:
+  """Runs a cell; None if another process is at it."""
+  print(f"--- {name}")
   try:
     with report.live_display(sys.stdout) as show:
       record = experiment.run(config, str(folder), show, stop_asked=stop_asked, read=read)
+  except InUse as e:
+    print(f"at work elsewhere: {e}")
+    return None
   except Diverged as e:
     print(f"diverged: {e}")
     return {"average_accuracy": None, "bwt": None, "seconds": None}

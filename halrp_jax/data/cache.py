@@ -72,7 +72,7 @@ def images(
 
 def _load(path: pathlib.Path, shape) -> np.ndarray | None:
   try:
-    sums = json.loads(path.with_suffix(".json").read_text())
+    sums = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     image = np.lib.format.open_memmap(path, mode="r")
     if image.shape == tuple(shape) and image.dtype == np.uint8 and sums["sha256"] == digest(image):
       return image
@@ -93,7 +93,7 @@ def _fill(path: pathlib.Path, shape, decode) -> np.ndarray:
     decode(image)
     image.flush()
     temporary.replace(path)
-    sums.write_text(json.dumps({"sha256": digest(image)}))
+    sums.write_text(json.dumps({"sha256": digest(image)}), encoding="utf-8")
     sums.replace(path.with_suffix(".json"))
   except BaseException:
     with contextlib.suppress(OSError):
