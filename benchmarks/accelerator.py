@@ -93,6 +93,7 @@ class Worker:
       stdout=subprocess.PIPE,
       stderr=self.said,
       text=True,
+      encoding="utf-8",
       env=environment,
       start_new_session=True,
     )
@@ -217,7 +218,9 @@ def nvidia_smi() -> str:
   fields = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
   command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
   try:
-    return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    return subprocess.run(
+      command, capture_output=True, text=True, encoding="utf-8", timeout=20
+    ).stdout.strip()
   except (OSError, subprocess.TimeoutExpired):
     return ""
 
@@ -317,7 +320,7 @@ def originals(source: str, folder: str, smoke: bool) -> str:
       about, label = archive.read("about").decode(), archive.read("labels")
       label = np.frombuffer(label, np.uint8).reshape(-1, 2)
       names = sorted(name for name in archive.namelist() if name.endswith(".avif"))
-      mosaics = [np.asarray(Image.open(archive.open(n)).convert("RGB")) for n in names]
+      mosaics = [np.asarray(Image.open(io.BytesIO(archive.read(n))).convert("RGB")) for n in names]
       archive.extractall(place, ["fine_label_names.txt", "coarse_label_names.txt"])
     image = np.stack(mosaics).reshape(-1, _SIDE, 32, _SIDE, 32, 3).transpose(0, 1, 3, 5, 2, 4)
     image = image.reshape(len(label), -1)

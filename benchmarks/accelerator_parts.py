@@ -290,7 +290,7 @@ def peer_of(target: str, smoke: bool) -> subprocess.Popen:
   asked |= {"image_shape": image_shape, "num_classes": num_classes, "precision": precision}
   command = [sys.executable, str(ROOT / "benchmarks/torch_networks.py"), json.dumps(asked)]
   pipe = subprocess.PIPE
-  return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+  return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8")
 
 
 def main() -> None:

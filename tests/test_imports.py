@@ -165,7 +165,7 @@ def _is_text(call: ast.Call) -> bool:
   owner = getattr(getattr(call.func, "value", None), "id", "")
   keywords = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
   if name in ("read_text", "write_text"):
-    return isinstance(call.func, ast.Attribute) and owner != "workdir"  # whose own function it is
+    return isinstance(call.func, ast.Attribute) and owner != "files"  # whose own function it is
   if name in ("run", "Popen", "check_output"):
     return bool(keywords.get("text") or keywords.get("universal_newlines"))
   if name == "open" and owner not in ("gzip", "tarfile", "Image", "os", "zipfile"):
