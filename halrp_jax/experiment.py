@@ -351,7 +351,7 @@ def _learn_all(config, benchmark, model, method, folder, log, compiled, together
     nulls = [[None if np.isnan(x) else x for x in a] for a in accuracy]
     folder.save_state(position, state, {"rows": rows, "accuracy": nulls})
     folder.check()
-  return _record(config, benchmark, accuracy, rows, state)
+  return _record(config, benchmark, model, accuracy, rows, state)
 
 
 def _evaluate(config, benchmark, method, state, t) -> tuple[list[float], float]:
@@ -379,7 +379,7 @@ def _seconds(learning: dict, evaluating: dict, select: float) -> dict[str, float
   }
 
 
-def _record(config, benchmark, accuracy, rows, state) -> dict:
+def _record(config, benchmark, model, accuracy, rows, state) -> dict:
   """The contents of record.json (docs/configuration.md for `config`)."""
   return {
     "schema": SCHEMA,
@@ -398,6 +398,7 @@ def _record(config, benchmark, accuracy, rows, state) -> dict:
     "partial": benchmark.partial,
     "split_hash": benchmark.split_hash,
     "state_hash": checkpoint.fingerprint(state),
+    "statistics": models.statistics(config, model),
     "config": config.to_dict(),
     "versions": standing.versions(),
     "device": _device(),

@@ -67,7 +67,11 @@ def _of_targets(groups: list[Group], targets, configs: str, smoke: bool) -> list
     for target in targets
     for setting in paper.settings(target, "full")
   ]
-  return [g for g in groups if g.setting in wanted]
+  return [
+    g
+    for g in groups
+    if any(w is not None and records.variant(g.setting, w) is not None for w in wanted)
+  ]
 
 
 # --- files ----------------------------------------------------------------------------

@@ -29,6 +29,16 @@ _BEFORE = {
 _OURS = {identity.CONFIG, identity.TASKS, identity.STANDING, "tune.json"}
 
 
+# kinds of BatchNorm statistics that a row of a table says; those that need no word say nothing
+TEST_BATCH, RUNNING = "test-batch statistics", "running statistics"
+RETROSPECTIVE = "retrospective pruning"
+VARIANTS = ("", TEST_BATCH, RUNNING, RETROSPECTIVE)
+_STATISTICS = {"population": "", "batch": TEST_BATCH, "running": RUNNING}
+# what batch_norm=own meant, and networks on which it means nothing (a test holds both to models/)
+_OWN = {"alexnet": TEST_BATCH}
+_WITHOUT_BATCH_NORM = ("mlp", "saha_lenet", "saha_lenet_without_lrn")
+
+
 class Run(NamedTuple):
   place: str  # folder of the run, or the file's name, below the folder that was searched
   record: dict
@@ -165,6 +175,28 @@ def setting_of(config: dict) -> dict:
       if flat.get(f"method.{key}") is None:
         flat[f"method.{key}"] = value
   return {k: v for k, v in flat.items() if k not in _FREE}
+
+
+def statistics(setting: dict) -> str:
+  """Returns which statistics BatchNorm evaluated with, "" for those of the training images."""
+  network, kind = setting.get("network"), setting.get("method.batch_norm", "own")
+  if network in _WITHOUT_BATCH_NORM:
+    return ""
+  return _STATISTICS[kind] if kind in _STATISTICS else _OWN.get(network, RUNNING)
+
+
+def variant(setting: dict, standard: dict) -> str | None:
+  """Returns how a setting differs from a standard one: one of `VARIANTS`; None: otherwise.
+
+  With statistics other than those of the training images it makes no difference to the name how
+  HALRP pruned: such runs were made before it could prune each task once.
+  """
+  odd = {k for k in setting.keys() | standard.keys() if setting.get(k) != standard.get(k)}
+  if odd - {"method.batch_norm", "method.prune_scope"}:
+    return None
+  if (found := statistics(setting)) != statistics(standard):
+    return found
+  return RETROSPECTIVE if setting.get("method.prune_scope") == "all" and odd else ""
 
 
 def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:

@@ -206,7 +206,8 @@ def record_text(record: dict, workdir: str) -> str:
       f"{record['method']} on {record['benchmark']}, order {record['order']}, seed {record['seed']}"
       + (" (PARTIAL DATA)" if record["partial"] else ""),
       matrix_text(record),
-      f"ACC        {_number(record['average_accuracy'], ' %')}",
+      f"ACC        {_number(record['average_accuracy'], ' %')}"
+      + (f" ({kind})" if (kind := record.get("statistics")) == "test-batch statistics" else ""),
       f"BWT        {_number(record['bwt'])}",
       f"increment  {record['increment'][-1]:.3f}",
       f"seconds    {sum(seconds):.1f}",
@@ -214,6 +215,12 @@ def record_text(record: dict, workdir: str) -> str:
       f"files      {workdir}/record.json, metrics.jsonl, config.json",
     ]
   )
+
+
+def _statistics(record: dict) -> str:
+  """Says shortly which statistics BatchNorm evaluated with."""
+  said = record.get("statistics", "-")
+  return "training images" if "training images" in said else said.removesuffix(" statistics")
 
 
 def compare_text(records: dict[str, dict]) -> str:
@@ -225,6 +232,7 @@ def compare_text(records: dict[str, dict]) -> str:
     ("data", [standing.short_data(r) for r in records.values()]),
     ("order, seed", [f"{r['order']}, {r['seed']}" for r in records.values()]),
     ("ACC %", [_number(r["average_accuracy"]) for r in records.values()]),
+    ("BatchNorm", [_statistics(r) for r in records.values()]),
     ("BWT", [_number(r["bwt"]) for r in records.values()]),
     ("forgetting", [_number(r["forgetting"]) for r in records.values()]),
     ("increment", [f"{r['increment'][-1]:.3f}" for r in records.values()]),

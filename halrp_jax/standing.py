@@ -145,9 +145,17 @@ def short_data(record: dict) -> str:
 
 
 def unusual_flags(record: dict) -> dict:
-  """Returns the flags of a record that are not JAX's defaults."""
+  """Returns the flags of a record that are not JAX's defaults.
+
+  Float32 products in float32 are no difference: they are what a CPU computes by default.
+  """
   found = record.get("standing", {}).get("flags", {})
-  return {name: value for name, value in found.items() if FLAGS.get(name) != value}
+  return {
+    name: value
+    for name, value in found.items()
+    if FLAGS.get(name) != value
+    and (name, value) not in (("jax_default_matmul_precision", p) for p in ("highest", "float32"))
+  }
 
 
 def _compare_tasks(before: dict, now: dict, place: str) -> list[str]:

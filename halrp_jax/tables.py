@@ -24,15 +24,20 @@ NOT_RUN = "not run"
 
 
 class Cell(NamedTuple):
-  row: str
+  row: str  # as the paper calls it
   column: Column
   ours: Number | None
   paper: Number | None
   group: Group | None  # the runs behind `ours`
+  variant: str = ""  # of the runs: one of `records.VARIANTS`
 
   @property
   def runs(self) -> tuple[Run, ...]:
     return self.group.runs if self.group else ()
+
+  @property
+  def label(self) -> str:
+    return _label(self.row, self.variant)
 
   @property
   def flags(self) -> tuple[str, ...]:
@@ -95,7 +100,7 @@ def count(group: Group) -> str:
 
 class Table(NamedTuple):
   target: Target
-  rows: dict[str, tuple[Cell, ...]]  # label -> cells as target.columns
+  rows: dict[str, tuple[Cell, ...]]  # `Cell.label` -> cells as target.columns
 
   @property
   def cells(self) -> Iterable[Cell]:
@@ -109,27 +114,45 @@ class Table(NamedTuple):
 
 def build(target: Target, groups: list[Group], configs: str, smoke: bool = False) -> Table:
   """A table of the paper from groups of runs. configs: the folder of configs."""
-  rows = {
-    label: tuple(
-      _cell(target, label, argument, column, groups, configs, smoke) for column in target.columns
-    )
-    for label, argument in target.rows.items()
-  }
+  rows = {}
+  for row, argument in target.rows.items():
+    for variant in records.VARIANTS:
+      cells = tuple(
+        _cell(target, row, argument, column, groups, configs, smoke, variant)
+        for column in target.columns
+      )
+      if not variant or any(cell.group for cell in cells):
+        rows[_label(row, variant)] = cells
   return Table(target, rows)
 
 
-def _cell(target, label, argument, column, groups, configs, smoke) -> Cell:
+def _label(row: str, variant: str) -> str:
+  return f"{row}, {variant}" if variant else row
+
+
+def _cell(target, row, argument, column, groups, configs, smoke, variant) -> Cell:
   setting = paper.Setting(column.config, argument, 1.0)
   fraction = None if smoke else column.fraction
-  group = find(paper.wanted_setting(configs, setting, smoke), fraction, groups)
+  group = find(paper.wanted_setting(configs, setting, smoke), fraction, groups, variant)
   ours = group and records.number(group, column.metric)
-  return Cell(label, column, ours, paper.number(target, label, column), group)
+  return Cell(row, column, ours, paper.number(target, row, column), group, variant)
 
 
-def find(setting: dict | None, fraction: float | None, groups: list[Group]) -> Group | None:
-  """The group of a setting: whole data before partial; the largest share if none is asked for."""
+def find(
+  setting: dict | None, fraction: float | None, groups: list[Group], variant: str = ""
+) -> Group | None:
+  """Returns the group of a setting, or of a variant of it.
+
+  Whole data come before partial; the largest share of the images if none is asked for.
+  """
+  if setting is None:
+    return None
   found = [
-    g for g in groups if g.setting == setting and (fraction is None or g.fraction == fraction)
+    g
+    for g in groups
+    if (fraction is None or g.fraction == fraction)
+    and g.method == setting["method.name"]
+    and records.variant(g.setting, setting) == variant
   ]
   return max(found, key=lambda g: (not g.partial, g.fraction, len(g.runs)), default=None)
 
@@ -188,7 +211,7 @@ def to_csv(table: Table) -> str:
     head, unit, _ = METRICS[cell.column.metric]
     writer.writerow(
       [
-        *(table.target.name, cell.row, cell.column.head, head, unit),
+        *(table.target.name, cell.label, cell.column.head, head, unit),
         *(cell.write(ours.value), cell.write(ours.error)),
         *((cell.group.num_orders, len(cell.runs)) if cell.group else ("", "")),
         *(cell.write(theirs.value), cell.write(theirs.error), cell.write(cell.difference, "+")),
@@ -240,7 +263,7 @@ def to_status(table: Table, reasons: dict) -> str:
     lines += ["| row | column | paper | ours | n | difference | status |", "|---" * 7 + "|"]
   for cell in run:
     fields = (
-      *(cell.row, head(cell.column), cell.text(cell.paper) or "-", cell.ours_text, cell.count),
+      *(cell.label, head(cell.column), cell.text(cell.paper) or "-", cell.ours_text, cell.count),
       *(cell.write(cell.difference, "+") or "-", cell.status(reasons.get(table.target.name, {}))),
     )
     lines.append(f"| {' | '.join(fields)} |")
@@ -328,4 +351,9 @@ def difference(group: Group, configs: str) -> str:
   standard = paper.standard_setting(configs, group)
   if standard is None:
     return "no config of that benchmark and network"
-  return ", ".join(records.differences(group.setting, standard))
+  if (variant := records.variant(group.setting, standard)) is not None:
+    return variant
+  named = f"method.batch_norm = {group.setting.get('method.batch_norm')}"
+  found = records.differences(group.setting, standard)
+  kind = records.statistics(group.setting)
+  return ", ".join(kind if kind and line == named else line for line in found)

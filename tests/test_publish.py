@@ -54,8 +54,11 @@ def cell(published, name, row, head, metric="accuracy"):
 
 
 def test_a_cell_is_made_of_the_runs_of_its_setting_alone(published):
-  found = cell(published, "table 2", "HALRP", "CIFAR100-Split, 5 %")
+  label = f"HALRP, {records.TEST_BATCH}"
+  found = cell(published, "table 2", label, "CIFAR100-Split, 5 %")
   assert all(run.record["config"]["method"]["batch_norm"] == "batch" for run in found.runs)
+  alone = cell(published, "table 2", "HALRP", "CIFAR100-Split, 5 %")
+  assert all(run.record["config"]["method"]["batch_norm"] == "population" for run in alone.runs)
   orders = {run.record["order"] for run in found.runs}
   assert orders == set("ABCDE") and found.count.startswith("5 x ")
   assert found.difference == pytest.approx(round(found.ours.value, 2) - 45.09)

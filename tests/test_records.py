@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from halrp_jax import experiment, records, standing
+from halrp_jax import experiment, models, records, standing
 
 from .conftest import ROOT
 
@@ -169,6 +169,27 @@ def test_keys_that_a_record_is_too_old_for_count_as_what_was_done_then(make):
   assert setting["method.batch_norm"] == "own"  # a switch: as the variant has it
   assert setting["protocol.augment"] == "none"
   assert setting["protocol.fraction_per_class"] is False  # not the default of today
+
+
+def test_what_differs_in_statistics_alone_is_a_variant_with_a_name(make):
+  standard = records.setting_of(make()["config"]) | {"network": "lenet"}
+  standard |= {"method.batch_norm": "population", "method.prune_scope": "new"}
+
+  def name(**changes):
+    changes = {k.replace("__", "."): v for k, v in changes.items()}
+    return records.variant(standard | changes, standard)
+
+  assert name() == ""
+  assert name(method__batch_norm="batch") == records.TEST_BATCH
+  assert name(method__batch_norm="batch", method__prune_scope="all") == records.TEST_BATCH
+  assert name(method__batch_norm="own") == records.RUNNING
+  assert name(method__prune_scope="all") == records.RETROSPECTIVE
+  assert name(method__batch_norm="batch", epochs=7) is None
+  for network in models.NETWORKS:
+    own = models.make(network, 3, "own")
+    expected = "" if not hasattr(own, "running") else records.TEST_BATCH
+    expected = records.RUNNING if getattr(own, "running", False) else expected
+    assert records.statistics({"network": network, "method.batch_norm": "own"}) == expected
 
 
 # --- numbers --------------------------------------------------------------------------

@@ -54,6 +54,17 @@ def evaluates_with_batch(model: nn.Module) -> bool:
   return not getattr(model, "running", True)
 
 
+def statistics(config, model: nn.Module) -> str:
+  """Says which statistics BatchNorm evaluates with, for the record of a run."""
+  if not hasattr(model, "running"):
+    return "none"
+  if evaluates_with_batch(model):
+    return "test-batch statistics"
+  if config.method.batch_norm == "population":
+    return "those of each task's training images, taken when the task was learned"
+  return "running statistics"
+
+
 def with_stored_statistics(model: nn.Module) -> nn.Module:
   """Returns the network that evaluates BatchNorm with the statistics that are stored."""
   return model.clone(running=True) if evaluates_with_batch(model) else model
