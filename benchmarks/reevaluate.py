@@ -4,20 +4,28 @@
       [--images=mixed,sorted] [--batch_sizes=128]
 
 Training does not depend on whether BatchNorm evaluates with population statistics or with those of
-the test batch, so one run shows both. `sorted` orders each task's test images by class, as a folder
-of images is; with population statistics this changes nothing.
+the test batch (but for what validation decides inside it), so one run shows both. `sorted` orders
+each task's test images by class, as a folder of images is; with population statistics this changes
+nothing.
 """
 
 import argparse
 import json
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from halrp_jax import experiment, methods, models, train, validate, workdir
+from halrp_jax import (
+  experiment,
+  identity,
+  methods,
+  models,
+  population,
+  train,
+  validate,
+  workdir,
+)
 
 
 def main():
@@ -39,11 +47,11 @@ def main():
 
 def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[str, list[float]]:
   """Returns accuracies in percent by task, by "KIND IMAGES SIZE"; prints their means."""
-  values = json.loads((pathlib.Path(path) / "config.json").read_text(encoding="utf-8"))
-  config = experiment.resolve(config_dict.ConfigDict(_completed(values, data_dir)))
-  benchmark, _, _ = experiment.build(config)
-  _, state, _ = workdir.inspect(path)
-  state = jax.tree.map(jnp.asarray, state)
+  values = _completed(identity.read_config(path), data_dir)
+  config = experiment.resolve(config_dict.ConfigDict(values))
+  benchmark, model, _ = experiment.build(config)
+  state, _ = workdir.newest_state(path)
+  state = population.complete(state, train.statistics_of(model, benchmark.image_shape))
   found = {}
   for kind in kinds:
     stored = "running" if kind == "population" else kind  # what is stored was taken in the run

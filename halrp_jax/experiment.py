@@ -281,7 +281,7 @@ def run(
     if folder.said:
       show({"event": "standing", "said": folder.said})
     folder.describe(benchmark)
-    record = _learn_all(config, benchmark, model, method, folder, log, compiled, together)
+    record = _learn_all(config, benchmark, model, method, folder, log, show, compiled, together)
     record["standing"] = folder.standing
     folder.finish(record)
   return record
@@ -305,20 +305,16 @@ def _require_one_run(config, overwrite: bool) -> None:
     raise UserError("several processes on GPUs must compute the same bits: set deterministic=True")
 
 
-def _learn_all(config, benchmark, model, method, folder, log, compiled, together) -> dict:
+def _learn_all(config, benchmark, model, method, folder, log, show, compiled, together) -> dict:
   """Folds `learn` over the tasks that are not learned yet; returns the record."""
   num_tasks = len(benchmark.tasks)
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
   state = population.complete(state, train.statistics_of(model, benchmark.image_shape))
-  notes = () if done else benchmark.notes
   if unmeasured := population.unmeasured(state):
-    notes = (
-      f"{len(unmeasured)} tasks are of a version that kept no statistics of BatchNorm: what is "
-      "predicted for them depends on the other images of a batch",
-    )
-  for note in notes:
-    log({"event": "note", "note": note})
+    note = f"{len(unmeasured)} tasks are of a version that kept no statistics of BatchNorm: "
+    note += "what is predicted for them depends on the other images of a batch"
+    show({"event": "note", "note": note})
   rows = results.get("rows", [])
   accuracy = np.array(results.get("accuracy", np.full((num_tasks, num_tasks), np.nan)), float)
   for position, group in list(enumerate(method.groups(num_tasks), 1))[done:]:
@@ -328,7 +324,10 @@ def _learn_all(config, benchmark, model, method, folder, log, compiled, together
     _forget_peak()
     with _measure(compiled) as learning:
       store = Store(f"task{t:02d}", log, folder.keep(), together)
-      store.once("begin", lambda place=place: log({"event": "task"} | place) or True)
+      notes = benchmark.notes if position == 1 else ()
+      begin = [*({"event": "note", "note": note} for note in notes), {"event": "task"} | place]
+      # logged once: a task that goes on after an interruption has begun already
+      store.once("begin", lambda begin=begin: [log(event) for event in begin] and True)
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
       jax.block_until_ready(state)
     processes.require_same(

@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from halrp_jax import layers, processes, train
-from halrp_jax.types import Method, Params, State, Task
+from halrp_jax.types import Method, Params, State, Task, UserError
 
 
 def keep(method: Method, logits_fn: Callable, batch_size: int) -> Callable:
@@ -37,15 +37,42 @@ def keep(method: Method, logits_fn: Callable, batch_size: int) -> Callable:
     shared = {name: state.shared[name] for name in method.serves}
     known, new = state.tasks[: -len(tasks)], state.tasks[-len(tasks) :]
 
-    def statistics():
-      parts = zip(new, tasks, strict=True)
-      return [processes.first_does(lambda p=p, t=t: measure(shared, p, t)) for p, t in parts]
+    check = store.keep.check if processes.count() == 1 else lambda: None
+    measured = []
+    for i, (learned, task) in enumerate(zip(new, tasks, strict=True)):
 
-    found = jax.tree.map(jnp.asarray, store.once("population", statistics))
-    new = tuple(p | {"stats": stats} for p, stats in zip(new, found, strict=True))
-    return State(state.shared, (*known, *new)), history
+      def taken(learned=learned, task=task):
+        return processes.first_does(lambda: measure(shared, learned, task, check))
+
+      stats = jax.tree.map(jnp.asarray, store.once(f"population{i}", taken))
+      measured.append(learned | {"stats": stats})
+      store.keep.check()
+    return State(state.shared, (*known, *measured)), history
 
   return learn
+
+
+def require_measurable(model: nn.Module, image_shape: tuple[int, ...]) -> None:
+  """Refuses a network whose BatchNorm layers can't be watched from outside, before it is trained.
+
+  Raises:
+    UserError: if a layer is inside `nn.remat`, `nn.scan` or another transformation of Flax's.
+  """
+
+  def run(key):
+    image, found = jnp.zeros((1, *image_shape)), {}
+    variables = model.init(key, image, train=False)
+    with nn.intercept_methods(_tap(found, jnp.ones(1))):
+      model.apply(variables, image, train=False)
+    return found
+
+  try:
+    jax.eval_shape(run, jax.random.key(0))
+  except jax.errors.UnexpectedTracerError as e:
+    raise UserError(
+      f"{type(model).__name__}: a BatchNorm inside nn.remat, nn.scan or nn.vmap can't be measured "
+      "over all images; set method.batch_norm=running, or take it out of the transformation"
+    ) from e
 
 
 def complete(state: State, stats: Params) -> State:
@@ -82,8 +109,9 @@ def _has_statistics(state: State, learned: Params) -> bool:
 
 
 def make_measure(logits_fn: Callable, batch_size: int) -> Callable:
-  """Builds `measure(shared, learned, task)`: population statistics as {layer: {"mean", "var"}}.
+  """Builds `measure(shared, learned, task, check)`: statistics as {layer: {"mean", "var"}}.
 
+  `check` is called between two passes over the images and may raise (`Keep.check`).
   Runs whole on one device, so that one device, several, and several processes give the same bits.
   A network without BatchNorm gives an empty tree.
   """
@@ -96,7 +124,7 @@ def make_measure(logits_fn: Callable, batch_size: int) -> Callable:
       logits_fn(shared, learned, train.prepare_images(image[index], inputs))
     return {path: _merge(parts) for path, parts in found.items()}
 
-  def measure(shared: Params, learned: Params, task: Task) -> Params:
+  def measure(shared: Params, learned: Params, task: Task, check=lambda: None) -> Params:
     stats = learned.get("stats") or shared.get("stats", {})
     if not jax.tree.leaves(stats):
       return stats
@@ -112,6 +140,7 @@ def make_measure(logits_fn: Callable, batch_size: int) -> Callable:
       if jax.tree.all(jax.tree.map(np.array_equal, measured, flat)):
         break
       flat = measured
+      check()
     return _unflatten(flat)
 
   return measure

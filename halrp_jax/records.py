@@ -34,6 +34,7 @@ TEST_BATCH, RUNNING = "test-batch statistics", "running statistics"
 RETROSPECTIVE = "retrospective pruning"
 VARIANTS = ("", TEST_BATCH, RUNNING, RETROSPECTIVE)
 _STATISTICS = {"population": "", "batch": TEST_BATCH, "running": RUNNING}
+_KINDS = {word: kind for kind, word in _STATISTICS.items()}
 # what batch_norm=own meant, and networks on which it means nothing (a test holds both to models/)
 _OWN = {"alexnet": TEST_BATCH}
 _WITHOUT_BATCH_NORM = ("mlp", "saha_lenet", "saha_lenet_without_lrn")
@@ -174,7 +175,8 @@ def setting_of(config: dict) -> dict:
     for key, value in switches.items():
       if flat.get(f"method.{key}") is None:
         flat[f"method.{key}"] = value
-  return {k: v for k, v in flat.items() if k not in _FREE}
+  setting = {k: v for k, v in flat.items() if k not in _FREE}
+  return setting | {"method.batch_norm": _KINDS[statistics(setting)]}
 
 
 def statistics(setting: dict) -> str:
@@ -196,7 +198,8 @@ def variant(setting: dict, standard: dict) -> str | None:
     return None
   if (found := statistics(setting)) != statistics(standard):
     return found
-  return RETROSPECTIVE if setting.get("method.prune_scope") == "all" and odd else ""
+  retrospective = "method.prune_scope" in odd and setting.get("method.prune_scope") == "all"
+  return RETROSPECTIVE if retrospective else ""
 
 
 def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:

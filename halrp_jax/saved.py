@@ -22,7 +22,7 @@ from halrp_jax import (
   train,
   workdir,
 )
-from halrp_jax.types import Benchmark, Keep, Method, State, Store, Task, UserError, one_at_a_time
+from halrp_jax.types import Benchmark, Method, State, Store, Task, UserError, one_at_a_time
 
 
 class Saved(NamedTuple):
@@ -222,10 +222,10 @@ def extend(
     if said := [*now["changes"], *folder.said]:
       show({"event": "standing", "said": said})
     folder.describe(benchmark)
-    for note in notes:
-      log({"event": "note", "note": note})
     start = time.perf_counter()
-    state, ranks, unchanged = _learn_one(run, method, task, log, folder.keep())
+    store = Store(f"task{t:02d}", log, folder.keep())
+    store.once("begin", lambda: [log({"event": "note", "note": x}) for x in notes] and True)
+    state, ranks, unchanged = _learn_one(run, method, task, store)
     method = methods.make(config, run.model, benchmark)
     results = _results_with(run, method, state, task, ranks, unchanged)
     folder.save_state(t + 1, state, results)
@@ -256,11 +256,10 @@ def _standing(run: Saved, benchmark: Benchmark) -> dict:
   return now | {"tasks": tasks, "extends": checkpoint.fingerprint(run.state), "changes": said}
 
 
-def _learn_one(run: Saved, method: Method, task: Task, log: Callable, keep: Keep):
+def _learn_one(run: Saved, method: Method, task: Task, store: Store):
   """-> state, ranks, whether the old tasks' parts are what they were"""
   t, before = len(run.learned), run.state
   _, learn_key = jax.random.split(jax.random.key(run.config.seed))
-  store = Store(f"task{t:02d}", log, keep)
   state, history = method.learn(before, (task,), jax.random.fold_in(learn_key, t), store)
   unchanged = checkpoint.fingerprint(state.shared) == checkpoint.fingerprint(before.shared)
   if unchanged:  # HALRP prunes all tasks alike; those in service must not move

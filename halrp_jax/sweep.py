@@ -194,10 +194,12 @@ def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked, **how) -> No
   except InUse as e:
     row |= {"state": ELSEWHERE, "error": brief(e)}
   except Exception as e:
-    if line := devices.unusable():
+    # a mistake of the user's is no device's; asking would start JAX's backend
+    if not isinstance(e, UserError) and (line := devices.unusable()):
       raise UserError(line) from e
     # whatever else it is, the other cells don't depend on it
-    text = devices.explain(e) or f"{type(e).__name__}: {brief(e)}"
+    explained = not isinstance(e, UserError) and devices.explain(e)
+    text = explained or f"{type(e).__name__}: {brief(e)}"
     row |= {"state": "failed", "error": text}
     _keep_error(folder)
   else:

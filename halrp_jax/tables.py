@@ -87,7 +87,8 @@ class Cell(NamedTuple):
     limit, points = paper.ONE_POINT[self.column.metric], self.column.metric != "increment"
     if abs(self.difference) <= limit:
       return "reproduced within 1 point" if points else f"reproduced within {limit:g}"
-    why = reasons.get(self.row, {}).get(self.column.head)
+    rows = (reasons.get(name, {}) for name in (self.label, self.row))
+    why = next((row[self.column.head] for row in rows if self.column.head in row), None)
     off = f"off by {self.write(self.difference, '+')}"
     return f"{off} because {why}" if why else f"{off}, not explained"
 
@@ -175,8 +176,9 @@ class Coverage(NamedTuple):
 
 def coverage(target: Target, groups: list[Group], configs: str, smoke: bool = False) -> Coverage:
   cells = list(build(target._replace(columns=_per_config(target)), groups, configs, smoke).cells)
-  run = [cell for cell in cells if cell.group]
-  return Coverage(target, len(run), sum(bool(cell.flags) for cell in run), len(cells))
+  settings = {(cell.row, cell.column) for cell in cells}
+  run = {(cell.row, cell.column): cell for cell in reversed(cells) if cell.group}
+  return Coverage(target, len(run), sum(bool(cell.flags) for cell in run.values()), len(settings))
 
 
 def _per_config(target: Target) -> tuple[Column, ...]:

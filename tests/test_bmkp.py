@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halrp_jax import experiment, models, perturb, train
+from halrp_jax import experiment, methods, models, perturb, train
 from halrp_jax.methods import bmkp
 
 from .test_methods import QUIET, learn, logits
@@ -180,7 +180,7 @@ def test_a_layer_whose_basis_is_full_is_left_alone(digits_config):
   config = experiment.resolve(config)
   benchmark, _, _ = experiment.build(config)
   model = models.make("mlp", 10).clone(hidden=(16, 12))
-  method = bmkp.make(config, model, benchmark)
+  method = methods.make(config, model, benchmark)
   state = method.init(jax.random.key(0), benchmark)
   for t in range(3):
     state, _ = method.learn(state, benchmark.tasks[t : t + 1], jax.random.key(t), QUIET)

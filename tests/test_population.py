@@ -24,7 +24,7 @@ from halrp_jax import (
   train,
   workdir,
 )
-from halrp_jax.types import Inputs, Split, State, Task
+from halrp_jax.types import Inputs, Split, State, Task, UserError
 
 from .conftest import interrupt
 from .test_networks_and_methods import SMALL
@@ -142,6 +142,19 @@ def test_flax_batch_norm_is_measured_too():
   np.testing.assert_allclose(got["norm"]["mean"], x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
   rows = x.transpose(0, 2, 3, 1).reshape(-1, 4)
   np.testing.assert_allclose(got["norm"]["var"], rows.var(0, ddof=1), rtol=1e-5)
+
+
+def test_a_batch_norm_that_can_not_be_watched_is_refused_before_training():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+      norm = nn.remat(nn.BatchNorm, static_argnums=(2,))
+      x = norm(use_running_average=not train, name="norm")(x)
+      return nn.Dense(3, name="head")(x.reshape(len(x), -1))
+
+  with pytest.raises(UserError, match="method.batch_norm=running"):
+    population.require_measurable(Net(), (4, 4, 3))
+  population.require_measurable(models.make("lenet", 3).clone(**SMALL["lenet"]), (8, 8, 3))
 
 
 # --- in a run ---------------------------------------------------------------------------

@@ -118,9 +118,11 @@ def read_one(
 
 def _task(i: int, name: str, own: Own, config) -> Task:
   rows = {n: np.flatnonzero(own.part == p) for p, n in enumerate(("train", "valid", "test"))}
-  if not len(rows["test"]):
+  own_test = bool(len(rows["test"]))
+  if not own_test:
     rows |= _drawn(own.data, rows["train"], (config.seed, i), config.data.test_fraction)
-  return make_task(i, name, own.data, range(len(own.data.class_names)), None, **rows)
+  task = make_task(i, name, own.data, range(len(own.data.class_names)), None, **rows)
+  return task._replace(own_test=own_test)
 
 
 def _drawn(data: ImageSet, pool: np.ndarray, key: tuple[int, int], fraction: float) -> dict:

@@ -62,6 +62,8 @@ def make(config, model, benchmark) -> Method:
   build = METHODS[config.method.name].make
   method = build(config, model, benchmark)
   if config.method.batch_norm == "population" or models.evaluates_with_batch(model):
+    if not contract.is_own(model):
+      population.require_measurable(model, benchmark.image_shape)
     fixed = models.with_stored_statistics(model)
     logits_fn = (method if fixed is model else build(config, fixed, benchmark)).logits
     batch_size = train.evaluation_batch_size(config)

@@ -80,6 +80,7 @@ def in_training(config, model: nn.Module) -> nn.Module:
 
   Gradients, Fisher information and bases are taken between training steps, when the stored
   statistics do not belong to the weights yet. With `method.batch_norm=population` they are taken
-  with the statistics of the batch, as training steps are; training is then that of "batch".
+  with the statistics of the batch, as training steps are. Training is then that of "batch", but for
+  what validation decides inside it (`keep`, `schedule=plateau`).
   """
   return with_batch_statistics(model) if config.method.batch_norm == "population" else model
