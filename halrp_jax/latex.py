@@ -9,6 +9,7 @@ from halrp_jax.tables import METRICS, Cell, Table
 
 TEXT_WIDTH = 345.0  # points: \textwidth of the class article at 10 points, its narrowest
 _COLUMN_SEP = 3.0  # points, on each side of a column
+MOST_ROWS = 22  # of two lines each, on a page
 # upper bounds of the widths in points of cmr8, \footnotesize's font; _OTHER for all others
 _WIDTHS = (("MW", 8.8), ("mw%", 7.2), (".,;: ", 3.0), ("()[]-", 3.5), ("0123456789", 4.4))
 _LOWER, _OTHER = 4.9, 7.2
@@ -26,8 +27,11 @@ _SPECIAL = {
 
 def to_latex(table: Table) -> str:
   r"""Returns one \begin{table} ... \end{table} per part, each with its caption."""
-  parts = split(table)
-  return "% needs xcolor\n" + "\n".join(_part(table, p, i, len(parts)) for i, p in enumerate(parts))
+  labels = list(table.rows)
+  pages = [labels[i : i + MOST_ROWS] for i in range(0, len(labels), MOST_ROWS)]
+  parts = [(rows, columns) for columns in split(table) for rows in pages]
+  made = (_part(table, *part, i, len(parts)) for i, part in enumerate(parts))
+  return "% needs xcolor\n" + "\n".join(made)
 
 
 def split(table: Table) -> list[list[int]]:
@@ -95,7 +99,8 @@ def _column_width(table: Table, j: int) -> float:
 
 
 def _label_width(table: Table) -> float:
-  return max(map(_text_width, table.rows)) + 2 * _COLUMN_SEP
+  texts = [text for cells in table.rows.values() for text in (cells[0].row, cells[0].variant)]
+  return max(map(_text_width, texts)) + 2 * _COLUMN_SEP
 
 
 def _text_width(text: str) -> float:
@@ -135,15 +140,15 @@ def _cell(cell: Cell, marks: dict[str, str]) -> list[str]:
   return [rf"\textcolor{{red}}{{{x}}}" if x and cell.flags else x for x in lines]
 
 
-def _rows(label: str, cells: list[list[str]]) -> list[str]:
-  """The two lines of a row; one if all cells have nothing on the second."""
+def _rows(label: str, cells: list[list[str]], below: str = "") -> list[str]:
+  """Returns the two lines of a row; one if nothing stands on the second."""
   first, second = (" & ".join(cell[i] for cell in cells) for i in range(2))
-  if not any(cell[1] for cell in cells):
+  if not below and not any(cell[1] for cell in cells):
     return [rf"{label} & {first} \\[2pt]"]
-  return [rf"{label} & {first} \\", rf" & {second} \\[2pt]"]
+  return [rf"{label} & {first} \\", rf"{below} & {second} \\[2pt]"]
 
 
-def _part(table: Table, part: list[int], i: int, count: int) -> str:
+def _part(table: Table, labels: list[str], part: list[int], i: int, count: int) -> str:
   columns, marks = table.target.columns, {}
   heads = []
   for group in _groups(columns):
@@ -151,8 +156,8 @@ def _part(table: Table, part: list[int], i: int, count: int) -> str:
       texts = map(escape, [*_lines(columns[here[0]].head), ""][:2])
       heads.append([rf"\multicolumn{{{len(here)}}}{{c}}{{{text}}}" for text in texts])
   rows = [
-    _rows(escape(label), [_cell(cells[j], marks) for j in part])
-    for label, cells in table.rows.items()
+    _rows(escape(cells[0].row), [_cell(cells[j], marks) for j in part], escape(cells[0].variant))
+    for cells in map(table.rows.get, labels)
   ]
   where = f", part {i + 1} of {count}" if count > 1 else ""
   notes = "; ".join(rf"\textsuperscript{{{mark}}} {escape(text)}" for text, mark in marks.items())
