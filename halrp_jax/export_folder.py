@@ -63,7 +63,7 @@ def require_one_model(place: pathlib.Path, format: str, own: dict[str, dict]) ->
       form = card["format"], card.get("kind")
       if stem in own and form != (format, own[stem]["kind"]):
         _refuse(path, f"is of --format={form[0]} ({form[1]})")
-      if "state" not in card:
+      if "state" in own.get(stem, {}) and "state" not in card:
         _refuse(path, "is of a version that did not write whose it is")
       if stem not in own or any(card.get(k) != x for k, x in own[stem].items()):
         _refuse(path, "is of another model, or of this one before it learned more")

@@ -59,7 +59,8 @@ _CAPTIONS = {
 def panels(groups: list[Group], configs: str) -> list[Panel]:
   """Per benchmark, network and share of the images: each method in the setting of its config.
 
-  Where that was not run, in the setting with most runs, and the label says what is different.
+  Of the kinds of BatchNorm statistics that with most runs is drawn; where no such setting was run,
+  the one with most runs. The label says what is different from the config.
   """
   found = collections.defaultdict(dict)
   for group in groups:
@@ -69,7 +70,10 @@ def panels(groups: list[Group], configs: str) -> list[Panel]:
     chosen = {}
     for method in _in_order(by_method):
       told = [(tables.difference(g, configs), g) for g in by_method[method]]
-      other, group = min(told, key=lambda x: (x[0] != "", -len(x[1].runs), len(x[0])))
+      other, group = min(
+        told,
+        key=lambda x: (x[0] not in records.VARIANTS, -len(x[1].runs), x[0] != "", len(x[0])),
+      )
       chosen[_label(method, other)] = group
     title = f"{benchmark}, {network}, {100 * fraction:g} % of the images"
     name = f"{benchmark}-{network}-{100 * fraction:g}"

@@ -67,7 +67,7 @@ def require_measurable(model: nn.Module, image_shape: tuple[int, ...]) -> None:
     return found
 
   try:
-    jax.eval_shape(run, jax.random.key(0))
+    jax.jit(run)(jax.random.key(0))  # tracing alone does not find what leaks out of a layer
   except jax.errors.UnexpectedTracerError as e:
     raise UserError(
       f"{type(model).__name__}: a BatchNorm inside nn.remat, nn.scan or nn.vmap can't be measured "

@@ -152,7 +152,6 @@ def find(
     g
     for g in groups
     if (fraction is None or g.fraction == fraction)
-    and g.method == setting["method.name"]
     and records.variant(g.setting, setting) == variant
   ]
   return max(found, key=lambda g: (not g.partial, g.fraction, len(g.runs)), default=None)

@@ -369,7 +369,8 @@ def test_every_split_has_images_of_every_class(tmp_path, keys):
 
 def test_one_of_two_images_is_left_to_train_on(tmp_path):
   with_few(tmp_path, 2)
-  assert [least(s, 3) for s in load_few(tmp_path, 0, 0)[-3:]] == [1, 0, 1]
+  task = load_few(tmp_path, 0, 0)
+  assert [least(s, 3) for s in (task.train, task.valid, task.test)] == [1, 0, 1]
   with pytest.raises(
     UserError, match="class '2' has 1 image .* add images .*validation_fraction=0"
   ):

@@ -22,7 +22,7 @@ def run_folder(request, tmp_path_factory):
     epochs=4,
     protocol={},
     data_={"cache": "off"},
-    methods_={"halrp": {"prune_bound": 0.1}},
+    methods_={"halrp": {"prune_bound": 0.05}},
   )
   interrupt(config, folder, 2)
   return folder

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from halrp_jax import __main__ as verbs
-from halrp_jax import experiment, models, saved, train
+from halrp_jax import experiment, saved, train
 from halrp_jax.data import incoming
 from halrp_jax.types import UserError
 
@@ -114,8 +114,6 @@ def test_mixed_batches_that_can_not_be(run_folder):
     saved.make_predict_many(run)([3, 5], image)
   with pytest.raises(UserError, match=r"images are \(2, 8, 8, 1\), expected \(1, 8, 8, 1\)"):
     saved.make_predict_many(run)([3], image)
-  with pytest.raises(UserError, match="statistics of the batch"):
-    saved.make_predict_many(run._replace(model=models.make("lenet", 3, "batch")))
   plain = run.state._replace(tasks=({"params": {}},))
   with pytest.raises(UserError, match="keeps no perturbations of a base"):
     saved.make_predict_many(run._replace(state=plain))

@@ -167,7 +167,7 @@ def _data(data_dir: str) -> Iterator[Finding]:
       yield name, str(e)
     else:
       there.append(name)
-      yield f"{name}: {files.place}, {len(files.names):,} files, {sources.fingerprint(files)}", ""
+      yield f"{name}: {files.place}, {len(files.names):,} files", ""
   for benchmark, family in data.BENCHMARKS.items():
     if set(family.originals) & set(there):
       yield _load(benchmark, data_dir)
