@@ -9,6 +9,18 @@ import numpy as np
 
 from halrp_jax.types import Params
 
+# Types whose values are written to the disk: the name in the file, and where the type is. A name
+# never changes; its type may move.
+TYPES = {
+  "State": "halrp_jax.types:State",
+  "Perturbation": "halrp_jax.lowrank:Perturbation",
+}
+# names in files of versions that wrote where the type was then
+_ALIASES = {
+  "halrp_jax.types:State": "State",
+  "halrp_jax.lowrank:Perturbation": "Perturbation",
+}
+
 
 class Packed(NamedTuple):
   """A pytree on the host, ready to be written."""
@@ -21,7 +33,10 @@ def pack(tree: Params) -> Packed:
   """Copies a pytree to the host: the device may then use its buffers for something else.
 
   Args:
-    tree: dicts, lists, tuples and NamedTuples of ours, with arrays, numbers, texts and None in it.
+    tree: dicts, lists, tuples and the NamedTuples in `TYPES`, with arrays, numbers, texts and None.
+
+  Raises:
+    TypeError: for a NamedTuple that has no name in `TYPES`.
   """
   arrays = []
   return Packed(_encode(tree, arrays), arrays)
@@ -63,8 +78,7 @@ def _encode(tree: Params, arrays: list) -> dict:
   if isinstance(tree, dict):
     return {"dict": [[k, _encode(v, arrays)] for k, v in tree.items()]}
   if hasattr(tree, "_fields"):
-    name = f"{type(tree).__module__}:{type(tree).__name__}"
-    return {"named": name, "items": [_encode(x, arrays) for x in tree]}
+    return {"named": _name_of(type(tree)), "items": [_encode(x, arrays) for x in tree]}
   if isinstance(tree, (tuple, list)):
     kind = "tuple" if isinstance(tree, tuple) else "list"
     return {kind: [_encode(x, arrays) for x in tree]}
@@ -86,11 +100,17 @@ def _decode(node: dict, arrays: dict[int, np.ndarray]) -> Params:
   return kind(_decode(x, arrays) for x in node["tuple" if kind is tuple else "list"])
 
 
+def _name_of(kind: type) -> str:
+  path = f"{kind.__module__}:{kind.__qualname__}"
+  for name, known in TYPES.items():
+    if known == path:
+      return name
+  raise TypeError(f"{path} has no name in halrp_jax.packing.TYPES")
+
+
 def _named(name: str) -> type:
-  module, _, kind_name = name.partition(":")
-  if not module.startswith("halrp_jax."):
+  name = _ALIASES.get(name, name)
+  if name not in TYPES:
     raise ValueError(f"{name} is no type of ours")
-  kind = getattr(importlib.import_module(module), kind_name)
-  if not (isinstance(kind, type) and issubclass(kind, tuple)):
-    raise ValueError(f"{name} is no type of ours")
-  return kind
+  module, _, kind_name = TYPES[name].partition(":")
+  return getattr(importlib.import_module(module), kind_name)
