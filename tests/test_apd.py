@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import optimize
 
+from halrp_jax import experiment
 from halrp_jax.methods import apd
-from halrp_jax.types import State
+from halrp_jax.types import State, UserError
 
 L1, A = 0.3, 2.0
 
@@ -70,9 +71,6 @@ def test_later_consolidation_renews_what_is_shared_and_keeps_its_centroids():
 
 
 def test_more_clusters_than_a_consolidation_has_tasks_are_refused(digits_config):
-  from halrp_jax import experiment
-  from halrp_jax.types import UserError
-
   config = digits_config("apd", **{"method.every": 3, "method.clusters": 4})
   with pytest.raises(UserError, match="method.clusters must be <= method.every, got 4 and 3"):
     experiment.resolve(config)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halrp_jax import data, experiment, train
+from halrp_jax import arguments, data, experiment, train
 from halrp_jax.methods import dictionary, iru
 from halrp_jax.types import State
 
@@ -82,8 +82,6 @@ def test_twenty_tasks_have_the_size_of_the_published_network():
 
 
 def test_the_notebooks_config_is_the_notebooks(real_data):
-  from halrp_jax import arguments
-
   config = arguments.parse_config(["x", f"--config={ROOT}/configs/iru_pmnist20.py"], {}, {}).config
   config.data_dir = real_data
   config = experiment.resolve(config)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import halrp_jax
-from halrp_jax import lowrank, models, perturb, train
-from halrp_jax.types import UserError
+from halrp_jax import data, experiment, lowrank, models, perturb, train
+from halrp_jax.types import Store, UserError
 
 from .conftest import ROOT
 
@@ -146,8 +146,6 @@ def test_the_frozen_kernel_needs_no_gradient_in_a_wide_dense_layer():
 @pytest.mark.parametrize("fold", [True, False])
 def test_padded_columns_stay_zero_under_training(digits_config, fold):
   """Rank 2 of 6 columns; Adam, L1 and L2 must leave columns 2 to 5 zero in U, Sigma and V."""
-  from halrp_jax import data, experiment
-
   config = experiment.resolve(digits_config(**{"method.sigma": "folded" if fold else "kept"}))
   benchmark = data.load(config)
   task, model = benchmark.tasks[0], models.make("mlp", 10)
@@ -169,8 +167,6 @@ def test_padded_columns_stay_zero_under_training(digits_config, fold):
       for q in params["p"].values()
       for x in (q.U, q.V)
     )
-
-  from halrp_jax.types import Store
 
   fit = train.make_fit(config, lambda task: 1.0, apply_fn, penalty_fn)
   trained, _ = fit(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from halrp_jax import replicas, sweep
+from halrp_jax import experiment, replicas, sweep
 from halrp_jax.types import Stopped
 
 
@@ -32,8 +32,6 @@ def losses(folder, cell):
 @pytest.fixture(scope="module")
 def apart_and_joint(tmp_path_factory):
   """-> cells, folder of the runs apart, of the runs at once, how often which function is traced."""
-  from halrp_jax import experiment
-
   config = experiment.make_config(
     "halrp", benchmark="digits", network="mlp", epochs=2, batch_size=64, protocol={}
   )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from halrp_jax import models
 from halrp_jax.methods import wsn
 
 from .test_methods import learn
@@ -42,8 +43,6 @@ def test_masks_hold_their_share_and_their_weights_stay(bn, digits_config):
 
 def test_norm_without_affine_parameters_is_not_trained():
   """On a network that has BatchNorm."""
-  from halrp_jax import models
-
   model = models.make("lenet", 3, "running")
   params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
   trained, fixed = wsn._split_norm({n: x for n, x in params.items() if "bn" in n or n == "head"})
