@@ -21,7 +21,7 @@ import tempfile
 import time
 from importlib import metadata
 
-from halrp_jax import allocator
+from halrp_jax.devices import allocator
 
 if __name__ == "__main__":
   allocator.tune()
@@ -37,8 +37,11 @@ import throughput
 from accelerator_steps import compile_clock, learn, make, measure_steps, row
 from jax import lax
 
-from halrp_jax import experiment, sweep, train
+from halrp_jax import arguments
 from halrp_jax.commands import doctor
+from halrp_jax.runs import experiment, sweep
+from halrp_jax.training import batches
+from halrp_jax.training import evaluate as evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "numpy", "scipy", "torch")
@@ -114,7 +117,7 @@ def torch(target, options):
   setting, precision = target.split(":")
   made = make(setting, "stl", options.smoke, precision=precision)
   config, benchmark, _, _ = made
-  num_steps = train.steps_per_epoch(config, len(benchmark.tasks[0].train.index))
+  num_steps = batches.steps_per_epoch(config, len(benchmark.tasks[0].train.index))
 
   def ask(mode):
     print(json.dumps([mode, num_steps]), file=options.peer.stdin, flush=True)
@@ -156,7 +159,7 @@ def split(target, options):
     if options.smoke:
       how += [f"--config.{k}" for k in ("allow_partial=True", "network=mlp", "epochs=2")]
     for method in ("halrp", "stl"):
-      config = sweep.load_config(str(ROOT / "configs/cifar100_split.py"), method, how)
+      config = arguments.load_config(str(ROOT / "configs/cifar100_split.py"), method, how)
       start = time.perf_counter()
       record = experiment.run(config, f"{folder}/{method}")
       seconds = {k: sum(s[k] for s in record["seconds"]) for k in record["seconds"][0]}
@@ -182,7 +185,7 @@ def svd_(target, options):
 
 
 def evaluate(target, options):
-  """`train.evaluate` on 20 tasks, and what holds it up: the same calls with fewer of its waits."""
+  """`evaluate` on 20 tasks, and what holds it up: the same calls with fewer of its waits."""
   num_tasks = 5 if options.smoke else 20
   network = "mlp" if options.smoke else "lenet"
   made = make(network, "halrp", options.smoke, num_tasks)
@@ -194,7 +197,7 @@ def evaluate(target, options):
 
   def run(state, size):
     predict = lambda i, image: method.predict(state, i, image)
-    return train.evaluate(predict, benchmark.tasks, "test", size)
+    return evaluation.evaluate(predict, benchmark.tasks, "test", size)
 
   @jax.jit
   def whole(state, split, inputs, rows):
@@ -202,7 +205,7 @@ def evaluate(target, options):
     state = state._replace(tasks=tuple(p | {"num_classes": num_classes} for p in state.tasks))
 
     def one(hits, rows):
-      image, label = train.load_batch(split, inputs, rows)
+      image, label = batches.load_batch(split, inputs, rows)
       return hits + jnp.sum(jnp.argmax(method.predict(state, 1, image), -1) == label), None
 
     return lax.scan(one, 0, rows)[0]
@@ -218,8 +221,8 @@ def evaluate(target, options):
   def read_last(size):
     hits = []
     for i, task in enumerate(benchmark.tasks):
-      for rows in train.batches(len(task.test.index), size):
-        image, label = train.load_batch(task.test, task.inputs, rows)
+      for rows in batches.consecutive(len(task.test.index), size):
+        image, label = batches.load_batch(task.test, task.inputs, rows)
         hits.append(count(method.predict(apart, i, image), label))
     return jax.device_get(hits)
 
@@ -239,7 +242,7 @@ def replicas_(target, options):
   numbers = "0,1" if options.smoke else "0,1,2,3,4"
   epochs = 2 if options.smoke else 6
   how = [f"--config.epochs={epochs}", "--config.method.warmup_epochs=1"]
-  config = sweep.load_config(str(ROOT / "configs/digits.py"), "halrp", how)
+  config = arguments.load_config(str(ROOT / "configs/digits.py"), "halrp", how)
   cells = sweep.cells({"halrp": config}, numbers, numbers)
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)

@@ -9,7 +9,9 @@ import numpy as np
 import plain_networks
 import throughput
 
-from halrp_jax import experiment, methods, models, train
+from halrp_jax import methods, models
+from halrp_jax.config import make_config, resolve
+from halrp_jax.training import batches, networks
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
 PHASES = {"base": "STL", "warmup": "warm-up", "finetune": "HALRP"}  # STL's program is the base's
@@ -61,7 +63,7 @@ def make(setting: str, method: str, smoke: bool, num_tasks: int = 2, **keys):
   are learned in seconds. Ranks are those of the cap, which cost no gradients to choose."""
   network, batch, shape, num_classes = throughput.SETTINGS[setting]
   batch, steps = (min(batch, 16), 3) if smoke else (batch, 60 if shape[0] > 32 else 200)
-  config = experiment.make_config(
+  config = make_config(
     method,
     protocol={},
     methods_={
@@ -69,7 +71,7 @@ def make(setting: str, method: str, smoke: bool, num_tasks: int = 2, **keys):
     },
     **{"network": network, "batch_size": batch, "epochs": 7, "parallel": "none"} | keys,
   )
-  config = experiment.resolve(config)
+  config = resolve(config)
   benchmark = draw(
     shape, batch, num_tasks, batch * steps, 1000 // (20 if smoke else 1), num_classes
   )
@@ -92,7 +94,7 @@ def operations(setting: str, batch: int) -> float:
   network, _, shape, num_classes = throughput.SETTINGS[setting]
   plain = plain_networks.NETWORKS[network](num_classes)
   image = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-  shapes = jax.eval_shape(lambda: train.initialize(plain, jax.random.key(0), shape))
+  shapes = jax.eval_shape(lambda: networks.initialize(plain, jax.random.key(0), shape))
   return 3 * throughput.flops_forward(plain, *shapes, image)
 
 
@@ -100,7 +102,7 @@ def measure_steps(setting: str, precision: str, smoke: bool, clock, **keys):
   """Rows of the phases of HALRP, from the seconds that the product's own epochs report."""
   made = make(setting, "halrp", smoke, precision=precision, **keys)
   config, benchmark, _, batch = made
-  steps = train.steps_per_epoch(config, len(benchmark.tasks[0].train.index))
+  steps = batches.steps_per_epoch(config, len(benchmark.tasks[0].train.index))
   seen, compiled, peaks, last = {}, {}, {}, clock()
 
   def watch(event):

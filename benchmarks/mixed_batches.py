@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-from halrp_jax import allocator
+from halrp_jax.devices import allocator
 
 if __name__ == "__main__":
   allocator.tune()
@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import lowrank, models, perturb
+from halrp_jax import models
+from halrp_jax.weights import lowrank, perturb, trees
 
 NUM_CLASSES, SHAPE = 10, (32, 32, 3)
 
@@ -61,7 +62,7 @@ def compare(num_tasks: int, batch: int, ranks: list[int], rounds: int) -> dict[s
   model = models.make("lenet", NUM_CLASSES)
   x = jax.random.normal(jax.random.key(1), (batch, *SHAPE))
   variables = model.init(jax.random.key(0), x[:1], train=False)
-  kernels, rest = perturb.split(variables["params"])
+  kernels, rest = trees.split(variables["params"])
   stats = variables["batch_stats"]
   keys = jax.random.split(jax.random.key(2), num_tasks)
   tasks = [make_task(key, kernels, rest, ranks) for key in keys]

@@ -1,6 +1,7 @@
 """The networks of halrp_jax.models written plainly: what a newcomer would write in Flax.
 
-`from_ours` gives them the same parameters, so that both can be compared (tests/test_models.py).
+`from_ours` gives them the same parameters, so that both can be compared
+(tests/models/test_models.py).
 """
 
 import functools

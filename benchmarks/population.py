@@ -9,7 +9,7 @@ import argparse
 import statistics
 import time
 
-from halrp_jax import allocator
+from halrp_jax.devices import allocator
 
 if __name__ == "__main__":
   allocator.tune()
@@ -17,7 +17,9 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from halrp_jax import experiment, methods, models, population, train
+from halrp_jax import methods, models
+from halrp_jax.config import make_config, resolve
+from halrp_jax.training import networks, population
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
 
@@ -37,8 +39,8 @@ def main():
 
 def compare(network: str, num_images: int, rounds: int) -> tuple[int, float, float]:
   """Returns the number of BatchNorm layers, median seconds of an epoch and of taking statistics."""
-  config = experiment.resolve(
-    experiment.make_config(
+  config = resolve(
+    make_config(
       "stl", protocol={}, network=network, epochs=rounds + 1, batch_size=128, parallel="none"
     )
   )
@@ -62,7 +64,7 @@ def compare(network: str, num_images: int, rounds: int) -> tuple[int, float, flo
         measure({}, learned, task)
         taken.append(time.perf_counter() - start)
 
-  params, stats = train.initialize(model, jax.random.key(0), (32, 32, 3))
+  params, stats = networks.initialize(model, jax.random.key(0), (32, 32, 3))
   learned = {"params": params, "stats": stats, "num_classes": np.int32(10)}
   method.learn(
     method.init(jax.random.key(0), benchmark), (task,), jax.random.key(0), Store("task00", watch)

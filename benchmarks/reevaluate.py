@@ -16,16 +16,11 @@ import pathlib
 import numpy as np
 from ml_collections import config_dict
 
-from halrp_jax import (
-  experiment,
-  identity,
-  methods,
-  models,
-  population,
-  train,
-  validate,
-  workdir,
-)
+from halrp_jax import keys, methods, models
+from halrp_jax.config import resolve
+from halrp_jax.runs import experiment, identity, workdir
+from halrp_jax.training import networks, population
+from halrp_jax.training.evaluate import evaluate
 
 
 def main():
@@ -48,10 +43,10 @@ def main():
 def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[str, list[float]]:
   """Returns accuracies in percent by task, by "KIND IMAGES SIZE"; prints their means."""
   values = _completed(identity.read_config(path), data_dir)
-  config = experiment.resolve(config_dict.ConfigDict(values))
+  config = resolve(config_dict.ConfigDict(values))
   benchmark, model, _ = experiment.build(config)
   state, _ = workdir.newest_state(path)
-  state = population.complete(state, train.statistics_of(model, benchmark.image_shape))
+  state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
   found = {}
   for kind in kinds:
     stored = "running" if kind == "population" else kind  # what is stored was taken in the run
@@ -60,7 +55,7 @@ def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[st
     for images in images_orders:
       tasks = [_by_class(task) if images == "sorted" else task for task in benchmark.tasks]
       for size in sizes:
-        accuracy = train.evaluate(lambda t, x, p=predict: p(state, t, x), tasks, "test", size)
+        accuracy = evaluate(lambda t, x, p=predict: p(state, t, x), tasks, "test", size)
         found[f"{kind} {images} {size}"] = accuracy
         lowest = ", ".join(f"{a:.1f}" for a in sorted(accuracy)[:5])
         print(f"{kind} {images} {size}: ACC {np.mean(accuracy):.2f}, lowest tasks {lowest}")
@@ -76,9 +71,9 @@ def _by_class(task):
 
 def _completed(values: dict, data_dir: str) -> dict:
   """Adds keys that came after the run was made, at their defaults."""
-  for section, keys in (("", validate.KEYS), *validate.SECTIONS.items()):
+  for section, known in (("", keys.KEYS), *keys.SECTIONS.items()):
     target = values[section] if section else values
-    for name, key in keys.items():
+    for name, key in known.items():
       target.setdefault(name, key.default)
   return values | {"data_dir": data_dir}
 

@@ -14,7 +14,9 @@ import time
 
 import numpy as np
 
-from halrp_jax import arguments, compile_cache, sweep
+from halrp_jax import arguments
+from halrp_jax.devices import compile_cache
+from halrp_jax.runs import sweep
 
 FLAGS = {"orders": "with commas", "seeds": "with commas"}
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 
-from halrp_jax import allocator
+from halrp_jax.devices import allocator
 
 if __name__ == "__main__":
   allocator.tune()
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import lowrank
+from halrp_jax.weights import lowrank
 
 
 def seconds_of(fn):

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 
-from halrp_jax import allocator
+from halrp_jax.devices import allocator
 
 if __name__ == "__main__":
   allocator.tune()
@@ -22,7 +22,9 @@ import numpy as np
 import optax
 import plain_networks
 
-from halrp_jax import lowrank, models, perturb, train
+from halrp_jax import models
+from halrp_jax.training import losses, networks
+from halrp_jax.weights import lowrank, perturb, trees
 
 SETTINGS = {  # name: (network, batch, image, classes)
   "lenet": ("lenet", 128, (32, 32, 3), 10),
@@ -61,17 +63,17 @@ def plain_step(model, params, stats, image, label):
   """Single-task learning of a network with the L2 term on its kernels."""
 
   def loss_fn(params, stats, key):
-    logits, stats = train.apply_model(model, params, stats, image, True, key)
-    kernels, _ = perturb.split(params)
-    loss = train.cross_entropy(logits, label, logits.shape[-1])
-    return loss + 0.5e-4 * train.sum_squares(kernels), stats
+    logits, stats = networks.apply_model(model, params, stats, image, True, key)
+    kernels, _ = trees.split(params)
+    loss = losses.cross_entropy(logits, label, logits.shape[-1])
+    return loss + 0.5e-4 * losses.sum_squares(kernels), stats
 
   return jax_step(loss_fn, params, stats)
 
 
 def halrp_step(model, params, stats, image, label):
   """Fine-tuning of <R, S, U, Sigma, V> at the rank cap."""
-  kernels, rest = perturb.split(params)
+  kernels, rest = trees.split(params)
   perturbation = {}
   for name, w in kernels.items():
     rank = min(UPPER_RANK, *w.shape[-2:])
@@ -90,9 +92,9 @@ def halrp_step(model, params, stats, image, label):
       rngs={"dropout": key},
       mutable=["batch_stats"],
     )
-    loss = train.cross_entropy(logits, label, logits.shape[-1])
+    loss = losses.cross_entropy(logits, label, logits.shape[-1])
     for p in params["perturbation"].values():
-      loss += 1e-4 * train.sum_absolute((p.U, p.V)) + 0.5e-4 * train.sum_squares(p)
+      loss += 1e-4 * losses.sum_absolute((p.U, p.V)) + 0.5e-4 * losses.sum_squares(p)
     return loss, new.get("batch_stats", {})
 
   return jax_step(loss_fn, {"rest": rest, "perturbation": perturbation}, stats)
@@ -104,13 +106,13 @@ def steps_of(name, with_torch):
   image = rng.normal(size=(batch, *image_shape)).astype(np.float32)
   label = rng.integers(0, num_classes, batch).astype(np.int32)
   model = models.make(network, num_classes)
-  params, stats = train.initialize(model, jax.random.key(0), image_shape)
+  params, stats = networks.initialize(model, jax.random.key(0), image_shape)
   plain = plain_networks.NETWORKS[network](num_classes)
   steps = {
     "STL": plain_step(model, params, stats, image, label),
     "HALRP": halrp_step(model, params, stats, image, label),
   }
-  plain_params, plain_stats = train.initialize(plain, jax.random.key(0), image_shape)
+  plain_params, plain_stats = networks.initialize(plain, jax.random.key(0), image_shape)
   steps["plain"] = plain_step(plain, plain_params, plain_stats, image, label)
   if with_torch:
     import torch_networks

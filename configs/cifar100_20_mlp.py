@@ -7,11 +7,11 @@ cifar-100-binary/ or cifar-100-binary.tar.gz. The paper's ACC: HALRP 67.21, IRU 
 docs/measurements.md.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="cifar100_20",
     order="0",

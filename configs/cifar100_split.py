@@ -9,11 +9,11 @@ DIR holds cifar-100-binary/ or cifar-100-binary.tar.gz. The paper's ACC over fiv
 HALRP 67.92, STL 69.55. Ours: docs/measurements.md.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="cifar100_split",
     order="A",

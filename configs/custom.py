@@ -9,11 +9,11 @@ TASK.npz; check_data says what is read, converted, not used, and wrong.
 The hyper-parameters are those of CIFAR100-Split with the images shuffled: a start, not a result.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="custom",
     order="natural",

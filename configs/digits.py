@@ -6,11 +6,11 @@
 Expected ACC and time: README.md.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="digits",
     order="0",

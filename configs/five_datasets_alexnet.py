@@ -8,11 +8,11 @@ cifar-10-batches-bin/, mnist/, svhn/, fashion_mnist/ and notMNIST_small/ (or the
 paper's ACC over five orders: HALRP 88.81, STL 89.32. Ours: docs/measurements.md.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="five_datasets",
     order="0",

@@ -6,11 +6,11 @@ DIR holds mnist/ with the four idx files. Pixels from 0 to 255, no validation im
 on the softmax, 500 epochs per task. ACC of the notebook 85.50, of its paper 85.60; not run by us.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "iru"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="pmnist20",
     order="natural",

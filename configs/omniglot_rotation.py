@@ -9,11 +9,11 @@ with images_background.zip and images_evaluation.zip. The paper's ACC over five 
 STL 80.93. Ours: docs/measurements.md.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="omniglot_rotation",
     order="0",

@@ -6,11 +6,11 @@ The method stands after the config's name: configs/pmnist.py:stl. DIR holds mnis
 files. The paper's ACC over five orders: HALRP 98.10, STL 98.24. Ours: docs/measurements.md.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="pmnist",
     order="0",

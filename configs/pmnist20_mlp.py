@@ -6,11 +6,11 @@ The method stands after the config's name: configs/pmnist20_mlp.py:stl. DIR hold
 four idx files. The paper's ACC: HALRP 92.02, IRU 85.60. Ours: docs/measurements.md.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="pmnist20",
     order="0",

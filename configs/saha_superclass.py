@@ -11,11 +11,11 @@ response normalisation), 5 % of the training images validate, batches have 64 im
 rate is halved where the validation loss stops falling, the weights of its lowest are kept.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "wsn"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="cifar100_superclass",
     order="A",

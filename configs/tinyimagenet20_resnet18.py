@@ -8,11 +8,11 @@ imagenet-200/ or tiny-imagenet-200.zip. The paper's ACC over five orders: HALRP 
 Ours, on a part of the images: docs/measurements.md.
 """
 
-from halrp_jax import experiment
+from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return experiment.make_config(
+  return make_config(
     method,
     benchmark="tinyimagenet20",
     order="0",

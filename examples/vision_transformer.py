@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-from halrp_jax import perturb
+from halrp_jax.weights import perturb
 
 NUM_TRAIN = 1297
 

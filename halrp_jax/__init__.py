@@ -10,7 +10,12 @@ halrp_jax.pretrained parameters that others have trained: load
 
 import importlib
 
-_MODULES = ("perturb", "saved", "export", "pretrained")
+_MODULES = {
+  "perturb": "weights.perturb",
+  "saved": "deploy.saved",
+  "export": "deploy.export",
+  "pretrained": "deploy.pretrained",
+}
 
 
 def __getattr__(name: str):
@@ -22,5 +27,5 @@ def __getattr__(name: str):
     except metadata.PackageNotFoundError:  # a copy of the tree that nobody has installed
       return None
   if name in _MODULES:
-    return importlib.import_module(f"halrp_jax.{name}")
+    return importlib.import_module(f"halrp_jax.{_MODULES[name]}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

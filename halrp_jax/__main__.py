@@ -2,13 +2,13 @@
 
 import sys
 
-from halrp_jax import allocator
+from halrp_jax.devices import allocator
 
 if __name__ == "__main__":  # before jax is imported
   allocator.tune()
 
-from halrp_jax import program
-from halrp_jax.commands import COMMANDS
+
+from halrp_jax.commands import COMMANDS, program
 from halrp_jax.types import UserError
 
 

@@ -2,11 +2,12 @@
 
 import argparse
 import re
+from collections.abc import Iterable
 
 from absl import flags
 from ml_collections import config_flags
 
-from halrp_jax import methods, validate
+from halrp_jax import keys, methods
 from halrp_jax.types import UserError
 
 
@@ -48,15 +49,21 @@ def parse_config(
   return values
 
 
+def load_config(file: str, method: str = "", overrides: Iterable[str] = ()):
+  """The config of a file. `method`: what stands after the colon; overrides: --config.KEY=VALUE."""
+  name = f"{file}:{method}" if method else file
+  return parse_config(["sweep", f"--config={name}", *overrides], {}, {}).config
+
+
 def _check_key_names(argv: list[str]) -> None:
   """config_flags names an unknown key badly, so look first."""
   name = next((a.rpartition(":")[2] for a in argv if re.match(r"--?config=.*:", a)), None)
   chosen = [methods.METHODS[name]] if name in methods.METHODS else methods.METHODS.values()
-  known = {"method.name"}.union(*(validate.keys_of(m.KEYS) for m in chosen))
+  known = {"method.name"}.union(*(keys.keys_of(m.KEYS) for m in chosen))
   for arg in argv:
     key = re.match(r"--?(?:no)?config\.([^=]*)", arg)
     if key and key[1] not in known:
-      raise UserError(f"--config.{key[1]} is not a config key{validate.nearest(key[1], known)}")
+      raise UserError(f"--config.{key[1]} is not a config key{keys.nearest(key[1], known)}")
 
 
 class _Parser(argparse.ArgumentParser):

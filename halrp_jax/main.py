@@ -15,23 +15,18 @@ noticed first), 141 nobody reads the output any more.
 
 import sys
 
-from halrp_jax import allocator, stop
+from halrp_jax.devices import allocator, stop
 
 if __name__ == "__main__":  # before jax is imported
   allocator.tune()
   stop_asked = stop.listen()
 
-from halrp_jax import (
-  arguments,
-  compile_cache,
-  data,
-  experiment,
-  methods,
-  models,
-  processes,
-  program,
-  report,
-)
+
+from halrp_jax import arguments, data, methods, models
+from halrp_jax.commands import program, terminal
+from halrp_jax.config import resolve
+from halrp_jax.devices import compile_cache, processes
+from halrp_jax.runs import experiment
 from halrp_jax.types import Diverged, Stopped, UserError, one_line
 
 FLAGS = {
@@ -61,24 +56,24 @@ def _main(argv: list[str], stop_asked) -> int:
   args = arguments.parse_config(argv, FLAGS, SWITCHES)
   try:
     if args.help:
-      print(report.help_text(__doc__ or "", args.get_help(), methods.METHODS))
+      print(terminal.help_text(__doc__ or "", args.get_help(), methods.METHODS))
     elif args.list:
-      print(report.list_text(data.BENCHMARKS, models.NETWORKS, methods.METHODS))
+      print(terminal.list_text(data.BENCHMARKS, models.NETWORKS, methods.METHODS))
     elif args.config is None:
       raise UserError("--config is missing: for example --config=configs/digits.py (or --list)")
     elif args.dry_run:
-      print(report.plan_text(experiment.plan(args.config)))
+      print(terminal.plan_text(experiment.plan(args.config)))
     elif not args.workdir:
       raise UserError("--workdir is missing: the folder for the results, for example runs/digits")
     else:
       if args.download:  # first: once they have met, no process waits long for another
-        data.download(experiment.resolve(args.config), print)
+        data.download(resolve(args.config), print)
       processes.start(args.coordinator, args.num_processes, args.process_id)
       compile_cache.use(args.compile_cache)
-      with report.live_display(sys.stdout if processes.is_first() else None) as show:
+      with terminal.live_display(sys.stdout if processes.is_first() else None) as show:
         record = experiment.run(args.config, args.workdir, show, args.overwrite, stop_asked)
       if processes.is_first():
-        print(report.record_text(record, args.workdir))
+        print(terminal.record_text(record, args.workdir))
   except Diverged as e:
     print(f"error: {one_line(e)}", file=sys.stderr)
     return 1

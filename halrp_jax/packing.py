@@ -13,7 +13,7 @@ from halrp_jax.types import Params
 # never changes; its type may move.
 TYPES = {
   "State": "halrp_jax.types:State",
-  "Perturbation": "halrp_jax.lowrank:Perturbation",
+  "Perturbation": "halrp_jax.weights.lowrank:Perturbation",
 }
 # names in files of versions that wrote where the type was then
 _ALIASES = {

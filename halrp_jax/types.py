@@ -5,13 +5,37 @@ An experiment folds `Method.learn` over a tuple of tasks; everything else is boo
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import numpy as np
+if TYPE_CHECKING:  # reports are drawn without JAX
+  import jax
+  import numpy as np
 
-Array = jax.Array | np.ndarray
+  Array = jax.Array | np.ndarray
+else:
+  Array = Any
 Params = Any  # a pytree of arrays
+
+# The files of a run's folder, and the version of the first.
+RECORD, METRICS, CONFIG, TASKS, STANDING, LOCK, CHECKPOINTS = (
+  "record.json",
+  "metrics.jsonl",
+  "config.json",
+  "tasks.json",
+  "standing.json",
+  "lock",
+  "checkpoints",
+)
+SCHEMA = 1
+# JAX flags that change numbers, with the values JAX has by default
+JAX_FLAGS = {
+  "jax_enable_x64": False,
+  "jax_default_prng_impl": "threefry2x32",
+  "jax_threefry_partitionable": True,
+  "jax_random_seed_offset": 0,
+  "jax_high_dynamic_range_gumbel": False,
+  "jax_default_matmul_precision": None,
+}
 
 
 class UserError(Exception):

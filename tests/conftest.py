@@ -9,7 +9,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax
 import pytest
 
-from halrp_jax import compile_cache, experiment, methods
+from halrp_jax import methods
+from halrp_jax.config import make_config
+from halrp_jax.devices import compile_cache
+from halrp_jax.runs import experiment
 from halrp_jax.types import Stopped
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,7 +44,7 @@ def digits_config():
   """Builds a small config on the real digits: (method, **overrides by dotted key) -> config."""
 
   def build(method="halrp", **overrides):
-    config = experiment.make_config(
+    config = make_config(
       method,
       benchmark="digits",
       network="mlp",

@@ -8,10 +8,10 @@ from importlib import metadata
 
 import pytest
 
-from halrp_jax import experiment
+from halrp_jax.runs import experiment
 
 from .conftest import ROOT
-from .test_workdir import same
+from .runs.test_workdir import same
 
 
 def run(workdir, *more, config="digits.py:stl", env=None, before=""):

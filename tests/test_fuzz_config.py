@@ -11,7 +11,8 @@ import pytest
 from hypothesis import strategies as st
 from ml_collections import config_dict
 
-from halrp_jax import experiment, methods, validate
+from halrp_jax import keys, methods
+from halrp_jax.runs import experiment
 from halrp_jax.types import UserError
 
 from .conftest import ROOT
@@ -34,7 +35,7 @@ FREE = {"data_dir", "data.cache", "data.tasks"}  # texts that only the data can 
 
 
 def keys_of(method):
-  known = validate.keys_of(methods.METHODS[method].KEYS)
+  known = keys.keys_of(methods.METHODS[method].KEYS)
   return {k: v for k, v in known.items() if k not in FREE}
 
 
@@ -63,7 +64,7 @@ def bad_values(draw):
 def misspelt(draw):
   """-> method, key that does not exist, value"""
   method = draw(st.sampled_from(sorted(methods.METHODS)))
-  known = validate.keys_of(methods.METHODS[method].KEYS)
+  known = keys.keys_of(methods.METHODS[method].KEYS)
   name = draw(st.sampled_from(sorted(known)))
   at = draw(st.integers(0, len(name.rpartition(".")[2]) - 1)) - len(name.rpartition(".")[2])
   slip = draw(st.sampled_from(["", "x", "_"]))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from .conftest import ROOT
-from .test_data import write_small_cifar
+from .data.test_data import write_small_cifar
 
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
 QUICK = (

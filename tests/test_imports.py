@@ -1,6 +1,7 @@
-"""The layer rule: imports go strictly downward and siblings don't import one another."""
+"""The plan of the code: folders are rooms, imports go strictly down, siblings stand alone."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -8,49 +9,34 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "halrp_jax"
-LAYERS = (
-  {"types", "allocator", "stop", "parallel"},
-  {"packing"},
-  {
-    "lowrank",
-    "bases",
-    "metrics",
-    "validate",
-    "layers",
-    "data",
-    "compile_cache",
-    "determinism",
-    "replicas",
-    "processes",
-    "cards",
-    "export_folder",
-    "files",
-    "standing",
-  },
-  {"kinds"},
-  {"proof"},
-  {"perturb", "models", "epoch", "devices"},
-  {"contract"},
-  {"train", "checkpoint"},
-  {"population"},
-  {"methods"},
-  {"report", "identity", "program"},
-  {"workdir"},
-  {"experiment", "arguments"},
-  {"sweep", "records", "estimate", "saved"},
-  {"paper", "export", "pretrained"},
-  {"tables"},
-  {"figures", "latex"},
-  {"page"},
-  {"publish"},
-  {"commands"},
+# A room is a folder or a module at the top. It imports rooms of later lines alone.
+ROOMS = (
   {"main", "__main__"},
+  {"commands"},
+  {"deploy"},
+  {"runs"},
+  {"arguments"},
+  {"config"},
+  {"methods"},
+  {"training"},
+  {"models", "weights"},
+  {"nn"},
+  {"devices"},
+  {"keys", "data", "reports"},
+  {"files", "packing", "metrics"},
+  {"types"},
 )
-RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
-# inside a folder of siblings: the package itself may import all, and these may be imported by all
-SHARED_SIBLINGS = {
-  "data": {"folders", "sources", "orders", "formats", "cache", "tasks", "prepared", "mnist_family"},
-  "methods": {"anchored", "additive", "dictionary"},
+FLOOR = {name: i for i, names in enumerate(ROOMS) for name in names}
+MOST_FLOORS = 12
+MOST_AT_THE_TOP = 10
+# folders whose files stand side by side, and those of them that the others may import
+SIBLINGS = {
+  "commands": {"program", "terminal"},
+  "data": {
+    *("cache", "folders", "formats", "mnist_family", "orders", "prepared", "sources", "tasks"),
+  },
+  "methods": {"additive", "anchored", "dictionary"},
+  "models": set(),
 }
 
 
@@ -60,50 +46,88 @@ def _modules():
 
 
 def _imports(path):
-  for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("halrp_jax"):
+  """Yields what a file imports of ours, as parts of dotted names."""
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "halrp_jax":
       parts = node.module.split(".")[1:]
       for alias in node.names:
-        yield tuple([*parts, alias.name] if len(parts) < 1 or parts[0] in _folders() else parts)
+        is_module = not parts or (PACKAGE.joinpath(*parts) / f"{alias.name}.py").exists()
+        yield tuple([*parts, alias.name] if is_module else parts)
     elif isinstance(node, ast.Import):
       for alias in node.names:
         if alias.name.startswith("halrp_jax."):
           yield tuple(alias.name.split(".")[1:])
 
 
-def _folders():
-  return {p.name for p in PACKAGE.iterdir() if p.is_dir()}
+def _arrows() -> dict[str, set[str]]:
+  """Returns the rooms that each room imports."""
+  found = {name: set() for name in FLOOR}
+  for path, parts in _modules():
+    if parts[0] != "__init__":
+      found[parts[0]] |= {target[0] for target in _imports(path)} - {parts[0]}
+  return found
 
 
-def test_every_module_has_a_layer():
+def test_every_room_has_a_floor():
   names = {parts[0] for _, parts in _modules()} - {"__init__"}
-  assert names <= RANK.keys(), f"give a layer to {names - RANK.keys()}"
+  assert names == FLOOR.keys()
 
 
 def test_imports_go_down():
   for path, parts in _modules():
-    if parts[0] == "__init__":
-      continue
-    for target in _imports(path):
-      if target[0] != parts[0] and target[0] in RANK:
-        assert RANK[target[0]] < RANK[parts[0]], f"{path} imports {'.'.join(target)}"
+    for target in _imports(path) if parts[0] != "__init__" else ():
+      if target[0] != parts[0]:
+        assert FLOOR[target[0]] > FLOOR[parts[0]], f"{path} imports {'.'.join(target)}"
+
+
+def test_the_longest_chain_of_imports():
+  arrows = _arrows()
+
+  @functools.cache
+  def chain(name):
+    return [name, *max(map(chain, arrows[name]), key=len, default=[])]
+
+  longest = max(map(chain, arrows), key=len)
+  assert len(longest) <= MOST_FLOORS, " > ".join(longest)
+
+
+def test_few_modules_are_at_the_top():
+  assert len(list(PACKAGE.glob("*.py"))) <= MOST_AT_THE_TOP
 
 
 def test_siblings_do_not_import_one_another():
   for path, parts in _modules():
-    if len(parts) < 2 or parts[-1] == "__init__":
+    if len(parts) < 2 or parts[-1] == "__init__" or parts[0] not in SIBLINGS:
       continue
     for target in _imports(path):
-      sibling = target[0] == parts[0] and len(target) > 1
-      allowed = SHARED_SIBLINGS.get(parts[0], set())
-      assert not sibling or target[1] in allowed, f"{path} imports {'.'.join(target)}"
+      if target[0] == parts[0] and len(target) > 1:
+        assert target[1] in SIBLINGS[parts[0]], f"{path} imports {'.'.join(target)}"
+
+
+def test_inside_a_folder_there_is_no_circle():
+  """Also where a module is imported inside a function."""
+  arrows = {}
+  for path, parts in _modules():
+    arrows[parts] = {t for t in _imports(path) if t[0] == parts[0] and t != parts}
+  done = set()
+  while ready := {
+    m for m, to in arrows.items() if m not in done and not (to & arrows.keys()) - done
+  }:
+    done |= ready
+  assert not arrows.keys() - done
+
+
+def test_reports_know_metrics_and_types_alone():
+  for path, parts in _modules():
+    if parts[0] == "reports":
+      assert {target[0] for target in _imports(path)} <= {"reports", "metrics", "types"}, path
 
 
 @pytest.mark.parametrize("program", ["halrp_jax", "halrp_jax.main"])
 def test_the_allocator_is_tuned_before_jax_is_loaded(program):
   code = f"""
 import runpy, sys
-from halrp_jax import allocator
+from halrp_jax.devices import allocator
 allocator.tune = lambda: print("jax" in sys.modules)
 sys.argv = ["program", "--help"]
 runpy.run_module({program!r}, run_name="__main__")

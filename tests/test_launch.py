@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from halrp_jax import stop
+from halrp_jax.devices import stop
 
 from .conftest import ROOT
 

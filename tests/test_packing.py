@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from halrp_jax import packing
-from halrp_jax.lowrank import Perturbation
 from halrp_jax.types import State
+from halrp_jax.weights.lowrank import Perturbation
 
 
 def test_bytes_hold_the_whole_pytree():

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from halrp_jax import arguments, data, experiment
+from halrp_jax import arguments, data
+from halrp_jax.config import resolve
 from halrp_jax.types import Task, UserError, UserErrors
 
 _FLAGS = {"sheet": "where the contact sheet goes; default: check_data.png"}
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
   with args.config.unlocked():
     complete = args.config.allow_partial
     args.config.allow_partial = True  # look at what is there, then say what lacks
-  config = experiment.resolve(args.config)
+  config = resolve(args.config)
   try:
     benchmark = data.load(config)
   except UserErrors as e:

@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from halrp_jax import report
+from halrp_jax.commands import terminal
 from halrp_jax.types import UserError
 
 
@@ -11,7 +11,7 @@ def main(arguments: list[str]) -> int:
   """Prints the records of the run folders named."""
   if not arguments:
     raise UserError("compare: name one or more run folders")
-  print(report.compare_text({name: _read(name) for name in arguments}))
+  print(terminal.compare_text({name: _read(name) for name in arguments}))
   return 0
 
 

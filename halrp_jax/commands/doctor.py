@@ -16,8 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import halrp_jax
-from halrp_jax import arguments, checkpoint, data, devices, experiment, layers, validate, workdir
+from halrp_jax import arguments, data, keys
+from halrp_jax.config import make_config, resolve
 from halrp_jax.data import sources
+from halrp_jax.devices import faults
+from halrp_jax.nn import layers
+from halrp_jax.nn.norm import BatchNorm
+from halrp_jax.runs import checkpoint, workdir
 from halrp_jax.types import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
@@ -53,7 +58,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-  if line := devices.unusable():
+  if line := faults.unusable():
     yield "devices", line
     return
   for device in jax.local_devices():
@@ -83,7 +88,7 @@ def _self_test() -> dict[str, float]:
 
   matrix = jax.random.normal(keys[2], (300, 200))
   u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-  norm = layers.BatchNorm(running=False, relu=True, pool=2)
+  norm = BatchNorm(running=False, relu=True, pool=2)
   normed = norm.apply(norm.init(keys[0], image, train=False), image, train=False)
   mean, std = image.mean((0, 1, 2)), image.std((0, 1, 2))
   wanted = jnp.maximum((image - mean[None, None, None]) / std[None, None, None], 0)
@@ -146,9 +151,9 @@ def _json(path: pathlib.Path, remedy: str) -> tuple[dict, str]:
 
 
 def _summary(config: dict) -> str:
-  flat = validate.flat(config)
-  keys = ("method.name", "benchmark", "network", "order", "seed")
-  return ": " + ", ".join(f"{k} {flat[k]}" for k in keys if k in flat) if flat else ""
+  flat = keys.flat(config)
+  shown = ("method.name", "benchmark", "network", "order", "seed")
+  return ": " + ", ".join(f"{k} {flat[k]}" for k in shown if k in flat) if flat else ""
 
 
 # --- data -----------------------------------------------------------------------------
@@ -175,7 +180,7 @@ def _data(data_dir: str) -> Iterator[Finding]:
 
 def _load(benchmark: str, data_dir: str) -> Finding:
   """Reads a benchmark as a run would."""
-  config = experiment.make_config(
+  config = make_config(
     "stl",
     benchmark=benchmark,
     data_dir=data_dir,
@@ -185,7 +190,7 @@ def _load(benchmark: str, data_dir: str) -> Finding:
     protocol={"validation_fraction": 0.0},
   )
   try:
-    found = data.load(experiment.resolve(config))
+    found = data.load(resolve(config))
   except UserError as e:
     return benchmark, str(e)
   counts = [sum(len(getattr(t, s).index) for t in found.tasks) for s in ("train", "valid", "test")]

@@ -12,7 +12,8 @@ another model or format is refused: delete it, or choose another one. All tasks,
 --task names one. `halrp_jax.export.load(DIR, task)` reads the first two (halrp_jax/export.py).
 """
 
-from halrp_jax import arguments, export, saved
+from halrp_jax import arguments
+from halrp_jax.deploy import export, saved
 from halrp_jax.types import UserError
 
 

@@ -13,7 +13,10 @@ on where it was stopped.
 
 import sys
 
-from halrp_jax import arguments, compile_cache, report, saved, stop
+from halrp_jax import arguments
+from halrp_jax.commands import terminal
+from halrp_jax.deploy import saved
+from halrp_jax.devices import compile_cache, stop
 from halrp_jax.types import Stopped, UserError
 
 
@@ -34,7 +37,7 @@ def main(argv: list[str]) -> int:
   if line := saved.lacks_statistics(run):
     print(f"note: {line}")
   try:
-    with report.live_display(sys.stdout) as show:
+    with terminal.live_display(sys.stdout) as show:
       record = saved.extend(run, options.data, options.out, show, stop_asked)
   except Stopped:
     print(f"stopped; the same command goes on from {options.out}", file=sys.stderr)

@@ -20,8 +20,10 @@ import time
 
 import numpy as np
 
-from halrp_jax import arguments, saved, train
+from halrp_jax import arguments
 from halrp_jax.data import formats, incoming
+from halrp_jax.deploy import saved
+from halrp_jax.training import batches
 from halrp_jax.types import UserError
 
 _SECONDS = 5.0  # between two lines of progress
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     raise UserError(f"predict: --batch_size={options.batch_size} must be at least 1")
   run = saved.open_run(options.workdir)
   t = saved.find_task(run, options.task)
-  batch_size = options.batch_size or train.evaluation_batch_size(run.config)
+  batch_size = options.batch_size or batches.evaluation_batch_size(run.config)
   shape = tuple(run.benchmark.tasks[t].train.image.shape[1:])
   images = incoming.open_images(options.images, shape, batch_size)
   if line := saved.lacks_statistics(run):

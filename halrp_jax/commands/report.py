@@ -10,7 +10,9 @@ different. Files that can't be used are named and left out. --docs writes reprod
 figures into that folder; reasons.json there says why a number is off.
 """
 
-from halrp_jax import arguments, paper, publish, records
+from halrp_jax import arguments
+from halrp_jax.reports import paper, publish, records
+from halrp_jax.runs import reproduce
 from halrp_jax.types import UserError
 
 
@@ -25,8 +27,8 @@ def main(argv: list[str]) -> int:
   for flag in ("runs", "out"):
     if not getattr(options, flag):
       raise UserError(f"report: --{flag} is missing; python -m halrp_jax report --help")
-  configs = paper.configs_folder(options.configs)
-  report = publish.collect(options.runs, configs, list(paper.TARGETS.values()))
+  catalogue = reproduce.catalogue(reproduce.configs_folder(options.configs))
+  report = publish.collect(options.runs, catalogue, list(paper.TARGETS.values()))
   publish.write(report, options.out, f"halrp_jax: runs below {options.runs}")
   if options.docs:
     command = f"python -m halrp_jax report --runs={options.runs} --out=OUT --docs={options.docs}"

@@ -15,24 +15,19 @@ import argparse
 import pathlib
 import sys
 
-from halrp_jax import (
-  arguments,
-  compile_cache,
-  estimate,
-  experiment,
-  paper,
-  publish,
-  report,
-  stop,
-  sweep,
-)
+from halrp_jax import arguments
+from halrp_jax.commands import terminal
+from halrp_jax.config import make_config, resolve
+from halrp_jax.devices import compile_cache, stop
+from halrp_jax.reports import paper, publish
+from halrp_jax.runs import estimate, reproduce, sweep
 from halrp_jax.types import Stopped, UserError
 
 
 def main(argv: list[str]) -> int:
   """Runs what is not finished and writes the report."""
   options = _parse(argv)
-  configs = paper.configs_folder(options.configs)
+  configs = reproduce.configs_folder(options.configs)
   targets = _targets(options)
   compile_cache.use(options.compile_cache)
   if options.list:
@@ -79,7 +74,7 @@ def _cells(target, configs: str, options) -> tuple[list[sweep.Cell], list[str]]:
     known = ", ".join(target.rows.values())
     raise UserError(f"--methods: {target.name} has no {', '.join(sorted(unknown))}; it has {known}")
   keys = {"data_dir": options.data_dir, "allow_partial": options.allow_partial}
-  return paper.cells(configs, target, options.budget, only, options.orders, options.seeds, keys)
+  return reproduce.cells(configs, target, options.budget, only, options.orders, options.seeds, keys)
 
 
 def _reproduce(target, configs: str, options) -> int:
@@ -90,14 +85,14 @@ def _reproduce(target, configs: str, options) -> int:
     print(f"not here yet: {name}")
   stop_asked = stop.listen()
   try:
-    with report.live_sweep(sys.stdout) as show:
+    with terminal.live_sweep(sys.stdout) as show:
       rows = sweep.run(sweep.shard(cells, options.shard), str(root), show, stop_asked)
   except Stopped:
     print(f"stopped; the same command goes on from {options.workdir}", file=sys.stderr)
     return stop.EXIT_CODE
-  print(report.sweep_text(rows))
+  print(terminal.sweep_text(rows))
   if any(row["state"] in ("done", "kept") for row in rows):
-    found = publish.collect(str(root), configs, [target], smoke, only=True)
+    found = publish.collect(str(root), reproduce.catalogue(configs, smoke), [target], only=True)
     out = pathlib.Path(options.workdir) / f"report-{target.slug}-{options.budget}"
     publish.write(found, str(out), f"halrp_jax: {target.name}, budget {options.budget}")
     print(out / publish.PAGE)
@@ -126,7 +121,7 @@ def _list(targets, configs: str, options) -> None:
 
 def _estimate(cell: sweep.Cell, known: dict) -> tuple[int, float]:
   """Steps and seconds of a cell. known: kind of run -> calibration, filled here."""
-  config = experiment.resolve(cell.config)
+  config = resolve(cell.config)
   steps, num_tasks = estimate.steps(config)
   kind = estimate.kind(config)
   if kind not in known:
@@ -143,6 +138,4 @@ def _calibration_config(config, method: str):
   if method == "halrp":
     own |= {"svd": config.method.svd, "importance_split": "train"}
   protocol = config.protocol.to_dict()
-  return experiment.resolve(
-    experiment.make_config(method, protocol=protocol, methods_={method: own}, **keys)
-  )
+  return resolve(make_config(method, protocol=protocol, methods_={method: own}, **keys))

@@ -18,7 +18,10 @@ stopped by SIGTERM or SIGINT.
 
 import sys
 
-from halrp_jax import arguments, compile_cache, report, stop, sweep
+from halrp_jax import arguments
+from halrp_jax.commands import terminal
+from halrp_jax.devices import compile_cache, stop
+from halrp_jax.runs import sweep
 from halrp_jax.types import Stopped, UserError
 
 _FLAGS = {
@@ -49,12 +52,12 @@ def main(argv: list[str]) -> int:
   compile_cache.use(args.compile_cache)
   stop_asked = stop.listen()
   try:
-    with report.live_sweep(sys.stdout) as show:
+    with terminal.live_sweep(sys.stdout) as show:
       rows = sweep.run(cells, args.workdir, show, stop_asked, args.vectorize)
   except Stopped:
     print(f"stopped; the same command goes on from {args.workdir}", file=sys.stderr)
     return stop.EXIT_CODE
-  print(report.sweep_text(rows))
+  print(terminal.sweep_text(rows))
   return int(sweep.failed(rows))
 
 
@@ -64,4 +67,4 @@ def _configs(argv: list[str], methods: str) -> dict[str, object]:
   file = named.partition("=")[2].partition(":")[0]
   overrides = [a for a in argv if a.lstrip("-").startswith(("config.", "noconfig."))]
   names = [name for name in methods.split(",") if name]
-  return {name: sweep.load_config(file, name, overrides) for name in names}
+  return {name: arguments.load_config(file, name, overrides) for name in names}

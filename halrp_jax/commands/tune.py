@@ -16,7 +16,11 @@ import sys
 
 import numpy as np
 
-from halrp_jax import arguments, compile_cache, experiment, files, identity, report, stop, validate
+from halrp_jax import arguments, files, keys
+from halrp_jax.commands import terminal
+from halrp_jax.config import resolve
+from halrp_jax.devices import compile_cache, stop
+from halrp_jax.runs import experiment, identity
 from halrp_jax.types import Diverged, InUse, Stopped, UserError
 
 _FLAGS = {
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> int:
     for name, values in _cells(args.grid).items()
   }
   for config in cells.values():
-    experiment.resolve(config)  # a mistake in any cell is found before the first run
+    resolve(config)  # a mistake in any cell is found before the first run
   compile_cache.use(args.compile_cache)
   root, stop_asked = pathlib.Path(args.workdir), stop.listen()
   results, waiting, read = {}, dict(cells), identity.shared_read()
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> int:
     raise UserError(f"tune: another process is at work in all cells of {root}; wait for it")
   table = sorted(results.items(), key=lambda item: -(item[1]["average_accuracy"] or -np.inf))
   files.write_json(root / "tune.json", dict(table))
-  print(report.tune_text(dict(table)))
+  print(terminal.tune_text(dict(table)))
   if waiting:
     print(f"at work elsewhere, hence not in the table: {', '.join(waiting)}")
   return 0
@@ -89,10 +93,10 @@ def _value(text: str):
 def _cell_config(config, values: dict, keep_fraction: bool):
   """The config of one cell, which sees no test image."""
   cell = config.copy_and_resolve_references()
-  known = validate.flat(cell.to_dict())
+  known = keys.flat(cell.to_dict())
   for key in values:
     if key not in known:
-      raise UserError(f"--grid: {key} is not a config key{validate.nearest(key, known)}")
+      raise UserError(f"--grid: {key} is not a config key{keys.nearest(key, known)}")
   values = {"protocol.evaluate_on": "validation"} | values
   values |= {} if keep_fraction else {"train_fraction": _FRACTION}
   with cell.unlocked():
@@ -106,7 +110,7 @@ def _run(name: str, config, folder: pathlib.Path, stop_asked, read) -> dict | No
   """Runs a cell; None if another process is at it."""
   print(f"--- {name}")
   try:
-    with report.live_display(sys.stdout) as show:
+    with terminal.live_display(sys.stdout) as show:
       record = experiment.run(config, str(folder), show, stop_asked=stop_asked, read=read)
   except InUse as e:
     print(f"at work elsewhere: {e}")

@@ -8,7 +8,7 @@
 To add one: a file beside this one and a line in `METHODS`.
 """
 
-from halrp_jax import contract, models, population, train
+from halrp_jax import models
 from halrp_jax.methods import (
   apd,
   apdfix,
@@ -27,6 +27,8 @@ from halrp_jax.methods import (
   stl,
   wsn,
 )
+from halrp_jax.training import batches, contract, population
+from halrp_jax.training.evaluate import make_predict
 from halrp_jax.types import Method, UserError
 
 METHODS = {
@@ -66,9 +68,9 @@ def make(config, model, benchmark) -> Method:
       population.require_measurable(model, benchmark.image_shape)
     fixed = models.with_stored_statistics(model)
     logits_fn = (method if fixed is model else build(config, fixed, benchmark)).logits
-    batch_size = train.evaluation_batch_size(config)
+    batch_size = batches.evaluation_batch_size(config)
     method = method._replace(learn=population.keep(method, logits_fn, batch_size))
-  return method._replace(predict=train.make_predict(method))
+  return method._replace(predict=make_predict(method))
 
 
 def _check_network(name: str, model, benchmark) -> None:

@@ -12,11 +12,12 @@ tau is trained dense; for prediction what is not above the L1 coefficient in siz
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import train, validate
+from halrp_jax import keys
+from halrp_jax.training import sizes
 from halrp_jax.types import Size, State
 
-KEYS = validate.NETWORK_KEYS | {
-  "l1": validate.number(
+KEYS = keys.NETWORK_KEYS | {
+  "l1": keys.number(
     4e-4, 0, None, "L1 coefficient on tau, and the size up to which tau is 0 in prediction"
   ),
 }
@@ -64,13 +65,13 @@ def size(state: State, num_local: int, nonzero_local: int, training_only: int) -
     training_only: as in `Size`.
   """
   kernels, (first, *later) = state.shared["kernels"], state.tasks
-  counts = [train.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
-  base = train.network_count(kernels, first["rest"], int(first["num_classes"]))
-  masks = train.count_leaves([p["mask"] for p in state.tasks])
+  counts = [sizes.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
+  base = sizes.network_count(kernels, first["rest"], int(first["num_classes"]))
+  masks = sizes.count_leaves([p["mask"] for p in state.tasks])
   taus = jax.tree.leaves([p["tau"] for p in state.tasks])
   num_tau, nonzero_tau = sum(x.size for x in taus), sum(int(jnp.count_nonzero(x)) for x in taus)
   counted = masks + sum(c.counted for c in counts)
-  stats = train.count_leaves([p["stats"] for p in state.tasks])
+  stats = sizes.count_leaves([p["stats"] for p in state.tasks])
   uncounted = stats + sum(c.biases for c in counts)
   sparse = nonzero_tau + nonzero_local
   return Size(

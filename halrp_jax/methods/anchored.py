@@ -17,11 +17,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import keys
+from halrp_jax.training import networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, Params, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import trees
 
-KEYS = validate.NETWORK_KEYS | {
-  "bn_scope": validate.one_of(
+KEYS = keys.NETWORK_KEYS | {
+  "bn_scope": keys.one_of(
     "shared", ("shared", "task"), "whether BatchNorm is one of the shared features or the task's"
   ),
 }
@@ -43,16 +46,16 @@ def make(
     distance: (shared parameters, anchor) -> penalty.
     next_anchor: (anchor, all parameters after a task, statistics, task) -> anchor for the next one.
   """
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
   own_norm = m.bn_scope == "task"
-  apply_fn, l2_penalty = train.plain_network(model)
+  apply_fn, l2_penalty = networks.plain_network(model)
 
   def penalty(params, frozen):
-    shared, _ = perturb.split_private(params, own_norm)
+    shared, _ = trees.split_private(params, own_norm)
     return l2_penalty(params, frozen) + distance(shared, frozen["anchor"])
 
-  fit = train.make_fit(config, decay, apply_fn, penalty)
-  initialize = train.make_initialize(model, benchmark)
+  fit = make_fit(config, decay, apply_fn, penalty)
+  initialize = networks.make_initialize(model, benchmark)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -61,11 +64,11 @@ def make(
     if state.tasks:
       params, stats, anchor = _warm_start(state, params, own_norm)
     else:
-      anchor = first_anchor(perturb.split_private(params, own_norm)[0])
-    frozen = {"l2": train.l2_coefficient(m), "anchor": anchor}
+      anchor = first_anchor(trees.split_private(params, own_norm)[0])
+    frozen = {"l2": networks.l2_coefficient(m), "anchor": anchor}
     params, stats = fit(params, stats, frozen, task, fit_key, config.epochs, store.child("train"))
     anchor = store.once("anchor", lambda: next_anchor(anchor, params, stats, task))
-    shared, private = perturb.split_private(params, own_norm)
+    shared, private = trees.split_private(params, own_norm)
     learned = {
       "private": private,
       "stats": stats if own_norm else {},
@@ -75,11 +78,11 @@ def make(
     return State(shared, (*state.tasks, learned)), {}
 
   def network(shared, learned):
-    params = perturb.join_private(shared["params"], learned["private"])
+    params = trees.join_private(shared["params"], learned["private"])
     return params, learned["stats"] or shared["stats"]
 
   def logits(shared, learned, image):
-    return train.apply_model(model, *network(shared, learned), image, False, None)[0]
+    return networks.apply_model(model, *network(shared, learned), image, False, None)[0]
 
   def merge(state, t):
     return network(state.shared, state.tasks[t])
@@ -91,8 +94,8 @@ def make(
 def _warm_start(state, fresh, own_norm: bool):
   """Everything as the task before left it, but for a fresh head. -> params, stats, anchor"""
   before = state.tasks[-1]
-  private = before["private"] | {perturb.HEAD: fresh[perturb.HEAD]}
-  params = perturb.join_private(state.shared["params"], private)
+  private = before["private"] | {trees.HEAD: fresh[trees.HEAD]}
+  params = trees.join_private(state.shared["params"], private)
   stats = before["stats"] if own_norm else state.shared["stats"]
   return params, stats, state.shared["anchor"]
 
@@ -102,9 +105,9 @@ def size(state: State):
   first, *later = state.tasks
   counts = []
   for learned in state.tasks:
-    params = perturb.join_private(state.shared["params"], learned["private"])
-    counts.append(train.network_count(*perturb.split(params), int(learned["num_classes"])))
-  private = [train.count_rest(p["private"], {}, int(p["num_classes"])).counted for p in later]
-  stats, unused = train.count_statistics(state)
-  anchors = train.count_leaves(state.shared["anchor"])
-  return train.dense_size(counts[0], sum(private), stats, anchors + unused)
+    params = trees.join_private(state.shared["params"], learned["private"])
+    counts.append(sizes.network_count(*trees.split(params), int(learned["num_classes"])))
+  private = [sizes.count_rest(p["private"], {}, int(p["num_classes"])).counted for p in later]
+  stats, unused = sizes.count_statistics(state)
+  anchors = sizes.count_leaves(state.shared["anchor"])
+  return sizes.dense_size(counts[0], sum(private), stats, anchors + unused)

@@ -32,22 +32,25 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.cluster import KMeans
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import keys
 from halrp_jax.methods import additive
+from halrp_jax.training import losses, networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import trees
 
 _ITERATIONS = 100  # of k-means, as in APD's program
 
 KEYS = additive.KEYS | {
-  "retroactive": validate.number(
+  "retroactive": keys.number(
     100.0, 0, None, "a: coefficient on the change of the tasks before", True
   ),
-  "old_tau": validate.one_of(
+  "old_tau": keys.one_of(
     "trained", ("trained", "closed_form"), "how the tau of the tasks before follow sigma"
   ),
-  "every": validate.whole(5, 0, None, "s: tasks between two consolidations; 0: never"),
-  "clusters": validate.whole(2, 1, None, "k: clusters for every s tasks"),
-  "close": validate.number(1e-2, 0, None, "beta: difference up to which values become one"),
+  "every": keys.whole(5, 0, None, "s: tasks between two consolidations; 0: never"),
+  "clusters": keys.whole(2, 1, None, "k: clusters for every s tasks"),
+  "close": keys.number(1e-2, 0, None, "beta: difference up to which values become one"),
 }
 
 
@@ -59,11 +62,11 @@ def check(config) -> list[str]:
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
-  l2, closed = train.l2_coefficient(m), m.old_tau == "closed_form"
+  m, decay = config.method, learning_rate_decay(config, benchmark)
+  l2, closed = networks.l2_coefficient(m), m.old_tau == "closed_form"
 
   def network(kernels, rest, stats, image, train_mode, key):
-    return train.apply_model(model, perturb.join(kernels, rest), stats, image, train_mode, key)
+    return networks.apply_model(model, trees.join(kernels, rest), stats, image, train_mode, key)
 
   def apply_fn(params, frozen, *args):
     mask = additive.masks_of(params["v"])
@@ -74,19 +77,19 @@ def make(config, model, benchmark) -> Method:
     shift = anchor - additive.times(sigma, mask)  # what tau would have to be; L drops out
     if closed:
       return jnp.sum(huber(shift, m.l1, m.retroactive))
-    return m.l1 * train.sum_absolute(old) + 0.5 * m.retroactive * jnp.sum((old - shift) ** 2)
+    return m.l1 * losses.sum_absolute(old) + 0.5 * m.retroactive * jnp.sum((old - shift) ** 2)
 
   def penalty(params, frozen):
-    own = m.l1 * train.sum_absolute(params["tau"])
-    own += l2 * train.sum_squares((params["tau"], params["v"]))
-    own += frozen["l2_sigma"] * train.sum_squares(params["sigma"])
+    own = m.l1 * losses.sum_absolute(params["tau"])
+    own += l2 * losses.sum_squares((params["tau"], params["v"]))
+    own += frozen["l2_sigma"] * losses.sum_squares(params["sigma"])
     return own + sum(
       of_task_before(w, params["old"].get(n), frozen["mask"][n], frozen["anchor"][n])
       for n, w in params["sigma"].items()
     )
 
-  fit = train.make_fit(config, decay, apply_fn, penalty)
-  initialize = train.make_initialize(model, benchmark)
+  fit = make_fit(config, decay, apply_fn, penalty)
+  initialize = networks.make_initialize(model, benchmark)
 
   def kernels_of(shared, p):
     local = {n: x[p["cluster"][n]] for n, x in shared["local"].items()}
@@ -140,13 +143,13 @@ def make(config, model, benchmark) -> Method:
     pruned = tuple(p | {"tau": additive.prune(p["tau"], m.l1)} for p in state.tasks)
     local = [x[1:] for x in state.shared["local"].values()]
     nonzero = sum(int(jnp.count_nonzero(x)) for x in local)
-    held = len(pruned) * train.count_leaves(state.shared["kernels"]) * (1 if closed else 4)
-    held += train.count_leaves(state.shared.get("centroid", {}))
-    return additive.size(State(state.shared, pruned), train.count_leaves(local), nonzero, held)
+    held = len(pruned) * sizes.count_leaves(state.shared["kernels"]) * (1 if closed else 4)
+    held += sizes.count_leaves(state.shared.get("centroid", {}))
+    return additive.size(State(state.shared, pruned), sizes.count_leaves(local), nonzero, held)
 
   def merge(state, t):
     p = state.tasks[t]
-    return perturb.join(kernels_of(state.shared, p), p["rest"]), p["stats"]
+    return trees.join(kernels_of(state.shared, p), p["rest"]), p["stats"]
 
   serves = ("kernels", "local")
   return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, serves)
@@ -165,11 +168,11 @@ def huber(x: jax.Array, l1: float, a: float) -> jax.Array:
 
 def _start(state, params, stats):
   """sigma, biases and BatchNorm as the task before left them, a fresh head."""
-  kernels, rest = perturb.split(params)
+  kernels, rest = trees.split(params)
   if not state.tasks:
     return kernels, rest, stats
   before = state.tasks[-1]
-  rest = before["rest"] | {perturb.HEAD: rest[perturb.HEAD]}
+  rest = before["rest"] | {trees.HEAD: rest[trees.HEAD]}
   return state.shared["kernels"], rest, before["stats"]
 
 

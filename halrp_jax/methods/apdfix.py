@@ -21,35 +21,38 @@ vector" (method.train_tau = False); but a mask per output can't do better than B
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import keys
 from halrp_jax.methods import additive
+from halrp_jax.training import losses, networks
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import trees
 
 KEYS = additive.KEYS | {
-  "train_tau": validate.flag(True, "tau is learned; false: the mask alone"),
-  "tau_start": validate.one_of("shared", ("shared", "zero"), "where tau starts: at sigma, or at 0"),
+  "train_tau": keys.flag(True, "tau is learned; false: the mask alone"),
+  "tau_start": keys.one_of("shared", ("shared", "zero"), "where tau starts: at sigma, or at 0"),
 }
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
-  l2 = train.l2_coefficient(m)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
+  l2 = networks.l2_coefficient(m)
 
   def network(kernels, mask, tau, rest, stats, image, train_mode, key):
-    weights = perturb.join(additive.compose(kernels, mask, tau), rest)
-    return train.apply_model(model, weights, stats, image, train_mode, key)
+    weights = trees.join(additive.compose(kernels, mask, tau), rest)
+    return networks.apply_model(model, weights, stats, image, train_mode, key)
 
   def apply_fn(params, frozen, *args):
     mask = additive.masks_of(params["v"])
     return network(frozen["kernels"], mask, params["tau"], params["rest"], *args)
 
   def penalty(params, frozen):
-    squares = train.sum_squares((params["tau"], params["v"]))
-    return m.l1 * train.sum_absolute(params["tau"]) + l2 * squares
+    squares = losses.sum_squares((params["tau"], params["v"]))
+    return m.l1 * losses.sum_absolute(params["tau"]) + l2 * squares
 
-  initialize = train.make_initialize(model, benchmark)
-  fit_base = train.make_fit(config, decay, *train.plain_network(model))
-  fit_own = train.make_fit(config, decay, apply_fn, penalty)
+  initialize = networks.make_initialize(model, benchmark)
+  fit_base = make_fit(config, decay, *networks.plain_network(model))
+  fit_own = make_fit(config, decay, apply_fn, penalty)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -58,7 +61,7 @@ def make(config, model, benchmark) -> Method:
     if not state.tasks:
       phase = store.child("base")
       params, stats = fit_base(params, stats, {"l2": l2}, task, fit_key, config.epochs, phase)
-      kernels, rest = perturb.split(params)
+      kernels, rest = trees.split(params)
       ones = {n: jnp.ones(w.shape[-1]) for n, w in kernels.items()}
       none = jax.tree.map(jnp.zeros_like, kernels) if m.train_tau else {}
       return State({"kernels": kernels}, (_learned(task, ones, none, rest, stats),)), {}
@@ -67,7 +70,7 @@ def make(config, model, benchmark) -> Method:
     start = {
       "v": additive.draw_v(jax.random.fold_in(init_key, 1), kernels),
       "tau": tau if m.train_tau else {},
-      "rest": first["rest"] | {perturb.HEAD: params[perturb.HEAD]},
+      "rest": first["rest"] | {trees.HEAD: params[trees.HEAD]},
     }
     phase = store.child("own")
     got, stats = fit_own(start, first["stats"], state.shared, task, fit_key, config.epochs, phase)
@@ -85,7 +88,7 @@ def make(config, model, benchmark) -> Method:
   def merge(state, t):
     p = state.tasks[t]
     kernels = additive.compose(state.shared["kernels"], p["mask"], p["tau"])
-    return perturb.join(kernels, p["rest"]), p["stats"]
+    return trees.join(kernels, p["rest"]), p["stats"]
 
   return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("kernels",))
 

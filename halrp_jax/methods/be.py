@@ -18,27 +18,30 @@ learning", 2020, Eq. 1, 6, 7; spec/baselines.md 3.6. Biases and BatchNorm per ta
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import contract, kinds, lowrank, perturb, train, validate
+from halrp_jax import keys
+from halrp_jax.training import contract, losses, networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import kinds, lowrank, perturb, trees
 
-KEYS = validate.NETWORK_KEYS | {
-  "l2_scales": validate.number(0.0, 0, None, "L2 coefficient on r and s"),
+KEYS = keys.NETWORK_KEYS | {
+  "l2_scales": keys.number(0.0, 0, None, "L2 coefficient on r and s"),
 }
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
   half = 0.5 if m.l2_half else 1.0
 
   def penalty(params, frozen):
     scales = [(p.R, p.S) for p in params["perturbation"].values()]
-    return half * m.l2_scales * train.sum_squares(scales)
+    return half * m.l2_scales * losses.sum_squares(scales)
 
   shapes_fn = contract.make_matrix_shapes(model, benchmark)
-  initialize = train.make_initialize(model, benchmark)
-  apply_scaled = train.perturbed_network(model)
-  fit_base = train.make_fit(config, decay, *train.plain_network(model))
-  fit_scaled = train.make_fit(config, decay, apply_scaled, penalty)
+  initialize = networks.make_initialize(model, benchmark)
+  apply_scaled = networks.perturbed_network(model)
+  fit_base = make_fit(config, decay, *networks.plain_network(model))
+  fit_scaled = make_fit(config, decay, apply_scaled, penalty)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -48,7 +51,7 @@ def make(config, model, benchmark) -> Method:
       store = store.child("base")
       frozen = {"l2": half * m.l2}
       params, stats = fit_base(params, stats, frozen, task, fit_key, config.epochs, store)
-      kernels, rest = perturb.split(params)
+      kernels, rest = trees.split(params)
       shapes = shapes_fn(params)
       ones = {
         name: lowrank.identity(kinds.as_matrix(w, shapes[name]), 0, fold=True)
@@ -59,7 +62,7 @@ def make(config, model, benchmark) -> Method:
     first = state.tasks[0]
     start = {
       "perturbation": first["perturbation"],
-      "rest": first["rest"] | {perturb.HEAD: params[perturb.HEAD]},
+      "rest": first["rest"] | {trees.HEAD: params[trees.HEAD]},
     }
     store = store.child("scales")
     trained, stats = fit_scaled(
@@ -84,9 +87,9 @@ def _learned(task, trained, stats):
 def size(state: State):
   """Later tasks add r, s, BatchNorm and head; biases and statistics."""
   kernels, (first, *later) = state.shared["kernels"], state.tasks
-  counts = [train.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
-  scales = train.count_leaves([p["perturbation"] for p in later])
-  uncounted = train.count_leaves([p["stats"] for p in state.tasks])
-  base = train.network_count(kernels, first["rest"], int(first["num_classes"]))
+  counts = [sizes.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
+  scales = sizes.count_leaves([p["perturbation"] for p in later])
+  uncounted = sizes.count_leaves([p["stats"] for p in state.tasks])
+  base = sizes.network_count(kernels, first["rest"], int(first["num_classes"]))
   counted = scales + sum(c.counted for c in counts)
-  return train.dense_size(base, counted, uncounted + sum(c.biases for c in counts))
+  return sizes.dense_size(base, counted, uncounted + sum(c.biases for c in counts))

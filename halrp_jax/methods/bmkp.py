@@ -39,29 +39,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from halrp_jax import bases, layers, models, perturb, train, validate
+from halrp_jax import keys, models
+from halrp_jax.nn.conv import times
+from halrp_jax.training import batches, networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import bases, perturb, taps, trees
 
 # lambda and gamma: the paper's on CIFAR-100. Half the epochs for phase 1, half for 3: 51.5 % on the
 # validation images of CIFAR100-Split (a tenth of the images, form=code); all for both: 49.0 %.
-KEYS = validate.NETWORK_KEYS | {
-  "learn_share": validate.number(0.5, 0, 1, "epochs of phase 1 in those of a task", True),
-  "retrain_share": validate.number(0.5, 0, 1, "epochs of phase 3 in those of a task"),
-  "strength": validate.number(1.0, 0, None, "lambda: coefficient on r"),
-  "form": validate.one_of("paper", ("paper", "code"), "whose r"),
-  "threshold": validate.number(
+KEYS = keys.NETWORK_KEYS | {
+  "learn_share": keys.number(0.5, 0, 1, "epochs of phase 1 in those of a task", True),
+  "retrain_share": keys.number(0.5, 0, 1, "epochs of phase 3 in those of a task"),
+  "strength": keys.number(1.0, 0, None, "lambda: coefficient on r"),
+  "form": keys.one_of("paper", ("paper", "code"), "whose r"),
+  "threshold": keys.number(
     0.96, 0, 1, "gamma: share of the outputs' energy that the basis carries"
   ),
-  "first_threshold": validate.number(0.95, 0, 1, "gamma of the first task"),
-  "samples": validate.whole(500, 1, None, "training images of a task that its basis is made from"),
+  "first_threshold": keys.number(0.95, 0, 1, "gamma of the first task"),
+  "samples": keys.whole(500, 1, None, "training images of a task that its basis is made from"),
 }
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
   learn_epochs = math.ceil(m.learn_share * config.epochs)
   retrain_epochs = math.floor(m.retrain_share * config.epochs)
-  plain, penalty = train.plain_network(model)
+  plain, penalty = networks.plain_network(model)
 
   def apply_projected(params, frozen, stats, image, train_mode, key):
     variables = {"params": params, "batch_stats": stats}
@@ -74,7 +78,7 @@ def make(config, model, benchmark) -> Method:
     return logits, new.get("batch_stats", {})
 
   def penalty_of_learning(params, frozen):
-    kernels, _ = perturb.split(params)
+    kernels, _ = trees.split(params)
     total = penalty(params, frozen)
     for name, weight in frozen["weight"].items():
       basis = frozen["basis"][name]
@@ -82,37 +86,37 @@ def make(config, model, benchmark) -> Method:
       total += weight * (paper_form(e) if m.form == "paper" else code_form(e, basis))
     return total
 
-  fit_first = train.make_fit(config, decay, plain, penalty)
-  fit_working = train.make_fit(config, decay, plain, penalty_of_learning)
-  fit_projected = train.make_fit(config, decay, apply_projected, penalty)
-  initialize = train.make_initialize(model, benchmark)
+  fit_first = make_fit(config, decay, plain, penalty)
+  fit_working = make_fit(config, decay, plain, penalty_of_learning)
+  fit_projected = make_fit(config, decay, apply_projected, penalty)
+  initialize = networks.make_initialize(model, benchmark)
   to_coefficients = jax.jit(_to_coefficients)
   moments_fn = jax.jit(_moments_of(models.in_training(config, model)))
 
   def learn(state, tasks, key, store):
     (task,) = tasks
-    t, frozen = len(state.tasks), {"l2": train.l2_coefficient(m)}
+    t, frozen = len(state.tasks), {"l2": networks.l2_coefficient(m)}
     init_key, learn_key, sample_key, retrain_key = jax.random.split(key, 4)
     params, stats = initialize(init_key)
     phase = store.child("learn")
     if not t:
       params, stats = fit_first(params, stats, frozen, task, learn_key, learn_epochs, phase)
-      memory = _empty_bases(perturb.split(params)[0])
+      memory = _empty_bases(trees.split(params)[0])
     else:
       memory, working = state.shared, state.shared["working"]
-      params = working["params"] | {perturb.HEAD: params[perturb.HEAD]}
+      params = working["params"] | {trees.HEAD: params[trees.HEAD]}
       held = frozen | {"basis": memory["basis"], "weight": _weights(memory, m.strength)}
       params, stats = fit_working(
         params, working["stats"], held, task, learn_key, learn_epochs, phase
       )
 
     def project():
-      parts = train.over_samples(
+      parts = batches.over_samples(
         functools.partial(moments_fn, params, stats),
         task,
         sample_key,
         m.samples,
-        train.evaluation_batch_size(config),
+        batches.evaluation_batch_size(config),
       )
       return _grow(memory, parts, m.threshold if t else m.first_threshold)
 
@@ -127,7 +131,7 @@ def make(config, model, benchmark) -> Method:
       "num_directions": memory["num_directions"],
       "num_classes": jnp.int32(task.num_classes),
     }
-    features = {name: x for name, x in params.items() if name != perturb.HEAD}
+    features = {name: x for name, x in params.items() if name != trees.HEAD}
     shared = memory | {"working": {"params": features, "stats": stats}}
     ranks = {name: int(k) for name, k in memory["num_directions"].items()}
     return State(shared, (*state.tasks, learned)), {"ranks": ranks}
@@ -137,9 +141,9 @@ def make(config, model, benchmark) -> Method:
 
   def merge(state, t):
     p, basis = state.tasks[t], state.shared["basis"]
-    kernels, rest = perturb.split(p["params"])
-    kernels = {n: layers.times(a, basis[n].T) for n, a in kernels.items()}
-    return perturb.join(kernels, rest), p["stats"]
+    kernels, rest = trees.split(p["params"])
+    kernels = {n: times(a, basis[n].T) for n, a in kernels.items()}
+    return trees.join(kernels, rest), p["stats"]
 
   return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("basis",))
 
@@ -194,7 +198,7 @@ def _moments_of(model):
 
   def moments(params, stats, image):
     variables = {"params": params, "batch_stats": stats}
-    found = perturb.layer_outputs(model, perturb.layer_names(params), variables, image)
+    found = taps.layer_outputs(model, trees.layer_names(params), variables, image)
     rows = {name: z.reshape(-1, z.shape[-1]) for name, z in found.items()}
     return {name: z.T @ z for name, z in rows.items()}
 
@@ -218,8 +222,8 @@ def _grow(memory, parts, energy):
 
 def _to_coefficients(params, basis):
   """Kernels W -> B' W, everything else as it is."""
-  kernels, rest = perturb.split(params)
-  return perturb.join({n: layers.times(w, basis[n]) for n, w in kernels.items()}, rest)
+  kernels, rest = trees.split(params)
+  return trees.join({n: times(w, basis[n]) for n, w in kernels.items()}, rest)
 
 
 # --- size -----------------------------------------------------------------------------
@@ -231,15 +235,15 @@ def size(state: State) -> Size:
   The working memory is for training.
   """
   shared, (first, *later) = state.shared, state.tasks
-  kernels, rest = perturb.split(first["params"])
-  base = train.network_count(kernels, rest, int(first["num_classes"]))
+  kernels, rest = trees.split(first["params"])
+  base = sizes.network_count(kernels, rest, int(first["num_classes"]))
   products = sum(len(b) * int(shared["num_directions"][n]) for n, b in shared["basis"].items())
   for p in state.tasks:
     products += sum(w.size // w.shape[-1] * int(p["num_directions"][n]) for n, w in kernels.items())
-  rests = [perturb.split(p["params"])[1] for p in later]
+  rests = [trees.split(p["params"])[1] for p in later]
   counts = [
-    train.count_rest(x, kernels, int(p["num_classes"])) for x, p in zip(rests, later, strict=True)
+    sizes.count_rest(x, kernels, int(p["num_classes"])) for x, p in zip(rests, later, strict=True)
   ]
-  counted = products - train.count_leaves(kernels) + sum(c.counted for c in counts)
-  uncounted = sum(c.biases for c in counts) + train.count_leaves([p["stats"] for p in state.tasks])
-  return train.dense_size(base, counted, uncounted, train.count_leaves(shared["working"]))
+  counted = products - sizes.count_leaves(kernels) + sum(c.counted for c in counts)
+  uncounted = sum(c.biases for c in counts) + sizes.count_leaves([p["stats"] for p in state.tasks])
+  return sizes.dense_size(base, counted, uncounted, sizes.count_leaves(shared["working"]))

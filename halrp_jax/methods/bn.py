@@ -20,66 +20,69 @@ not say whether biases are trained: `method.train_biases`.
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import keys
+from halrp_jax.training import networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import trees
 
-KEYS = validate.NETWORK_KEYS | {
-  "start": validate.one_of(
+KEYS = keys.NETWORK_KEYS | {
+  "start": keys.one_of(
     "task0", ("task0", "fresh"), "where a later task's BatchNorm starts: task 0's, or anew"
   ),
-  "train_biases": validate.flag(False, "later tasks train biases of their own too"),
+  "train_biases": keys.flag(False, "later tasks train biases of their own too"),
 }
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
-  initialize = train.make_initialize(model, benchmark)
-  fit_all = train.make_fit(config, decay, *train.plain_network(model))
+  m, decay = config.method, learning_rate_decay(config, benchmark)
+  initialize = networks.make_initialize(model, benchmark)
+  fit_all = make_fit(config, decay, *networks.plain_network(model))
 
   def apply_tuned(params, frozen, stats, image, train_mode, key):
-    rest = perturb.join_biases(frozen["biases"] | params["biases"], params["others"])
-    params = perturb.join(frozen["kernels"], rest)
-    return train.apply_model(model, params, stats, image, train_mode, key)
+    rest = trees.join_biases(frozen["biases"] | params["biases"], params["others"])
+    params = trees.join(frozen["kernels"], rest)
+    return networks.apply_model(model, params, stats, image, train_mode, key)
 
-  fit_tuned = train.make_fit(config, decay, apply_tuned, lambda params, frozen: 0.0)
+  fit_tuned = make_fit(config, decay, apply_tuned, lambda params, frozen: 0.0)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
     init_key, fit_key = jax.random.split(key)
     params, stats = initialize(init_key)
     if not state.tasks:
-      frozen = {"l2": train.l2_coefficient(m)}
+      frozen = {"l2": networks.l2_coefficient(m)}
       store = store.child("base")
       params, stats = fit_all(params, stats, frozen, task, fit_key, config.epochs, store)
-      kernels, rest = perturb.split(params)
+      kernels, rest = trees.split(params)
       return State({"kernels": kernels}, (_learned(task, rest, stats),)), {}
     kernels, first = state.shared["kernels"], state.tasks[0]
-    _, fresh = perturb.split(params)
+    _, fresh = trees.split(params)
     rest, stats = (fresh, stats) if m.start == "fresh" else (first["rest"], first["stats"])
-    biases, _ = perturb.split_biases(first["rest"], kernels)
-    _, others = perturb.split_biases(rest | {perturb.HEAD: fresh[perturb.HEAD]}, kernels)
+    biases, _ = trees.split_biases(first["rest"], kernels)
+    _, others = trees.split_biases(rest | {trees.HEAD: fresh[trees.HEAD]}, kernels)
     trained = {"biases": biases if m.train_biases else {}, "others": others}
     frozen = {"kernels": kernels, "biases": biases}
     store = store.child("tune")
     trained, stats = fit_tuned(trained, stats, frozen, task, fit_key, config.epochs, store)
-    rest = perturb.join_biases(biases | trained["biases"], trained["others"])
+    rest = trees.join_biases(biases | trained["biases"], trained["others"])
     return State(state.shared, (*state.tasks, _learned(task, rest, stats))), {}
 
   def logits(shared, learned, image):
-    params = perturb.join(shared["kernels"], learned["rest"])
-    return train.apply_model(model, params, learned["stats"], image, False, None)[0]
+    params = trees.join(shared["kernels"], learned["rest"])
+    return networks.apply_model(model, params, learned["stats"], image, False, None)[0]
 
   def size(state):
     kernels, (first, *later) = state.shared["kernels"], state.tasks
-    counts = [train.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
-    uncounted = train.count_leaves([p["stats"] for p in state.tasks])
+    counts = [sizes.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
+    uncounted = sizes.count_leaves([p["stats"] for p in state.tasks])
     uncounted += sum(c.biases for c in counts) if m.train_biases else 0
-    base = train.network_count(kernels, first["rest"], int(first["num_classes"]))
-    return train.dense_size(base, sum(c.counted for c in counts), uncounted)
+    base = sizes.network_count(kernels, first["rest"], int(first["num_classes"]))
+    return sizes.dense_size(base, sum(c.counted for c in counts), uncounted)
 
   def merge(state, t):
     p = state.tasks[t]
-    return perturb.join(state.shared["kernels"], p["rest"]), p["stats"]
+    return trees.join(state.shared["kernels"], p["rest"]), p["stats"]
 
   return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("kernels",))
 

@@ -27,39 +27,43 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import layers, perturb, train, validate
+from halrp_jax import keys
+from halrp_jax.nn.conv import depthwise_conv
+from halrp_jax.training import losses, networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import trees
 
-KEYS = validate.NETWORK_KEYS | {
-  "bn_scope": validate.one_of(
+KEYS = keys.NETWORK_KEYS | {
+  "bn_scope": keys.one_of(
     "shared", ("shared", "task"), "one BatchNorm that all tasks train, or each its own"
   ),
 }
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
-  l2 = train.l2_coefficient(m)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
+  l2 = networks.l2_coefficient(m)
   own_norm = m.bn_scope == "task"
 
   def apply_fn(params, frozen, stats, image, train_mode, key):
-    rest = perturb.join_biases(frozen["biases"], params["norm"] | {perturb.HEAD: params["head"]})
-    weights = perturb.join(frozen["kernels"], rest)
+    rest = trees.join_biases(frozen["biases"], params["norm"] | {trees.HEAD: params["head"]})
+    weights = trees.join(frozen["kernels"], rest)
     with nn.intercept_methods(_reprogrammed(params["adapters"])):
-      return train.apply_model(model, weights, stats, image, train_mode, key)
+      return networks.apply_model(model, weights, stats, image, train_mode, key)
 
   def penalty(params, frozen):
-    return l2 * train.sum_squares(params["adapters"])
+    return l2 * losses.sum_squares(params["adapters"])
 
-  fit_base = train.make_fit(config, decay, *train.plain_network(model))
-  fit = train.make_fit(config, decay, apply_fn, penalty)
-  initialize = train.make_initialize(model, benchmark)
+  fit_base = make_fit(config, decay, *networks.plain_network(model))
+  fit = make_fit(config, decay, apply_fn, penalty)
+  initialize = networks.make_initialize(model, benchmark)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
     init_key, fit_key, base_key = jax.random.split(key, 3)
     params, stats = initialize(init_key)
-    head = params[perturb.HEAD]
+    head = params[trees.HEAD]
     shared = state.shared
     if not state.tasks:
       base, stats = fit_base(
@@ -88,9 +92,9 @@ def make(config, model, benchmark) -> Method:
 
 def _freeze(params, stats):
   """The base: kernels and biases; BatchNorm as the first task leaves it."""
-  kernels, rest = perturb.split(params)
-  biases, others = perturb.split_biases(rest, kernels)
-  norm = {name: x for name, x in others.items() if name != perturb.HEAD}
+  kernels, rest = trees.split(params)
+  biases, others = trees.split_biases(rest, kernels)
+  norm = {name: x for name, x in others.items() if name != trees.HEAD}
   return {"kernels": kernels, "biases": biases, "norm": norm, "stats": stats}
 
 
@@ -110,7 +114,7 @@ def _reprogrammed(adapters):
     name = "/".join(context.module.path)
     if context.method_name != "__call__" or name not in adapters:
       return y
-    return layers.depthwise_conv(y, adapters[name])
+    return depthwise_conv(y, adapters[name])
 
   return intercept
 
@@ -119,12 +123,12 @@ def size(state: State):
   """Every task adds its depthwise kernels, every later one its head and its own BatchNorm."""
   shared, (first, *later) = state.shared, state.tasks
   norm = first["norm"] or shared["norm"]
-  rest = perturb.join_biases(shared["biases"], norm | {perturb.HEAD: first["head"]})
-  base = train.network_count(shared["kernels"], rest, int(first["num_classes"]))
-  adapters = train.count_leaves([p["adapters"] for p in state.tasks])
-  private = [p["norm"] | {perturb.HEAD: p["head"]} for p in later]
+  rest = trees.join_biases(shared["biases"], norm | {trees.HEAD: first["head"]})
+  base = sizes.network_count(shared["kernels"], rest, int(first["num_classes"]))
+  adapters = sizes.count_leaves([p["adapters"] for p in state.tasks])
+  private = [p["norm"] | {trees.HEAD: p["head"]} for p in later]
   counts = [
-    train.count_rest(rest, {}, int(p["num_classes"])).counted
+    sizes.count_rest(rest, {}, int(p["num_classes"])).counted
     for rest, p in zip(private, later, strict=True)
   ]
-  return train.dense_size(base, adapters + sum(counts), *train.count_statistics(state))
+  return sizes.dense_size(base, adapters + sum(counts), *sizes.count_statistics(state))

@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import keys
+from halrp_jax.training import networks, sizes
 from halrp_jax.types import Size, State
+from halrp_jax.weights import trees
 
-KEYS = validate.NETWORK_KEYS | {
-  "start": validate.one_of(
+KEYS = keys.NETWORK_KEYS | {
+  "start": keys.one_of(
     "task_before",
     ("fresh", "task_before"),
     "where a task's weights of the factors, biases and BatchNorm start: from nothing, or where the "
@@ -32,7 +34,7 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]  # of the kernels by layer
 def kernel_shapes(initialize: Callable) -> Shapes:
   """Of the layers that have factors; `initialize` as `train.make_initialize` builds it."""
   params, _ = jax.eval_shape(initialize, jax.random.key(0))
-  return perturb.split(params)[0]
+  return trees.split(params)[0]
 
 
 def matrix_shape(kernel) -> tuple[int, int]:
@@ -53,10 +55,10 @@ def make_network(model, shapes: Shapes) -> tuple[Callable, Callable]:
 
   def network(shared, learned):
     kernels = compose(shared["A"], shared["B"], learned["z"], shapes)
-    return perturb.join(kernels, learned["rest"]), learned["stats"]
+    return trees.join(kernels, learned["rest"]), learned["stats"]
 
   def logits(shared, learned, image):
-    return train.apply_model(model, *network(shared, learned), image, False, None)[0]
+    return networks.apply_model(model, *network(shared, learned), image, False, None)[0]
 
   def merge(state, t):
     return network(state.shared, state.tasks[t])
@@ -77,12 +79,12 @@ def size(state: State, shapes: Shapes, used, coefficients: int, masks: int, trai
   """
   classes = [int(p["num_classes"]) for p in state.tasks]
   first, *later = (
-    train.count_rest(p["rest"], shapes, k) for p, k in zip(state.tasks, classes, strict=True)
+    sizes.count_rest(p["rest"], shapes, k) for p, k in zip(state.tasks, classes, strict=True)
   )
-  base = train.network_count(shapes, state.tasks[0]["rest"], classes[0])
+  base = sizes.network_count(shapes, state.tasks[0]["rest"], classes[0])
   factors = sum(int(used[n]) * sum(matrix_shape(s)) for n, s in shapes.items())
   counted = factors + coefficients + first.counted + first.biases + sum(c.counted for c in later)
-  uncounted = train.count_leaves([p["stats"] for p in state.tasks]) + sum(c.biases for c in later)
+  uncounted = sizes.count_leaves([p["stats"] for p in state.tasks]) + sum(c.biases for c in later)
   dense = counted + uncounted
   return Size(base, dense, dense, masks, training, counted)
 

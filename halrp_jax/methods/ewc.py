@@ -25,21 +25,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import models, perturb, train, validate
+from halrp_jax import keys, models
 from halrp_jax.methods import anchored
+from halrp_jax.training import batches, losses, networks
+from halrp_jax.weights import trees
 
 _CHUNK = 16  # samples that share the statistics of BatchNorm
 
 # strength found by `tune`: CIFAR100-Split, order A, seed 0. With a quarter of the training images
 # 1e3 and 1e4 are alike (53.1, 52.8), with 5 % 1e4 is the best by 6 points (docs/measurements.md)
 KEYS = anchored.KEYS | {
-  "strength": validate.number(1e4, 0, None, "lambda: coefficient on the Fisher-weighted distance"),
-  "fisher": validate.one_of("true_label", ("true_label", "sampled_label"), "labels of the Fisher"),
-  "fisher_samples": validate.whole(1000, 1, None, "training images of a task for its Fisher"),
-  "accumulate": validate.one_of(
+  "strength": keys.number(1e4, 0, None, "lambda: coefficient on the Fisher-weighted distance"),
+  "fisher": keys.one_of("true_label", ("true_label", "sampled_label"), "labels of the Fisher"),
+  "fisher_samples": keys.whole(1000, 1, None, "training images of a task for its Fisher"),
+  "accumulate": keys.one_of(
     "separate", ("separate", "online"), "separate: every task's own anchor; online: the last one's"
   ),
-  "decay": validate.number(0.95, 0, 1, "accumulate=online: what earlier Fisher is multiplied by"),
+  "decay": keys.number(0.95, 0, 1, "accumulate=online: what earlier Fisher is multiplied by"),
 }
 
 
@@ -60,7 +62,7 @@ def make(config, model, benchmark):
 
   def next_anchor(anchor, params, stats, task):
     found = fisher(fisher_chunk, params, stats, task, m.fisher_samples, own_norm)
-    here, _ = perturb.split_private(params, own_norm)
+    here, _ = trees.split_private(params, own_norm)
     if m.accumulate == "online":
       total = jax.tree.map(lambda a, f: m.decay * a + f, anchor["fisher"], found)
       return {"fisher": total, "center": here}
@@ -80,12 +82,12 @@ def _weighted(a, x, b, y):
 def fisher(fisher_chunk, params, stats, task, num_samples: int, own_norm: bool):
   """Diagonal Fisher information of the shared parameters, a mean over training images."""
   rows = np.arange(min(num_samples, len(task.train.index)))
-  total = jax.tree.map(jnp.zeros_like, perturb.split_private(params, own_norm)[0])
+  total = jax.tree.map(jnp.zeros_like, trees.split_private(params, own_norm)[0])
   for start in range(0, len(rows), _CHUNK):
     part = rows[start : start + _CHUNK]
     padded = np.resize(part, _CHUNK)  # one shape for all chunks
     weight = (np.arange(_CHUNK) < len(part)).astype(np.float32)
-    image, label = train.load_batch(task.train, task.inputs, padded)
+    image, label = batches.load_batch(task.train, task.inputs, padded)
     key = jax.random.fold_in(jax.random.key(task.id), start)
     squares = fisher_chunk(params, stats, image, label, weight, jnp.int32(task.num_classes), key)
     total = jax.tree.map(jnp.add, total, squares)
@@ -96,19 +98,19 @@ def _fisher_of(model, own_norm: bool, sampled: bool):
   """Builds (params, stats, image, label, weight [B], num_classes, key) -> sum of squares."""
 
   def chunk(params, stats, image, label, weight, num_classes, key):
-    shared, private = perturb.split_private(params, own_norm)
+    shared, private = trees.split_private(params, own_norm)
     if models.evaluates_with_batch(model):  # the chunk's statistics, held fixed
-      frozen_model, fixed = train.fix_batch_statistics(model, params, image)
+      frozen_model, fixed = networks.fix_batch_statistics(model, params, image)
     else:
       frozen_model, fixed = model, stats
     if sampled:
-      logits, _ = train.apply_model(frozen_model, params, fixed, image, False, None)
-      label = jax.random.categorical(key, train.mask_classes(logits, num_classes))
+      logits, _ = networks.apply_model(frozen_model, params, fixed, image, False, None)
+      label = jax.random.categorical(key, losses.mask_classes(logits, num_classes))
 
     def log_likelihood(shared, x, y):
-      params = perturb.join_private(shared, private)
-      logits, _ = train.apply_model(frozen_model, params, fixed, x[None], False, None)
-      return -train.cross_entropy(logits, y[None], num_classes)
+      params = trees.join_private(shared, private)
+      logits, _ = networks.apply_model(frozen_model, params, fixed, x[None], False, None)
+      return -losses.cross_entropy(logits, y[None], num_classes)
 
     def add(total, sample):
       x, y, w = sample

@@ -30,32 +30,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import bases, models, perturb, train, validate
+from halrp_jax import keys, models
+from halrp_jax.training import batches, losses, networks, sizes
+from halrp_jax.training.fit import Recipe, learning_rate_decay, make_fit, recipe
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import bases, taps, trees
 
 _CHUNK = 25  # images whose patches are in memory at once
 
-KEYS = validate.NETWORK_KEYS | {
-  "optimizer": validate.one_of(
+KEYS = keys.NETWORK_KEYS | {
+  "optimizer": keys.one_of(
     "adam", ("sgd", "adam"), "sgd: the paper's recipe; adam: the protocol's, its updates projected"
   ),
-  "learning_rate": validate.number(0.01, 0, None, "of optimizer=sgd", True),
-  "threshold": validate.number(0.97, 0, 1, "eps: share of the energy that the basis carries"),
-  "threshold_step": validate.number(0.003, 0, 1, "added to eps for every task, up to 1"),
-  "samples": validate.whole(125, 1, None, "training images of a task that its basis is made from"),
+  "learning_rate": keys.number(0.01, 0, None, "of optimizer=sgd", True),
+  "threshold": keys.number(0.97, 0, 1, "eps: share of the energy that the basis carries"),
+  "threshold_step": keys.number(0.003, 0, 1, "added to eps for every task, up to 1"),
+  "samples": keys.whole(125, 1, None, "training images of a task that its basis is made from"),
 }
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
-  how = train.recipe(config)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
+  how = recipe(config)
   if m.optimizer == "sgd":
-    how = train.Recipe("sgd", 0.0, m.learning_rate, 1.0, "plateau", "best_loss")
+    how = Recipe("sgd", 0.0, m.learning_rate, 1.0, "plateau", "best_loss")
     decay = _no_decay
-  plain, penalty = train.plain_network(model)
+  plain, penalty = networks.plain_network(model)
 
   def whole(params, others):
-    return perturb.join(params["kernels"], others | {perturb.HEAD: params["head"]})
+    return trees.join(params["kernels"], others | {trees.HEAD: params["head"]})
 
   def apply_fn(params, frozen, stats, image, train_mode, key):
     return plain(whole(params, frozen["others"]), {}, stats, image, train_mode, key)
@@ -64,32 +67,32 @@ def make(config, model, benchmark) -> Method:
     kernels = {n: _project(u, frozen["basis"][n]) for n, u in updates["kernels"].items()}
     return updates | {"kernels": kernels}
 
-  fit_first = train.make_fit(config, decay, plain, penalty, how=how)
-  fit = train.make_fit(
+  fit_first = make_fit(config, decay, plain, penalty, how=how)
+  fit = make_fit(
     config,
     decay,
     apply_fn,
-    lambda params, frozen: frozen["l2"] * train.sum_squares(params["kernels"]),
+    lambda params, frozen: frozen["l2"] * losses.sum_squares(params["kernels"]),
     edit_fn=projected,
     how=how,
   )
-  initialize = train.make_initialize(model, benchmark)
+  initialize = networks.make_initialize(model, benchmark)
   inputs_fn = jax.jit(_inputs_of(models.in_training(config, model), m.samples))
 
   def learn(state, tasks, key, store):
     (task,) = tasks
-    t, frozen = len(state.tasks), {"l2": train.l2_coefficient(m)}
+    t, frozen = len(state.tasks), {"l2": networks.l2_coefficient(m)}
     init_key, fit_key, sample_key = jax.random.split(key, 3)
     params, stats = initialize(init_key)
     phase = store.child("train")
     if not t:
       params, stats = fit_first(params, stats, frozen, task, fit_key, config.epochs, phase)
-      kernels, rest = perturb.split(params)
+      kernels, rest = trees.split(params)
       shared = {"kernels": kernels, "others": _without_head(rest)} | _empty_bases(kernels)
-      head = params[perturb.HEAD]
+      head = params[trees.HEAD]
     else:
       shared, stats = state.shared, state.tasks[-1]["stats"]
-      start = {"kernels": shared["kernels"], "head": params[perturb.HEAD]}
+      start = {"kernels": shared["kernels"], "head": params[trees.HEAD]}
       frozen |= {"others": shared["others"], "basis": shared["basis"]}
       got, stats = fit(start, stats, frozen, task, fit_key, config.epochs, phase)
       shared, head = shared | {"kernels": got["kernels"]}, got["head"]
@@ -126,7 +129,7 @@ def _project(update, basis):
 
 
 def _without_head(rest):
-  return {name: x for name, x in rest.items() if name != perturb.HEAD}
+  return {name: x for name, x in rest.items() if name != trees.HEAD}
 
 
 def _empty_bases(kernels):
@@ -143,7 +146,7 @@ def _inputs_of(model, num_samples: int):
 
   def inputs(params, stats, image):
     variables = {"params": params, "batch_stats": stats}
-    seen = perturb.layer_inputs(model, perturb.layer_names(params), variables, image)
+    seen = taps.layer_inputs(model, trees.layer_names(params), variables, image)
 
     def summary(x):
       rows = x.reshape(-1, x.shape[-1])
@@ -158,7 +161,7 @@ def _inputs_of(model, num_samples: int):
 def _grow(inputs_fn, params, stats, task, key, num_samples, shared, energy):
   """The bases after a task, and how many directions they have."""
   seen_fn = functools.partial(inputs_fn, params, stats)
-  parts = train.over_samples(seen_fn, task, key, num_samples, _CHUNK)
+  parts = batches.over_samples(seen_fn, task, key, num_samples, _CHUNK)
   grown = {"basis": {}, "num_directions": {}}
   for name in shared["kernels"]:
     seen = [part[name] for part in parts]
@@ -176,9 +179,9 @@ def _grow(inputs_fn, params, stats, task, key, num_samples, shared, energy):
 def size(state: State):
   """Later tasks add their heads; the bases are for training."""
   shared, (first, *later) = state.shared, state.tasks
-  rest = shared["others"] | {perturb.HEAD: first["head"]}
-  base = train.network_count(shared["kernels"], rest, int(first["num_classes"]))
-  heads = [train.count_rest({perturb.HEAD: p["head"]}, {}, int(p["num_classes"])) for p in later]
-  stats = train.count_leaves([p["stats"] for p in state.tasks])
+  rest = shared["others"] | {trees.HEAD: first["head"]}
+  base = sizes.network_count(shared["kernels"], rest, int(first["num_classes"]))
+  heads = [sizes.count_rest({trees.HEAD: p["head"]}, {}, int(p["num_classes"])) for p in later]
+  stats = sizes.count_leaves([p["stats"] for p in state.tasks])
   basis = sum(len(x) * int(shared["num_directions"][n]) for n, x in shared["basis"].items())
-  return train.dense_size(base, sum(count.counted for count in heads), stats, basis)
+  return sizes.dense_size(base, sum(count.counted for count in heads), stats, basis)

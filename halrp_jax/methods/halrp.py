@@ -39,7 +39,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import contract, kinds, lowrank, models, perturb, train, validate
+from halrp_jax import keys, models
+from halrp_jax.training import batches, contract, losses, networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import (
   Benchmark,
   Method,
@@ -49,6 +51,7 @@ from halrp_jax.types import (
   nothing_learned,
   one_at_a_time,
 )
+from halrp_jax.weights import kinds, lowrank, perturb, trees
 
 _CODE = {
   "upper_rank": 100,
@@ -86,19 +89,19 @@ VARIANTS = {
 }
 
 _number, _whole, _flag, _one_of = (
-  validate.number,
-  validate.whole,
-  validate.flag,
-  validate.one_of,
+  keys.number,
+  keys.whole,
+  keys.flag,
+  keys.one_of,
 )
-KEYS = validate.BATCH_NORM | {
+KEYS = keys.BATCH_NORM | {
   "variant": _one_of("published", tuple(VARIANTS), "what the switches left None mean"),
   "alpha": _number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all"),
   "warmup_epochs": _whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`"),
   "l1": _number(0.0, 0, None, "lambda_0: L1 coefficient on U and V"),
   "l2": _number(0.0, 0, None, "lambda_1: L2 coefficient on R, S, U, V; on the kernels in task 0"),
   "prune_threshold": _number(1e-5, 0, None, "absolute threshold of the rules that have one"),
-  "prune_bound": validate.number_or_none(
+  "prune_bound": keys.number_or_none(
     0.6, 0, "model growth that is allowed, a fraction of the base; none: any"
   ),
   "rank_rule": _one_of(
@@ -210,7 +213,7 @@ def learn_base(f, config, task, key, store) -> State:
   m = config.method
   init_key, fit_key = jax.random.split(key)
   params, stats = f.initialize(init_key)
-  frozen = {"l2": train.l2_coefficient(m) if m.base_l2 else 0.0}
+  frozen = {"l2": networks.l2_coefficient(m) if m.base_l2 else 0.0}
   params, stats = f.fit_free(
     params, stats, frozen, task, fit_key, config.epochs, store.child("base")
   )
@@ -245,7 +248,7 @@ def base_state(config, task, params, stats, model=None) -> State:
 
 def _first_state(config, task, params, stats, shapes) -> State:
   m = config.method
-  kernels, rest = perturb.split(params)
+  kernels, rest = trees.split(params)
   identity = {
     name: lowrank.identity(
       kinds.as_matrix(kernel, shapes[name]), _columns(shapes[name], m), m.sigma == "folded"
@@ -257,7 +260,7 @@ def _first_state(config, task, params, stats, shapes) -> State:
 
 def _check_shapes(f, state) -> None:
   """Raises UserError if a state's kernels are not those of the network, or not seen as it says."""
-  shapes = f.shapes(perturb.join(state.shared["kernels"], state.tasks[0]["rest"]))
+  shapes = f.shapes(trees.join(state.shared["kernels"], state.tasks[0]["rest"]))
   first = state.tasks[0]["perturbation"]
   for name in sorted(shapes.keys() | first.keys()):
     have = (first[name].S.size, first[name].R.size) if name in first else None
@@ -273,8 +276,8 @@ def warm_up(f, config, state, task, key, store):
   init_key, fit_key = jax.random.split(key)
   fresh, _ = f.initialize(init_key)
   base = state.tasks[0]
-  rest = base["rest"] | {perturb.HEAD: fresh[perturb.HEAD]}
-  params = perturb.join(state.shared["kernels"], rest)
+  rest = base["rest"] | {trees.HEAD: fresh[trees.HEAD]}
+  params = trees.join(state.shared["kernels"], rest)
   epochs = config.method.warmup_epochs
   store = store.child("warmup")
   return f.fit_free(params, base["stats"], {"l2": 0.0}, task, fit_key, epochs, store)
@@ -287,7 +290,7 @@ def select(f, config, state, params, stats, task, key):
   found more singular values than `svd_rank`.
   """
   m, kernels = config.method, state.shared["kernels"]
-  free, _ = perturb.split(params)
+  free, _ = trees.split(params)
   importance = dict.fromkeys(kernels, 1.0)
   if m.rank_rule == "importance":
     importance = layer_importance(f, config, params, stats, task)
@@ -312,12 +315,12 @@ def select(f, config, state, params, stats, task, key):
 def layer_importance(f, config, params, stats, task) -> dict[str, float]:
   """G_l at W_free: |g_l|^2 of every batch, averaged with the batches' sizes (spec a.4)."""
   m = config.method
-  kernels, _ = perturb.split(params)
+  kernels, _ = trees.split(params)
   split = getattr(task, m.importance_split)
-  parts = train.batches(len(split.index), config.batch_size)
+  parts = batches.consecutive(len(split.index), config.batch_size)
   total = dict.fromkeys(kernels, 0.0)
   for rows in parts:
-    image, label = train.load_batch(split, task.inputs, rows)
+    image, label = batches.load_batch(split, task.inputs, rows)
     squares = f.square_gradients(params, stats, image, label, jnp.int32(task.num_classes))
     for name, value in squares.items():
       share = len(rows) / len(parts)
@@ -346,7 +349,7 @@ def choose_ranks(m, decomposition, kernels, importance) -> tuple[dict[str, int],
 
 def fine_tune(f, config, state, perturbation, ranks, params, stats, task, key, store):
   """Line 8: <R, S, U, Sigma, V>, biases, BatchNorm and head with a fresh optimizer."""
-  _, rest = perturb.split(params)
+  _, rest = trees.split(params)
   start = {"perturbation": perturbation, "rest": rest}
   epochs = config.epochs - config.method.warmup_epochs
   store = store.child("finetune")
@@ -394,27 +397,27 @@ class _Functions(NamedTuple):
 
 
 def _build(config, model, benchmark) -> _Functions:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
 
-  apply_perturbed, measured = train.perturbed_network(model), models.in_training(config, model)
+  apply_perturbed, measured = networks.perturbed_network(model), models.in_training(config, model)
 
   def penalty(params, frozen):
     """Paper Eq. 12. Sigma has no term there, and none here."""
     total = 0.0
     for p in params["perturbation"].values():
-      scales = train.sum_squares((p.R - m.decay_target, p.S - m.decay_target))
-      total += m.l1 * train.sum_absolute((p.U, p.V))
-      total += train.l2_coefficient(m) * (scales + train.sum_squares((p.U, p.V)))
+      scales = losses.sum_squares((p.R - m.decay_target, p.S - m.decay_target))
+      total += m.l1 * losses.sum_absolute((p.U, p.V))
+      total += networks.l2_coefficient(m) * (scales + losses.sum_squares((p.U, p.V)))
     return total
 
   def square_gradients(params, stats, image, label, num_classes):
     """Of the batch's mean cross-entropy, in evaluation mode."""
-    kernels, rest = perturb.split(params)
+    kernels, rest = trees.split(params)
 
     def loss_fn(kernels):
-      params = perturb.join(kernels, rest)
-      logits, _ = train.apply_model(measured, params, stats, image, False, None)
-      return train.cross_entropy(logits, label, num_classes)
+      params = trees.join(kernels, rest)
+      logits, _ = networks.apply_model(measured, params, stats, image, False, None)
+      return losses.cross_entropy(logits, label, num_classes)
 
     return {name: jnp.vdot(g, g) for name, g in jax.grad(loss_fn)(kernels).items()}
 
@@ -433,9 +436,9 @@ def _build(config, model, benchmark) -> _Functions:
 
   return _Functions(
     shapes=contract.make_matrix_shapes(model, benchmark),
-    initialize=train.make_initialize(model, benchmark),
-    fit_free=train.make_fit(config, decay, *train.plain_network(model)),
-    fit_perturbed=train.make_fit(config, decay, apply_perturbed, penalty),
+    initialize=networks.make_initialize(model, benchmark),
+    fit_free=make_fit(config, decay, *networks.plain_network(model)),
+    fit_perturbed=make_fit(config, decay, apply_perturbed, penalty),
     square_gradients=jax.jit(square_gradients),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
@@ -475,7 +478,7 @@ def _low_rank_values(learned) -> dict[str, np.ndarray]:
 def _fixed_count(learned) -> int:
   """Values of a later task that the paper counts and pruning can't touch (spec a.9)."""
   perturbation = learned["perturbation"]
-  count = train.count_rest(learned["rest"], perturbation, int(learned["num_classes"])).counted
+  count = sizes.count_rest(learned["rest"], perturbation, int(learned["num_classes"])).counted
   for name, p in perturbation.items():
     count += p.R.size + p.S.size + (0 if p.sigma is None else int(learned["rank"][name]))
   return count
@@ -483,7 +486,7 @@ def _fixed_count(learned) -> int:
 
 def _base_count(state) -> int:
   first = state.tasks[0]
-  return train.network_count(state.shared["kernels"], first["rest"], int(first["num_classes"]))
+  return sizes.network_count(state.shared["kernels"], first["rest"], int(first["num_classes"]))
 
 
 def _dense_growth(state, tasks) -> float:
@@ -497,9 +500,9 @@ def size(state: State) -> Size:
   base = _base_count(state)
   paper, dense, nonzero, mask_bits = base, base, base, 0
   for t, learned in enumerate(state.tasks):
-    uncounted = train.count_leaves(learned["stats"])
+    uncounted = sizes.count_leaves(learned["stats"])
     if t:
-      rest = train.count_rest(learned["rest"], learned["perturbation"], int(learned["num_classes"]))
+      rest = sizes.count_rest(learned["rest"], learned["perturbation"], int(learned["num_classes"]))
       values = np.concatenate([*_low_rank_values(learned).values()])
       fixed, kept = _fixed_count(learned), np.count_nonzero(values)
       paper += fixed + np.count_nonzero(np.abs(values) > 1e-8)

@@ -37,23 +37,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import keys
 from halrp_jax.methods import dictionary
+from halrp_jax.training import losses, networks
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import trees
 
 _PRIOR_SCALE = 0.1  # of r
 _LEAST, _MOST = 0.001, 0.999  # probabilities in densities are held between
 _PLACES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 KEYS = dictionary.KEYS | {
-  "factors": validate.whole(
+  "factors": keys.whole(
     400, 1, None, "F at most; a layer has no more than its outputs, a dense one than its inputs"
   ),
   # 2 found by `tune` at .25 (docs/measurements.md); the paper gives no ratio
-  "alpha_share": validate.number(2.0, 0, None, "alpha / F of every layer", True),
-  "kappa": validate.number(0.5, 0, 1, "probability from which on a factor is used", True),
-  "temperature": validate.number(0.666, 0, None, "lambda of the relaxed binary variables", True),
-  "fine_tune_epochs": validate.whole(2, 0, None, "of the n epochs, those without sampling"),
+  "alpha_share": keys.number(2.0, 0, None, "alpha / F of every layer", True),
+  "kappa": keys.number(0.5, 0, 1, "probability from which on a factor is used", True),
+  "temperature": keys.number(0.666, 0, None, "lambda of the relaxed binary variables", True),
+  "fine_tune_epochs": keys.whole(2, 0, None, "of the n epochs, those without sampling"),
 }
 
 
@@ -65,11 +68,11 @@ def check(config) -> list[str]:
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
-  initialize = train.make_initialize(model, benchmark)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
+  initialize = networks.make_initialize(model, benchmark)
   shapes = dictionary.kernel_shapes(initialize)
   num_factors = {n: _num_factors(s, m.factors) for n, s in shapes.items()}
-  l2 = train.l2_coefficient(m)
+  l2 = networks.l2_coefficient(m)
 
   def apply_fn(params, frozen, stats, image, train_mode, key):
     """The second phase and evaluation: nothing is drawn."""
@@ -77,13 +80,13 @@ def make(config, model, benchmark) -> Method:
     return network(kernels_of(params, z), params, stats, image, train_mode, key)
 
   def network(kernels, params, stats, image, train_mode, key):
-    weights = perturb.join(kernels, params["rest"])
-    return train.apply_model(model, weights, stats, image, train_mode, key)
+    weights = trees.join(kernels, params["rest"])
+    return networks.apply_model(model, weights, stats, image, train_mode, key)
 
   def kernels_of(params, z):
     return dictionary.compose(params["A"], params["B"], z, shapes)
 
-  expected = train.cross_entropy_objective(apply_fn)
+  expected = losses.cross_entropy_objective(apply_fn)
 
   def sampled(params, frozen, stats, batch, train_mode, key):
     """The first phase, but for what is no chance in it (`penalty`)."""
@@ -98,11 +101,11 @@ def make(config, model, benchmark) -> Method:
       kl_b += kl
     kernels = kernels_of(params, z)
     logits, stats = network(kernels, params, stats, batch.image, train_mode, key)
-    loss = train.cross_entropy(logits, batch.label, batch.num_classes)
-    return loss + kl_b / frozen["num_images"] + l2 * train.sum_squares(kernels), logits, stats
+    loss = losses.cross_entropy(logits, batch.label, batch.num_classes)
+    return loss + kl_b / frozen["num_images"] + l2 * losses.sum_squares(kernels), logits, stats
 
   def penalty(params, frozen):
-    kl = 0.0 if l2 else train.sum_squares(params["r"]) / (2 * _PRIOR_SCALE**2)
+    kl = 0.0 if l2 else losses.sum_squares(params["r"]) / (2 * _PRIOR_SCALE**2)
     for n in shapes:
       now, before = ((x["log_c"][n], x["log_d"][n]) for x in (params, frozen))
       kl += jnp.sum(kl_kumaraswamy(*now, *before))
@@ -114,10 +117,8 @@ def make(config, model, benchmark) -> Method:
     b = {n: u * free[n][:, None] for n, u in updates["B"].items()}
     return updates | {"A": a, "B": b}
 
-  fit = train.make_fit(config, decay, apply_fn, penalty, objective_fn=sampled, edit_fn=only_unused)
-  fine_tune = train.make_fit(
-    config, decay, apply_fn, lambda params, frozen: 0.0, edit_fn=only_unused
-  )
+  fit = make_fit(config, decay, apply_fn, penalty, objective_fn=sampled, edit_fn=only_unused)
+  fine_tune = make_fit(config, decay, apply_fn, lambda params, frozen: 0.0, edit_fn=only_unused)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -125,10 +126,10 @@ def make(config, model, benchmark) -> Method:
     params, stats = initialize(init_key)
     shared = state.shared or _draw(draw_key, shapes, num_factors, m.alpha_share)
     start = {k: x for k, x in shared.items() if k not in ("used", "r")}
-    start |= {"r": _draw_r(r_key, num_factors), "rest": perturb.split(params)[1]}
+    start |= {"r": _draw_r(r_key, num_factors), "rest": trees.split(params)[1]}
     if state.tasks and m.start == "task_before":
-      before, head = state.tasks[-1], params[perturb.HEAD]
-      start |= {"r": shared["r"], "rest": before["rest"] | {perturb.HEAD: head}}
+      before, head = state.tasks[-1], params[trees.HEAD]
+      start |= {"r": shared["r"], "rest": before["rest"] | {trees.HEAD: head}}
       stats = before["stats"]
     frozen = {k: shared[k] for k in ("used", "log_c", "log_d")}
     frozen |= {"num_images": jnp.float32(len(task.train.index))}

@@ -29,34 +29,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import keys
 from halrp_jax.methods import dictionary
+from halrp_jax.training import losses, networks
+from halrp_jax.training.fit import learning_rate_decay, make_fit, recipe
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import trees
 
 KEYS = dictionary.KEYS | {
   # 64 and 4 found by `tune` at .25: docs/measurements.md; published for another network: 11 and 1
-  "first_factors": validate.whole(64, 1, None, "r1: factors of every layer in the first task"),
-  "factors": validate.whole(4, 1, None, "r2: factors that each later task adds to every layer"),
-  "loss": validate.one_of(
+  "first_factors": keys.whole(64, 1, None, "r1: factors of every layer in the first task"),
+  "factors": keys.whole(4, 1, None, "r2: factors that each later task adds to every layer"),
+  "loss": keys.one_of(
     "cross_entropy", ("cross_entropy", "mse"), "mse: between softmax and one-hot labels"
   ),
-  "first_rate": validate.number(
-    1.0, 0, None, "factor on the learning rate in the first task", True
-  ),
+  "first_rate": keys.number(1.0, 0, None, "factor on the learning rate in the first task", True),
 }
 
 _orthogonal = jax.nn.initializers.orthogonal()
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
-  initialize = train.make_initialize(model, benchmark)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
+  initialize = networks.make_initialize(model, benchmark)
   shapes = dictionary.kernel_shapes(initialize)
   ranks = [
     {n: min(r, *dictionary.matrix_shape(s)) for n, s in shapes.items()}
     for r in (m.first_factors, m.factors)
   ]
-  l2 = train.l2_coefficient(m)
+  l2 = networks.l2_coefficient(m)
 
   def num_factors(tasks: int) -> dict[str, int]:
     """By layer, after so many tasks."""
@@ -76,25 +77,25 @@ def make(config, model, benchmark) -> Method:
     return dictionary.compose(*dictionary_of(params, frozen), params["z"], shapes)
 
   def apply_fn(params, frozen, stats, image, train_mode, key):
-    weights = perturb.join(kernels_of(params, frozen), params["rest"])
-    return train.apply_model(model, weights, stats, image, train_mode, key)
+    weights = trees.join(kernels_of(params, frozen), params["rest"])
+    return networks.apply_model(model, weights, stats, image, train_mode, key)
 
   def squared_error(params, frozen, stats, batch, train_mode, key):
     logits, stats = apply_fn(params, frozen, stats, batch.image, train_mode, key)
     return mean_squared_error(logits, batch.label, batch.num_classes), logits, stats
 
-  def make_fit(rate):
-    how = train.recipe(config)
-    return train.make_fit(
+  def fit_with(rate):
+    how = recipe(config)
+    return make_fit(
       config,
       decay,
       apply_fn,
-      lambda params, frozen: l2 * train.sum_squares(kernels_of(params, frozen)),
+      lambda params, frozen: l2 * losses.sum_squares(kernels_of(params, frozen)),
       objective_fn=squared_error if m.loss == "mse" else None,
       how=how._replace(learning_rate=rate * how.learning_rate),
     )
 
-  fits = make_fit(m.first_rate), make_fit(1.0)
+  fits = fit_with(m.first_rate), fit_with(1.0)
   extend = jax.jit(dictionary_of)
 
   def learn(state, tasks, key, store):
@@ -107,16 +108,15 @@ def make(config, model, benchmark) -> Method:
     frozen = shared | {"at": {n: jnp.int32(i) for n, i in at.items()}}
     head_key, *keys = jax.random.split(factor_key, 1 + len(shapes))
     z = {n: jnp.zeros(width[n]) for n in shapes}
-    rest = _without_biases(perturb.split(params)[1], shapes)
+    rest = _without_biases(trees.split(params)[1], shapes)
     head = {
-      k: _orthogonal(head_key, x.shape) if k == "kernel" else x
-      for k, x in rest[perturb.HEAD].items()
+      k: _orthogonal(head_key, x.shape) if k == "kernel" else x for k, x in rest[trees.HEAD].items()
     }
     if t and m.start == "task_before":
       z, rest, stats = (state.tasks[-1][k] for k in ("z", "rest", "stats"))
     start = _draw_factors(keys, shapes, new) | {
       "z": {n: jnp.where(_places(width[n], at[n], new[n]), 1.0, x) for n, x in z.items()},
-      "rest": rest | {perturb.HEAD: head},
+      "rest": rest | {trees.HEAD: head},
     }
     phase = store.child("train")
     got, stats = fits[min(t, 1)](start, stats, frozen, task, fit_key, config.epochs, phase)
@@ -137,7 +137,7 @@ def make(config, model, benchmark) -> Method:
 
 def mean_squared_error(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:
   """Between softmax and one-hot labels, over batch and classes. logits [B, K_max], label [B]"""
-  p = jax.nn.softmax(train.mask_classes(logits, num_classes))
+  p = jax.nn.softmax(losses.mask_classes(logits, num_classes))
   squares = (p - jax.nn.one_hot(label, p.shape[-1])) ** 2
   return jnp.mean(jnp.sum(squares, -1)) / num_classes
 
@@ -166,5 +166,5 @@ def _places(width: int, at: int, num: int) -> np.ndarray:
 
 def _without_biases(rest, shapes):
   """Everything but the kernels, all biases 0."""
-  biases, others = perturb.split_biases(rest, (*shapes, perturb.HEAD))
-  return perturb.join_biases(jax.tree.map(jnp.zeros_like, biases), others)
+  biases, others = trees.split_biases(rest, (*shapes, trees.HEAD))
+  return trees.join_biases(jax.tree.map(jnp.zeros_like, biases), others)

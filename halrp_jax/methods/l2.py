@@ -17,14 +17,15 @@ spec/baselines.md 3.3. Neither says lambda.
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import train, validate
+from halrp_jax import keys
 from halrp_jax.methods import anchored
-from halrp_jax.perturb import split_private
+from halrp_jax.training import losses
+from halrp_jax.weights import trees
 
 # found by `tune`: CIFAR100-Split, order A, seed 0, a quarter of the training images (the best
 # of six decades, 1e-4 to 10; docs/measurements.md)
 KEYS = anchored.KEYS | {
-  "strength": validate.number(10.0, 0, None, "lambda: coefficient on the distance to the anchor"),
+  "strength": keys.number(10.0, 0, None, "lambda: coefficient on the distance to the anchor"),
 }
 
 
@@ -36,10 +37,10 @@ def make(config, model, benchmark):
 
   def distance(shared, anchor):
     gaps = jax.tree.map(lambda x, a: x - a, shared, anchor["params"])
-    return anchor["strength"] * train.sum_squares(gaps)
+    return anchor["strength"] * losses.sum_squares(gaps)
 
   def next_anchor(anchor, params, stats, task):
-    shared, _ = split_private(params, m.bn_scope == "task")
+    shared, _ = trees.split_private(params, m.bn_scope == "task")
     return {"params": shared, "strength": jnp.float32(m.strength)}
 
   return anchored.make(config, model, benchmark, first_anchor, distance, next_anchor)

@@ -20,37 +20,40 @@ does not say whether a batch holds images of one task (as its loaders suggest) o
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import keys
+from halrp_jax.training import batches, losses, networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned
+from halrp_jax.weights import trees
 
-KEYS = validate.NETWORK_KEYS | {
-  "mix": validate.one_of(
+KEYS = keys.NETWORK_KEYS | {
+  "mix": keys.one_of(
     "single", ("single", "mixed"), "images in a batch: of one task, the tasks in turn; of all"
   ),
 }
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay, width = config.method, train.learning_rate_decay(config, benchmark), model.num_classes
+  m, decay, width = config.method, learning_rate_decay(config, benchmark), model.num_classes
   wide = model.clone(num_classes=len(benchmark.tasks) * width)  # the heads side by side
-  apply_fn, penalty_fn = train.plain_network(wide)
+  apply_fn, penalty_fn = networks.plain_network(wide)
 
   def objective(params, frozen, stats, batch, train_mode, key):
     logits, stats = apply_fn(params, frozen, stats, batch.image, train_mode, key)
     by_task = logits.reshape(len(logits), -1, width)  # [B, T, K]
     own = jnp.take_along_axis(by_task, batch.owner[:, None, None], 1)[:, 0]
-    return train.cross_entropy(own, batch.label, batch.num_classes), own, stats
+    return losses.cross_entropy(own, batch.label, batch.num_classes), own, stats
 
-  fit = train.make_fit(config, decay, apply_fn, penalty_fn, objective_fn=objective)
-  frozen = {"l2": train.l2_coefficient(m)}
-  initialize = train.make_initialize(wide, benchmark)
+  fit = make_fit(config, decay, apply_fn, penalty_fn, objective_fn=objective)
+  frozen = {"l2": networks.l2_coefficient(m)}
+  initialize = networks.make_initialize(wide, benchmark)
 
   def learn(state, tasks, key, store):
     init_key, fit_key = jax.random.split(key)
     params, stats = initialize(init_key)
-    joint = train.join_tasks(tasks, m.mix == "mixed")
+    joint = batches.join_tasks(tasks, m.mix == "mixed")
     params, stats = fit(params, stats, frozen, joint, fit_key, config.epochs, store.child("train"))
-    features, heads = perturb.split_private(params, norm=False)
+    features, heads = trees.split_private(params, norm=False)
     learned = tuple(
       {
         "head": jax.tree.map(lambda x, t=t: x[..., t * width : (t + 1) * width], heads["head"]),
@@ -61,11 +64,11 @@ def make(config, model, benchmark) -> Method:
     return State({"params": features, "stats": stats}, learned), {}
 
   def network(shared, learned):
-    params = shared["params"] | {perturb.HEAD: learned["head"]}
+    params = shared["params"] | {trees.HEAD: learned["head"]}
     return params, learned.get("stats") or shared["stats"]
 
   def logits(shared, learned, image):
-    return train.apply_model(model, *network(shared, learned), image, False, None)[0]
+    return networks.apply_model(model, *network(shared, learned), image, False, None)[0]
 
   def merge(state, t):
     return network(state.shared, state.tasks[t])
@@ -79,8 +82,8 @@ def make(config, model, benchmark) -> Method:
 def size(state: State):
   """Every task but the first adds its head."""
   first, *later = state.tasks
-  kernels, rest = perturb.split(state.shared["params"] | {perturb.HEAD: first["head"]})
-  base = train.network_count(kernels, rest, int(first["num_classes"]))
-  heads = [train.count_rest({perturb.HEAD: p["head"]}, {}, int(p["num_classes"])) for p in later]
-  stats, unused = train.count_statistics(state)
-  return train.dense_size(base, sum(count.counted for count in heads), stats, unused)
+  kernels, rest = trees.split(state.shared["params"] | {trees.HEAD: first["head"]})
+  base = sizes.network_count(kernels, rest, int(first["num_classes"]))
+  heads = [sizes.count_rest({trees.HEAD: p["head"]}, {}, int(p["num_classes"])) for p in later]
+  stats, unused = sizes.count_statistics(state)
+  return sizes.dense_size(base, sum(count.counted for count in heads), stats, unused)

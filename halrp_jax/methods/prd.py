@@ -38,34 +38,38 @@ import numpy as np
 import optax
 from jax import lax
 
-from halrp_jax import layers, models, perturb, train, validate
+from halrp_jax import keys, models
+from halrp_jax.nn import layers
+from halrp_jax.training import batches, networks, sizes
+from halrp_jax.training.fit import make_fit, recipe
 from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import taps, trees
 
 _BASE_TEMPERATURE = 0.07
 _GREY = (0.299, 0.587, 0.114)  # luminance of red, green, blue
 _NEVER = -1e9  # the score of a class that a task does not have
 
-KEYS = validate.BATCH_NORM | {
-  "epochs": validate.whole(100, 1, None, "epochs per task, instead of `epochs`"),
-  "learning_rate": validate.number(1e-3, 0, None, "of SGD, constant", True),
-  "momentum": validate.number(0.9, 0, 1, "of encoder and projection; prototypes have none"),
-  "weight_decay": validate.number(1e-4, 0, None, "of encoder and projection; prototypes: none"),
-  "temperature": validate.number(0.1, 0, None, "tau: of the contrast between samples", True),
-  "beta": validate.number(2.0, 0, None, "coefficient of the prototypes' loss"),
-  "alpha": validate.number(4.0, 0, None, "coefficient of the distillation"),
-  "distill_temperature": validate.number(1.0, 0, None, "tau_d: of the distillation", True),
-  "softmax_axis": validate.one_of(
+KEYS = keys.BATCH_NORM | {
+  "epochs": keys.whole(100, 1, None, "epochs per task, instead of `epochs`"),
+  "learning_rate": keys.number(1e-3, 0, None, "of SGD, constant", True),
+  "momentum": keys.number(0.9, 0, 1, "of encoder and projection; prototypes have none"),
+  "weight_decay": keys.number(1e-4, 0, None, "of encoder and projection; prototypes: none"),
+  "temperature": keys.number(0.1, 0, None, "tau: of the contrast between samples", True),
+  "beta": keys.number(2.0, 0, None, "coefficient of the prototypes' loss"),
+  "alpha": keys.number(4.0, 0, None, "coefficient of the distillation"),
+  "distill_temperature": keys.number(1.0, 0, None, "tau_d: of the distillation", True),
+  "softmax_axis": keys.one_of(
     "classes",
     ("classes", "samples"),
     "what the distilled distributions are over: a task's classes (both programs), or the samples "
     "of the batch for each old prototype",
   ),
-  "augment": validate.one_of(
+  "augment": keys.one_of(
     "image",
     ("image", "none"),
     "views of an image: cropped, mirrored, colours changed; or the image itself twice",
   ),
-  "clip_colours": validate.flag(
+  "clip_colours": keys.flag(
     True, "what colour jitter makes of the normalised images is cut to 0..1, as in both programs"
   ),
 }
@@ -95,8 +99,8 @@ def make(config, model, benchmark) -> Method:
   m, projection, taught = config.method, Projection(), models.in_training(config, model)
 
   def features(model, encoder, stats, image, train_mode, key):
-    with perturb.without_head():
-      return train.apply_model(model, encoder, stats, image, train_mode, key)
+    with taps.without_head():
+      return networks.apply_model(model, encoder, stats, image, train_mode, key)
 
   def objective(params, frozen, stats, batch, train_mode, key):
     views, dropout_key = jnp.concatenate([batch.image] * 2), None
@@ -122,13 +126,13 @@ def make(config, model, benchmark) -> Method:
 
   @jax.jit
   def initialize(key):
-    params, stats = train.initialize(model, key, benchmark.image_shape)
-    encoder, head = perturb.split_private(params, norm=False)
-    prototypes = head[perturb.HEAD]["kernel"].T  # [C, F], drawn as a head is
+    params, stats = networks.initialize(model, key, benchmark.image_shape)
+    encoder, head = trees.split_private(params, norm=False)
+    prototypes = head[trees.HEAD]["kernel"].T  # [C, F], drawn as a head is
     g = projection.init(jax.random.fold_in(key, 1), prototypes)["params"]
     return {"encoder": encoder, "stats": stats, "projection": g}, prototypes
 
-  how = train.recipe(config)._replace(
+  how = recipe(config)._replace(
     optimizer=optax.masked(
       optax.chain(optax.add_decayed_weights(m.weight_decay), optax.trace(m.momentum)),
       {"encoder": True, "projection": True, "prototypes": False},
@@ -136,7 +140,7 @@ def make(config, model, benchmark) -> Method:
     learning_rate=m.learning_rate,
     schedule="constant",
   )
-  fit = train.make_fit(
+  fit = make_fit(
     config, lambda task: 1.0, None, lambda params, frozen: 0.0, objective_fn=objective, how=how
   )
 
@@ -223,7 +227,7 @@ def divergence(scores: jax.Array, target: jax.Array, seen: jax.Array, over: str)
 def augment(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
   """Normalised images [B, H, W, C], each cropped, mirrored, its colours changed by chance."""
   crop_key, colour_key = jax.random.split(key)
-  image = train.crop_and_flip(crop_key, image, fill=-1.0)
+  image = batches.crop_and_flip(crop_key, image, fill=-1.0)
   return change_colours(colour_key, image, clip) if image.shape[-1] == 3 else image
 
 
@@ -253,13 +257,13 @@ def _grey(image):
 def size(state: State) -> Size:
   """Every later task adds its prototypes; projection and teacher are for training."""
   shared, tasks = state.shared, state.tasks
-  kernels, rest = perturb.split(shared["encoder"])
+  kernels, rest = trees.split(shared["encoder"])
   prototypes = [p["prototypes"].shape[1] * int(p["num_classes"]) for p in tasks]
-  head = {perturb.HEAD: {"kernel": tasks[0]["prototypes"].T}}
-  base = train.network_count(kernels, rest | head, int(tasks[0]["num_classes"]))
-  stats, projection = train.count_statistics(state)[0], train.count_leaves(shared["projection"])
+  head = {trees.HEAD: {"kernel": tasks[0]["prototypes"].T}}
+  base = sizes.network_count(kernels, rest | head, int(tasks[0]["num_classes"]))
+  stats, projection = sizes.count_statistics(state)[0], sizes.count_leaves(shared["projection"])
   dense = base + sum(prototypes[1:]) + stats
-  teacher = train.count_leaves((shared["encoder"], shared["stats"])) + sum(prototypes)
+  teacher = sizes.count_leaves((shared["encoder"], shared["stats"])) + sum(prototypes)
   return Size(
     base=base,
     dense=dense,

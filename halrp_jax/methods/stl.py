@@ -15,19 +15,20 @@ Reference: the baseline of every table of the HALRP paper (Sect. 5.1); spec/base
 import jax
 import jax.numpy as jnp
 
-from halrp_jax import perturb, train, validate
+from halrp_jax import keys
+from halrp_jax.training import networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import trees
 
-KEYS = validate.NETWORK_KEYS
+KEYS = keys.NETWORK_KEYS
 
 
 def make(config, model, benchmark) -> Method:
   m = config.method
-  fit = train.make_fit(
-    config, train.learning_rate_decay(config, benchmark), *train.plain_network(model)
-  )
-  frozen = {"l2": train.l2_coefficient(m)}
-  initialize = train.make_initialize(model, benchmark)
+  fit = make_fit(config, learning_rate_decay(config, benchmark), *networks.plain_network(model))
+  frozen = {"l2": networks.l2_coefficient(m)}
+  initialize = networks.make_initialize(model, benchmark)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -38,14 +39,14 @@ def make(config, model, benchmark) -> Method:
     return State(state.shared, (*state.tasks, learned)), {}
 
   def logits(shared, learned, image):
-    return train.apply_model(model, learned["params"], learned["stats"], image, False, None)[0]
+    return networks.apply_model(model, learned["params"], learned["stats"], image, False, None)[0]
 
   def size(state):
     counts = [
-      train.network_count(*perturb.split(p["params"]), int(p["num_classes"])) for p in state.tasks
+      sizes.network_count(*trees.split(p["params"]), int(p["num_classes"])) for p in state.tasks
     ]
-    stats = train.count_leaves([p["stats"] for p in state.tasks])
-    return train.dense_size(counts[0], sum(counts[1:]), stats)
+    stats = sizes.count_leaves([p["stats"] for p in state.tasks])
+    return sizes.dense_size(counts[0], sum(counts[1:]), stats)
 
   def merge(state, t):
     return state.tasks[t]["params"], state.tasks[t]["stats"]

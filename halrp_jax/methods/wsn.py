@@ -27,54 +27,58 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from halrp_jax import layers, perturb, train, validate
+from halrp_jax import keys
+from halrp_jax.nn.init import uniform_fan_in
+from halrp_jax.training import networks, sizes
+from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
+from halrp_jax.weights import trees
 
-KEYS = validate.BATCH_NORM | {
-  "share": validate.number(0.5, 0, 1, "c: share of each layer's weights that a mask holds", True),
-  "bn": validate.one_of(
+KEYS = keys.BATCH_NORM | {
+  "share": keys.number(0.5, 0, 1, "c: share of each layer's weights that a mask holds", True),
+  "bn": keys.one_of(
     "task", ("task", "noaffine"), "BatchNorm's scale and bias: the task's own, or 1 and 0"
   ),
 }
 
 
 def make(config, model, benchmark) -> Method:
-  m, decay = config.method, train.learning_rate_decay(config, benchmark)
+  m, decay = config.method, learning_rate_decay(config, benchmark)
 
   def masked(params):
     scores = params["scores"]
     kernels = {n: masked_kernel(w, scores[n], m.share) for n, w in params["kernels"].items()}
-    return perturb.join(kernels, params["rest"])
+    return trees.join(kernels, params["rest"])
 
   def apply_fn(params, frozen, stats, image, train_mode, key):
     params = params | {"rest": params["rest"] | frozen["rest"]}
-    return train.apply_model(model, masked(params), stats, image, train_mode, key)
+    return networks.apply_model(model, masked(params), stats, image, train_mode, key)
 
   def edit(updates, frozen):
     kernels = {n: jnp.where(frozen["used"][n], 0, u) for n, u in updates["kernels"].items()}
     return updates | {"kernels": kernels}
 
-  fit = train.make_fit(config, decay, apply_fn, lambda params, frozen: 0.0, edit_fn=edit)
-  initialize = train.make_initialize(model, benchmark)
+  fit = make_fit(config, decay, apply_fn, lambda params, frozen: 0.0, edit_fn=edit)
+  initialize = networks.make_initialize(model, benchmark)
   masks_of = jax.jit(lambda scores: {n: largest(jnp.abs(s), m.share) for n, s in scores.items()})
 
   def held(kernels, learned):
     kept = {n: w * _unpack(learned["mask"][n], w.shape) for n, w in kernels.items()}
-    return perturb.join(kept, learned["rest"])
+    return trees.join(kept, learned["rest"])
 
   def logits(shared, learned, image):
     weights = held(shared["kernels"], learned)
-    return train.apply_model(model, weights, learned["stats"], image, False, None)[0]
+    return networks.apply_model(model, weights, learned["stats"], image, False, None)[0]
 
   def learn(state, tasks, key, store):
     (task,) = tasks
     init_key, score_key, fit_key = jax.random.split(key, 3)
     params, stats = initialize(init_key)
-    kernels, rest = perturb.split(params)
+    kernels, rest = trees.split(params)
     if state.tasks:
       kernels, scores, used = (state.shared[k] for k in ("kernels", "scores", "used"))
       before = state.tasks[-1]
-      rest, stats = before["rest"] | {perturb.HEAD: rest[perturb.HEAD]}, before["stats"]
+      rest, stats = before["rest"] | {trees.HEAD: rest[trees.HEAD]}, before["stats"]
     else:
       scores = _draw_scores(score_key, kernels)
       used = {n: jnp.zeros(w.shape, bool) for n, w in kernels.items()}
@@ -146,13 +150,13 @@ def _float(bits):
 
 def _draw_scores(key, kernels):
   keys = jax.random.split(key, len(kernels))
-  draw = layers.uniform_fan_in()
+  draw = uniform_fan_in()
   return {n: draw(k, w.shape) for k, (n, w) in zip(keys, kernels.items(), strict=True)}
 
 
 def _split_norm(rest):
   """Head and biases are trained; BatchNorm, whose scale is 1 and whose bias 0, is not."""
-  trained = {n: x for n, x in rest.items() if n == perturb.HEAD or not _has(x, "scale")}
+  trained = {n: x for n, x in rest.items() if n == trees.HEAD or not _has(x, "scale")}
   return trained, {n: x for n, x in rest.items() if n not in trained}
 
 
@@ -168,11 +172,11 @@ def size(state: State) -> Size:
   """Masks, and per later task head and BatchNorm; the paper's count takes 32 mask bits for one."""
   shared, (first, *later) = state.shared, state.tasks
   kernels = shared["kernels"]
-  counts = [train.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
-  base = train.network_count(kernels, first["rest"], int(first["num_classes"]))
+  counts = [sizes.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
+  base = sizes.network_count(kernels, first["rest"], int(first["num_classes"]))
   counted = sum(c.counted for c in counts)
-  uncounted = sum(c.biases for c in counts) + train.count_leaves([p["stats"] for p in state.tasks])
-  num_kernels = train.count_leaves(kernels)
+  uncounted = sum(c.biases for c in counts) + sizes.count_leaves([p["stats"] for p in state.tasks])
+  num_kernels = sizes.count_leaves(kernels)
   held = sum(int(x.sum()) for x in shared["used"].values())
   bits = num_kernels * len(state.tasks)
   dense = base + counted + uncounted

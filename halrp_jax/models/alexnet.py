@@ -7,7 +7,9 @@ The paper's network evaluates BatchNorm with the statistics of the test batch (`
 import flax.linen as nn
 import jax
 
-from halrp_jax import layers
+from halrp_jax.nn import layers
+from halrp_jax.nn.norm import BatchNorm
+from halrp_jax.nn.pool import max_pool
 
 
 class AlexNet(nn.Module):
@@ -28,13 +30,13 @@ class AlexNet(nn.Module):
     for i, (features, width, rate) in enumerate(blocks, 1):
       num_in = width**2 * x.shape[-1]
       x = layers.conv(features, width, padding=0, dtype=self.dtype, name=f"conv{i}")(x)
-      x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn{i}")(x, train)
+      x = BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn{i}")(x, train)
       x = layers.Dropout(rate)(x, train)
-      x = layers.max_pool(x)
+      x = max_pool(x)
     x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       num_in = x.shape[-1]
       x = layers.dense(features, num_in, bias=False, dtype=self.dtype, name=f"fc{i}")(x)
-      x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
+      x = BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
       x = layers.Dropout(0.5)(x, train)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)

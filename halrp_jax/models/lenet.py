@@ -5,7 +5,9 @@ import functools
 import flax.linen as nn
 import jax
 
-from halrp_jax import layers
+from halrp_jax.nn import layers
+from halrp_jax.nn.norm import BatchNorm, local_response_norm
+from halrp_jax.nn.pool import overlapping_max_pool
 
 
 class LeNet(nn.Module):
@@ -26,13 +28,13 @@ class LeNet(nn.Module):
     for i, features in enumerate(self.channels, 1):
       num_in = 5 * 5 * x.shape[-1]
       x = layers.conv(features, 5, padding=2, dtype=self.dtype, name=f"conv{i}")(x)
-      norm = layers.BatchNorm(self.running, relu=True, pool=2, num_in=num_in, name=f"bn{i}")
+      norm = BatchNorm(self.running, relu=True, pool=2, num_in=num_in, name=f"bn{i}")
       x = norm(x, train)  # [B, H/2, W/2, features]
     x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       num_in = x.shape[-1]
       x = layers.dense(features, num_in, bias=False, dtype=self.dtype, name=f"fc{i}")(x)
-      x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
+      x = BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)
 
 
@@ -57,8 +59,8 @@ class SahaLeNet(nn.Module):
     """[B, H, W, C] -> logits [B, num_classes]"""
     for i, features in enumerate(self.channels, 1):
       x = nn.relu(layers.conv(features, 5, padding=2, dtype=self.dtype, name=f"conv{i}")(x))
-      x = layers.local_response_norm(x) if self.lrn else x
-      x = layers.overlapping_max_pool(x)  # [B, H/2, W/2, features]
+      x = local_response_norm(x) if self.lrn else x
+      x = overlapping_max_pool(x)  # [B, H/2, W/2, features]
     x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       x = nn.relu(

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from halrp_jax import layers
+from halrp_jax.nn import layers
 
 
 class MLP(nn.Module):

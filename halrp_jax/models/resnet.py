@@ -9,7 +9,8 @@ import functools
 import flax.linen as nn
 import jax
 
-from halrp_jax import layers
+from halrp_jax.nn import layers
+from halrp_jax.nn.norm import BatchNorm
 
 
 class Block(nn.Module):
@@ -24,7 +25,7 @@ class Block(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[B, H, W, C] -> [B, H/stride, W/stride, features]"""
     num_in = x.shape[-1]
-    norm = functools.partial(layers.BatchNorm, self.running)
+    norm = functools.partial(BatchNorm, self.running)
     conv = functools.partial(layers.conv, dtype=self.dtype)
     y = conv(self.features, 3, 1, self.stride, name="conv1")(x)
     y = norm(relu=True, num_in=9 * num_in, name="bn1")(y, train)
@@ -50,7 +51,7 @@ class ResNet18(nn.Module):
     """[B, H, W, C] -> logits [B, num_classes]"""
     num_in = 9 * x.shape[-1]
     x = layers.conv(self.width, 3, 1, dtype=self.dtype, name="conv1")(x)
-    x = layers.BatchNorm(self.running, relu=True, num_in=num_in, name="bn1")(x, train)
+    x = BatchNorm(self.running, relu=True, num_in=num_in, name="bn1")(x, train)
     for stage, num_blocks in enumerate(self.stage_sizes):
       for i in range(num_blocks):
         stride = 2 if stage and not i else 1

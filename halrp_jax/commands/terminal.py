@@ -1,0 +1,312 @@
+"""Events and records -> text for people. Reads no data, trains nothing."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+
+from halrp_jax import keys
+from halrp_jax.reports.records import short_data
+from halrp_jax.types import one_line
+
+# --- while a run goes on --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
+  """Yields a function that shows an event: a progress bar on a terminal, plain lines elsewhere."""
+  if stream is None:
+    yield lambda event: None
+    return
+  if not stream.isatty():
+    yield lambda event: _print_event(stream, event)
+    return
+  columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+  with Progress(*columns, console=_console(stream), transient=True) as progress:
+    bar = progress.add_task("starting", total=None)
+
+    def show(event):
+      if event["event"] == "epoch":
+        text = (
+          f"{event['phase']} epoch {event['epoch']}/{event['epochs']} loss {event['loss']:.3f} "
+          f"train {event['train_accuracy']:.1f} %"
+        )
+        progress.update(bar, description=text, total=event["epochs"], completed=event["epoch"])
+      elif event["event"] == "progress":
+        done = event["epoch"] - 1 + event["step"] / event["steps"]
+        progress.update(bar, total=event["epochs"], completed=done)
+      elif event["event"] == "evaluation":
+        progress.console.print(task_line(event), soft_wrap=True)
+      elif event["event"] == "note":
+        progress.console.print(event["note"], soft_wrap=True)
+      elif event["event"] == "standing":
+        for line in event["said"]:
+          progress.console.print(f"note: {line}", soft_wrap=True)
+      elif event["event"] == "finished":
+        progress.console.print("this run is finished already; --overwrite starts anew")
+
+    yield show
+
+
+def _console(stream: TextIO) -> Console:
+  """A terminal that shows names as they are: [red] and :smile: mean nothing in them."""
+  return Console(file=stream, markup=False, emoji=False, highlight=False)
+
+
+def _print_event(stream: TextIO, event: dict) -> None:
+  if event["event"] == "evaluation":
+    print(task_line(event), file=stream, flush=True)
+  elif event["event"] == "note":
+    print(event["note"], file=stream, flush=True)
+  elif event["event"] == "standing":
+    for line in event["said"]:
+      print(f"note: {line}", file=stream, flush=True)
+  elif event["event"] == "finished":
+    print("this run is finished already; --overwrite starts anew", file=stream)
+
+
+def task_line(event: dict) -> str:
+  """One line per finished task."""
+  row = event["accuracy"]
+  ranks, name = event["ranks"], one_line(event["task"])
+  parts = [
+    f"task {event['t'] + 1}/{event['num_tasks']} ({name}, id {event['task_id']})",
+    f"accuracy {row[-1]:.2f} %",
+    f"mean of {len(row)}: {sum(row) / len(row):.2f} %",
+    f"growth {100 * event['increment']:+.1f} %",
+    f"{sum(event['seconds'].values()):.1f} s",
+  ]
+  if ranks:
+    parts.insert(3, "ranks " + " ".join(f"{name}:{k}" for name, k in ranks.items()))
+  return " | ".join(parts)
+
+
+# --- while a sweep goes on ------------------------------------------------------------
+
+_ENDED = ("done", "kept", "failed", "at work elsewhere")
+_SHOWN = 12  # cells of a sweep that a terminal shows at once
+
+
+@contextlib.contextmanager
+def live_sweep(stream: TextIO | None) -> Iterator[Callable[[list[dict]], None]]:
+  """Yields a function that shows the rows of `sweep.run`: a table on a terminal, else lines."""
+  if stream is None:
+    yield lambda rows: None
+    return
+  if stream.isatty():
+    with Live(console=_console(stream), refresh_per_second=4) as live:
+      yield lambda rows: live.update(_sweep_table(rows))
+    return
+  told = {}
+
+  def show(rows):
+    for row in rows:
+      if told.get(row["name"], "waiting") != row["state"]:
+        told[row["name"]] = row["state"]
+        print(_sweep_line(row, rows), file=stream, flush=True)
+
+  yield show
+
+
+def _sweep_line(row: dict, rows: list[dict]) -> str:
+  ended = sum(r["state"] in _ENDED for r in rows)
+  parts = [f"[{ended}/{len(rows)}] {row['name']} {row['state']}"]
+  if row["state"] in ("done", "kept"):
+    parts.append(f"ACC {row['accuracy']:.2f} %")
+  if row["state"] == "done":
+    parts.append(f"{row['seconds']:.0f} s")
+  parts += [text for text in (row["error"], row.get("note")) if text]
+  if row["state"] in _ENDED and (left := remaining_seconds(rows)):
+    parts.append(f"about {duration(left)} to go")
+  return " | ".join(parts)
+
+
+def _sweep_table(rows: list[dict]) -> RichTable:
+  """The cells around the one at work, then the rest in numbers."""
+  left = remaining_seconds(rows)
+  ended = sum(r["state"] in _ENDED for r in rows)
+  to_go = "" if left is None else f", about {duration(left)} to go"
+  table = RichTable(caption=f"{ended} of {len(rows)} cells ended{to_go}", caption_justify="left")
+  for name in ("cell", "state", "tasks", "ACC %", "time"):
+    table.add_column(name, justify="left" if name in ("cell", "state") else "right")
+  first = max(0, min(ended - _SHOWN // 2, len(rows) - _SHOWN))
+  shown = rows[first : first + _SHOWN]
+  shown += [r for r in rows if r["state"] == "failed" and r not in shown]
+  for row in shown:
+    tasks = f"{row['done']}/{row['total']}" if row["total"] else ""
+    accuracy = _number(row["accuracy"]) if row["state"] in _ENDED else ""
+    seconds = duration(row["seconds"]) if row["seconds"] else ""
+    table.add_row(row["name"], row["error"] or row["state"], tasks, accuracy, seconds)
+  return table
+
+
+def remaining_seconds(rows: list[dict]) -> float | None:
+  """Time the cells still need, from those of the same method that were run; None if none was."""
+  known: dict[str, list[float]] = {}
+  for row in rows:
+    if row["state"] == "done":
+      known.setdefault(row["method"], []).append(row["seconds"])
+    elif row["state"] == "running" and row["done"]:
+      whole = row["seconds"] * row["total"] / row["done"]
+      known.setdefault(row["method"], []).append(whole)
+  if not known:
+    return None
+  means = {method: sum(s) / len(s) for method, s in known.items()}
+  other = sum(means.values()) / len(means)
+  left = 0.0
+  for row in rows:
+    if row["state"] in ("waiting", "running"):
+      left += max(means.get(row["method"], other) - row["seconds"], 0.0)
+  return left
+
+
+def sweep_text(rows: list[dict]) -> str:
+  """What became of the cells."""
+  states = {s: [r for r in rows if r["state"] == s] for s in _ENDED}
+  lines = [f"FAILED {r['name']}: {r['error']}" for r in states["failed"]]
+  always = _ENDED[:3]
+  counts = [f"{len(found)} {s}" for s, found in states.items() if found or s in always]
+  return "\n".join([*lines, ", ".join(counts)])
+
+
+def duration(seconds: float) -> str:
+  """8 s, 12 min or 3.4 h."""
+  if seconds < 100:
+    return f"{seconds:.0f} s"
+  return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# --- after it -------------------------------------------------------------------------
+
+
+def matrix_text(record: dict) -> str:
+  """The accuracy matrix: row = after learning that task, column = tested on that task."""
+  num_tasks = len(record["task_ids"])
+  header = "after \\ on" + "".join(f"{i + 1:>7}" for i in range(num_tasks))
+  lines = [header]
+  for s, row in enumerate(record["accuracy"]):
+    cells = "".join(f"{x:7.2f}" if x is not None else "      ." for x in row)
+    lines.append(f"task {s + 1:>5}{cells}")
+  return "\n".join(lines)
+
+
+def _number(x: float | None, unit: str = "") -> str:
+  return "-" if x is None else f"{x:.2f}{unit}"
+
+
+def record_text(record: dict, workdir: str) -> str:
+  """What is printed at the end of a run."""
+  seconds = [sum(s.values()) for s in record["seconds"]]
+  return "\n".join(
+    [
+      "",
+      f"{record['method']} on {record['benchmark']}, order {record['order']}, seed {record['seed']}"
+      + (" (PARTIAL DATA)" if record["partial"] else ""),
+      matrix_text(record),
+      f"ACC        {_number(record['average_accuracy'], ' %')}"
+      + (f" ({kind})" if (kind := record.get("statistics")) == "test-batch statistics" else ""),
+      f"BWT        {_number(record['bwt'])}",
+      f"increment  {record['increment'][-1]:.3f}",
+      f"seconds    {sum(seconds):.1f}",
+      f"memory     {record['peak_memory_bytes'] / 2**20:.0f} MiB at most",
+      f"files      {workdir}/record.json, metrics.jsonl, config.json",
+    ]
+  )
+
+
+def _statistics(record: dict) -> str:
+  """Says shortly which statistics BatchNorm evaluated with."""
+  said = record.get("statistics", "-")
+  return "training images" if "training images" in said else said.removesuffix(" statistics")
+
+
+def compare_text(records: dict[str, dict]) -> str:
+  """Records side by side. `records`: name -> record."""
+  rows = [
+    ("", list(records)),
+    ("method", [r["method"] for r in records.values()]),
+    ("benchmark", [r["benchmark"] for r in records.values()]),
+    ("data", [short_data(r) for r in records.values()]),
+    ("order, seed", [f"{r['order']}, {r['seed']}" for r in records.values()]),
+    ("ACC %", [_number(r["average_accuracy"]) for r in records.values()]),
+    ("BatchNorm", [_statistics(r) for r in records.values()]),
+    ("BWT", [_number(r["bwt"]) for r in records.values()]),
+    ("forgetting", [_number(r["forgetting"]) for r in records.values()]),
+    ("increment", [f"{r['increment'][-1]:.3f}" for r in records.values()]),
+    ("parameters", [f"{r['size'][-1]['nonzero']:,}" for r in records.values()]),
+    ("seconds", [f"{sum(sum(s.values()) for s in r['seconds']):.1f}" for r in records.values()]),
+  ]
+  for i in sorted({i for r in records.values() for i in r["task_ids"]}):
+    cells = []
+    for r in records.values():
+      by_id = dict(zip(r["task_ids"], r["accuracy"][-1], strict=True))
+      cells.append(_number(by_id.get(i)))
+    rows.append((f"task id {i} %", cells))
+  width = max(len(c) for _, cells in rows for c in cells) + 2
+  return "\n".join(f"{name:<14}" + "".join(f"{c:>{width}}" for c in cells) for name, cells in rows)
+
+
+def tune_text(results: dict[str, dict]) -> str:
+  """The cells of a grid, the best first. `results`: name -> average_accuracy, bwt, seconds."""
+  width = max(map(len, results)) + 2
+  lines = [f"{'cell':<{width}}{'valid. ACC %':>12}{'BWT':>9}{'seconds':>10}"]
+  for name, r in results.items():
+    accuracy = "diverged" if r["average_accuracy"] is None else _number(r["average_accuracy"])
+    seconds = _number(r["seconds"])
+    lines.append(f"{name:<{width}}{accuracy:>12}{_number(r['bwt']):>9}{seconds:>10}")
+  return "\n".join(lines)
+
+
+# --- before it ------------------------------------------------------------------------
+
+
+def plan_text(plan: dict) -> str:
+  """What --dry_run prints. `plan` as from `experiment.plan`."""
+  lines = ["config"]
+  lines += [f"  {k} = {v!r}" for k, v in plan["config"].items()]
+  lines.append(f"tasks of {plan['benchmark']} in the order of training")
+  if plan["missing"]:
+    lines.append(f"  (sizes of the protocol; {plan['missing']})")
+  for t, task in enumerate(plan["tasks"]):
+    classes = ", ".join(task.get("class_names", ())) or f"{task['num_classes']} classes"
+    lines.append(
+      f"  {t + 1}: id {task['id']} {task['name']}: train {task['train']}, valid {task['valid']}, "
+      f"test {task['test']}; {classes}"
+    )
+  lines.append(f"network {plan['config']['network']}, input {plan['image_shape']}")
+  for name, count, perturbed in plan["layers"]:
+    lines.append(f"  {name:<24}{count:>12,}{'  perturbed' if perturbed else ''}")
+  lines.append(f"  {'total':<24}{plan['parameters']:>12,}")
+  lines.append(f"planned optimizer steps: {plan['steps']:,}")
+  return "\n".join(lines)
+
+
+def list_text(benchmarks: dict, networks: dict, methods: dict) -> str:
+  """What --list prints."""
+
+  def summary(doc):
+    return (doc or "").strip().split("\n")[0]
+
+  lines = ["benchmarks"]
+  lines += [f"  {n:<22}{summary(f.outline.__doc__)}" for n, f in benchmarks.items()]
+  lines += ["networks"]
+  lines += [f"  {n:<22}{summary(c.__doc__)}" for n, c in networks.items()]
+  lines += ["methods"]
+  lines += [f"  {n:<22}{summary(m.__doc__)}" for n, m in methods.items()]
+  return "\n".join(lines)
+
+
+def help_text(usage: str, flag_help: str, methods: dict) -> str:
+  """What --help prints: usage, flags, all config keys."""
+  lines = [usage, "Flags:", flag_help, "", "Config keys (--config.KEY=VALUE):"]
+  known = keys.keys_of({})
+  for name, method in methods.items():
+    known |= {f"method.{k} [{name}]": v for k, v in method.KEYS.items()}
+  for name, key in known.items():
+    default = "as the variant" if key.default is None else repr(key.default)
+    lines.append(f"  {name} = {default} ({key.expected}): {key.meaning}")
+  return "\n".join(lines)

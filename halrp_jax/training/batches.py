@@ -1,0 +1,131 @@
+"""Images of a task as batches: what the network gets, in which order."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from halrp_jax.types import Array, Inputs, Split, Task
+
+
+class Batch(NamedTuple):
+  image: jax.Array  # float32 [B, H, W, C] network input
+  label: jax.Array  # int32 [B]
+  num_classes: jax.Array  # int32 [], or [B, 1] where several tasks are learned at once
+  owner: jax.Array | None  # int32 [B] which of them; None: one task
+
+
+class Joint(NamedTuple):
+  """Several tasks to be learned at once. Made by `join_tasks`; `fit` takes it like a `Task`."""
+
+  train: Split
+  valid: Split
+  inputs: Inputs  # with a leading axis [T]
+  num_classes: Array  # int32 [T]
+  blocks: tuple[int, ...]  # numbers of consecutive training rows that share no batch with others
+
+
+def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> jax.Array:
+  """uint8 [B, H, W, C] -> float32 network input [B, H, W, C] (`Inputs` says how).
+
+  `owner` [B]: which row of `inputs` is each image's, if they have a leading axis.
+  """
+  x = image.astype(jnp.float32) / 255
+  if owner is None:
+    if inputs.permutation is not None:
+      x = x.reshape(x.shape[0], -1)[:, inputs.permutation].reshape(*x.shape[:3], -1)
+    return (x - inputs.mean[None, None, None]) / inputs.std[None, None, None]
+  if inputs.permutation is not None:
+    permuted = jnp.take_along_axis(x.reshape(x.shape[0], -1), inputs.permutation[owner], 1)
+    x = permuted.reshape(*x.shape[:3], -1)
+  return (x - inputs.mean[owner][:, None, None]) / inputs.std[owner][:, None, None]
+
+
+def stack_inputs(tasks: Sequence[Task]) -> Inputs:
+  """The inputs of all the tasks, with a leading axis: `prepare_images`' `owner` says whose."""
+  mean, std = (jnp.stack([task.inputs[i] for task in tasks]) for i in (0, 1))
+  permutation = None
+  if any(task.inputs.permutation is not None for task in tasks):
+    same = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
+    own = [task.inputs.permutation for task in tasks]
+    permutation = jnp.stack([same if p is None else p for p in own])
+  return Inputs(mean, std, permutation)
+
+
+def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
+  """All the tasks as one thing to learn; `mixed`: a batch holds images of several of them."""
+
+  def join(kind):
+    splits = [getattr(task, kind) for task in tasks]
+    owner = np.concatenate([np.full(len(s.index), t, np.int32) for t, s in enumerate(splits)])
+    index, label = (jnp.concatenate([s[i] for s in splits]) for i in (1, 2))
+    return Split(splits[0].image, index, label, jnp.asarray(owner))
+
+  sizes = tuple(len(task.train.index) for task in tasks)
+  return Joint(
+    join("train"),
+    join("valid"),
+    stack_inputs(tasks),
+    jnp.array([task.num_classes for task in tasks], jnp.int32),
+    (sum(sizes),) if mixed else sizes,
+  )
+
+
+def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: float = 0) -> jax.Array:
+  """A random crop of every image [B, H, W, C] padded with `fill`, half of them mirrored."""
+  crop_key, flip_key = jax.random.split(key)
+  num_images, height, width, _ = image.shape
+  pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+  padded = jnp.pad(image, pads, constant_values=fill)
+  top, left = jax.random.randint(crop_key, (2, num_images), 0, 2 * padding + 1)
+  cropped = jax.vmap(lambda x, i, j: lax.dynamic_slice(x, (i, j, 0), (height, width, x.shape[-1])))(
+    padded, top, left
+  )
+  mirrored = jax.random.bernoulli(flip_key, shape=(num_images, 1, 1, 1))
+  return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
+
+
+def steps_per_epoch(config, num_images: int) -> int:
+  """Optimizer steps in one epoch over `num_images` training images."""
+  full, rest = divmod(num_images, config.batch_size)
+  return full + (rest > 0 and config.protocol.last_batch == "train")
+
+
+def make_batch(split: Split, inputs: Inputs, num_classes, rows, image_fn=lambda image: image):
+  """The rows [B] of a split as the network gets them."""
+  image, label = image_fn(split.image[split.index[rows]]), split.label[rows]
+  if split.owner is None:
+    return Batch(prepare_images(image, inputs), label, num_classes, None)
+  owner = split.owner[rows]
+  return Batch(prepare_images(image, inputs, owner), label, num_classes[owner][:, None], owner)
+
+
+def evaluation_batch_size(config) -> int:
+  """Images per evaluation batch."""
+  return config.evaluation_batch_size or config.batch_size
+
+
+def consecutive(num_images: int, batch_size: int) -> list[np.ndarray]:
+  """Rows 0..num_images-1 in order, cut into batches; the last one may be smaller."""
+  rows = np.arange(num_images)
+  return [rows[i : i + batch_size] for i in range(0, num_images, batch_size)]
+
+
+@jax.jit
+def load_batch(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, jax.Array]:
+  """Network inputs [B, H, W, C] and labels [B] of some rows of a split."""
+  return prepare_images(split.image[split.index[rows]], inputs), split.label[rows]
+
+
+def over_samples(fn: Callable, task: Task, key: jax.Array, num_samples: int, chunk: int) -> list:
+  """fn(image [B, H, W, C]) of random training images, chunk by chunk, as arrays on the host."""
+  chosen = np.asarray(jax.random.permutation(key, len(task.train.index)))[:num_samples]
+  parts = []
+  for rows in np.split(chosen, range(chunk, len(chosen), chunk)):
+    image, _ = load_batch(task.train, task.inputs, rows)
+    parts.append(jax.tree.map(np.asarray, fn(image)))
+  return parts

@@ -1,0 +1,56 @@
+"""evaluate(): the only accuracy."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from halrp_jax.devices import processes
+from halrp_jax.training import batches
+from halrp_jax.types import Task
+
+# --- evaluation -----------------------------------------------------------------------
+
+
+def make_predict(method) -> Callable:
+  """Builds `Method.predict` from `Method.logits`: compiled once, a task's own classes alone."""
+  logits_fn = jax.jit(method.logits)
+
+  def predict(state, t, image):
+    shared = {name: state.shared[name] for name in method.serves}
+    logits = logits_fn(shared, state.tasks[t], image)
+    return logits[:, : int(state.tasks[t]["num_classes"])]
+
+  return predict
+
+
+@jax.jit
+def _count_hits(logits, label):
+  return jnp.sum(jnp.argmax(logits, -1) == label)
+
+
+def evaluate(
+  predict_fn: Callable, tasks: Sequence[Task], split: str, batch_size: int
+) -> list[float]:
+  """Accuracy in percent on one split of every task, NaN where it is empty.
+
+  All batches of all tasks are handed to the device before the first result is read. Of several
+  processes each has some of the batches.
+
+  Args:
+    predict_fn: (position in `tasks`, image [B, H, W, C]) -> logits [B, K]
+    tasks: what to evaluate on.
+    split: "train", "valid" or "test".
+    batch_size: images per batch; with `method.batch_norm=batch` accuracies depend on it.
+  """
+  hits = []
+  for i, task in enumerate(tasks):
+    data = getattr(task, split)
+    mine = batches.consecutive(len(data.index), batch_size)[processes.index() :: processes.count()]
+    parts = (batches.load_batch(data, task.inputs, rows) for rows in mine)
+    hits.append([_count_hits(predict_fn(i, image), label) for image, label in parts])
+  hits = processes.total(np.array([sum(map(int, h)) for h in hits], np.int32))
+  sizes = [len(getattr(task, split).index) for task in tasks]
+  return [100 * int(h) / n if n else math.nan for h, n in zip(hits, sizes, strict=True)]

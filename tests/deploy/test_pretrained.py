@@ -1,0 +1,97 @@
+"""A base that others have trained: read by name and shape, and built upon."""
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy as safetensors
+from flax import traverse_util
+
+from halrp_jax import models
+from halrp_jax.config import resolve
+from halrp_jax.deploy import pretrained
+from halrp_jax.methods import halrp
+from halrp_jax.runs import checkpoint, experiment
+from halrp_jax.training import batches, networks
+from halrp_jax.training.fit import learning_rate_decay, make_fit
+from halrp_jax.types import Store, UserError
+
+SHAPE = (8, 8, 1)
+MODEL = models.make("mlp", 10)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return networks.initialize(MODEL, jax.random.key(3), SHAPE)[0]
+
+
+def write(path, params, separator="/", **more):
+  flat = traverse_util.flatten_dict(params, sep=separator)
+  safetensors.save_file({k: np.asarray(x) for k, x in flat.items()} | more, path)
+
+
+@pytest.mark.parametrize("kind", ["slashes", "dots", "collections", "orbax"])
+def test_parameters_come_back_from_every_form(tmp_path, params, kind):
+  path = tmp_path / "base"
+  if kind == "orbax":
+    checkpoint.save_plain(path, {"params": params})
+  else:
+    tree = {"params": params} if kind == "collections" else params
+    write(path, tree, "." if kind == "dots" else "/")
+  got, stats = pretrained.load(str(path), MODEL, SHAPE)
+  jax.tree.map(np.testing.assert_array_equal, got, params)
+  assert stats == {}
+
+
+def test_a_head_for_other_classes_starts_fresh(tmp_path, params):
+  write(tmp_path / "base", params)
+  wide = models.make("mlp", 7)
+  got, _ = pretrained.load(str(tmp_path / "base"), wide, SHAPE, jax.random.key(5))
+  fresh, _ = networks.initialize(wide, jax.random.key(5), SHAPE)
+  np.testing.assert_array_equal(got["fc1"]["kernel"], params["fc1"]["kernel"])
+  np.testing.assert_array_equal(got["head"]["kernel"], fresh["head"]["kernel"])
+
+
+@pytest.mark.parametrize(
+  ("spoil", "says"),
+  [
+    (lambda p: p["fc1"].pop("kernel"), "lacks params/fc1/kernel, unlike MLP"),
+    (lambda p: p.update(fc9={"bias": np.zeros(2)}), "holds params/fc9/bias, unlike MLP"),
+    (lambda p: p["fc2"].update(bias=np.zeros(3)), r"fc2/bias is \(3,\), expected \(256,\)"),
+  ],
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, params, spoil, says):
+  params = {name: dict(layer) for name, layer in params.items()}
+  spoil(params)
+  write(tmp_path / "base", params)
+  with pytest.raises(UserError, match=says):
+    pretrained.load(str(tmp_path / "base"), MODEL, SHAPE)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "text", "folder"])
+def test_what_is_no_such_file_is_refused(tmp_path, name):
+  (tmp_path / "text").write_text("x")
+  (tmp_path / "folder").mkdir()
+  with pytest.raises(UserError, match=f"{name}: can't be read"):
+    pretrained.load(str(tmp_path / name), MODEL, SHAPE)
+
+
+def test_a_head_is_trained_on_it_and_the_next_task_learned(params, digits_config):
+  """The features stay those of the file, in both."""
+  config = resolve(digits_config("halrp", **{"method.prune": "none"}))
+  benchmark, model, method = experiment.build(config)
+  first, second = benchmark.tasks[:2]
+  store = Store("test", lambda event: None)
+  head_fit = make_fit(config, learning_rate_decay(config, benchmark), *networks.head_network(model))
+  features = {name: x for name, x in params.items() if name != "head"}
+  trained, stats = head_fit(
+    {"head": params["head"]}, {}, {"params": features}, first, jax.random.key(0), 2, store
+  )
+  assert not np.allclose(trained["head"]["kernel"], params["head"]["kernel"])
+  state = halrp.base_state(config, first, features | trained, stats)
+  np.testing.assert_array_equal(state.shared["kernels"]["fc1"], params["fc1"]["kernel"])
+  for task, t in ((first, 0), (second, 1)):
+    if t:
+      state, _ = method.learn(state, (task,), jax.random.key(1), store.child("next"))
+    image, label = batches.load_batch(task.test, task.inputs, np.arange(100))
+    hits = np.argmax(method.predict(state, t, image), 1) == np.asarray(label)
+    assert hits.mean() > 0.6  # chance is 0.1

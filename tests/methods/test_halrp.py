@@ -1,0 +1,261 @@
+"""What is HALRP's own: sizes, pruning, ranks, variants."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halrp_jax import models
+from halrp_jax.config import resolve
+from halrp_jax.methods import halrp
+from halrp_jax.runs import experiment
+from halrp_jax.training import networks
+from halrp_jax.training.evaluate import evaluate
+from halrp_jax.types import State, Store
+from halrp_jax.weights import lowrank, trees
+
+CAP = 100
+QUIET = Store("test", lambda event: None)
+
+
+def lenet_state(num_tasks: int, rank: int, sigma: str = "folded") -> State:
+  """A LeNet after `num_tasks` tasks of ten classes, all ranks at min(rank, full), random values."""
+  model = models.make("lenet", 10)
+  params, stats = networks.initialize(model, jax.random.key(0), (32, 32, 3))
+  kernels, rest = trees.split(params)
+  rng = np.random.default_rng(0)
+  tasks = []
+  for t in range(num_tasks):
+    perturbation, ranks = {}, {}
+    for name, kernel in kernels.items():
+      num_in, num_out = kernel.shape[-2:]
+      width = min(CAP, num_in, num_out)
+      ranks[name] = k = min(rank, width) if t else 0
+      p = lowrank.identity(kernel, width, sigma == "folded")
+      u, v = np.zeros((num_out, width), np.float32), np.zeros((num_in, width), np.float32)
+      u[:, :k], v[:, :k] = rng.normal(size=(num_out, k)), rng.normal(size=(num_in, k))
+      perturbation[name] = p._replace(U=u, V=v)
+    learned = {"perturbation": perturbation, "rank": ranks, "rest": rest, "stats": stats}
+    tasks.append(learned | {"num_classes": 10})
+  return State({"kernels": kernels}, tuple(tasks))
+
+
+def method_config(digits_config, **switches):
+  overrides = {f"method.{k}": v for k, v in ({"prune_scope": "all"} | switches).items()}
+  return resolve(digits_config(**overrides)).method
+
+
+class PruneOnly:
+  prune = staticmethod(lowrank.prune)
+
+
+def prune(state, m, num_later=9):
+  return halrp.prune(PruneOnly, state, m, num_later)
+
+
+def prune_all(state, m):
+  assert m.prune_scope == "all"
+  return prune(state, m)
+
+
+def test_size_with_all_ranks_at_the_cap(digits_config):
+  """Spec a.8 and h.5: Split, all ranks 100, bound .2 -> increment .235 after task 10."""
+  m = method_config(digits_config, prune_bound=0.2)
+  state = prune_all(lenet_state(10, CAP), m)
+  assert round(halrp.size(state).increment, 3) == 0.235
+
+
+def test_size_of_one_task_by_hand():
+  low_rank = 531_469  # spec b: low-rank values at the cap per task
+  fixed = 5_393 + 2_740 + 5_010  # R and S, BatchNorm, head
+  size = halrp.size(lenet_state(2, CAP))
+  assert size.base == 2_995_620
+  assert size.paper == size.base + fixed + low_rank
+  statistics, biases = 2_740, 1_370
+  assert size.dense == size.paper + 2 * statistics + biases
+  assert size.nonzero == size.dense and size.mask_bits == 0
+
+
+def test_sigma_is_counted_where_it_is_kept():
+  folded, kept = (halrp.size(lenet_state(2, 7, sigma)) for sigma in ("folded", "kept"))
+  assert kept.paper - folded.paper == 3 + 7 + 7 + 7  # conv1 has rank 3 at most
+
+
+def test_pruned_values_need_a_mask_and_are_no_size(digits_config):
+  m = method_config(digits_config, prune_bound=0.1)
+  state = lenet_state(2, CAP)
+  pruned = halrp.size(prune_all(state, m))
+  whole = halrp.size(state)
+  assert pruned.mask_bits == 531_469
+  assert pruned.dense == whole.dense and pruned.nonzero < whole.nonzero
+  kept = pruned.paper - pruned.base - 13_143
+  dense_growth = (13_143 + 531_469) / 2_995_620
+  assert kept == pytest.approx(531_469 * 0.1 / dense_growth, rel=1e-4)
+
+
+def test_below_the_bound_nothing_is_pruned_not_even_zeros(digits_config):
+  m = method_config(digits_config, prune_bound=0.6, prune_threshold=10.0)
+  state = lenet_state(2, CAP)
+  assert prune_all(state, m) is state
+
+
+def test_unbounded_mixed_pruning_applies_the_absolute_threshold_alone(digits_config):
+  m = method_config(digits_config, prune_bound="none", prune_threshold=0.5)
+  p = prune_all(lenet_state(2, 5), m).tasks[1]["perturbation"]["fc1"]
+  before = lenet_state(2, 5).tasks[1]["perturbation"]["fc1"]
+  np.testing.assert_array_equal(p.U, np.where(np.abs(before.U) > 0.5, before.U, 0))
+
+
+@pytest.mark.parametrize("rule", sorted(lowrank.PRUNE_RULES))
+def test_percentiles_see_no_padding(digits_config, rule):
+  """Rank 5 of 100 columns: the padding must not pull the percentile down to zero."""
+  m = method_config(digits_config, prune=rule, prune_rate="fixed", prune_bound=0.5)
+  state = lenet_state(3, 5)
+  values = [v for p in state.tasks[1:] for v in halrp._low_rank_values(p).values()]
+  after = prune_all(state, m)
+  kept = sum(
+    int(jnp.count_nonzero(x))
+    for p in after.tasks[1:]
+    for q in p["perturbation"].values()
+    for x in (q.U, q.V)
+  )
+  total = sum(v.size for v in values)
+  if rule == "none":
+    assert kept == total
+  elif rule == "absolute":
+    assert kept == sum(int(np.sum(np.abs(v) > 1e-5)) for v in values)
+  else:
+    assert kept == pytest.approx(0.5 * total, rel=0.01)
+
+
+def test_a_task_pruned_when_it_is_learned_ends_as_large_as_one_pruned_again_and_again(
+  digits_config,
+):
+  """And never changes again, so that its BatchNorm statistics stay true."""
+  m = method_config(digits_config, prune_bound=0.2, prune_scope="new")
+  whole, state = lenet_state(10, CAP), lenet_state(1, CAP)
+  for t in range(1, 10):
+    before = state.tasks
+    state = prune(state._replace(tasks=(*before, whole.tasks[t])), m)
+    assert all(a is b for a, b in zip(state.tasks, before, strict=False))
+  again = prune_all(whole, method_config(digits_config, prune_bound=0.2))
+  assert halrp.size(state).paper == pytest.approx(halrp.size(again).paper, rel=1e-4)
+
+
+def test_the_first_task_is_never_pruned(digits_config):
+  m = method_config(digits_config, prune_rate="fixed", prune_bound=0.0)
+  state = lenet_state(2, 5)
+  assert prune_all(state, m).tasks[0] is state.tasks[0]
+
+
+def learn_two(config):
+  config = resolve(config)
+  benchmark, _, method = experiment.build(config)
+  state, events = method.init(jax.random.key(0), benchmark), []
+  store = Store("test", events.append)
+  for t in range(2):
+    state, history = method.learn(state, (benchmark.tasks[t],), jax.random.key(t), store)
+  return state, history, events
+
+
+@pytest.mark.parametrize(
+  ("switches", "ranks"),
+  [
+    ({"rank_rule": "flat", "upper_rank": 7}, {"fc1": 7, "fc2": 7}),
+    ({"rank_rule": "random", "upper_rank": 7}, {"fc1": 7, "fc2": 7}),
+    ({"rank_rule": "flat"}, {"fc1": 64, "fc2": 100}),
+    ({"alpha": 1.0}, {"fc1": 64, "fc2": 100}),  # the authors' code collapses to rank 1 here
+    ({"alpha": 1.0, "upper_rank": 0}, {"fc1": 64, "fc2": 256}),
+    ({"alpha": 0.0, "upper_rank": 3}, {"fc1": 1, "fc2": 1}),
+  ],
+)
+def test_rank_rules(digits_config, switches, ranks):
+  config = digits_config(**{f"method.{k}": v for k, v in switches.items()})
+  state, history, _ = learn_two(config)
+  assert history["ranks"] == ranks
+  assert {n: int(k) for n, k in state.tasks[1]["rank"].items()} == ranks
+
+
+@pytest.mark.parametrize(
+  ("switches", "exact"),
+  [
+    ({"svd_rank": 200}, True),  # all kept values are among the 64 of fc1 and the 200 of fc2
+    ({"svd_rank": 3}, False),
+    ({"svd_rank": 120, "rank_rule": "flat"}, True),
+    ({"svd_rank": 20, "rank_rule": "flat"}, False),
+  ],
+)
+def test_randomised_ranks_are_exact_or_say_that_they_are_not(digits_config, switches, exact):
+  common = {"alpha": 0.6, "upper_rank": 30}
+  runs = []
+  for more in ({}, {"svd": "randomized"}):
+    overrides = {f"method.{k}": v for k, v in (common | switches | more).items()}
+    runs.append(learn_two(digits_config(**overrides)))
+  (_, want, _), (_, got, events) = runs
+  assert want["ranks_exact"] and got["ranks_exact"] == exact
+  if exact:
+    assert got["ranks"] == want["ranks"]
+  else:
+    assert max(got["ranks"].values()) == switches["svd_rank"]
+  (event,) = [e for e in events if e["event"] == "ranks" and e["phase"] == "test"]
+  assert event["ranks_exact"] == exact
+
+
+def test_lrp_ignores_the_importance(digits_config):
+  """With singular values alone the choice differs from the Hessian-aware one."""
+  chosen = {
+    rule: learn_two(digits_config(**{"method.rank_rule": rule}))[1]["ranks"]
+    for rule in ("importance", "lrp")
+  }
+  assert chosen["importance"] != chosen["lrp"]
+
+
+def test_columns_beyond_the_rank_are_zero_after_a_whole_task(digits_config):
+  config = digits_config(**{"method.l1": 1e-3, "method.prune": "none", "epochs": 4})
+  state, history, _ = learn_two(config)
+  for name, p in state.tasks[1]["perturbation"].items():
+    k = history["ranks"][name]
+    assert k < p.U.shape[1]
+    assert not np.any(p.U[:, k:]) and not np.any(p.V[:, k:])
+    assert np.any(p.U[:, :k]) and np.any(p.V[:, :k])
+
+
+def test_phases_are_those_of_algorithm_1(digits_config):
+  config = digits_config(**{"epochs": 5, "method.warmup_epochs": 2})
+  _, _, events = learn_two(config)
+  phases = [e["phase"] for e in events if e["event"] == "epoch"]
+  assert phases == ["test/base"] * 5 + ["test/warmup"] * 2 + ["test/finetune"] * 3
+
+
+def test_more_kept_importance_means_a_better_start(digits_config):
+  """The first fine-tuning epoch starts nearer to the warm-up with a higher alpha."""
+  first_loss = {}
+  for alpha in (0.0, 1.0):
+    config = digits_config(**{"method.alpha": alpha, "epochs": 4, "method.warmup_epochs": 3})
+    _, _, events = learn_two(config)
+    first_loss[alpha] = events[-1]["loss"]
+  assert first_loss[1.0] < first_loss[0.0]
+
+
+@pytest.mark.parametrize("variant", ["code", "paper", "published"])
+def test_variants_learn(digits_config, variant):
+  config = resolve(digits_config(**{"method.variant": variant, "epochs": 6}))
+  benchmark, _, method = experiment.build(config)
+  state = method.init(jax.random.key(0), benchmark)
+  for t in range(3):
+    state, _ = method.learn(state, (benchmark.tasks[t],), jax.random.key(t), QUIET)
+  task = benchmark.tasks[2]
+  (accuracy,) = evaluate(lambda _, x: method.predict(state, 2, x), (task,), "test", 100)
+  assert accuracy > 80
+  assert config.method.importance == ("mean" if variant == "code" else "sum")
+
+
+def test_the_paper_variant_keeps_and_trains_sigma(digits_config):
+  config = digits_config(**{"method.variant": "paper", "epochs": 3})
+  state, history, _ = learn_two(config)
+  p = state.tasks[1]["perturbation"]["fc1"]
+  k = history["ranks"]["fc1"]
+  assert np.all(p.sigma[:k]) and not np.any(p.sigma[k:])
+  assert not np.all(np.diff(p.sigma[:k]) <= 0) or not np.allclose(
+    np.linalg.norm(p.U[:, :k], axis=0), 1, atol=1e-3
+  )

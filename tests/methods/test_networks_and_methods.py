@@ -1,0 +1,130 @@
+"""Every network takes two tasks of every method, a few steps each."""
+
+import jax
+import numpy as np
+import pytest
+
+from halrp_jax import methods, models
+from halrp_jax.config import make_config, resolve
+from halrp_jax.types import Benchmark, Inputs, Split, Task
+from halrp_jax.weights import taps, trees
+
+from ..conftest import heavy_are_slow
+from .test_methods import NO_FORGETTING, QUIET, logits
+
+COLOURS = {"wide_lenet": 1}
+# small, since what is tested is how methods and layers fit together
+SMALL = {
+  "alexnet": {"channels": (4, 5, 6), "hidden": (16, 12)},
+  "resnet18": {"width": 4, "stage_sizes": (1, 1, 1, 1)},  # either kind of shortcut
+  "mlp": {"hidden": (16, 12)},
+} | dict.fromkeys(
+  ("lenet", "wide_lenet", "saha_lenet", "saha_lenet_without_lrn"),
+  {"channels": (4, 5), "hidden": (16, 12)},
+)
+
+
+@pytest.fixture(scope="module")
+def benchmark_of():
+  """(channels) -> two tasks of three classes, 24 random images of 32 x 32 each."""
+
+  def make(channels):
+    rng = np.random.default_rng(0)
+    image = jax.numpy.asarray(rng.integers(0, 256, (48, 32, 32, channels), np.uint8))
+    inputs = Inputs(np.full(channels, 0.5, np.float32), np.full(channels, 0.3, np.float32), None)
+
+    def split(rows):
+      index = np.asarray(rows, np.int32)
+      return Split(image, jax.numpy.asarray(index), jax.numpy.asarray(index % 3))
+
+    tasks = []
+    for t in range(2):
+      train, valid, test = (split(np.arange(*r) + 24 * t) for r in ((0, 16), (16, 19), (19, 24)))
+      tasks.append(Task(t, f"task {t}", ("a", "b", "c"), inputs, train, valid, test))
+    return Benchmark("random", tuple(tasks), "", False)
+
+  return make
+
+
+class TestAlexNet:
+  @heavy_are_slow
+  def test_two_tasks_are_learned(self, method_name, benchmark_of):
+    learn_two_tasks("alexnet", method_name, benchmark_of)
+
+
+class TestResNet18:
+  @heavy_are_slow
+  def test_two_tasks_are_learned(self, method_name, benchmark_of):
+    learn_two_tasks("resnet18", method_name, benchmark_of)
+
+
+class TestOthers:
+  @pytest.mark.parametrize("network", ["lenet", "wide_lenet"])
+  def test_two_tasks_are_learned(self, network, method_name, benchmark_of):
+    learn_two_tasks(network, method_name, benchmark_of)
+
+
+@pytest.mark.parametrize("network", ["saha_lenet", "saha_lenet_without_lrn"])
+@pytest.mark.parametrize("method", ["gpm", "halrp", "stl", "wsn"])
+def test_the_networks_of_gpm_and_wsn(network, method, benchmark_of):
+  learn_two_tasks(network, method, benchmark_of)
+
+
+def learn_two_tasks(network, method_name, benchmark_of):
+  benchmark = benchmark_of(COLOURS.get(network, 3))
+  config = make_config(
+    method_name,
+    protocol={},
+    every_method={"l2": 1e-4},
+    methods_={
+      "halrp": {"svd": "randomized", "svd_rank": 8, "upper_rank": 8, "prune": "none"},
+      "clr": {"bn_scope": "task"},
+      "ewc": {"fisher_samples": 5},
+      "gpm": {"samples": 3},
+      "prd": {"epochs": 2},
+      "ibpwf": {"fine_tune_epochs": 1},
+    },
+    network=network,
+    # the wide LeNet is the LeNet again but for its sizes
+    precision="bfloat16" if network == "wide_lenet" else "float32",
+    epochs=2,
+    batch_size=8,
+  )
+  config = resolve(config)
+  model = models.of(config, 3).clone(**SMALL[network])
+  method = methods.make(config, model, benchmark)
+  state = method.init(jax.random.key(0), benchmark)
+  first = None
+  for group in method.groups(2):
+    tasks = tuple(benchmark.tasks[t] for t in group)
+    before = state
+    state, _ = method.learn(state, tasks, jax.random.key(group[0]), QUIET)
+    first = logits(method, state, benchmark, 0, 5) if first is None else first
+  got = [logits(method, state, benchmark, t, 5) for t in range(2)]
+  assert all(x.shape == (5, 3) and x.dtype == np.float32 and np.isfinite(x).all() for x in got)
+  alone, tolerance = (
+    logits(method, state, benchmark, 1, 1),
+    5e-2 if network == "wide_lenet" else 1e-5,
+  )
+  np.testing.assert_allclose(alone, got[1][:1], atol=tolerance, rtol=tolerance)
+  if method_name in NO_FORGETTING:
+    np.testing.assert_array_equal(got[0], first)
+  assert method.size(state).base > 0 and before is not state
+
+
+def test_layers_with_kernels_are_known_to_every_method():
+  """`perturb.layer_inputs` times the kernels is `perturb.layer_outputs`, strides
+  and shortcuts included."""
+  image = jax.numpy.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), np.float32)
+  for network in ("lenet", "alexnet", "resnet18"):
+    model = models.make(network, 3, "batch").clone(**SMALL[network])
+    params = model.init(jax.random.key(0), image, train=False)["params"]
+    kernels, _ = trees.split(params)
+    rows = taps.layer_inputs(model, kernels.keys(), {"params": params}, image)
+    assert {n: x.shape[-1] for n, x in rows.items()} == {
+      n: w.size // w.shape[-1] for n, w in kernels.items()
+    }
+    outputs = taps.layer_outputs(model, kernels.keys(), {"params": params}, image)
+    for name, w in kernels.items():
+      want = np.asarray(rows[name]) @ np.asarray(w).reshape(-1, w.shape[-1])
+      np.testing.assert_allclose(outputs[name], want, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,242 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from halrp_jax.nn import layers
+from halrp_jax.nn.conv import conv_general_dilated
+from halrp_jax.nn.init import uniform_fan_in
+from halrp_jax.nn.norm import BatchNorm, _fused_batch_norm, _plain_batch_norm, local_response_norm
+from halrp_jax.nn.pool import _pool_apart, max_pool, overlapping_max_pool, window_cells, window_sum
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def plain(x, kernel, padding, stride):
+  strides = (stride, stride)
+  return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
+
+
+def ours(x, kernel, padding, stride):
+  numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, DIMENSIONS)
+  strides = (stride, stride)
+  return conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+
+@pytest.mark.parametrize(
+  ("image", "kernel", "padding", "stride"),
+  [
+    ((16, 16, 20), (5, 5, 20, 50), ((2, 2), (2, 2)), 1),  # LeNet conv2
+    ((32, 32, 3), (5, 5, 3, 20), ((2, 2), (2, 2)), 1),  # LeNet conv1: on blocks
+    ((32, 32, 3), (4, 4, 3, 64), ((0, 0), (0, 0)), 1),  # AlexNet
+    ((14, 14, 64), (3, 3, 64, 128), ((0, 0), (0, 0)), 1),
+    ((6, 6, 128), (2, 2, 128, 256), ((0, 0), (0, 0)), 1),
+    ((16, 16, 32), (3, 3, 32, 64), ((1, 1), (1, 1)), 2),  # ResNet18
+    ((16, 16, 32), (1, 1, 32, 64), ((0, 0), (0, 0)), 2),
+    ((9, 7, 3), (4, 4, 3, 5), ((0, 0), (0, 0)), 1),
+    ((9, 7, 3), (4, 4, 3, 5), ((0, 0), (0, 0)), 2),
+    ((7, 10, 1), (3, 5, 1, 4), ((1, 1), (2, 2)), 1),
+    ((7, 10, 6), (3, 5, 6, 4), ((1, 1), (2, 2)), 2),
+    ((5, 5, 6), (2, 2, 6, 3), ((0, 0), (0, 0)), 2),
+    ((6, 5, 8), (2, 3, 8, 4), ((1, 0), (0, 2)), 1),
+    ((5, 5, 6), (1, 1, 6, 7), ((0, 0), (0, 0)), 1),
+    ((5, 5, 2), (1, 1, 2, 7), "SAME", 1),
+    ((8, 9, 6), (3, 4, 6, 2), "SAME", 1),
+    ((8, 9, 6), (3, 4, 6, 2), "SAME", 2),
+    ((8, 9, 3), (3, 4, 3, 2), "VALID", 1),
+    ((4, 4, 3), (2, 2, 3, 2), ((3, 3), (3, 3)), 1),  # wider than the kernel: the plain operation
+  ],
+)
+@pytest.mark.parametrize("batch", [8, 5])
+def test_convolution_equals_lax_in_values_and_gradients(image, kernel, padding, stride, batch):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, w = jax.random.normal(keys[0], (batch, *image)), jax.random.normal(keys[1], kernel)
+  y = plain(x, w, padding, stride)
+  weight = jax.random.normal(keys[2], y.shape)
+
+  def loss(fn):
+    return lambda x, w: jnp.sum(weight * fn(x, w, padding, stride))
+
+  np.testing.assert_allclose(ours(x, w, padding, stride), y, atol=3e-4)
+  got = jax.grad(loss(ours), (0, 1))(x, w)
+  want = jax.grad(loss(plain), (0, 1))(x, w)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-5)
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    {"strides": (2, 2)},
+    {"kernel_dilation": (2, 2)},
+    {"feature_group_count": 2},
+    {"strides": 1},
+    {"padding": "VALID"},
+    {"padding": "CIRCULAR"},
+  ],
+)
+def test_flax_conv_gives_the_same_with_and_without(arguments):
+  x = jax.random.normal(jax.random.key(0), (2, 9, 8, 6))
+  fast = nn.Conv(4, (3, 3), conv_general_dilated=conv_general_dilated, **arguments)
+  slow = nn.Conv(4, (3, 3), **arguments)
+  variables = slow.init(jax.random.key(1), x)
+  np.testing.assert_allclose(fast.apply(variables, x), slow.apply(variables, x), atol=1e-5)
+
+
+def test_batch_norm_against_flax_and_the_unbiased_variance():
+  x = 3 * jax.random.normal(jax.random.key(0), (7, 5)) + 1
+  module = BatchNorm()
+  variables = module.init(jax.random.key(1), x, False)
+  y, new = module.apply(variables, x, True, mutable=["batch_stats"])
+  flax = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5)
+  want, _ = flax.apply(flax.init(jax.random.key(1), x), x, mutable=["batch_stats"])
+  np.testing.assert_allclose(y, want, atol=1e-5)
+  stats = new["batch_stats"]
+  np.testing.assert_allclose(stats["mean"], 0.1 * np.mean(x, 0), rtol=1e-5)
+  np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * np.var(x, 0, ddof=1), rtol=1e-5)
+  variables = {"params": variables["params"], "batch_stats": stats}
+  z = module.apply(variables, x, False)
+  want = (x - stats["mean"][None]) / np.sqrt(stats["var"][None] + 1e-5)
+  np.testing.assert_allclose(z, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(
+  ("shape", "pool"), [((8, 6, 6, 3), 2), ((4, 7, 5, 3), 2), ((4, 6, 9, 2), 3), ((16, 5), 1)]
+)
+def test_fused_batch_norm_equals_the_plain_one(shape, pool, relu):
+  keys = jax.random.split(jax.random.key(0), 4)
+  x = 2 * jax.random.normal(keys[0], shape) + 1
+  scale = jax.random.normal(keys[1], shape[-1:])  # negative ones too: they turn the order round
+  bias = jax.random.normal(keys[2], shape[-1:])
+  forms = [
+    lambda *a, f=f: f(*a, epsilon=1e-5, relu=relu, pool=pool)
+    for f in (_fused_batch_norm, _plain_batch_norm)
+  ]
+  outputs = [form(x, scale, bias) for form in forms]
+  for a, b in zip(*outputs, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  weight = jax.random.normal(keys[3], outputs[0][0].shape)
+  gradients = [
+    jax.grad(lambda *a, form=form: jnp.sum(weight * form(*a)[0]), (0, 1, 2))(x, scale, bias)
+    for form in forms
+  ]
+  for a, b in zip(*gradients, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_pooling_gives_the_gradient_to_the_first_of_equal_values():
+  x = jnp.zeros((1, 2, 2, 1))
+  got = jax.grad(lambda x: jnp.sum(_pool_apart(window_cells(x, 2))))(x)
+  np.testing.assert_array_equal(got.ravel(), [1, 0, 0, 0])
+
+
+def test_batch_norm_that_evaluates_with_the_batch_keeps_statistics_all_the_same():
+  x = 3 * jax.random.normal(jax.random.key(0), (4, 3, 3, 2)) + 1
+  module = BatchNorm(running=False)
+  variables = module.init(jax.random.key(1), x, False)
+  y, new = module.apply(variables, x, True, mutable=["batch_stats"])
+  np.testing.assert_allclose(module.apply(variables, x, False), y, atol=1e-6)
+  _, want = BatchNorm().apply(variables, x, True, mutable=["batch_stats"])
+  jax.tree.map(np.testing.assert_array_equal, new, want)
+  # which are of no effect, and need not be there
+  np.testing.assert_array_equal(module.apply({"params": variables["params"]}, x, False), y)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (2, 7, 5, 3)])
+def test_max_pool_equals_flax(shape):
+  x = jax.random.normal(jax.random.key(0), shape)
+  want = nn.max_pool(x, (2, 2), strides=(2, 2))
+  np.testing.assert_array_equal(max_pool(x), want)
+  weight = jax.random.normal(jax.random.key(1), want.shape)
+  got = jax.grad(lambda x: jnp.sum(weight * max_pool(x)))(x)
+  want = jax.grad(lambda x: jnp.sum(weight * nn.max_pool(x, (2, 2), strides=(2, 2))))(x)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_initialisation_is_uniform_within_fan_in():
+  x = uniform_fan_in()(jax.random.key(0), (5, 5, 4, 1000))
+  assert 0.099 < float(jnp.abs(x).max()) <= 0.1  # 1 / sqrt(5 * 5 * 4)
+  assert float(x.std()) == pytest.approx(0.1 / np.sqrt(3), rel=0.02)
+  bias = uniform_fan_in(400)(jax.random.key(0), (1000,))
+  assert 0.049 < float(jnp.abs(bias).max()) <= 0.05
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_batch_norm_keeps_the_bias_of_the_layer_before(running):
+  """The same as a bias added before BatchNorm, in training and in evaluation."""
+  x, bias = 3 * jax.random.normal(jax.random.key(0), (16, 5)) + 1, jnp.linspace(-2.0, 2.0, 5)
+  with_bias, without = BatchNorm(running, num_in=4), BatchNorm(running)
+  variables = without.init(jax.random.key(1), x, False)
+  params = variables["params"] | {"input_bias": bias}
+  stats = {k: v for k, v in variables.items() if k != "params"}
+  got, got_stats = with_bias.apply({"params": params} | stats, x, True, mutable=["batch_stats"])
+  want, want_stats = without.apply(variables, x + bias[None], True, mutable=["batch_stats"])
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  for a, b in zip(jax.tree.leaves(got_stats), jax.tree.leaves(want_stats), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  got = with_bias.apply({"params": params} | got_stats, 2 * x, False)
+  want = without.apply({"params": variables["params"]} | got_stats, 2 * x + bias[None], False)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("window", "strides", "padding"),
+  [
+    ((5, 5), (1, 1), ((2, 2), (2, 2))),
+    ((3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((2, 3), (1, 2), ((0, 0), (1, 0))),
+    ((3, 2), (2, 2), "SAME"),
+    ((3, 3), (1, 1), "VALID"),
+  ],
+)
+def test_window_sum_equals_a_convolution_with_ones(window, strides, padding):
+  x = jax.random.normal(jax.random.key(0), (3, 9, 8, 4))
+  kernel = jnp.ones((*window, 1, 4))
+
+  def plain(x):
+    return lax.conv_general_dilated(
+      x, kernel, strides, padding, dimension_numbers=DIMENSIONS, feature_group_count=4
+    )
+
+  def ours(x):
+    return window_sum(x, window, strides, padding)
+
+  want = plain(x)
+  weight = jax.random.normal(jax.random.key(1), want.shape)
+  np.testing.assert_allclose(ours(x), want, atol=1e-5)
+  got, want = (jax.grad(lambda x, f=f: jnp.sum(weight * f(x)))(x) for f in (ours, plain))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_not_a_number_stays_not_a_number():
+  """The convolution's way of keeping XLA from fusing is a branch on a not-a-number."""
+  x = jnp.ones((4, 6, 6, 8)).at[0, 0, 0, 0].set(jnp.nan)
+  assert jnp.isnan(ours(x, jnp.ones((3, 3, 8, 2)), "SAME", 1)).any()
+  assert jnp.isnan(max_pool(x)).any()
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_dropout_keeps_the_expectation(rate):
+  x = jnp.ones((250, 401))
+  y = layers.Dropout(rate).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+  assert float(jnp.mean(y == 0)) == pytest.approx(rate, abs=0.01)
+  assert float(y.mean()) == pytest.approx(1, abs=0.01)
+  np.testing.assert_array_equal(layers.Dropout(rate).apply({}, x, False), x)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (2, 7, 5, 3)])
+def test_overlapping_max_pool_equals_flax(shape):
+  x = jax.random.normal(jax.random.key(0), shape)
+  want = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+  np.testing.assert_array_equal(overlapping_max_pool(x), want)
+
+
+def test_local_response_norm_by_hand():
+  x = jnp.arange(1.0, 6.0)[None]  # channels 1 2 3 4 5; a channel sees two before and one behind
+  sums = np.array([1 + 4, 1 + 4 + 9, 1 + 4 + 9 + 16, 4 + 9 + 16 + 25, 9 + 16 + 25])
+  want = np.arange(1, 6) / (2 + 0.3 / 4 * sums) ** 0.5
+  got = local_response_norm(x, size=4, alpha=0.3, beta=0.5, k=2.0)
+  np.testing.assert_allclose(got[0], want, rtol=1e-6)
