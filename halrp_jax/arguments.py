@@ -59,7 +59,7 @@ def _check_key_names(argv: list[str]) -> None:
   """config_flags names an unknown key badly, so look first."""
   name = next((a.rpartition(":")[2] for a in argv if re.match(r"--?config=.*:", a)), None)
   chosen = [methods.METHODS[name]] if name in methods.METHODS else methods.METHODS.values()
-  known = {"method.name"}.union(*(keys.keys_of(m.KEYS) for m in chosen))
+  known = {"method.name"}.union(*(keys.keys_of(m.Config) for m in chosen))
   for arg in argv:
     key = re.match(r"--?(?:no)?config\.([^=]*)", arg)
     if key and key[1] not in known:

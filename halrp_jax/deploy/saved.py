@@ -1,5 +1,6 @@
 """A run's folder -> its model, ready to predict or to learn more; needs no data."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import config_dict
 
 from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
@@ -43,7 +43,7 @@ def open_run(path: str) -> Saved:
   Raises:
     UserError: if it is no run, is of an older version, or no state of it is whole.
   """
-  config = resolve(config_dict.ConfigDict(identity.read_config(path)))
+  config = resolve(identity.read_config(path))
   benchmark = workdir.read_benchmark(path)
   model = models.with_stored_statistics(models.of(config, benchmark.max_classes))
   state, results = workdir.newest_state(path)
@@ -192,7 +192,7 @@ def extend(
   config, learned = run.config, run.learned
   shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
   task_id = 1 + max(task.id for task in run.benchmark.tasks)
-  whole = config_dict.ConfigDict(config.to_dict() | {"train_fraction": 1.0})
+  whole = dataclasses.replace(config, train_fraction=1.0)
   notes = []
   task = data.load_task(data_path, whole, shape, task_id, notes.append)
   _require_room(run, task)

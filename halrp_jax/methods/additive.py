@@ -9,6 +9,8 @@
 tau is trained dense; for prediction what is not above the L1 coefficient in size is 0.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -16,11 +18,14 @@ from halrp_jax import keys
 from halrp_jax.training import sizes
 from halrp_jax.types import Size, State
 
-KEYS = keys.NETWORK_KEYS | {
-  "l1": keys.number(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of the methods of this file."""
+
+  l1: float = keys.number(
     4e-4, 0, None, "L1 coefficient on tau, and the size up to which tau is 0 in prediction"
-  ),
-}
+  )
 
 
 def draw_v(key: jax.Array, kernels) -> dict[str, jax.Array]:

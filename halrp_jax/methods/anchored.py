@@ -12,6 +12,7 @@ A task is predicted with the features as they are now, hence these methods forge
 statistics stay those of the features when the task was learned.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -23,11 +24,14 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, Params, State, nothing_learned, one_at_a_time
 from halrp_jax.weights import trees
 
-KEYS = keys.NETWORK_KEYS | {
-  "bn_scope": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of the methods of this file."""
+
+  bn_scope: str = keys.one_of(
     "shared", ("shared", "task"), "whether BatchNorm is one of the shared features or the task's"
-  ),
-}
+  )
 
 
 def make(

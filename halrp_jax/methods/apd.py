@@ -27,6 +27,8 @@ Reference: J. Yoon et al., "Scalable and order-robust continual learning with ad
 decomposition", 2020, Eq. 3 to 6 and its program; spec/baselines.md 3.7.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,17 +43,20 @@ from halrp_jax.weights import trees
 
 _ITERATIONS = 100  # of k-means, as in APD's program
 
-KEYS = additive.KEYS | {
-  "retroactive": keys.number(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(additive.Config):
+  """The keys `method.*` of this method."""
+
+  retroactive: float = keys.number(
     100.0, 0, None, "a: coefficient on the change of the tasks before", True
-  ),
-  "old_tau": keys.one_of(
+  )
+  old_tau: str = keys.one_of(
     "trained", ("trained", "closed_form"), "how the tau of the tasks before follow sigma"
-  ),
-  "every": keys.whole(5, 0, None, "s: tasks between two consolidations; 0: never"),
-  "clusters": keys.whole(2, 1, None, "k: clusters for every s tasks"),
-  "close": keys.number(1e-2, 0, None, "beta: difference up to which values become one"),
-}
+  )
+  every: int = keys.whole(5, 0, None, "s: tasks between two consolidations; 0: never")
+  clusters: int = keys.whole(2, 1, None, "k: clusters for every s tasks")
+  close: float = keys.number(1e-2, 0, None, "beta: difference up to which values become one")
 
 
 def check(config) -> list[str]:

@@ -18,6 +18,8 @@ decomposition", 2020 (APD-Fixed); spec/baselines.md 3.8. The HALRP paper says "l
 vector" (method.train_tau = False); but a mask per output can't do better than BE, as its row does.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -28,10 +30,13 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 from halrp_jax.weights import trees
 
-KEYS = additive.KEYS | {
-  "train_tau": keys.flag(True, "tau is learned; false: the mask alone"),
-  "tau_start": keys.one_of("shared", ("shared", "zero"), "where tau starts: at sigma, or at 0"),
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(additive.Config):
+  """The keys `method.*` of this method."""
+
+  train_tau: bool = keys.flag(True, "tau is learned; false: the mask alone")
+  tau_start: str = keys.one_of("shared", ("shared", "zero"), "where tau starts: at sigma, or at 0")
 
 
 def make(config, model, benchmark) -> Method:

@@ -15,6 +15,8 @@ Reference: Y. Wen et al., "BatchEnsemble: an alternative approach to efficient e
 learning", 2020, Eq. 1, 6, 7; spec/baselines.md 3.6. Biases and BatchNorm per task are our reading.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -24,9 +26,12 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 from halrp_jax.weights import kinds, lowrank, perturb, trees
 
-KEYS = keys.NETWORK_KEYS | {
-  "l2_scales": keys.number(0.0, 0, None, "L2 coefficient on r and s"),
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of this method."""
+
+  l2_scales: float = keys.number(0.0, 0, None, "L2 coefficient on r and s")
 
 
 def make(config, model, benchmark) -> Method:

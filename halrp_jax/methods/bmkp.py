@@ -31,6 +31,7 @@ Reference: W. Sun et al., "Decoupling learning and remembering: a bilevel memory
 knowledge projection for task-incremental learning", 2023, Eq. 4; spec/baselines.md 3.12.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -46,19 +47,22 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
 from halrp_jax.weights import bases, perturb, taps, trees
 
+
 # lambda and gamma: the paper's on CIFAR-100. Half the epochs for phase 1, half for 3: 51.5 % on the
 # validation images of CIFAR100-Split (a tenth of the images, form=code); all for both: 49.0 %.
-KEYS = keys.NETWORK_KEYS | {
-  "learn_share": keys.number(0.5, 0, 1, "epochs of phase 1 in those of a task", True),
-  "retrain_share": keys.number(0.5, 0, 1, "epochs of phase 3 in those of a task"),
-  "strength": keys.number(1.0, 0, None, "lambda: coefficient on r"),
-  "form": keys.one_of("paper", ("paper", "code"), "whose r"),
-  "threshold": keys.number(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of this method."""
+
+  learn_share: float = keys.number(0.5, 0, 1, "epochs of phase 1 in those of a task", True)
+  retrain_share: float = keys.number(0.5, 0, 1, "epochs of phase 3 in those of a task")
+  strength: float = keys.number(1.0, 0, None, "lambda: coefficient on r")
+  form: str = keys.one_of("paper", ("paper", "code"), "whose r")
+  threshold: float = keys.number(
     0.96, 0, 1, "gamma: share of the outputs' energy that the basis carries"
-  ),
-  "first_threshold": keys.number(0.95, 0, 1, "gamma of the first task"),
-  "samples": keys.whole(500, 1, None, "training images of a task that its basis is made from"),
-}
+  )
+  first_threshold: float = keys.number(0.95, 0, 1, "gamma of the first task")
+  samples: int = keys.whole(500, 1, None, "training images of a task that its basis is made from")
 
 
 def make(config, model, benchmark) -> Method:

@@ -17,6 +17,8 @@ baseline of Y. Wen et al., "BatchEnsemble", 2020, Sect. 4.1; spec/baselines.md 3
 not say whether biases are trained: `method.train_biases`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -26,12 +28,15 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 from halrp_jax.weights import trees
 
-KEYS = keys.NETWORK_KEYS | {
-  "start": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of this method."""
+
+  start: str = keys.one_of(
     "task0", ("task0", "fresh"), "where a later task's BatchNorm starts: task 0's, or anew"
-  ),
-  "train_biases": keys.flag(False, "later tasks train biases of their own too"),
-}
+  )
+  train_biases: bool = keys.flag(False, "later tasks train biases of their own too")
 
 
 def make(config, model, benchmark) -> Method:

@@ -23,6 +23,8 @@ Reference: Y. Ge et al., "CLR: channel-wise lightweight reprogramming for contin
 Sect. 3; spec/baselines.md 3.13. The original starts from an ImageNet network.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,11 +36,14 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 from halrp_jax.weights import trees
 
-KEYS = keys.NETWORK_KEYS | {
-  "bn_scope": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of this method."""
+
+  bn_scope: str = keys.one_of(
     "shared", ("shared", "task"), "one BatchNorm that all tasks train, or each its own"
-  ),
-}
+  )
 
 
 def make(config, model, benchmark) -> Method:

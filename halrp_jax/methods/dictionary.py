@@ -9,6 +9,7 @@ Factors that a task uses never change again, and those that come later meet zero
 outputs stay the same bits. F is that of the last task from the beginning.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -20,14 +21,19 @@ from halrp_jax.training import networks, sizes
 from halrp_jax.types import Size, State
 from halrp_jax.weights import trees
 
-KEYS = keys.NETWORK_KEYS | {
-  "start": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of the methods of this file."""
+
+  start: str = keys.one_of(
     "task_before",
     ("fresh", "task_before"),
     "where a task's weights of the factors, biases and BatchNorm start: from nothing, or where the "
     "task before ended",
-  ),
-}
+  )
+
+
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # of the kernels by layer
 
 

@@ -21,6 +21,8 @@ References: J. Kirkpatrick et al., "Overcoming catastrophic forgetting in neural
 Eq. 3; J. Schwarz et al., "Progress & compress", 2018 (online variant); spec/baselines.md 3.4.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,17 +34,20 @@ from halrp_jax.weights import trees
 
 _CHUNK = 16  # samples that share the statistics of BatchNorm
 
+
 # strength found by `tune`: CIFAR100-Split, order A, seed 0. With a quarter of the training images
 # 1e3 and 1e4 are alike (53.1, 52.8), with 5 % 1e4 is the best by 6 points (docs/measurements.md)
-KEYS = anchored.KEYS | {
-  "strength": keys.number(1e4, 0, None, "lambda: coefficient on the Fisher-weighted distance"),
-  "fisher": keys.one_of("true_label", ("true_label", "sampled_label"), "labels of the Fisher"),
-  "fisher_samples": keys.whole(1000, 1, None, "training images of a task for its Fisher"),
-  "accumulate": keys.one_of(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(anchored.Config):
+  """The keys `method.*` of this method."""
+
+  strength: float = keys.number(1e4, 0, None, "lambda: coefficient on the Fisher-weighted distance")
+  fisher: str = keys.one_of("true_label", ("true_label", "sampled_label"), "labels of the Fisher")
+  fisher_samples: int = keys.whole(1000, 1, None, "training images of a task for its Fisher")
+  accumulate: str = keys.one_of(
     "separate", ("separate", "online"), "separate: every task's own anchor; online: the last one's"
-  ),
-  "decay": keys.number(0.95, 0, 1, "accumulate=online: what earlier Fisher is multiplied by"),
-}
+  )
+  decay: float = keys.number(0.95, 0, 1, "accumulate=online: what earlier Fisher is multiplied by")
 
 
 def make(config, model, benchmark):

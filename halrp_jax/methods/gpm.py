@@ -24,6 +24,7 @@ Reference: G. Saha et al., "Gradient projection memory for continual learning", 
 spec/baselines.md 3.10. Its networks have neither biases nor running statistics.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -38,15 +39,18 @@ from halrp_jax.weights import bases, taps, trees
 
 _CHUNK = 25  # images whose patches are in memory at once
 
-KEYS = keys.NETWORK_KEYS | {
-  "optimizer": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of this method."""
+
+  optimizer: str = keys.one_of(
     "adam", ("sgd", "adam"), "sgd: the paper's recipe; adam: the protocol's, its updates projected"
-  ),
-  "learning_rate": keys.number(0.01, 0, None, "of optimizer=sgd", True),
-  "threshold": keys.number(0.97, 0, 1, "eps: share of the energy that the basis carries"),
-  "threshold_step": keys.number(0.003, 0, 1, "added to eps for every task, up to 1"),
-  "samples": keys.whole(125, 1, None, "training images of a task that its basis is made from"),
-}
+  )
+  learning_rate: float = keys.number(0.01, 0, None, "of optimizer=sgd", True)
+  threshold: float = keys.number(0.97, 0, 1, "eps: share of the energy that the basis carries")
+  threshold_step: float = keys.number(0.003, 0, 1, "added to eps for every task, up to 1")
+  samples: int = keys.whole(125, 1, None, "training images of a task that its basis is made from")
 
 
 def make(config, model, benchmark) -> Method:

@@ -30,6 +30,7 @@ the authors' program as released, "published" what reproduces the published accu
 Reference: https://arxiv.org/abs/2311.15161 (paper); spec/halrp.md a.1 to a.9 (what the code does).
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -88,64 +89,69 @@ VARIANTS = {
   },
 }
 
-_number, _whole, _flag, _one_of = (
-  keys.number,
-  keys.whole,
-  keys.flag,
-  keys.one_of,
-)
-KEYS = keys.BATCH_NORM | {
-  "variant": _one_of("published", tuple(VARIANTS), "what the switches left None mean"),
-  "alpha": _number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all"),
-  "warmup_epochs": _whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`"),
-  "l1": _number(0.0, 0, None, "lambda_0: L1 coefficient on U and V"),
-  "l2": _number(0.0, 0, None, "lambda_1: L2 coefficient on R, S, U, V; on the kernels in task 0"),
-  "prune_threshold": _number(1e-5, 0, None, "absolute threshold of the rules that have one"),
-  "prune_bound": keys.number_or_none(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.MethodConfig):
+  """The keys `method.*` of this method."""
+
+  variant: str = keys.one_of("published", tuple(VARIANTS), "what the switches left None mean")
+  alpha: float = keys.number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all")
+  warmup_epochs: int = keys.whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`")
+  l1: float = keys.number(0.0, 0, None, "lambda_0: L1 coefficient on U and V")
+  l2: float = keys.number(
+    0.0, 0, None, "lambda_1: L2 coefficient on R, S, U, V; on the kernels in task 0"
+  )
+  prune_threshold: float = keys.number(
+    1e-5, 0, None, "absolute threshold of the rules that have one"
+  )
+  prune_bound: float | str = keys.number_or_none(
     0.6, 0, "model growth that is allowed, a fraction of the base; none: any"
-  ),
-  "rank_rule": _one_of(
+  )
+  rank_rule: str = keys.one_of(
     "importance",
     ("importance", "flat", "lrp", "random"),
     "importance: the method; flat: upper_rank everywhere; lrp: singular values alone; random: "
     "upper_rank everywhere with random U and V",
-  ),
-  "svd": _one_of(
+  )
+  svd: str = keys.one_of(
     "exact",
     ("exact", "randomized"),
     "how the residual is decomposed; randomized: the largest svd_rank singular values of a layer",
-  ),
-  "svd_rank": _whole(256, 1, None, "singular values per layer that svd=randomized finds"),
-  "upper_rank": _whole(None, 0, None, "largest rank of a layer; 0: no cap"),
-  "min_rank": _whole(None, 0, None, "smallest rank of a layer"),
-  "importance": _one_of(
+  )
+  svd_rank: int = keys.whole(256, 1, None, "singular values per layer that svd=randomized finds")
+  upper_rank: int = keys.whole(None, 0, None, "largest rank of a layer; 0: no cap")
+  min_rank: int = keys.whole(None, 0, None, "smallest rank of a layer")
+  importance: str = keys.one_of(
     None, ("mean", "sum"), "of the squared gradient over a kernel's entries; sum: |g|^2"
-  ),
-  "importance_split": _one_of(None, ("valid", "train"), "images that the importance is taken on"),
-  "window_factor": _flag(None, "a convolution's scores are multiplied by its window's area"),
-  "crossing": _flag(None, "the score that carries the sum past alpha is kept too"),
-  "sigma": _one_of(
+  )
+  importance_split: str = keys.one_of(
+    None, ("valid", "train"), "images that the importance is taken on"
+  )
+  window_factor: bool = keys.flag(
+    None, "a convolution's scores are multiplied by its window's area"
+  )
+  crossing: bool = keys.flag(None, "the score that carries the sum past alpha is kept too")
+  sigma: str = keys.one_of(
     None,
     ("folded", "kept"),
     "folded: sqrt(Sigma) in U and in V, no Sigma trained or counted; kept: trained and counted",
-  ),
-  "base_l2": _flag(None, "the first task has the L2 term on its kernels"),
-  "l2_half": _flag(None, "the L2 terms carry a factor 1/2"),
-  "decay_target": _number(None, 0, 1, "value that the L2 term draws R and S to"),
-  "prune": _one_of(None, tuple(lowrank.PRUNE_RULES), "what shares one pruning threshold"),
-  "prune_scope": _one_of(
+  )
+  base_l2: bool = keys.flag(None, "the first task has the L2 term on its kernels")
+  l2_half: bool = keys.flag(None, "the L2 terms carry a factor 1/2")
+  decay_target: float = keys.number(None, 0, 1, "value that the L2 term draws R and S to")
+  prune: str = keys.one_of(None, tuple(lowrank.PRUNE_RULES), "what shares one pruning threshold")
+  prune_scope: str = keys.one_of(
     None,
     ("new", "all"),
     "new: a task is pruned when it is learned, to its share of the bound, and never again; all: "
     "every task is, again and again, whenever the bound is passed",
-  ),
-  "prune_rate": _one_of(
+  )
+  prune_rate: str = keys.one_of(
     None,
     ("excess", "fixed", "fixed_above_bound"),
     "share pruned by percentile: 1 - bound/growth above the bound; always 1 - bound; 1 - bound "
     "above the bound",
-  ),
-}
+  )
 
 
 def check(config) -> list[str]:

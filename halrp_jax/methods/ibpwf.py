@@ -31,6 +31,7 @@ References: N. Mehta et al., "Continual learning using a Bayesian nonparametric 
 factors", 2021; spec/baselines.md 3.9. What the HALRP paper took for F, alpha, kappa is not known.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -48,16 +49,19 @@ _PRIOR_SCALE = 0.1  # of r
 _LEAST, _MOST = 0.001, 0.999  # probabilities in densities are held between
 _PLACES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
-KEYS = dictionary.KEYS | {
-  "factors": keys.whole(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(dictionary.Config):
+  """The keys `method.*` of this method."""
+
+  factors: int = keys.whole(
     400, 1, None, "F at most; a layer has no more than its outputs, a dense one than its inputs"
-  ),
+  )
   # 2 found by `tune` at .25 (docs/measurements.md); the paper gives no ratio
-  "alpha_share": keys.number(2.0, 0, None, "alpha / F of every layer", True),
-  "kappa": keys.number(0.5, 0, 1, "probability from which on a factor is used", True),
-  "temperature": keys.number(0.666, 0, None, "lambda of the relaxed binary variables", True),
-  "fine_tune_epochs": keys.whole(2, 0, None, "of the n epochs, those without sampling"),
-}
+  alpha_share: float = keys.number(2.0, 0, None, "alpha / F of every layer", True)
+  kappa: float = keys.number(0.5, 0, 1, "probability from which on a factor is used", True)
+  temperature: float = keys.number(0.666, 0, None, "lambda of the relaxed binary variables", True)
+  fine_tune_epochs: int = keys.whole(2, 0, None, "of the n epochs, those without sampling")
 
 
 def check(config) -> list[str]:

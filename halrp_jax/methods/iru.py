@@ -24,6 +24,8 @@ References: R. Hyder et al., "Incremental task learning with incremental rank up
 spec/baselines.md 3.15.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,15 +38,21 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit, recipe
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 from halrp_jax.weights import trees
 
-KEYS = dictionary.KEYS | {
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(dictionary.Config):
+  """The keys `method.*` of this method."""
+
   # 64 and 4 found by `tune` at .25: docs/measurements.md; published for another network: 11 and 1
-  "first_factors": keys.whole(64, 1, None, "r1: factors of every layer in the first task"),
-  "factors": keys.whole(4, 1, None, "r2: factors that each later task adds to every layer"),
-  "loss": keys.one_of(
+  first_factors: int = keys.whole(64, 1, None, "r1: factors of every layer in the first task")
+  factors: int = keys.whole(4, 1, None, "r2: factors that each later task adds to every layer")
+  loss: str = keys.one_of(
     "cross_entropy", ("cross_entropy", "mse"), "mse: between softmax and one-hot labels"
-  ),
-  "first_rate": keys.number(1.0, 0, None, "factor on the learning rate in the first task", True),
-}
+  )
+  first_rate: float = keys.number(
+    1.0, 0, None, "factor on the learning rate in the first task", True
+  )
+
 
 _orthogonal = jax.nn.initializers.orthogonal()
 

@@ -14,6 +14,8 @@ Reference: a baseline of the HALRP paper (Sect. 5.1) and of APD's (Yoon et al., 
 spec/baselines.md 3.3. Neither says lambda.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -22,11 +24,14 @@ from halrp_jax.methods import anchored
 from halrp_jax.training import losses
 from halrp_jax.weights import trees
 
+
 # found by `tune`: CIFAR100-Split, order A, seed 0, a quarter of the training images (the best
 # of six decades, 1e-4 to 10; docs/measurements.md)
-KEYS = anchored.KEYS | {
-  "strength": keys.number(10.0, 0, None, "lambda: coefficient on the distance to the anchor"),
-}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(anchored.Config):
+  """The keys `method.*` of this method."""
+
+  strength: float = keys.number(10.0, 0, None, "lambda: coefficient on the distance to the anchor")
 
 
 def make(config, model, benchmark):

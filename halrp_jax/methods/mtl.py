@@ -17,6 +17,8 @@ does not say whether a batch holds images of one task (as its loaders suggest) o
 `method.mix`. It matters where BatchNorm takes the statistics of a batch.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -26,11 +28,14 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned
 from halrp_jax.weights import trees
 
-KEYS = keys.NETWORK_KEYS | {
-  "mix": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of this method."""
+
+  mix: str = keys.one_of(
     "single", ("single", "mixed"), "images in a batch: of one task, the tasks in turn; of all"
-  ),
-}
+  )
 
 
 def make(config, model, benchmark) -> Method:

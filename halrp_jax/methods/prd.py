@@ -31,6 +31,8 @@ images are normalised (method.clip_colours). Weight decay is SGD's own, so the s
 does not touch it. Batches are config.batch_size; the port's are 128 on TinyImageNet too.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,30 +51,33 @@ _BASE_TEMPERATURE = 0.07
 _GREY = (0.299, 0.587, 0.114)  # luminance of red, green, blue
 _NEVER = -1e9  # the score of a class that a task does not have
 
-KEYS = keys.BATCH_NORM | {
-  "epochs": keys.whole(100, 1, None, "epochs per task, instead of `epochs`"),
-  "learning_rate": keys.number(1e-3, 0, None, "of SGD, constant", True),
-  "momentum": keys.number(0.9, 0, 1, "of encoder and projection; prototypes have none"),
-  "weight_decay": keys.number(1e-4, 0, None, "of encoder and projection; prototypes: none"),
-  "temperature": keys.number(0.1, 0, None, "tau: of the contrast between samples", True),
-  "beta": keys.number(2.0, 0, None, "coefficient of the prototypes' loss"),
-  "alpha": keys.number(4.0, 0, None, "coefficient of the distillation"),
-  "distill_temperature": keys.number(1.0, 0, None, "tau_d: of the distillation", True),
-  "softmax_axis": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.MethodConfig):
+  """The keys `method.*` of this method."""
+
+  epochs: int = keys.whole(100, 1, None, "epochs per task, instead of `epochs`")
+  learning_rate: float = keys.number(1e-3, 0, None, "of SGD, constant", True)
+  momentum: float = keys.number(0.9, 0, 1, "of encoder and projection; prototypes have none")
+  weight_decay: float = keys.number(1e-4, 0, None, "of encoder and projection; prototypes: none")
+  temperature: float = keys.number(0.1, 0, None, "tau: of the contrast between samples", True)
+  beta: float = keys.number(2.0, 0, None, "coefficient of the prototypes' loss")
+  alpha: float = keys.number(4.0, 0, None, "coefficient of the distillation")
+  distill_temperature: float = keys.number(1.0, 0, None, "tau_d: of the distillation", True)
+  softmax_axis: str = keys.one_of(
     "classes",
     ("classes", "samples"),
     "what the distilled distributions are over: a task's classes (both programs), or the samples "
     "of the batch for each old prototype",
-  ),
-  "augment": keys.one_of(
+  )
+  augment: str = keys.one_of(
     "image",
     ("image", "none"),
     "views of an image: cropped, mirrored, colours changed; or the image itself twice",
-  ),
-  "clip_colours": keys.flag(
+  )
+  clip_colours: bool = keys.flag(
     True, "what colour jitter makes of the normalised images is cut to 0..1, as in both programs"
-  ),
-}
+  )
 
 
 class Projection(nn.Module):

@@ -12,6 +12,8 @@ network per task.
 Reference: the baseline of every table of the HALRP paper (Sect. 5.1); spec/baselines.md 3.1.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +23,10 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
 from halrp_jax.weights import trees
 
-KEYS = keys.NETWORK_KEYS
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of this method."""
 
 
 def make(config, model, benchmark) -> Method:

@@ -21,6 +21,7 @@ Reference: H. Kang et al., "Forget-free continual learning with winning subnetwo
 spec/baselines.md 3.11. Its program's `sparsity` is 1 - c.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -34,12 +35,15 @@ from halrp_jax.training.fit import learning_rate_decay, make_fit
 from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
 from halrp_jax.weights import trees
 
-KEYS = keys.BATCH_NORM | {
-  "share": keys.number(0.5, 0, 1, "c: share of each layer's weights that a mask holds", True),
-  "bn": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.MethodConfig):
+  """The keys `method.*` of this method."""
+
+  share: float = keys.number(0.5, 0, 1, "c: share of each layer's weights that a mask holds", True)
+  bn: str = keys.one_of(
     "task", ("task", "noaffine"), "BatchNorm's scale and bias: the task's own, or 1 and 0"
-  ),
-}
+  )
 
 
 def make(config, model, benchmark) -> Method:

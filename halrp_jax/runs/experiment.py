@@ -61,7 +61,7 @@ def _with_validation_images(config, benchmark: Benchmark) -> Benchmark:
   """Refuses a config that needs validation images where there are none; hides the test images
   with protocol.evaluate_on = "validation"."""
   needs = {"keep": ("best", "best_loss"), "schedule": ("plateau",), "evaluate_on": ("validation",)}
-  named = [f"protocol.{k} = {v}" for k, v in config.protocol.items() if v in needs.get(k, ())]
+  named = [f"protocol.{k} = {v}" for k, v in vars(config.protocol).items() if v in needs.get(k, ())]
   for task in benchmark.tasks:
     if named and not len(task.valid.index):
       raise UserError(
@@ -87,7 +87,7 @@ def plan(config) -> dict:
   for path, x in flat.items():
     layer = path.rpartition("/")[0]
     layers[layer] = layers.get(layer, 0) + x.size
-  epochs = config.method.get("epochs", config.epochs)
+  epochs = getattr(config.method, "epochs", config.epochs)
   steps = sum(epochs * batches.steps_per_epoch(config, t["train"]) for t in tasks)
   return {
     "config": keys.flat(config.to_dict()),

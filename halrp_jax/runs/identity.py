@@ -1,10 +1,9 @@
 """Whose a run's folder is: its config and what it stands on, compared before anything goes on."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-
-from ml_collections import config_dict
 
 from halrp_jax import data, files, keys
 from halrp_jax.devices import processes
@@ -32,7 +31,7 @@ def read_config(path: str) -> dict:
 
 
 def _fill_in(config: dict) -> None:
-  known = keys.keys_of({})
+  known = keys.keys_of()
   for name in _LATER_KEYS:
     section, _, key = name.rpartition(".")
     place = config.setdefault(section, {}) if section else config
@@ -164,7 +163,7 @@ def shared_read() -> Callable:
     )
     key = json.dumps([config.to_dict()[k] for k in (*drawn_by, "data", "protocol")])
     if key not in known:
-      natural = config_dict.FrozenConfigDict(config.to_dict() | {"order": "natural"})
+      natural = dataclasses.replace(config, order="natural")
       benchmark = data.read(natural)
       tasks = {task.id: standing.of_task(task) for task in benchmark.tasks}
       known[key] = tasks, benchmark.split_hash
