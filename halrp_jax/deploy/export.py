@@ -42,7 +42,7 @@ from halrp_jax.deploy.export_folder import (
   require_one_model,
   stem_of,
 )
-from halrp_jax.runs import cards, checkpoint
+from halrp_jax.runs import cards, checkpoint, experiment
 from halrp_jax.training import batches, networks, population
 from halrp_jax.types import Params, UserError, brief
 from halrp_jax.weights import lowrank, trees
@@ -86,12 +86,12 @@ def write(run: saved.Saved, folder: str, positions: list[int], format: str, merg
   if format not in FORMATS:
     raise UserError(f"--format={format}: one of {', '.join(FORMATS)}")
   name, place = run.config.method.name, pathlib.Path(folder)
-  if format != "stablehlo" and merged and run.method.merge is None:
+  if format != "stablehlo" and merged and run.method.network is None:
     raise UserError(
       f"{name}: no ordinary network predicts what its tasks do; use --format=stablehlo"
     )
   compact = format != "stablehlo" and not merged
-  if compact and "perturbation" not in run.state.tasks[0]:
+  if compact and not hasattr(run.state.tasks[0], "perturbation"):
     raise UserError(f"{name} keeps no perturbations of a base: use --merge")
   try:
     place.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def _cut_head(params: Params, num_classes: int) -> Params:
 
 
 def _merged(run: saved.Saved, t: int) -> Arrays:
-  params, stats = run.method.merge(run.state, t)
+  params, stats = run.method.network(run.method.served(run.state), run.state.tasks[t])
   params = _cut_head(params, run.learned[t].num_classes)
   return _named({"params": params, "batch_stats": _measured(run, t, stats)})
 
@@ -145,10 +145,13 @@ def _measured(run: saved.Saved, t: int, stats: Params) -> Params:
 def _added(run: saved.Saved, t: int) -> Arrays:
   """Returns what a task of HALRP or BE adds to the base."""
   learned = run.state.tasks[t]
-  rest = _cut_head(learned["rest"], int(learned["num_classes"]))
-  arrays = _named({"params": rest, "batch_stats": _measured(run, t, learned["stats"])})
-  for layer, p in learned["perturbation"].items():
-    start, rank = f"perturbation/{layer}", int(learned.get("rank", {}).get(layer, p.U.shape[1]))
+  rest = _cut_head(learned.rest, int(learned.num_classes))
+  arrays = _named({"params": rest, "batch_stats": _measured(run, t, learned.stats)})
+  for layer, p in learned.perturbation.items():
+    start, rank = (
+      f"perturbation/{layer}",
+      int(getattr(learned, "rank", {}).get(layer, p.U.shape[1])),
+    )
     arrays |= {f"{start}/R": np.asarray(p.R), f"{start}/S": np.asarray(p.S)}
     arrays[f"{start}/rank"] = np.array([rank], np.int32)
     if rank:
@@ -197,8 +200,8 @@ def program(run: saved.Saved, t: int):
     run.config.network, task.num_classes, _batch_norm(run, t), run.config.precision
   )
   variables, predict = None, saved.predict_fn(run, t)
-  if run.method.merge is not None:
-    params, stats = run.method.merge(run.state, t)
+  if run.method.network is not None:
+    params, stats = run.method.network(run.method.served(run.state), run.state.tasks[t])
     variables = {"params": _cut_head(params, task.num_classes), "batch_stats": stats}
 
   def classify(image):
@@ -234,7 +237,7 @@ def _batch_norm(run: saved.Saved, t: int) -> str:
   """Returns the kind of statistics that a task's file is evaluated with."""
   if t in population.unmeasured(run.state):
     return "batch"
-  trained = models.of(run.config, run.benchmark.max_classes)
+  trained = experiment.network_of(run.config, run.benchmark.max_classes)
   of_images = run.config.method.batch_norm == "population" or models.evaluates_with_batch(trained)
   return "population" if of_images else "running"
 
@@ -242,7 +245,7 @@ def _batch_norm(run: saved.Saved, t: int) -> str:
 def _task_card(run: saved.Saved, t: int) -> dict:
   task = run.learned[t]
   row = run.results["accuracy"][len(run.learned) - 1]
-  ranks = run.state.tasks[t].get("rank")
+  ranks = getattr(run.state.tasks[t], "rank", None)
   card = _card(run, task.num_classes)
   return card | {
     "network": card["network"] | {"batch_norm": _batch_norm(run, t)},

@@ -119,7 +119,9 @@ def check_same(model, image_shape: tuple[int, ...], params: Params) -> None:
       raise UserError(f"{path}: the network has {a.get(path)}, the parameters {b.get(path)}")
 
 
-def make_matrix_shapes(model, benchmark) -> Callable[[Params], Shapes]:
+def make_matrix_shapes(
+  model, image_shape: tuple[int, ...], max_classes: int
+) -> Callable[[Params], Shapes]:
   """Builds params -> (I, J) of every layer with a kernel but the head, and checks the network.
 
   Raises:
@@ -127,8 +129,7 @@ def make_matrix_shapes(model, benchmark) -> Callable[[Params], Shapes]:
   """
   if is_own(model):
     return guessed_matrix_shapes
-  image_shape = benchmark.image_shape
-  variables = check(model, image_shape, benchmark.max_classes)
+  variables = check(model, image_shape, max_classes)
   found = _layers(model, variables, image_shape)
   if any(not layer.is_sure for layer in found.values()):
     # tracing doesn't tell: the proof on numbers does

@@ -10,11 +10,12 @@ import numpy as np
 from jax import lax
 
 from halrp_jax.devices import parallel, processes
+from halrp_jax.training.setup import Setup
 
 _CHUNK_SECONDS = 2.0  # of training handed over to the device at once
 
 
-def make(config, step: Callable) -> Callable:
+def make(setup: Setup, step: Callable) -> Callable:
   """Builds `epochs(list of (state, frozen, data, blocks, key, progress))`, one for each run.
 
   -> a list of (state, sums over images). `state` is donated. Runs of equal shapes are one program
@@ -22,10 +23,10 @@ def make(config, step: Callable) -> Callable:
   progress get through; how an epoch is cut does not change a bit of it.
 
   Args:
-    config: resolved.
+    setup: its protocol, batch size, loop and layout.
     step: (state, rows [B], frozen, data, key) -> state, sums over the images of the batch.
   """
-  epoch_rows = _make_rows(config)
+  epoch_rows = _make_rows(setup)
 
   def one_step(carry, rows, frozen, data, key):
     state, sums = carry
@@ -35,8 +36,8 @@ def make(config, step: Callable) -> Callable:
   def many_steps(carry, batches, start, stop, *args):
     return lax.fori_loop(start, stop, lambda i, c: one_step(c, batches[i], *args), carry)
 
-  choose = _make_choose(config, one_step, many_steps)
-  advance, is_loop = None, config.loop == "steps"
+  choose = _make_choose(setup, one_step, many_steps)
+  advance, is_loop = None, setup.loop == "steps"
 
   def epoch(state, frozen, data, blocks, key, progress):
     nonlocal advance, is_loop
@@ -47,7 +48,7 @@ def make(config, step: Callable) -> Callable:
       advance, is_loop = choose(carry, rows[0], 0, 1, frozen, data, key)
     return _run(carry, rows, progress, advance, frozen, data, key)
 
-  together = _make_joint_epoch(config, epoch_rows, many_steps)
+  together = _make_joint_epoch(setup.layout, epoch_rows, many_steps)
 
   def epochs(calls):
     if len(calls) == 1 or is_loop:
@@ -65,9 +66,9 @@ def make(config, step: Callable) -> Callable:
   return epochs
 
 
-def _make_rows(config) -> Callable:
+def _make_rows(setup) -> Callable:
   """Builds `epoch_rows(blocks, key)`: the rows of an epoch's batches."""
-  drop = config.protocol.last_batch == "drop"
+  drop = setup.protocol.last_batch == "drop"
 
   @functools.partial(jax.jit, static_argnums=0)
   def epoch_rows(blocks, key):
@@ -76,9 +77,9 @@ def _make_rows(config) -> Callable:
     full, rest, turns, begin = [], {}, [], 0
     for t, (num_images, key) in enumerate(zip(blocks, keys, strict=True)):
       order = jnp.arange(num_images)
-      order = begin + (jax.random.permutation(key, order) if config.protocol.shuffle else order)
-      whole = num_images // config.batch_size * config.batch_size
-      full.append(order[:whole].reshape(-1, config.batch_size))
+      order = begin + (jax.random.permutation(key, order) if setup.protocol.shuffle else order)
+      whole = num_images // setup.batch_size * setup.batch_size
+      full.append(order[:whole].reshape(-1, setup.batch_size))
       turns += [(i, t) for i in range(len(full[-1]))]
       if whole < num_images and not drop:
         rest.setdefault(num_images - whole, []).append(order[whole:])
@@ -89,25 +90,25 @@ def _make_rows(config) -> Callable:
   return epoch_rows
 
 
-def _make_choose(config, one_step: Callable, many_steps: Callable) -> Callable:
+def _make_choose(setup: Setup, one_step: Callable, many_steps: Callable) -> Callable:
   """Builds `choose(*args of many_steps)`.
 
   -> what does many steps, whether it is a Python loop over compiled ones
   """
-  jit_one, jit_many = (parallel.compile_step(config, f) for f in (one_step, many_steps))
+  jit_one, jit_many = (setup.layout.compile(f) for f in (one_step, many_steps))
 
   def loop_over_steps(carry, batches, start, stop, *args):
     for i in range(start, stop):
-      carry = jit_one(carry, batches[i], *args)
+      carry = jit_one.call(carry, batches[i], *args)
     return carry
 
   def choose(*args):
     """XLA:CPU runs the gradient of a plain convolution tens of times slower inside a loop."""
-    if config.loop == "auto" and jax.default_backend() == "cpu":
+    if setup.loop == "auto" and jax.default_backend() == "cpu":
       is_loop = "stablehlo.convolution" in jit_many.lower(*args).as_text()
     else:
-      is_loop = config.loop == "steps"
-    return loop_over_steps if is_loop else jit_many, is_loop
+      is_loop = setup.loop == "steps"
+    return loop_over_steps if is_loop else jit_many.call, is_loop
 
   return choose
 
@@ -146,7 +147,9 @@ def _shapes(call) -> tuple:
   )
 
 
-def _make_joint_epoch(config, epoch_rows: Callable, many_steps: Callable) -> Callable:
+def _make_joint_epoch(
+  layout: parallel.Layout, epoch_rows: Callable, many_steps: Callable
+) -> Callable:
   """Builds the epoch of several runs, as one program with a leading axis [R]."""
 
   def steps(carry, batches, start, stop, frozen, data, key, image):
@@ -156,7 +159,6 @@ def _make_joint_epoch(config, epoch_rows: Callable, many_steps: Callable) -> Cal
   axes = (0, 0, None, None, 0, 0, 0, None)
   advance = jax.jit(jax.vmap(steps, in_axes=axes), donate_argnums=0)
   stack = jax.jit(lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))
-  spread, share = parallel.make_spread_replicas(config)
 
   @functools.partial(jax.jit, static_argnums=1)
   def unstack(tree, num_runs):
@@ -164,13 +166,13 @@ def _make_joint_epoch(config, epoch_rows: Callable, many_steps: Callable) -> Cal
 
   def joint_epoch(calls):
     states, frozen, data, blocks, keys, progress = zip(*calls, strict=True)
-    image, failed = share(data[0][0].image), {}
+    image, failed = layout.share(data[0][0].image), {}
     keys = [jax.random.split(key) for key in keys]
     rows = [epoch_rows(blocks[0], shuffle_key) for shuffle_key, _ in keys]
     carries = [(state, jnp.zeros(2)) for state in states]
     own = [(d[0]._replace(image=None), *d[1:]) for d in data]
     parts = [carries, frozen, own, [key for _, key in keys], rows]
-    carry, frozen, own, keys, rows = (spread(stack(list(x))) for x in parts)
+    carry, frozen, own, keys, rows = (layout.shard_runs(stack(list(x))) for x in parts)
 
     def watch_all(state, sums, done, num_steps):
       sums = np.asarray(sums)

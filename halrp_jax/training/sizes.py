@@ -39,7 +39,7 @@ def count_statistics(state) -> tuple[int, int]:
 
   Where all tasks have their own, the running ones they share serve training.
   """
-  own = [p.get("stats", {}) for p in state.tasks]
+  own = [p.stats for p in state.tasks]
   of_tasks, of_training = count_leaves(own), count_leaves(state.shared.get("stats", {}))
   return (of_tasks, of_training) if of_tasks else (of_training, 0)
 
@@ -55,3 +55,9 @@ def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) 
   """
   dense = base + counted + uncounted
   return Size(base, dense, dense, 0, training_only, base + counted)
+
+
+def whole_networks(state) -> Size:
+  """Returns the size where every task has a network of its own, `params`."""
+  counts = [network_count(*trees.split(p.params), int(p.num_classes)) for p in state.tasks]
+  return dense_size(counts[0], sum(counts[1:]), count_leaves([p.stats for p in state.tasks]))
