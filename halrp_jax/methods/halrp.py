@@ -247,14 +247,12 @@ def base_state(config: Config, task: Task, params: Params, stats: Params, model=
 
 def _first_state(config: Config, task, params, stats, shapes) -> State:
   kernels, rest = trees.split(params)
-  identity = {
-    name: lowrank.identity(
-      kinds.as_matrix(kernel, shapes[name]),
-      _columns(shapes[name], config),
-      config.sigma == "folded",
-    )
-    for name, kernel in kernels.items()
-  }
+
+  def identity(kernel, shape):
+    matrix = kinds.as_matrix(kernel, shape)
+    return lowrank.identity(matrix, _columns(shape, config), config.sigma == "folded")
+
+  unchanged = {name: identity(kernel, shapes[name]) for name, kernel in kernels.items()}
   return State({"kernels": kernels}, (_task_state(task, unchanged, {}, rest, stats),))
 
 
