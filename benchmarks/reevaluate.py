@@ -43,7 +43,7 @@ def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[st
   """Returns accuracies in percent by task, by "KIND IMAGES SIZE"; prints their means."""
   values = _completed(identity.read_config(path), data_dir)
   config = resolve(values)
-  benchmark, model, _ = experiment.build(config)
+  benchmark, model, *_ = experiment.build(config)
   state, _ = workdir.newest_state(path)
   state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
   found = {}

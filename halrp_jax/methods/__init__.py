@@ -66,7 +66,25 @@ def make(
     UserError: if the network is not what the method demands (`contract`).
   """
   _check_network(config.method.name, model, benchmark)
-  setup = Setup(
+  setup = setup_of(config, model, benchmark, layout)
+  method = _complete(config, setup)
+  if config.method.batch_norm == "population" or models.evaluates_with_batch(model):
+    if not contract.is_own(model):
+      population.require_measurable(model, benchmark.image_shape)
+    fixed = models.with_stored_statistics(model)
+    logits_fn = (
+      method if fixed is model else _complete(config, setup._replace(model=fixed))
+    ).logits
+    learn = population.keep(method, logits_fn, setup.evaluation_batch_size)
+    method = method._replace(learn=learn)
+  return method._replace(predict=evaluate.make_predict(method))
+
+
+def setup_of(
+  config: Config, model, benchmark: Benchmark, layout: parallel.Layout = parallel.ONE_DEVICE
+) -> Setup:
+  """Returns what a method is made from, beside its own config."""
+  return Setup(
     model=model,
     image_shape=benchmark.image_shape,
     num_tasks=len(benchmark.tasks),
@@ -82,17 +100,6 @@ def make(
     checkpoint=config.checkpoint,
     layout=layout,
   )
-  method = _complete(config, setup)
-  if config.method.batch_norm == "population" or models.evaluates_with_batch(model):
-    if not contract.is_own(model):
-      population.require_measurable(model, benchmark.image_shape)
-    fixed = models.with_stored_statistics(model)
-    logits_fn = (
-      method if fixed is model else _complete(config, setup._replace(model=fixed))
-    ).logits
-    learn = population.keep(method, logits_fn, setup.evaluation_batch_size)
-    method = method._replace(learn=learn)
-  return method._replace(predict=evaluate.make_predict(method))
 
 
 def _complete(config: Config, setup: Setup) -> Method:

@@ -6,8 +6,6 @@ the head, with ranks chosen for the whole network at once.
 | paper          | here                          | meaning |
 |----------------|-------------------------------|---------|
 | W_base         | shared["kernels"][layer]      | kernels after the first task, frozen for ever |
-| R, S, U, S., V | tasks[t].perturbation[layer]  | `lowrank.Perturbation` |
-| k_l            | tasks[t].rank[layer]          | chosen rank; columns beyond it are zero |
 | W_free         | `free`                        | kernels after the warm-up on task t |
 | g_l            | `importance`                  | gradient of the loss at W_free |
 | alpha          | method.alpha                  | share of the total score that is kept |
@@ -27,24 +25,23 @@ Deviations from the paper are the switches in `VARIANTS`: "paper" is the text to
 the authors' program as released, "published" what reproduces the published accuracies and sizes
 (docs/reproduction.md).
 
-Reference: https://arxiv.org/abs/2311.15161 (paper); spec/halrp.md a.1 to a.9 (what the code does).
+Reference: https://arxiv.org/abs/2311.15161.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from halrp_jax import keys
 from halrp_jax.training import batches, contract, losses, networks, sizes
 from halrp_jax.training.fit import make_fit
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Array, Benchmark, Method, Params, Size, State, Task, UserError
+from halrp_jax.types import Array, Method, Params, State
 from halrp_jax.weights import kinds, lowrank, trees
 
 _CODE = {
@@ -65,19 +62,17 @@ _CODE = {
 VARIANTS = {
   "code": _CODE,
   "published": _CODE | {"importance": "sum", "prune_scope": "new"},
-  "paper": {
+  "paper": _CODE
+  | {
     "upper_rank": 0,
     "min_rank": 0,
     "importance": "sum",
     "importance_split": "train",
     "window_factor": False,
-    "crossing": True,
     "sigma": "kept",
     "base_l2": False,
     "l2_half": False,
-    "decay_target": 0.0,
     "prune": "mixed_all_layers_all_tasks",
-    "prune_scope": "all",
     "prune_rate": "fixed_above_bound",
   },
 }
@@ -183,7 +178,7 @@ def make(config: Config, setup: Setup) -> Method:
     (task,) = tasks
     if not state.tasks:
       return learn_base(f, config, setup, task, key, store), {}
-    _check_shapes(f, state)
+    contract.check_state(state, f.shapes)
     warm_key, select_key, fine_key = jax.random.split(key, 3)
     params, stats = warm_up(f, config, state, task, warm_key, store)
 
@@ -201,11 +196,11 @@ def make(config: Config, setup: Setup) -> Method:
     state = prune(f, state.append(learned), config, max(1, setup.num_tasks - 1))
     return state, chosen | {"select_seconds": seconds}
 
-  return Method(learn, size, networks.merged, networks.perturbed_logits(setup.model), ("kernels",))
+  logits = networks.perturbed_logits(setup.model)
+  return Method(learn, sizes.perturbed, networks.merged, logits, ("kernels",))
 
 
-# --- Algorithm 1 ------------------------------------------------------------------------
-# f: the jitted functions
+# --- Algorithm 1; f: the jitted functions ------------------------------------------------
 
 
 def learn_base(f, config: Config, setup: Setup, task, key, store) -> State:
@@ -213,39 +208,13 @@ def learn_base(f, config: Config, setup: Setup, task, key, store) -> State:
   init_key, fit_key = jax.random.split(key)
   params, stats = f.initialize(init_key)
   frozen = {"l2": networks.l2_coefficient(config) if config.base_l2 else 0.0}
-  params, stats = f.fit_free(
-    params, stats, frozen, task, fit_key, setup.epochs, store.child("base")
-  )
-  return _first_state(config, task, params, stats, f.shapes(params))
+  epochs, store = setup.epochs, store.child("base")
+  params, stats = f.fit_free(params, stats, frozen, task, fit_key, epochs, store)
+  return first_state(config, task, params, stats, f.shapes(params))
 
 
-def base_state(config: Config, task: Task, params: Params, stats: Params, model=None) -> State:
-  """Returns the state after the first task, whoever trained its network (`pretrained.load`).
-
-  The next tasks are learned on it as on any other: `make(..).learn(state, (task,), key, store)`.
-
-  Args:
-    config: of the method, resolved.
-    task: the first task.
-    params: of the network, its head among them.
-    stats: its running statistics, {} if it has none.
-    model: the network. Without it the kernels' shapes have to tell how they are matrices
-      (`kinds.guessed_matrix_shape`); `learn` refuses the state if they told it wrong.
-
-  Raises:
-    UserError: if the network or its parameters are not what a method demands (`contract`).
-  """
-  params = nn.meta.unbox(params)
-  contract.check_params(params, task.num_classes)
-  shapes = contract.guessed_matrix_shapes(params)
-  if model is not None:
-    image_shape = Benchmark("", (task,), "", False).image_shape
-    shapes = contract.make_matrix_shapes(model, image_shape, task.num_classes)(params)
-    contract.check_same(model, image_shape, params)
-  return _first_state(config, task, params, stats, shapes)
-
-
-def _first_state(config: Config, task, params, stats, shapes) -> State:
+def first_state(config: Config, task, params, stats, shapes) -> State:
+  """Returns the state after the first task; `shapes`: (I, J) of each layer's kernel."""
   kernels, rest = trees.split(params)
 
   def identity(kernel, shape):
@@ -254,19 +223,6 @@ def _first_state(config: Config, task, params, stats, shapes) -> State:
 
   unchanged = {name: identity(kernel, shapes[name]) for name, kernel in kernels.items()}
   return State({"kernels": kernels}, (_task_state(task, unchanged, {}, rest, stats),))
-
-
-def _check_shapes(f, state) -> None:
-  """Raises UserError if a state's kernels are not those of the network, or not seen as it says."""
-  shapes = f.shapes(trees.join(state.shared["kernels"], state.tasks[0].rest))
-  first = state.tasks[0].perturbation
-  for name in sorted(shapes.keys() | first.keys()):
-    have = (first[name].S.size, first[name].R.size) if name in first else None
-    if have != shapes.get(name):
-      raise UserError(
-        f"{name}: the first task's state has a matrix {have} there, the network "
-        f"{shapes.get(name)}: give base_state the network, base_state(..., model=model)"
-      )
 
 
 def warm_up(f, config: Config, state, task, key, store):
@@ -310,7 +266,7 @@ def select(f, config: Config, setup: Setup, state, params, stats, task, key):
 
 
 def layer_importance(f, config: Config, batch_size: int, params, stats, task) -> dict[str, float]:
-  """G_l at W_free: |g_l|^2 of every batch, averaged with the batches' sizes (spec a.4)."""
+  """G_l at W_free: |g_l|^2 of every batch, averaged with the batches' sizes."""
   kernels, _ = trees.split(params)
   split = getattr(task, config.importance_split)
   parts = batches.consecutive(len(split.index), batch_size)
@@ -320,9 +276,8 @@ def layer_importance(f, config: Config, batch_size: int, params, stats, task) ->
     squares = f.square_gradients(params, stats, image, label, jnp.int32(task.num_classes))
     for name, value in squares.items():
       share = len(rows) / len(parts)
-      total[name] += (
-        share * float(value) / (kernels[name].size if config.importance == "mean" else 1)
-      )
+      count = kernels[name].size if config.importance == "mean" else 1
+      total[name] += share * float(value) / count
   return total
 
 
@@ -336,14 +291,10 @@ def choose_ranks(config: Config, decomposition, kernels, importance) -> tuple[di
     for name, d in decomposition.items():
       window = kernels[name].size // (d.S.size * d.R.size) if config.window_factor else 1
       scores.append(window * importance[name] * lowrank.squared_singular_values(d))
-    wanted = lowrank.allocate_ranks(scores, config.alpha, crossing=config.crossing)
-    ranks = lowrank.allocate_ranks(
-      scores,
-      config.alpha,
-      crossing=config.crossing,
-      min_rank=config.min_rank,
-      upper_rank=config.upper_rank,
-    )
+    allocate = functools.partial(lowrank.allocate_ranks, scores, config.alpha)
+    limits = {"min_rank": config.min_rank, "upper_rank": config.upper_rank}
+    wanted = allocate(crossing=config.crossing)
+    ranks = allocate(crossing=config.crossing, **limits)
   exact = all(k <= n for k, n in zip(wanted, found, strict=True))
   ranks = [min(k, n) for k, n in zip(ranks, found, strict=True)]
   return dict(zip(decomposition, ranks, strict=True)), exact
@@ -370,10 +321,10 @@ def prune(f, state: State, config: Config, num_later: int) -> State:
   if config.prune_scope == "new":
     known, later = state.tasks[:-1], state.tasks[-1:]
     bound = bound and bound / num_later
-  rate = lowrank.prune_rate(config.prune_rate, bound, _dense_growth(state, later))
+  rate = lowrank.prune_rate(config.prune_rate, bound, sizes.dense_growth(state, later))
   if config.prune == "none" or rate is None:
     return state
-  values = [_low_rank_values(p) for p in later]
+  values = [sizes.low_rank_values(p) for p in later]
   taus = lowrank.prune_thresholds(values, config.prune, config.prune_threshold, rate)
   pruned = [
     p._replace(perturbation={n: f.prune(q, tau[n]) for n, q in p.perturbation.items()})
@@ -421,13 +372,9 @@ def _build(config: Config, setup: Setup) -> _Functions:
 
   def decompose(base, free, key):
     if config.svd == "exact":
-      return {name: lowrank.decompose(base[name], free[name]) for name in base}
-    return {
-      name: lowrank.decompose_randomized(
-        base[name], free[name], jax.random.fold_in(key, i), config.svd_rank
-      )
-      for i, name in enumerate(base)
-    }
+      return {n: lowrank.decompose(base[n], free[n]) for n in base}
+    own, k = {n: jax.random.fold_in(key, i) for i, n in enumerate(base)}, config.svd_rank
+    return {n: lowrank.decompose_randomized(base[n], free[n], own[n], k) for n in base}
 
   return _Functions(
     shapes=contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes),
@@ -447,57 +394,6 @@ def _columns(shape, config: Config) -> int:
   return min(config.upper_rank or full, full)
 
 
-# --- pytrees and sizes ----------------------------------------------------------------
-
-
 def _task_state(task, perturbation, ranks, rest, stats) -> TaskState:
   rank = {name: jnp.int32(ranks.get(name, 0)) for name in perturbation}
   return TaskState(perturbation, rank, rest, stats, jnp.int32(task.num_classes))
-
-
-def _low_rank_values(learned) -> dict[str, np.ndarray]:
-  """All entries of U and V below the chosen rank, per layer; padding is no value."""
-  return {
-    name: np.concatenate([np.ravel(np.asarray(x)[:, : learned.rank[name]]) for x in (p.U, p.V)])
-    for name, p in learned.perturbation.items()
-  }
-
-
-def _fixed_count(learned) -> int:
-  """Values of a later task that the paper counts and pruning can't touch (spec a.9)."""
-  perturbation = learned.perturbation
-  count = sizes.count_rest(learned.rest, perturbation, int(learned.num_classes)).counted
-  for name, p in perturbation.items():
-    count += p.R.size + p.S.size + (0 if p.sigma is None else int(learned.rank[name]))
-  return count
-
-
-def _base_count(state) -> int:
-  first = state.tasks[0]
-  return sizes.network_count(state.shared["kernels"], first.rest, int(first.num_classes))
-
-
-def _dense_growth(state, tasks) -> float:
-  """Returns what some tasks add to the base if zeros count too: the bound is on this."""
-  dense = sum(_fixed_count(p) + sum(v.size for v in _low_rank_values(p).values()) for p in tasks)
-  return dense / _base_count(state)
-
-
-def size(state: State) -> Size:
-  """Counts in numbers; spec a.9 for what the paper leaves out."""
-  base = _base_count(state)
-  paper, dense, nonzero, mask_bits = base, base, base, 0
-  for t, learned in enumerate(state.tasks):
-    uncounted = sizes.count_leaves(learned.stats)
-    if t:
-      rest = sizes.count_rest(learned.rest, learned.perturbation, int(learned.num_classes))
-      values = np.concatenate([*_low_rank_values(learned).values()])
-      fixed, kept = _fixed_count(learned), np.count_nonzero(values)
-      paper += fixed + np.count_nonzero(np.abs(values) > 1e-8)
-      dense += fixed + values.size
-      nonzero += fixed + kept
-      mask_bits += values.size if kept < values.size else 0
-      uncounted += rest.biases
-    dense += uncounted
-    nonzero += uncounted
-  return Size(base, dense, int(nonzero), int(mask_bits), 0, int(paper))

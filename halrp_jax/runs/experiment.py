@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
+from ml_collections import config_dict
 
 from halrp_jax import data, keys, methods, metrics, models
 from halrp_jax.config import resolve, setting_of
@@ -132,7 +133,7 @@ def _planned_tasks(config: Config) -> tuple[tuple, list[dict], str]:
 
 
 def run(
-  config,
+  config: config_dict.ConfigDict | Config,
   path: str,
   show: Callable[[dict], None] = lambda event: None,
   overwrite: bool = False,

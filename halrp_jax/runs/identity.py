@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from halrp_jax import data, files, keys
 from halrp_jax.devices import processes
+from halrp_jax.keys import Config
 from halrp_jax.runs import standing
 from halrp_jax.types import CHECKPOINTS, CONFIG, RECORD, STANDING, TASKS, UserError, brief
 
@@ -151,7 +152,7 @@ def shared_read() -> Callable:
   """
   known = {}
 
-  def read(config) -> dict:
+  def read(config: Config) -> dict:
     drawn_by = (
       "benchmark",
       "data_dir",
@@ -173,7 +174,7 @@ def shared_read() -> Callable:
   return read
 
 
-def require_same_data(config, path: str, read: Callable, show: Callable) -> None:
+def require_same_data(config: Config, path: str, read: Callable, show: Callable) -> None:
   """Refuses a finished run that stands on other data or JAX flags; without data it stays as it is.
 
   Nothing is computed, so it makes no difference on which machine this is.

@@ -131,3 +131,8 @@ def perturbed_logits(model) -> Callable:
 def merged(shared, task) -> Network:
   """`Method.network` of tasks with a `perturbation` of shared kernels and a `rest`."""
   return Network(perturb.merge(shared["kernels"], task.perturbation, task.rest), task.stats)
+
+
+def fresh_head(rest: Params, fresh: Params) -> Params:
+  """Returns `rest` with the head of freshly drawn parameters."""
+  return rest | {trees.HEAD: fresh[trees.HEAD]}

@@ -422,7 +422,7 @@ def test_notes_on_the_data_are_logged_once_and_cost_no_event(digits_config, tmp_
   config, seen = digits_config("stl", order="0,1", epochs=3), []
 
   def build(config):
-    benchmark, model, method = experiment.build(config)
+    benchmark, model, method, _ = experiment.build(config)
     return benchmark._replace(notes=("12 images were turned",)), model, method
 
   def stop_asked():
