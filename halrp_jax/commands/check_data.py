@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from halrp_jax import arguments, data
+from halrp_jax import arguments, data, files
 from halrp_jax.config import resolve
 from halrp_jax.types import Task, UserError, UserErrors
 
@@ -114,6 +114,7 @@ def _one_of_each(split) -> list[int]:
 
 def _write(sheet: np.ndarray, place: pathlib.Path) -> None:
   try:
-    Image.fromarray(sheet).save(place, "PNG")
+    with files.replacing(place) as temporary:
+      Image.fromarray(sheet).save(temporary, "PNG")
   except OSError as e:
     raise UserError(f"--sheet={place}: {e.strerror or e}; name a file that can be written") from e

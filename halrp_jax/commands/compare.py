@@ -1,8 +1,8 @@
 """compare RUN RUN ...: finished runs side by side."""
 
-import json
 import pathlib
 
+from halrp_jax import files
 from halrp_jax.commands import terminal
 from halrp_jax.types import UserError
 
@@ -17,9 +17,5 @@ def main(arguments: list[str]) -> int:
 
 def _read(name: str) -> dict:
   path = pathlib.Path(name) / "record.json"
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as e:
-    raise UserError(f"{path}: not found; give the --workdir of a finished run") from e
-  except (OSError, ValueError) as e:
-    raise UserError(f"{path}: can't be read ({e}); run it again") from e
+  missing = f"{path}: not found; give the --workdir of a finished run"
+  return files.read_json(path, missing, remedy="run it again")

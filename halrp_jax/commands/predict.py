@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from halrp_jax import arguments
+from halrp_jax import arguments, files
 from halrp_jax.data import formats, incoming
 from halrp_jax.deploy import saved
 from halrp_jax.training import batches
@@ -58,31 +58,29 @@ def main(argv: list[str]) -> int:
 
 
 def _write(run: saved.Saved, t: int, images: incoming.Incoming, place: pathlib.Path) -> int:
-  """The table, whole or not at all. -> how many images were skipped"""
+  """Writes the table, whole or not at all; returns how many images were skipped."""
   task, classify = run.learned[t], saved.make_classifier(run, t)
-  temporary = place.with_name(place.name + ".tmp")
   start = told = time.perf_counter()
   done, skipped, converted = 0, 0, [np.zeros(0, np.uint8)]
-  try:
+  with (
+    files.replacing(place) as temporary,
     # a file's name may hold bytes that are no text
-    with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-      table = csv.writer(stream)
-      table.writerow(["image", "class", "probability", *(f"p({c})" for c in task.class_names)])
-      for batch in images.batches:
-        for line in batch.skipped:
-          print(f"skipped {line}")
-        for name, p in zip(batch.names, classify(batch.image) if batch.names else [], strict=True):
-          best = int(p.argmax())
-          row = [name, task.class_names[best], *(f"{x:.6f}" for x in (p[best], *p))]
-          table.writerow(row)
-        done, skipped = done + len(batch.names), skipped + len(batch.skipped)
-        converted.append(batch.done)
-        if time.perf_counter() - told > _SECONDS:
-          told = time.perf_counter()
-          print(f"{done + skipped:,} of {images.total:,} images", file=sys.stderr, flush=True)
-    temporary.replace(place)
-  finally:
-    temporary.unlink(missing_ok=True)
+    open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+  ):
+    table = csv.writer(stream)
+    table.writerow(["image", "class", "probability", *(f"p({c})" for c in task.class_names)])
+    for batch in images.batches:
+      for line in batch.skipped:
+        print(f"skipped {line}")
+      for name, p in zip(batch.names, classify(batch.image) if batch.names else [], strict=True):
+        best = int(p.argmax())
+        row = [name, task.class_names[best], *(f"{x:.6f}" for x in (p[best], *p))]
+        table.writerow(row)
+      done, skipped = done + len(batch.names), skipped + len(batch.skipped)
+      converted.append(batch.done)
+      if time.perf_counter() - told > _SECONDS:
+        told = time.perf_counter()
+        print(f"{done + skipped:,} of {images.total:,} images", file=sys.stderr, flush=True)
   for said in (formats.conversions(np.concatenate(converted)), images.unused):
     if said:
       print(f"note: {said}")
