@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that is read or refused in one line."""
+"""Files that are written whole or not at all, JSON that is read or refused, the cache's folder."""
 
 import contextlib
 import json
@@ -7,6 +7,8 @@ import pathlib
 import secrets
 import time
 from collections.abc import Iterator
+
+import platformdirs
 
 from halrp_jax.types import UserError
 
@@ -106,3 +108,18 @@ def read_json(path: pathlib.Path, missing: str = "", remedy: str = "") -> dict:
       raise UserError(missing) from e
     why = getattr(e, "strerror", None) or e
     raise UserError(f"{path}: can't be read ({why})" + (f"; {remedy}" if remedy else "")) from e
+
+
+# --- folders --------------------------------------------------------------------------
+
+
+def cache_folder() -> pathlib.Path | None:
+  """Returns the user's folder for what can be made again; it need not exist.
+
+  On Linux it is halrp_jax in $XDG_CACHE_HOME or ~/.cache. None for a user without a home.
+  """
+  try:
+    path = platformdirs.user_cache_path("halrp_jax", appauthor=False)
+  except RuntimeError:
+    return None
+  return path if path.is_absolute() else None  # older versions of platformdirs leave the ~

@@ -2,12 +2,16 @@
 
 import json
 import os
+import pathlib
+import sys
 import threading
 
 import pytest
 
 from halrp_jax import files
-from halrp_jax.types import UserError
+from halrp_jax.data import cache
+from halrp_jax.devices import compile_cache
+from halrp_jax.types import UserError, result_of
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -101,3 +105,24 @@ def test_a_missing_file_has_a_message_of_its_own(tmp_path):
     files.read_json(tmp_path / "x", "give the folder of a run")
   with pytest.raises(UserError, match=r"x: can't be read \(No such file or directory\)$"):
     files.read_json(tmp_path / "x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other folders")
+def test_the_cache_is_in_the_users_folder(monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+  assert files.cache_folder() == pathlib.Path("/somewhere/halrp_jax")
+  monkeypatch.setenv("HOME", "/home/somebody")
+  for monkey in (monkeypatch.delenv, lambda name: monkeypatch.setenv(name, "")):
+    monkey("XDG_CACHE_HOME")
+    assert files.cache_folder() == pathlib.Path("/home/somebody/.cache/halrp_jax")
+
+
+@pytest.mark.parametrize("answer", [RuntimeError("no home"), pathlib.Path("~/.cache/halrp_jax")])
+def test_without_a_home_there_is_no_cache(monkeypatch, answer):
+  def user_cache_path(*_, **__):
+    return result_of(answer)
+
+  monkeypatch.setattr(files.platformdirs, "user_cache_path", user_cache_path)
+  assert files.cache_folder() is None
+  assert cache.folder("") is None and compile_cache.use("") is None
+  assert (cache.images("", "key", (2, 2), lambda out: out.fill(7)) == 7).all()

@@ -22,16 +22,13 @@ from halrp_jax.types import UserError
 
 
 def folder(setting: str) -> pathlib.Path | None:
-  """The folder that the config key `data.cache` means; None: keep nothing."""
+  """Returns the folder that the config key `data.cache` means; None: keep nothing."""
   if setting == "off":
     return None
   if setting:
     return sources.path_of("data.cache", setting)
-  try:
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  except RuntimeError:  # a user without a home
-    return None
-  return pathlib.Path(home) / "halrp_jax" / "data"
+  root = files.cache_folder()
+  return None if root is None else root / "data"
 
 
 def images(
