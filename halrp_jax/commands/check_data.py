@@ -24,12 +24,11 @@ _MOST_LINES = 12
 
 def main(argv: list[str]) -> int:
   """Prints what it finds; 1 if anything is wrong."""
-  args = arguments.parse_config(["check_data", *argv], _FLAGS, {"help": "show this text"})
+  argv, switches = ["check_data", *argv], {"help": "show this text"}
+  args = arguments.parse_config(argv, _FLAGS, switches, ("config",), "--config=configs/custom.py")
   if args.help:
     print(__doc__)
     return 0
-  if args.config is None:
-    raise UserError("check_data: --config is missing, for example --config=configs/custom.py")
   with args.config.unlocked():
     complete = args.config.allow_partial
     args.config.allow_partial = True  # look at what is there, then say what lacks

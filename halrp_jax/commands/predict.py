@@ -26,21 +26,20 @@ from halrp_jax.deploy import saved
 from halrp_jax.training import batches
 from halrp_jax.types import UserError
 
+_EXAMPLE = "--workdir=runs/digits-halrp --task=3 --images=new --out=pred.csv"
 _SECONDS = 5.0  # between two lines of progress
 
 
 def main(argv: list[str]) -> int:
   """Writes the table; 1 if an image was skipped."""
-  parser = arguments.parser("predict", __doc__)
-  parser.add_argument("--workdir", default="", help="the folder of a run")
+  parser = arguments.parser("predict", __doc__, _EXAMPLE)
+  needed = {"required": True, "type": arguments.filled}
+  parser.add_argument("--workdir", help="the folder of a run", **needed)
   parser.add_argument("--task", default="", help="name of a learned task, or id:N")
-  parser.add_argument("--images", default="", help="a folder, or an .npz")
-  parser.add_argument("--out", default="", help="the table, CSV")
+  parser.add_argument("--images", help="a folder, or an .npz", **needed)
+  parser.add_argument("--out", help="the table, CSV", **needed)
   parser.add_argument("--batch_size", type=int, default=0, help="default: that of the run")
   options = parser.parse_args(argv)
-  for flag in ("workdir", "images", "out"):
-    if not getattr(options, flag):
-      raise UserError(f"predict: --{flag} is missing; python -m halrp_jax predict --help")
   if options.batch_size < 0:
     raise UserError(f"predict: --batch_size={options.batch_size} must be at least 1")
   run = saved.open_run(options.workdir)
