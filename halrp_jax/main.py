@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before jax is imported
 from halrp_jax import arguments, data, methods, models
 from halrp_jax.commands import program, terminal
 from halrp_jax.config import resolve
-from halrp_jax.devices import compile_cache, processes
+from halrp_jax.devices import compile_cache, determinism, processes
 from halrp_jax.runs import experiment
 from halrp_jax.types import Diverged, Stopped, UserError, one_line
 
@@ -66,8 +66,11 @@ def _main(argv: list[str], stop_asked) -> int:
     elif not args.workdir:
       raise UserError("--workdir is missing: the folder for the results, for example runs/digits")
     else:
+      config = resolve(args.config)
       if args.download:  # first: once they have met, no process waits long for another
-        data.download(resolve(args.config), print)
+        data.download(config, print)
+      if args.coordinator and config.deterministic:
+        determinism.require()  # `start` may start the backend
       processes.start(args.coordinator, args.num_processes, args.process_id)
       compile_cache.use(args.compile_cache)
       with terminal.live_display(sys.stdout if processes.is_first() else None) as show:

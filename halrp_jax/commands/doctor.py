@@ -6,7 +6,6 @@ of every file, sizes and ranks; for data what is found, counts and hashes. Lines
 """
 
 import importlib.metadata
-import json
 import pathlib
 import platform
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import halrp_jax
-from halrp_jax import arguments, data, keys
+from halrp_jax import arguments, data, files, keys
 from halrp_jax.config import make_config, resolve
 from halrp_jax.data import sources
 from halrp_jax.devices import faults
@@ -142,11 +141,8 @@ def _run(path: str) -> Iterator[Finding]:
 def _json(path: pathlib.Path, remedy: str) -> tuple[dict, str]:
   """Returns the contents, and `remedy` with the reason if they can't be read."""
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict):
-      return content, ""
-    return {}, f"is no JSON object; {remedy}"
-  except (OSError, ValueError, RecursionError) as e:
+    return files.load_json(path), ""
+  except (OSError, ValueError) as e:
     return {}, f"can't be read ({e}); {remedy}"
 
 

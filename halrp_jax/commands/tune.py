@@ -29,18 +29,17 @@ _FLAGS = {
   "workdir": "folder for the runs and tune.json",
   "compile_cache": "as in halrp_jax.main",
 }
+_EXAMPLE = "--config=configs/digits.py:ewc --grid=method.strength=10,100 --workdir=runs/tune-ewc"
 _FRACTION = 0.25  # of the training images
 
 
 def main(argv: list[str]) -> int:
   """Runs the cells that are not finished; prints the table."""
-  args = arguments.parse_config(["tune", *argv], _FLAGS, {"help": "show this text"})
+  switches, required = {"help": "show this text"}, ("config", "grid", "workdir")
+  args = arguments.parse_config(["tune", *argv], _FLAGS, switches, required, _EXAMPLE)
   if args.help:
     print(__doc__)
     return 0
-  for flag in ("config", "grid", "workdir"):
-    if not getattr(args, flag):
-      raise UserError(f"tune: --{flag} is missing; python -m halrp_jax tune --help")
   keep_fraction = any(a.lstrip("-").startswith("config.train_fraction") for a in argv)
   cells = {
     name: _cell_config(args.config, values, keep_fraction)

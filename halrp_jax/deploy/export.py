@@ -294,10 +294,9 @@ def _write_program(place: pathlib.Path, stem: str, contents: bytes, card: dict) 
 
 
 def _replace(file: pathlib.Path, contents: bytes) -> int:
-  """Whole or not at all."""
-  temporary = file.with_name(file.name + ".tmp")
-  temporary.write_bytes(contents)
-  temporary.replace(file)
+  """Writes a file whole or not at all; returns its size."""
+  files.delete_left_behind(file.parent)
+  files.write_bytes(file, contents)
   return len(contents)
 
 

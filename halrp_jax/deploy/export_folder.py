@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+from halrp_jax import files
 from halrp_jax.types import UserError, brief
 
 SCHEMA = 1
@@ -26,7 +27,7 @@ def read_card(place: pathlib.Path, stem: str) -> dict:
   """Reads the JSON beside a file; `stem` is "base" or "task" and two digits."""
   file = place / f"{stem}.json"
   try:
-    card = json.loads(file.read_text(encoding="utf-8"))
+    card = files.load_json(file)
     if card["schema"] != SCHEMA:
       raise UserError(f"{file}: schema {card['schema']!r}, this version reads {SCHEMA}")
     if card["format"] not in FORMATS or not isinstance(card["hash"], str):
@@ -35,7 +36,7 @@ def read_card(place: pathlib.Path, stem: str) -> dict:
   except FileNotFoundError as e:
     known = ", ".join(sorted(p.stem for p in place.glob("*.json"))) or "none"
     raise UserError(f"{file}: not there; {place} holds {known}") from e
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+  except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f"{file}: is not what was written ({brief(e)})") from e
 
 

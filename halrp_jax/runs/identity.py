@@ -51,13 +51,9 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
       raise UserError(f"{path}: missing; --overwrite starts anew")
     files.write_json(path, config)
     return
-  try:
-    old = json.loads(path.read_text(encoding="utf-8"))
-    _fill_in(old)
-    old = keys.flat(old)
-  except (OSError, ValueError, AttributeError) as e:
-    raise UserError(f"{path}: can't be read ({e}); --overwrite starts anew") from e
-  new = keys.flat(config)
+  old = files.read_json(path, remedy="--overwrite starts anew")
+  _fill_in(old)
+  old, new = keys.flat(old), keys.flat(config)
   changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
   if odd := [k for k in changed if k not in (*keys.NEUTRAL_KEYS, f"{EXTENDED}.data")]:
     changes = ", ".join(f"{k} = {new.get(k)!r} (was {old.get(k)!r})" for k in odd)
@@ -74,13 +70,8 @@ def finished_record(path: str, config: dict) -> dict | None:
   if not file.exists():
     return None
   check_config(file.parent, config)
-  try:
-    return json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as e:
-    raise UserError(
-      f"{file}: can't be read ({e}); delete it: the same command then writes it again from the "
-      "checkpoints"
-    ) from e
+  remedy = "delete it: the same command then writes it again from the checkpoints"
+  return files.read_json(file, remedy=remedy)
 
 
 # --- what it stands on ----------------------------------------------------------------
@@ -91,10 +82,7 @@ def read_standing(path: str) -> dict:
   for name in (STANDING, RECORD, TASKS):
     file = pathlib.Path(path) / name
     if file.exists():
-      try:
-        found = files.read_json(file, f"{file}: is gone")
-      except UserError as e:
-        raise UserError(f"{e}; --overwrite starts anew") from e
+      found = files.read_json(file, remedy="--overwrite starts anew")
       older = {"split_hash": found.get("split_hash")}
       return found if name == STANDING else found.get("standing", older)
   return {}

@@ -299,6 +299,7 @@ def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool, now:
     result = identity.check_standing(run.folder, config, now)
     (run.folder / CHECKPOINTS).mkdir(exist_ok=True)
     (run.folder / METRICS).touch()
+    files.delete_left_behind(run.folder)
     stack.callback(run.close)
     return result
   except OSError as e:

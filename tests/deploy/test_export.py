@@ -353,7 +353,7 @@ def test_the_command_prints_sizes(capsys, run_folder, tmp_path):
     (["--format=pickle"], "--format=pickle: one of safetensors, orbax, stablehlo"),
     (["--task=9"], "has not learned it yet"),
     (["--task=../x"], "there is no such task"),
-    (["--workdir="], "--workdir is missing"),
+    (["--workdir="], "export: argument --workdir: a value is missing; for example: "),
     (["--out=/proc/x"], "--out=/proc/x"),
   ],
 )

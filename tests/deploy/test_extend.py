@@ -93,7 +93,7 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, monkeypatch, run_folder, tm
     (1, {}, "lights: 1 class folders; a task needs at least 2"),
     (2, {"data": "nowhere"}, "--data=nowhere: no such folder or .npz"),
     (2, {"data": "big.npz"}, "images are (9, 9, 1), the run's (8, 8, 1)"),
-    (2, {"out": ""}, "extend: --out is missing"),
+    (2, {"out": ""}, "extend: argument --out: a value is missing; for example: "),
   ],
 )
 def test_mistakes(capsys, monkeypatch, run_folder, tmp_path, classes, change, says):

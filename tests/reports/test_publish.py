@@ -277,7 +277,7 @@ def test_sizes_have_the_scale_that_shows_them(growth, scale):
   ("argument", "says"),
   [
     ("--runs=/nowhere", "--runs=/nowhere: no such folder"),
-    ("--runs=", "--runs is missing"),
+    ("--runs=", "argument --runs: a value is missing"),
     ("--configs=/nowhere", "no such folder of configs"),
     ("--out=/proc/x", "--out=/proc/x: "),
   ],
