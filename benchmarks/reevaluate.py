@@ -17,7 +17,7 @@ import numpy as np
 
 from halrp_jax import keys, methods, models
 from halrp_jax.config import resolve
-from halrp_jax.runs import experiment, identity, workdir
+from halrp_jax.runs import experiment, identity, states
 from halrp_jax.training import networks, population
 from halrp_jax.training.evaluate import evaluate
 
@@ -44,7 +44,7 @@ def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[st
   values = _completed(identity.read_config(path), data_dir)
   config = resolve(values)
   benchmark, model, *_ = experiment.build(config)
-  state, _ = workdir.newest_state(path)
+  state, _ = states.newest_state(path)
   state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
   found = {}
   for kind in kinds:

@@ -1,6 +1,12 @@
 """The config of a run: made from a benchmark's file, completed and checked."""
 
+import dataclasses
+import importlib.util
+import pathlib
+import types
+import typing
 from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import config_dict
 
@@ -32,7 +38,8 @@ def make_config(
   """Returns a locked config: defaults of every key, then what a benchmark's file chooses.
 
   Args:
-    method: name of the method, the part after the colon of --config=FILE:method.
+    method: what stands after the colon of --config=FILE.py:METHOD,KEY=VALUE (`parse`); its keys
+      go before those of the file.
     protocol: values of protocol.*.
     every_method: values of method.* for all methods that have the key.
     methods_: values for one method each: {method: {key: value}}.
@@ -42,11 +49,7 @@ def make_config(
   Raises:
     UserError: if there is no such method, or no such key.
   """
-  if method not in methods.METHODS:
-    raise UserError(
-      f"unknown method {method!r}{keys.nearest(method, methods.METHODS)}; "
-      f"known: {', '.join(methods.METHODS)}"
-    )
+  method, asked = parse(method)
   specs = {name: keys.spec(module.Config) for name, module in methods.METHODS.items()}
 
   def values(spec, chosen):
@@ -66,7 +69,7 @@ def make_config(
     raise UserError(f"config file: no method has the keys {', '.join(sorted(unknown))}")
   common = {k: v for k, v in (every_method or {}).items() if k in specs[method]}
   own = (methods_ or {}).get(method, {})
-  config["method"] = {"name": method} | values(specs[method], common | own)
+  config["method"] = {"name": method} | values(specs[method], common | own | asked)
   return config_dict.ConfigDict(config).lock()
 
 
@@ -125,3 +128,70 @@ def setting_of(config: dict) -> dict:
         flat[f"method.{key}"] = value
   setting = {k: v for k, v in flat.items() if k not in _FREE}
   return setting | {"method.batch_norm": records.KINDS[records.statistics(setting)]}
+
+
+# --- what config files use beside `make_config` ----------------------------------------
+
+
+def parse(argument: str) -> tuple[str, dict[str, Any]]:
+  """Splits what stands after the colon of --config=FILE.py:METHOD,KEY=VALUE,KEY=VALUE.
+
+  Returns:
+    The name of the method, and the values of its keys that were given.
+
+  Raises:
+    UserError: one line that names the method, or every key, that is wrong.
+  """
+  name, *settings = argument.split(",")
+  if name not in methods.METHODS:
+    raise UserError(
+      f"unknown method {name!r}{keys.nearest(name, methods.METHODS)}; "
+      f"known: {', '.join(methods.METHODS)}"
+    )
+  fields = {f.name: f.type for f in dataclasses.fields(methods.METHODS[name].Config)}
+  known, found, lines = keys.spec(methods.METHODS[name].Config), {}, []
+  for setting in settings:
+    key, is_setting, text = setting.partition("=")
+    if not is_setting:
+      lines.append(f"{argument}: {setting!r} is not KEY=VALUE")
+    elif key not in known:
+      lines.append(f"{argument}: {name} has no key {key!r}{keys.nearest(key, known)}")
+    elif key in found:
+      lines.append(f"{argument}: {key} is given twice")
+    else:
+      found[key] = _typed(text, fields[key])
+      if not known[key].accepts(found[key]):
+        lines.append(f"{argument}: {key} must be {known[key].expected}, got {text!r}")
+  keys.require(lines)
+  return name, found
+
+
+def _typed(text: str, kind: Any) -> Any:
+  """Returns a text as a value of a field's type, or as it is where it is no such value."""
+  for cls in typing.get_args(kind) or (kind,):
+    try:
+      return {"true": True, "false": False}[text.lower()] if cls is bool else cls(text)
+    except (KeyError, ValueError):
+      pass
+  return text
+
+
+def sibling(file: str, name: str) -> types.ModuleType:
+  """Loads another config file of the same folder, for what two files share.
+
+  Config files are loaded by their path and are in no package: they can't import one another.
+
+  Args:
+    file: `__file__` of the config file that asks.
+    name: of the other one, without .py.
+
+  Raises:
+    UserError: if it is missing.
+  """
+  path = pathlib.Path(file).with_name(f"{name}.py")
+  if not path.is_file():
+    raise UserError(f"{file} is made from {path}, which is missing")
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module

@@ -21,7 +21,7 @@ from halrp_jax.data import sources
 from halrp_jax.devices import faults
 from halrp_jax.nn import layers
 from halrp_jax.nn.norm import BatchNorm
-from halrp_jax.runs import checkpoint, workdir
+from halrp_jax.runs import checkpoint, states, workdir
 from halrp_jax.types import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
@@ -108,7 +108,7 @@ def _error(found, wanted) -> float:
 
 
 def _run(path: str) -> Iterator[Finding]:
-  items, state, results = workdir.inspect(path)
+  items, state, results = states.inspect(path)
   folder = pathlib.Path(path)
   config, broken = _json(folder / workdir.CONFIG, "put a copy there; --overwrite starts anew")
   yield f"{folder / workdir.CONFIG}{_summary(config)}", broken

@@ -13,7 +13,7 @@ import numpy as np
 from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
 from halrp_jax.keys import Config
-from halrp_jax.runs import checkpoint, experiment, identity, standing, workdir
+from halrp_jax.runs import checkpoint, experiment, identity, standing, states, workdir
 from halrp_jax.training import batches, losses, networks, population
 from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import Benchmark, Method, State, Store, Task, UserError, one_at_a_time
@@ -46,9 +46,9 @@ def open_run(path: str) -> Saved:
     UserError: if it is no run, is of an older version, or no state of it is whole.
   """
   config = resolve(identity.read_config(path))
-  benchmark = workdir.read_benchmark(path)
+  benchmark = states.read_benchmark(path)
   model = models.with_stored_statistics(experiment.network_of(config, benchmark.max_classes))
-  state, results = workdir.newest_state(path)
+  state, results = states.newest_state(path)
   state = methods.restore(config.method.name, state)
   state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
   method = methods.make(config, model, benchmark)

@@ -17,7 +17,7 @@ from halrp_jax.config import make_config, resolve
 from halrp_jax.deploy import export, saved
 from halrp_jax.devices import parallel
 from halrp_jax.methods import stl
-from halrp_jax.runs import checkpoint, experiment, workdir
+from halrp_jax.runs import checkpoint, experiment, states, workdir
 from halrp_jax.training import batches, networks, population, sizes
 from halrp_jax.types import Inputs, Split, State, Task, UserError
 
@@ -291,7 +291,7 @@ def test_several_devices_give_the_same_bits():
 
 def without_statistics(folder) -> None:
   """Makes a run's folder one of an older version: of its tasks no statistics were kept."""
-  state, results = workdir.newest_state(str(folder))
+  state, results = states.newest_state(str(folder))
   config = json.loads((folder / workdir.CONFIG).read_text(encoding="utf-8"))
   shutil.rmtree(folder / workdir.CHECKPOINTS)
   (folder / workdir.RECORD).unlink(missing_ok=True)
