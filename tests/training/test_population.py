@@ -19,7 +19,7 @@ from halrp_jax.devices import parallel
 from halrp_jax.methods import stl
 from halrp_jax.runs import checkpoint, experiment, states, workdir
 from halrp_jax.training import batches, networks, population, sizes
-from halrp_jax.types import Inputs, Split, State, Task, UserError
+from halrp_jax.types import CHECKPOINTS, CONFIG, RECORD, Inputs, Split, State, Task, UserError
 
 from ..conftest import interrupt
 from ..devices.test_parallel import in_a_process
@@ -290,12 +290,12 @@ def test_several_devices_give_the_same_bits():
 
 
 def without_statistics(folder) -> None:
-  """Makes a run's folder one of an older version: of its tasks no statistics were kept."""
+  """Makes a run's folder one of an older version, whose tasks were dicts without statistics."""
   state, results = states.newest_state(str(folder))
-  config = json.loads((folder / workdir.CONFIG).read_text(encoding="utf-8"))
-  shutil.rmtree(folder / workdir.CHECKPOINTS)
-  (folder / workdir.RECORD).unlink(missing_ok=True)
-  tasks = tuple(p | {"stats": {}} for p in state.tasks)
+  config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+  shutil.rmtree(folder / CHECKPOINTS)
+  (folder / RECORD).unlink(missing_ok=True)
+  tasks = tuple(p._asdict() | {"stats": {}} for p in state.tasks)
   now = json.loads((folder / "standing.json").read_text(encoding="utf-8"))
   with workdir.opened(str(folder), config, False, False, lambda: False, now) as opened:
     opened.save_state(len(tasks), State(state.shared, tasks), results)
