@@ -16,15 +16,19 @@ noticed first), 141 nobody reads the output any more.
 
 import sys
 
+from halrp_jax.commands import program
 from halrp_jax.devices import allocator, stop
 
 if __name__ == "__main__":  # before jax is imported
+  if "--version" in sys.argv[1:]:
+    program.prepare()
+    sys.exit(program.run(lambda: print(program.version()) or 0))
   allocator.tune()
   stop_asked = stop.listen()
 
 
 from halrp_jax import arguments, data, methods, models
-from halrp_jax.commands import program, terminal
+from halrp_jax.commands import terminal
 from halrp_jax.config import resolve
 from halrp_jax.devices import compile_cache, determinism, processes
 from halrp_jax.runs import experiment
@@ -44,6 +48,7 @@ SWITCHES = {
   "dry_run": "show what would be done; train nothing",
   "download": "fetch the original data files that data_dir lacks",
   "overwrite": "delete the run that is in workdir and start anew",
+  "version": "print the version",
   "help": "show this text and all config keys",
 }
 
@@ -58,6 +63,8 @@ def _main(argv: list[str], stop_asked) -> int:
   try:
     if args.help:
       print(terminal.help_text(__doc__ or "", args.get_help(), methods.METHODS))
+    elif args.version:
+      print(program.version())
     elif args.list:
       print(terminal.list_text(data.BENCHMARKS, models.NETWORKS, methods.METHODS))
     elif args.config is None:

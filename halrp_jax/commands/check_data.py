@@ -1,4 +1,6 @@
-"""check_data --config=FILE [--config.KEY=VALUE ...] [--sheet=FILE.png]: looks the data over.
+"""Checks the images of a benchmark and draws a contact sheet.
+
+  python -m halrp_jax check_data --config=FILE [--config.KEY=VALUE ...] [--sheet=FILE.png]
 
 Prints tasks, classes, counts and image sizes, what is converted or not used, says what is wrong,
 and draws a contact sheet: one row per task, images of its classes in turn, training images left,

@@ -1,4 +1,7 @@
-"""compare RUN RUN ...: finished runs side by side."""
+"""Prints finished runs side by side.
+
+python -m halrp_jax compare RUN RUN ...
+"""
 
 import pathlib
 

@@ -1,4 +1,6 @@
-"""doctor [--workdir=RUN] [--data_dir=DIR]: is everything as it should be?
+"""Checks this machine, the files of a run and the data.
+
+  python -m halrp_jax doctor [--workdir=RUN] [--data_dir=DIR]
 
 Prints versions and devices with a short numerical self-test; for a run its steps, the verification
 of every file, sizes and ranks; for data what is found, counts and hashes. Lines that begin with

@@ -1,5 +1,6 @@
-"""export --workdir=RUN --out=DIR [--task=NAME] [--merge] [--format=F]: a model as files for others.
+"""Writes the model of a run as files for other programs.
 
+  python -m halrp_jax export --workdir=RUN --out=DIR [--task=NAME] [--merge] [--format=F]
   python -m halrp_jax export --workdir=runs/digits-halrp --out=model
   python -m halrp_jax export --workdir=runs/digits-ewc --out=model --merge
   python -m halrp_jax export --workdir=runs/digits-halrp --out=model --task=3 --format=stablehlo

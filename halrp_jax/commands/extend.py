@@ -1,5 +1,6 @@
-"""extend --workdir=RUN --data=FOLDER|FILE.npz --out=NEW: one more task on what a run has learned.
+"""Learns one more task on top of what a run has learned.
 
+  python -m halrp_jax extend --workdir=RUN --data=FOLDER|FILE.npz --out=NEW
   python -m halrp_jax extend --workdir=runs/mine --data=new_task --out=runs/mine-and-more
   python -m halrp_jax predict --workdir=runs/mine-and-more --task=new_task ...
 

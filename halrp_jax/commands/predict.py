@@ -1,5 +1,6 @@
-"""predict --workdir=RUN --task=NAME --images=FOLDER|FILE.npz --out=FILE.csv: classes of new images.
+"""Writes the classes of new images as a table.
 
+  python -m halrp_jax predict --workdir=RUN --task=NAME --images=FOLDER|FILE.npz --out=FILE.csv
   python -m halrp_jax predict --workdir=runs/digits-halrp --task=3 --images=new --out=pred.csv
 
 The run may be finished or interrupted; its data are not needed. --task is the task's name or

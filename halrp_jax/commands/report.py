@@ -1,4 +1,4 @@
-"""report --runs=DIR --out=DIR: all finished runs below a folder as tables, figures and a page.
+"""Writes all finished runs below a folder as tables, figures and a page.
 
   python -m halrp_jax report --runs=runs --out=report
   python -m halrp_jax report --runs=docs/records --out=report --docs=docs

@@ -1,14 +1,14 @@
-"""reproduce --table=2 --budget=small --data_dir=DIR --workdir=RUNS: a table or figure of the paper.
+"""Learns the runs of a table or figure of the paper and writes its report.
 
   python -m halrp_jax reproduce --list
   python -m halrp_jax reproduce --table=2 --budget=small --data_dir=DIR --workdir=runs/paper
   python -m halrp_jax reproduce --figure=3a --budget=full --methods=halrp,apd --seeds=0 ...
 
-Runs the cells below RUNS as `sweep` does (a second start goes on, tables share their cells), then
-writes RUNS/report-NAME-BUDGET/. Budgets: smoke (two epochs or few more on a hundredth of the
-images: does it all run?), small (a twentieth of the images, table 6 a quarter; first three orders,
-one seed), full (the paper's protocol: five orders with five seeds each). --list tells cells,
-optimizer steps and hours. Exit codes as of sweep.
+Runs the cells below RUNS, the folder of --workdir, as `sweep` does (a second start goes on, tables
+share their cells), then writes RUNS/report-NAME-BUDGET/. Budgets: smoke (two epochs or few more on
+a hundredth of the images: does it all run?), small (a twentieth of the images, table 6 a quarter;
+first three orders, one seed), full (the paper's protocol: five orders with five seeds each). --list
+tells cells, optimizer steps and hours. Exit codes as of sweep.
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""sweep --config=FILE --methods=M,M --orders=all --seeds=0,1 --workdir=DIR: many runs, one folder.
+"""Learns many runs, a folder each: several methods, orders and seeds.
 
+  python -m halrp_jax sweep --config=FILE --methods=M,M --orders=all --seeds=0,1 --workdir=DIR
   python -m halrp_jax sweep --config=configs/cifar100_split.py --config.data_dir=DIR \\
       --methods=halrp,stl --orders=all --seeds=0,1,2 --workdir=runs/split
   python -m halrp_jax sweep ... --shard=$SLURM_ARRAY_TASK_ID/8

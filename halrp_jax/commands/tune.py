@@ -1,5 +1,6 @@
-"""tune --config=FILE:METHOD --grid=KEY=V,V,...[;KEY=V,...] --workdir=DIR: the best of a grid.
+"""Finds the best of a grid of config values, on validation images.
 
+  python -m halrp_jax tune --config=FILE:METHOD --grid=KEY=V,V,...[;KEY=V,...] --workdir=DIR
   python -m halrp_jax tune --config=configs/cifar100_split.py:ewc --config.data_dir=DIR \\
       --grid=method.strength=10,100,1000 --workdir=runs/tune-ewc
 
