@@ -4,7 +4,7 @@ Everything is written for one device. `parallel` says how many take part:
 
 * sharded: batches are laid out over all devices and XLA derives the rest (jit with a mesh and
   NamedSharding). BatchNorm's statistics are those of the whole batch by themselves.
-* replicas: independent runs, learned at once (`replicas`), are; a batch stays on one.
+* replicas: runs that are learned at once (`devices.replicas`) are; a batch stays on one device.
 * pmap: `jax.pmap` runs the step on every device with its part of the batch; gradients, and in
   `layers.BatchNorm` the statistics, are averaged over the axis `AXIS`. Evaluation is as sharded.
 
@@ -27,8 +27,8 @@ def num_devices(config) -> int:
   return 1 if config.parallel in ("none", "replicas") else jax.device_count()
 
 
-def _shardings(devices) -> tuple[NamedSharding, NamedSharding]:
-  """-> shared out by the first axis, whole on every device"""
+def shardings(devices) -> tuple[NamedSharding, NamedSharding]:
+  """Returns two shardings: by the first axis, and whole on every device."""
   mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
   return tuple(NamedSharding(mesh, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
 
@@ -45,7 +45,7 @@ def replicate(config, tree):
   devices = jax.local_devices()
   if num_devices(config) == 1 or len(devices) == 1:
     return tree
-  _, whole = _shardings(devices)
+  _, whole = shardings(devices)
   placed = {}
 
   def place(x):
@@ -69,7 +69,7 @@ def make_spread(config) -> Callable:
   count, here = num_devices(config), jax.local_device_count()
   if count == 1:
     return lambda tree: tree
-  everywhere, locally = _shardings(jax.devices()), _shardings(jax.local_devices())
+  everywhere, locally = shardings(jax.devices()), shardings(jax.local_devices())
 
   def place(x):
     if not x.ndim:
@@ -86,28 +86,6 @@ def make_spread(config) -> Callable:
   return lambda tree: jax.tree.map(place, tree)
 
 
-def make_spread_replicas(config) -> tuple[Callable, Callable]:
-  """Builds spread(tree) and share(x) for runs that are learned at once.
-
-  spread: arrays [R, ...] laid out over the devices by run, where R allows. share: an array whole on
-  every device; one that comes again is there already.
-  """
-  count = jax.local_device_count() if config.parallel == "replicas" else 1
-  if count == 1:
-    return (lambda tree: tree), (lambda x: x)
-  placing, last = _shardings(jax.local_devices()), []
-
-  def share(x):
-    if not last or last[0] is not x:
-      last[:] = x, jax.device_put(x, placing[1])
-    return last[1]
-
-  def spread(tree):
-    return jax.tree.map(lambda x: jax.device_put(x, placing[bool(len(x) % count)]), tree)
-
-  return spread, share
-
-
 # --- several processes: arrays are whole in each of them, but inside a compiled step -----
 
 
@@ -116,8 +94,8 @@ def _over_processes(fn: Callable) -> Callable:
 
   What is whole on every device here (`replicate`) is not copied on the way in.
   """
-  _, here = _shardings(jax.local_devices())
-  _, everywhere = _shardings(jax.devices())
+  _, here = shardings(jax.local_devices())
+  _, everywhere = shardings(jax.devices())
   jitted = jax.jit(fn, donate_argnums=0, out_shardings=everywhere)
 
   def lay(x, sharding):
@@ -170,7 +148,7 @@ def compile_step(config, fn: Callable) -> Callable:
     return jitted if jax.process_count() == 1 else _over_processes(fn)
   mapped = jax.pmap(fn, AXIS, donate_argnums=0, devices=jax.devices())
   here = jax.local_device_count()
-  shared_out, whole = _shardings(jax.local_devices())
+  shared_out, whole = shardings(jax.local_devices())
 
   def copies(x):
     x = jax.device_put(jnp.asarray(x), whole)
