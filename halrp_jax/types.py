@@ -168,15 +168,10 @@ class Keep(NamedTuple):
 
 
 def result_of(value):
-  """`value`, or raises it if it is an exception."""
+  """Returns `value`, or raises it if it is an exception."""
   if isinstance(value, Exception):
     raise value
   return value
-
-
-def alone(fn: Callable[[list[tuple]], list], args: tuple):
-  """The default of `Store.together`: nobody else has such work."""
-  return result_of(fn([args])[0])
 
 
 class Store(NamedTuple):
@@ -189,9 +184,7 @@ class Store(NamedTuple):
   name: str  # such as "task03/warmup"
   log: Callable[[dict], None]  # one event: plain numbers and texts
   keep: Keep = Keep()
-  # (fn, args) -> fn([args])[0], with the arguments of other runs in the list if some are learned
-  # at once (`replicas`); fn gives an exception in the place of a run that fails
-  together: Callable = alone
+  gang: Any = None  # the `devices.replicas.Gang` of runs that are learned at once, or None
 
   def child(self, name: str) -> "Store":
     return self._replace(name=f"{self.name}/{name}")

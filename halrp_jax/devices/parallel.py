@@ -4,7 +4,7 @@ Everything is written for one device. A `Layout` says how many take part, by `co
 
 * sharded: batches are sharded over all devices and XLA derives the rest (jit with a mesh and
   NamedSharding). BatchNorm's statistics are those of the whole batch by themselves.
-* replicas: independent runs, learned at once (`replicas`), are; a batch stays on one.
+* replicas: runs that are learned at once (`devices.replicas`) are; a batch stays on one device.
 * pmap: `jax.pmap` runs the step on every device with its part of the batch; gradients, and in
   `nn.norm.BatchNorm` the statistics, are averaged over `Layout.axis_name`. Evaluation is as
   sharded.
@@ -38,9 +38,8 @@ class Layout(NamedTuple):
   replicate: Callable  # tree -> the same, its arrays whole on every device here
   shard: Callable  # tree -> the same, its arrays [B, ...] shared out over the devices
   compile: Callable[[Callable], Compiled]  # fn(carry, batches, *args) -> carry
-  shard_runs: Callable  # tree of several runs -> the same, its arrays [R, ...] shared out by run
-  share: Callable  # an array of several runs -> the same, whole on every device
   axis_name: str | None = None  # of the devices that `compile` maps over; None: it does not map
+  num_run_devices: int = 1  # over which runs that are learned at once are spread (`replicas`)
 
   def average(self, tree):
     """Returns the mean over the devices of a mapped function; elsewhere the tree itself."""
@@ -60,8 +59,6 @@ def make_layout(mode: str) -> Layout:
     mode: `config.parallel`. It starts JAX's backend unless it is "none".
   """
   count = 1 if mode in ("none", "replicas") else jax.device_count()
-  runs = jax.local_device_count() if mode == "replicas" else 1
-  shard_runs, share = _make_shard_runs(runs)
   mapped = mode == "pmap" and count > 1
   if mapped:
     compile_fn = _compile_mapped
@@ -72,13 +69,12 @@ def make_layout(mode: str) -> Layout:
     _make_replicate(count),
     _make_shard(count, mapped),
     compile_fn,
-    shard_runs,
-    share,
     AXIS if mapped else None,
+    jax.local_device_count() if mode == "replicas" else 1,
   )
 
 
-def _shardings(devices) -> tuple[NamedSharding, NamedSharding]:
+def shardings(devices) -> tuple[NamedSharding, NamedSharding]:
   """Returns shardings over some devices: by the first axis, and whole on every device."""
   mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
   return tuple(NamedSharding(mesh, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
@@ -95,7 +91,7 @@ def _make_replicate(count: int) -> Callable:
   """
   if count == 1 or jax.local_device_count() == 1:
     return _identity
-  _, whole = _shardings(jax.local_devices())
+  _, whole = shardings(jax.local_devices())
 
   def replicate(tree):
     placed = {}
@@ -123,7 +119,7 @@ def _make_shard(count: int, mapped: bool) -> Callable:
   if count == 1:
     return _identity
   here = jax.local_device_count()
-  everywhere, locally = _shardings(jax.devices()), _shardings(jax.local_devices())
+  everywhere, locally = shardings(jax.devices()), shardings(jax.local_devices())
 
   def place(x):
     if not x.ndim:
@@ -138,33 +134,13 @@ def _make_shard(count: int, mapped: bool) -> Callable:
   return lambda tree: jax.tree.map(place, tree)
 
 
-def _make_shard_runs(count: int) -> tuple[Callable, Callable]:
-  """Builds shard_runs(tree) and share(x) for runs that are learned at once.
-
-  An array that is shared again is on the devices already.
-  """
-  if count == 1:
-    return _identity, _identity
-  placing, last = _shardings(jax.local_devices()), []
-
-  def share(x):
-    if not last or last[0] is not x:
-      last[:] = x, jax.device_put(x, placing[1])
-    return last[1]
-
-  def shard_runs(tree):
-    return jax.tree.map(lambda x: jax.device_put(x, placing[bool(len(x) % count)]), tree)
-
-  return shard_runs, share
-
-
 def _compile(fn: Callable) -> Compiled:
   """Compiles for one device, or for all of one process by sharding."""
   jitted = jax.jit(fn, donate_argnums=0)
   return Compiled(jitted, jitted.lower)
 
 
-ONE_DEVICE = Layout(1, _identity, _identity, _compile, _identity, _identity)
+ONE_DEVICE = Layout(1, _identity, _identity, _compile)
 
 
 # --- several processes: arrays are whole in each of them, but inside a compiled step -----
@@ -175,8 +151,8 @@ def _compile_over_processes(fn: Callable) -> Compiled:
 
   What is whole on every device here (`replicate`) is not copied on the way in.
   """
-  _, here = _shardings(jax.local_devices())
-  _, everywhere = _shardings(jax.devices())
+  _, here = shardings(jax.local_devices())
+  _, everywhere = shardings(jax.devices())
   jitted = jax.jit(fn, donate_argnums=0, out_shardings=everywhere)
 
   def lay(x, sharding):
@@ -211,7 +187,7 @@ def _compile_mapped(fn: Callable) -> Compiled:
     jax.shard_map(fn, mesh=one_part, in_specs=spec, out_specs=spec, check_vma=False),
     donate_argnums=0,
   )
-  shared_out, whole = _shardings(jax.local_devices())
+  shared_out, whole = shardings(jax.local_devices())
 
   def copies(x):
     x = jax.device_put(jnp.asarray(x), whole)

@@ -3,7 +3,6 @@
 import datetime
 import functools
 import json
-import threading
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -14,12 +13,12 @@ from ml_collections import config_dict
 
 from halrp_jax import data, keys, methods, metrics, models
 from halrp_jax.config import resolve, setting_of
-from halrp_jax.devices import determinism, parallel, processes
+from halrp_jax.devices import determinism, parallel, processes, replicas
 from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, identity, measure, standing, workdir
 from halrp_jax.training import batches, networks, population
 from halrp_jax.training.evaluate import evaluate
-from halrp_jax.types import SCHEMA, Benchmark, Method, Store, UserError, alone
+from halrp_jax.types import SCHEMA, Benchmark, Method, Store, UserError
 from halrp_jax.weights import trees
 
 # --- the run --------------------------------------------------------------------------
@@ -50,26 +49,6 @@ def build(config: Config) -> tuple[Benchmark, nn.Module, Method, parallel.Layout
 
 def _steps_per_epoch(config: Config, num_images: int) -> int:
   return batches.steps_per_epoch(config.batch_size, config.protocol.last_batch, num_images)
-
-
-def shared_build() -> Callable:
-  """`build` for runs that differ in order and seed alone: one method, and images held once."""
-  lock, first = threading.Lock(), []
-
-  def build_one(config: Config):
-    with lock:
-      benchmark, *others = build(config)
-      if not first:
-        first.append((benchmark, *others))
-        return first[0]
-      images = first[0][0].tasks[0].train.image
-      own = benchmark.tasks[0].train.image
-      if own.shape != images.shape or not bool((own == images).all()):
-        return benchmark, *others
-      shared = jax.tree.map(lambda x: images if x is own else x, benchmark)
-      return shared, *first[0][1:]
-
-  return build_one
 
 
 def _with_validation_images(config: Config, benchmark: Benchmark) -> Benchmark:
@@ -138,8 +117,7 @@ def run(
   show: Callable[[dict], None] = lambda event: None,
   overwrite: bool = False,
   stop_asked: Callable[[], bool] = lambda: False,
-  builder: Callable | None = None,
-  together: Callable = alone,
+  gang: replicas.Gang | None = None,
   read: Callable | None = None,
 ) -> dict:
   """Learns all tasks of a config one after another and writes the record.
@@ -152,8 +130,7 @@ def run(
     show: is called with every event that goes to metrics.jsonl.
     overwrite: delete the run that is in the folder first.
     stop_asked: asked between the chunks of training; True stops the run.
-    builder: by default `build`; from `shared_build` for several runs at once.
-    together: see `Store`.
+    gang: of the threads in which other runs are learned at the same time.
     read: for a run that is finished, by default from `identity.shared_read`.
 
   Returns:
@@ -173,7 +150,8 @@ def run(
     return record
   if config.deterministic:
     determinism.require()
-  benchmark, model, method, layout = processes.all_do(lambda: (builder or build)(config))
+  built = processes.all_do(lambda: gang.build(build, config) if gang else build(config))
+  benchmark = built[0]
   processes.require_same("other images", lambda: benchmark.split_hash)
   now = standing.of(benchmark)
   software = now["flags"] | standing.versions()
@@ -193,8 +171,7 @@ def run(
     if folder.said:
       show({"event": "standing", "said": folder.said})
     folder.describe(benchmark)
-    built = (benchmark, model, method, layout)
-    record = _learn_all(config, built, folder, log, show, compiled, together)
+    record = _learn_all(config, built, folder, log, show, compiled, gang)
     record["standing"] = folder.standing
     folder.finish(record)
   return record
@@ -218,7 +195,7 @@ def _require_one_run(config: Config, overwrite: bool) -> None:
     raise UserError("several processes on GPUs must compute the same bits: set deterministic=True")
 
 
-def _learn_all(config: Config, built, folder, log, show, compiled, together) -> dict:
+def _learn_all(config: Config, built, folder, log, show, compiled, gang) -> dict:
   """Folds `learn` over the tasks that are not learned yet; returns the record."""
   benchmark, model, method, layout = built
   num_tasks = len(benchmark.tasks)
@@ -238,7 +215,7 @@ def _learn_all(config: Config, built, folder, log, show, compiled, together) -> 
     place = {"t": t, "num_tasks": num_tasks, "task": tasks[-1].name, "task_id": tasks[-1].id}
     measure.forget_peak()
     with measure.measure(compiled) as learning:
-      store = Store(f"task{t:02d}", log, folder.keep(), together)
+      store = Store(f"task{t:02d}", log, folder.keep(), gang)
       notes = benchmark.notes if position == 1 else ()
       begin = [*({"event": "note", "note": note} for note in notes), {"event": "task"} | place]
       # logged once: a task that goes on after an interruption has begun already

@@ -5,7 +5,6 @@ import functools
 import itertools
 import pathlib
 import re
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -125,23 +124,13 @@ def _run_group(group, root: pathlib.Path, changed, stop_asked, read) -> None:
     ((cell, row),) = group
     _run_cell(cell, row, root / cell.name, changed, stop_asked, read=read)
     return
-  lock, build, raised = threading.Lock(), experiment.shared_build(), []
+  changed = replicas.serialize(changed)
 
-  def changed_alone():
-    with lock:
-      changed()
-
-  def job(cell, row, together):
+  def job(cell, row, gang):
     cell = cell._replace(config=with_keys(cell.config, parallel="replicas"))
-    how = {"builder": build, "together": together, "read": read}
-    try:
-      _run_cell(cell, row, root / cell.name, changed_alone, stop_asked, **how)
-    except Exception as e:  # to be raised where the sweep was called
-      raised.append(e)
+    _run_cell(cell, row, root / cell.name, changed, stop_asked, gang=gang, read=read)
 
   replicas.run_all([functools.partial(job, *member) for member in group])
-  for e in raised:
-    raise e
 
 
 def _waiting(cell: Cell) -> dict:

@@ -147,7 +147,7 @@ def make_fit(
   how = how or recipe(setup)
   objective_fn = objective_fn or losses.cross_entropy_objective(apply_fn)
   tx = optax.chain(optax.scale(how.gradient_scale), _moments(how))
-  epochs_of_runs = epoch.make(setup, _make_step(setup, tx, objective_fn, penalty_fn, edit_fn))
+  run_epoch = epoch.make(setup, _make_step(setup, tx, objective_fn, penalty_fn, edit_fn))
   is_judged = how.schedule == "plateau" or how.keep != "last"
   validate = _make_validate(setup, objective_fn)
 
@@ -169,7 +169,8 @@ def make_fit(
         break
       begin = time.perf_counter()
       event = {"event": "epoch", "phase": store.name, "epoch": i + 1, "epochs": epochs}
-      arguments = (
+      state, total = run_epoch(
+        store.gang,
         state,
         frozen,
         (*data, jnp.float32(plateau.rate), gamma),
@@ -177,7 +178,6 @@ def make_fit(
         jax.random.fold_in(key, i),
         functools.partial(_watch, event, store),
       )
-      state, total = store.together(epochs_of_runs, arguments)
       loss, accuracy = (float(x) / num_images for x in total)
       event |= {"loss": loss, "train_accuracy": 100 * accuracy}
       if is_judged:
