@@ -6,7 +6,8 @@
       --config.order=B --config.train_fraction=0.05 --dry_run
   python -m halrp_jax.main --list
 
-The method stands after the colon (default: halrp). Any key of the config can be set with
+The method stands after the colon (default: halrp), with keys of its own if some are to be set, as
+in configs/digits.py:halrp,alpha=0.75,warmup_epochs=1. Any key of the config can be set with
 --config.KEY=VALUE. A run that was interrupted goes on with the same command. Exit codes: 0 done,
 1 the loss is no number, 2 a mistake in config, data, arguments or environment (one line), 75
 stopped by SIGTERM or SIGINT, or because another process of the run has ended (134: so, and jax

@@ -22,8 +22,8 @@ ROOMS = (
   {"models", "weights"},
   {"nn"},
   {"devices"},
-  {"keys", "data", "reports"},
-  {"files", "packing", "metrics"},
+  {"data", "reports"},
+  {"keys", "files", "packing", "metrics"},
   {"types"},
 )
 FLOOR = {name: i for i, names in enumerate(ROOMS) for name in names}

@@ -23,8 +23,8 @@ from halrp_jax.data import sources
 from halrp_jax.devices import faults
 from halrp_jax.nn import layers
 from halrp_jax.nn.norm import BatchNorm
-from halrp_jax.runs import checkpoint, workdir
-from halrp_jax.types import UserError
+from halrp_jax.runs import checkpoint, states
+from halrp_jax.types import CONFIG, RECORD, UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 _TOLERANCE = 2e-2  # relative; matrix units of GPUs and TPUs round to 10 bits and fewer
@@ -110,10 +110,10 @@ def _error(found, wanted) -> float:
 
 
 def _run(path: str) -> Iterator[Finding]:
-  items, state, results = workdir.inspect(path)
+  items, state, results = states.inspect(path)
   folder = pathlib.Path(path)
-  config, broken = _json(folder / workdir.CONFIG, "put a copy there; --overwrite starts anew")
-  yield f"{folder / workdir.CONFIG}{_summary(config)}", broken
+  config, broken = _json(folder / CONFIG, "put a copy there; --overwrite starts anew")
+  yield f"{folder / CONFIG}{_summary(config)}", broken
   for item in items:
     line = f"{item['name']}: {item['files']} files, {item['bytes']:,} bytes"
     if strays := item["strays"]:
@@ -125,11 +125,11 @@ def _run(path: str) -> Iterator[Finding]:
     ranks = " ".join(f"{k}:{v}" for k, v in (row["ranks"] or {}).items())
     size = f"{row['size']['nonzero']:,} non-zero numbers, growth {100 * row['increment']:+.1f} %"
     yield f"task {t + 1}: {size}" + (f", ranks {ranks}" if ranks else ""), ""
-  if not (folder / workdir.RECORD).exists():
+  if not (folder / RECORD).exists():
     yield f"{len(rows)} tasks learned, not finished: the same command goes on", ""
     return
-  record, broken = _json(folder / workdir.RECORD, "delete it, the same command writes it again")
-  yield f"{folder / workdir.RECORD}", broken
+  record, broken = _json(folder / RECORD, "delete it, the same command writes it again")
+  yield f"{folder / RECORD}", broken
   if state is None:
     yield "no state is whole", "the model is lost; --overwrite learns it anew"
   elif not broken:

@@ -15,6 +15,8 @@ import argparse
 import pathlib
 import sys
 
+from ml_collections import config_dict
+
 from halrp_jax import arguments
 from halrp_jax.commands import terminal
 from halrp_jax.config import make_config, resolve
@@ -128,7 +130,7 @@ def _estimate(cell: sweep.Cell, known: dict) -> tuple[int, float]:
   return steps, steps * step + num_tasks * task
 
 
-def _calibration_config(config, method: str):
+def _calibration_config(config: config_dict.ConfigDict, method: str):
   """Two epochs of the same network with HALRP, or with STL."""
   keys = {k: v for k, v in config.to_dict().items() if k not in ("method", "protocol", "data")}
   keys = {k: v for k, v in keys.items() if k != "checkpoint"} | {"epochs": 2}

@@ -16,6 +16,7 @@ import pathlib
 import sys
 
 import numpy as np
+from ml_collections import config_dict
 
 from halrp_jax import arguments, files, keys
 from halrp_jax.commands import terminal
@@ -90,7 +91,7 @@ def _value(text: str):
     return text
 
 
-def _cell_config(config, values: dict, keep_fraction: bool):
+def _cell_config(config: config_dict.ConfigDict, values: dict, keep_fraction: bool):
   """The config of one cell, which sees no test image."""
   cell = config.copy_and_resolve_references()
   known = keys.flat(cell.to_dict())
@@ -106,7 +107,9 @@ def _cell_config(config, values: dict, keep_fraction: bool):
   return cell
 
 
-def _run(name: str, config, folder: pathlib.Path, stop_asked, read) -> dict | None:
+def _run(
+  name: str, config: config_dict.ConfigDict, folder: pathlib.Path, stop_asked, read
+) -> dict | None:
   """Runs a cell; None if another process is at it."""
   print(f"--- {name}")
   try:

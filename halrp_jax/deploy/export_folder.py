@@ -4,12 +4,15 @@ import json
 import pathlib
 import re
 
+import numpy as np
+
 from halrp_jax import files
 from halrp_jax.types import UserError, brief
 
 SCHEMA = 1
 FORMATS = ("safetensors", "orbax", "stablehlo")
 BASE = "base"
+Arrays = dict[str, np.ndarray]  # by name, as export.py lists them
 _OURS = re.compile(r"(base|task\d{2,})(|\.json|\.safetensors|\.stablehlo)")
 
 
@@ -77,3 +80,37 @@ def _refuse(path: pathlib.Path, why: str) -> None:
     f"--out={path.parent}: {path.name}, which is there, {why}; a folder holds one model in one "
     "format: choose another folder"
   )
+
+
+# --- matrices, most of whose entries may be zero ---------------------------------------
+
+
+def pack(name: str, x: np.ndarray) -> Arrays:
+  """Dense, or the entries that are not zero and a bit for each entry: whichever is smaller."""
+  there = x != 0
+  values, mask = x[there], np.packbits(there)
+  if values.nbytes + mask.nbytes < x.nbytes:
+    return {f"{name}.values": values, f"{name}.mask": mask}
+  return {name: np.ascontiguousarray(x)}
+
+
+def unpack(arrays: Arrays, name: str, shape: tuple[int, int], place: str) -> np.ndarray:
+  """The inverse of `pack`; takes the arrays out."""
+  if name in arrays:
+    return arrays.pop(name)
+  values, mask = (take(arrays, f"{name}.{part}", place) for part in ("values", "mask"))
+  size = shape[0] * shape[1]
+  if mask.dtype != np.uint8 or mask.shape != (-(-size // 8),):
+    raise UserError(f"{place}: {name}.mask is {mask.dtype} {mask.shape}, expected {size} bits")
+  there = np.unpackbits(mask)[:size].astype(bool).reshape(shape)
+  if values.shape != (there.sum(),):
+    raise UserError(f"{place}: {name}.values has {values.size} entries, its mask {there.sum()}")
+  x = np.zeros(shape, values.dtype)
+  x[there] = values
+  return x
+
+
+def take(arrays: Arrays, name: str, place: str) -> np.ndarray:
+  if name not in arrays:
+    raise UserError(f"{place}: lacks {name}")
+  return arrays.pop(name)

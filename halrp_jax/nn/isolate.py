@@ -1,4 +1,14 @@
-"""A fusion barrier for XLA:CPU."""
+"""A fusion barrier for XLA:CPU.
+
+XLA:CPU fuses a cheap producer (normalisation, ReLU, padding) into every consumer, and computes it
+again for each value that the consumer reads: once for every slice of a convolution's unfolded
+input. It never fuses across the branches of a conditional. So a function is put into one branch of
+a `lax.cond` whose condition XLA cannot foresee: whether the first value is NaN. The other branch
+returns NaN everywhere, so a NaN spreads further than without the barrier and never gets lost.
+
+`lax.optimization_barrier` does not help: with jaxlib 0.10.2 it is removed before the fusion passes
+of XLA:CPU, and the compiled fusions are those without it.
+"""
 
 import functools
 
@@ -6,31 +16,31 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# --- the means: fewer passes over memory on the CPU --------------------------------------
-
 
 def call(fn, *args):
-  """fn(*args), computed once and apart from what comes before and after.
+  """Returns fn(*args), computed once, in no fusion with what comes before or after.
 
-  XLA:CPU would fuse what comes before a convolution (BatchNorm, padding) into every one of its
-  slices, what comes before several reductions into each, and compute it again each time;
-  `optimization_barrier` doesn't keep it from that. It never fuses into a branch, so this is one,
-  on a condition that it can't foresee: not-a-number gives not-a-number either way.
+  Args:
+    fn: a function of arrays; its result must be floating point.
+    *args: arrays, the first of them not empty. Where its first value is NaN, the whole result is.
   """
 
-  def not_a_number(*args):
+  def all_nan(*args):
     shapes = jax.eval_shape(fn, *args)
     return jax.tree.map(lambda y: jnp.full(y.shape, jnp.nan, y.dtype), shapes)
 
-  return lax.cond(jnp.isnan(args[0][(0,) * args[0].ndim]), not_a_number, fn, *args)
+  return lax.cond(jnp.isnan(args[0][(0,) * args[0].ndim]), all_nan, fn, *args)
 
 
 def wrap(fn):
-  """fn(x), whose value and gradient are each computed `_alone`; the gradient from x again."""
+  """Builds fn(x) with a fusion barrier around its value and another around its gradient.
 
-  def back(x, dy):
+  The gradient computes fn again from x, which is all that is stored for it.
+  """
+
+  def gradient(x, dy):
     return (call(lambda x, dy: jax.vjp(fn, x)[1](dy)[0], x, dy),)
 
-  apart = jax.custom_vjp(functools.partial(call, fn))
-  apart.defvjp(lambda x: (apart(x), x), back)
-  return apart
+  isolated = jax.custom_vjp(functools.partial(call, fn))
+  isolated.defvjp(lambda x: (isolated(x), x), gradient)
+  return isolated

@@ -17,7 +17,7 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
   h, w = (n // window * window for n in x.shape[1:3])
   cells = window_cells(x[:, :h, :w], window)
   return lax.platform_dependent(
-    cells, cpu=lambda cells: _pool_apart(cells), default=lambda cells: window_max(cells)
+    cells, cpu=lambda cells: _isolated_max(cells), default=lambda cells: window_max(cells)
   )
 
 
@@ -47,7 +47,7 @@ def window_max(cells):
 
 
 def window_max_gradient(cells, dy):
-  """The gradient of `_highest`; the first of equal values takes it all."""
+  """Returns the gradient of `window_max`; the first of equal values takes it all."""
   best, winner = cells[..., 0, :], jnp.zeros(dy.shape, jnp.int32)
   for i in range(1, cells.shape[-2]):
     wins = cells[..., i, :] > best
@@ -57,12 +57,12 @@ def window_max_gradient(cells, dy):
 
 
 @jax.custom_vjp
-def _pool_apart(cells):
+def _isolated_max(cells):
   return isolate.call(window_max, cells)
 
 
-_pool_apart.defvjp(
-  lambda cells: (_pool_apart(cells), cells),
+_isolated_max.defvjp(
+  lambda cells: (_isolated_max(cells), cells),
   lambda cells, dy: (isolate.call(window_max_gradient, cells, dy),),
 )
 

@@ -1,13 +1,13 @@
 """Whose a run's folder is: its config and what it stands on, compared before anything goes on."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
 
-from ml_collections import config_dict
-
 from halrp_jax import data, files, keys
 from halrp_jax.devices import processes
+from halrp_jax.keys import Config
 from halrp_jax.runs import standing
 from halrp_jax.types import CHECKPOINTS, CONFIG, RECORD, STANDING, TASKS, UserError, brief
 
@@ -32,7 +32,7 @@ def read_config(path: str) -> dict:
 
 
 def _fill_in(config: dict) -> None:
-  known = keys.keys_of({})
+  known = keys.keys_of()
   for name in _LATER_KEYS:
     section, _, key = name.rpartition(".")
     place = config.setdefault(section, {}) if section else config
@@ -140,7 +140,7 @@ def shared_read() -> Callable:
   """
   known = {}
 
-  def read(config) -> dict:
+  def read(config: Config) -> dict:
     drawn_by = (
       "benchmark",
       "data_dir",
@@ -152,7 +152,7 @@ def shared_read() -> Callable:
     )
     key = json.dumps([config.to_dict()[k] for k in (*drawn_by, "data", "protocol")])
     if key not in known:
-      natural = config_dict.FrozenConfigDict(config.to_dict() | {"order": "natural"})
+      natural = dataclasses.replace(config, order="natural")
       benchmark = data.read(natural)
       tasks = {task.id: standing.of_task(task) for task in benchmark.tasks}
       known[key] = tasks, benchmark.split_hash
@@ -162,7 +162,7 @@ def shared_read() -> Callable:
   return read
 
 
-def require_same_data(config, path: str, read: Callable, show: Callable) -> None:
+def require_same_data(config: Config, path: str, read: Callable, show: Callable) -> None:
   """Refuses a finished run that stands on other data or JAX flags; without data it stays as it is.
 
   Nothing is computed, so it makes no difference on which machine this is.

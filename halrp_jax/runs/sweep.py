@@ -5,11 +5,12 @@ import functools
 import itertools
 import pathlib
 import re
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from typing import NamedTuple
+
+from ml_collections import config_dict
 
 from halrp_jax import data, files
 from halrp_jax.config import resolve, with_keys
@@ -24,10 +25,10 @@ ELSEWHERE = "at work elsewhere"  # state of a cell that another process runs
 
 class Cell(NamedTuple):
   name: str  # its folder below the sweep's
-  config: object  # as from `experiment.make_config`, not yet resolved
+  config: config_dict.ConfigDict  # as from `make_config`, not yet resolved
 
 
-def cells(configs: dict[str, object], order_names: str, seeds: str) -> list[Cell]:
+def cells(configs: dict[str, config_dict.ConfigDict], order_names: str, seeds: str) -> list[Cell]:
   """Every config with every order and seed; nothing is run.
 
   Args:
@@ -46,7 +47,7 @@ def cells(configs: dict[str, object], order_names: str, seeds: str) -> list[Cell
   return found
 
 
-def _orders(config, text: str) -> list[str]:
+def _orders(config: config_dict.ConfigDict, text: str) -> list[str]:
   if text != "all":
     return [name for name in text.split(",") if name] or [config.order]
   if config.benchmark not in orders.PAPER:
@@ -123,23 +124,13 @@ def _run_group(group, root: pathlib.Path, changed, stop_asked, read) -> None:
     ((cell, row),) = group
     _run_cell(cell, row, root / cell.name, changed, stop_asked, read=read)
     return
-  lock, build, raised = threading.Lock(), experiment.shared_build(), []
+  changed = replicas.serialize(changed)
 
-  def changed_alone():
-    with lock:
-      changed()
-
-  def job(cell, row, together):
+  def job(cell, row, gang):
     cell = cell._replace(config=with_keys(cell.config, parallel="replicas"))
-    how = {"builder": build, "together": together, "read": read}
-    try:
-      _run_cell(cell, row, root / cell.name, changed_alone, stop_asked, **how)
-    except Exception as e:  # to be raised where the sweep was called
-      raised.append(e)
+    _run_cell(cell, row, root / cell.name, changed, stop_asked, gang=gang, read=read)
 
   replicas.run_all([functools.partial(job, *member) for member in group])
-  for e in raised:
-    raise e
 
 
 def _waiting(cell: Cell) -> dict:

@@ -103,17 +103,17 @@ def test_a_gang_does_equal_work_at_once_and_each_gets_its_own():
 
   results, lock = {}, threading.Lock()
 
-  def job(i, together):
+  def job(i, gang):
     rounds = []
     for fn in (double, double, negate if i < 2 else double)[: 1 if i == 0 else 3]:
       try:
-        rounds.append(together(fn, (i,)))
+        rounds.append(gang.gather(fn, (i,)))
       except ValueError as e:
         rounds.append(str(e))
     with lock:
       results[i] = rounds
 
-  replicas.run_all([lambda together, i=i: job(i, together) for i in range(4)])
+  replicas.run_all([lambda gang, i=i: job(i, gang) for i in range(4)])
   assert results == {0: [0], 1: [2, 2, -1], 2: [4, 4, 4], 3: ["3", "3", "3"]}
   assert calls == [[(0,), (1,), (2,), (3,)], [(1,), (2,), (3,)], [(2,), (3,)]]
 
@@ -124,9 +124,9 @@ def test_work_that_fails_fails_for_all_of_it():
 
   errors = []
 
-  def job(together):
+  def job(gang):
     try:
-      together(broken, ())
+      gang.gather(broken, ())
     except OSError as e:
       errors.append(e)
 

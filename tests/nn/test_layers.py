@@ -9,7 +9,13 @@ from halrp_jax.nn import layers
 from halrp_jax.nn.conv import conv_general_dilated
 from halrp_jax.nn.init import uniform_fan_in
 from halrp_jax.nn.norm import BatchNorm, _fused_batch_norm, _plain_batch_norm, local_response_norm
-from halrp_jax.nn.pool import _pool_apart, max_pool, overlapping_max_pool, window_cells, window_sum
+from halrp_jax.nn.pool import (
+  _isolated_max,
+  max_pool,
+  overlapping_max_pool,
+  window_cells,
+  window_sum,
+)
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -129,7 +135,7 @@ def test_fused_batch_norm_equals_the_plain_one(shape, pool, relu):
 
 def test_pooling_gives_the_gradient_to_the_first_of_equal_values():
   x = jnp.zeros((1, 2, 2, 1))
-  got = jax.grad(lambda x: jnp.sum(_pool_apart(window_cells(x, 2))))(x)
+  got = jax.grad(lambda x: jnp.sum(_isolated_max(window_cells(x, 2))))(x)
   np.testing.assert_array_equal(got.ravel(), [1, 0, 0, 0])
 
 
@@ -212,7 +218,7 @@ def test_window_sum_equals_a_convolution_with_ones(window, strides, padding):
 
 
 def test_not_a_number_stays_not_a_number():
-  """The convolution's way of keeping XLA from fusing is a branch on a not-a-number."""
+  """The fusion barrier is a branch on a NaN."""
   x = jnp.ones((4, 6, 6, 8)).at[0, 0, 0, 0].set(jnp.nan)
   assert jnp.isnan(ours(x, jnp.ones((3, 3, 8, 2)), "SAME", 1)).any()
   assert jnp.isnan(max_pool(x)).any()
