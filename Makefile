@@ -31,7 +31,7 @@ accelerator-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
 	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
 	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
-	  --dest .whl 'ml-collections >= 1.1, < 2' 'Pillow >= 11.3, < 14'
+	  --dest .whl 'ml-collections >= 1.1, < 2' 'Pillow >= 11.3, < 14' 'platformdirs >= 4.3, < 6'
 
 environment: .venv/installed
 test-environment: .venv/installed-test

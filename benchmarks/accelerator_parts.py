@@ -117,7 +117,9 @@ def torch(target, options):
   setting, precision = target.split(":")
   made = make(setting, "stl", options.smoke, precision=precision)
   config, benchmark, _, _ = made
-  num_steps = batches.steps_per_epoch(config, len(benchmark.tasks[0].train.index))
+  num_steps = batches.steps_per_epoch(
+    config.batch_size, config.protocol.last_batch, len(benchmark.tasks[0].train.index)
+  )
 
   def ask(mode):
     print(json.dumps([mode, num_steps]), file=options.peer.stdin, flush=True)
@@ -192,7 +194,7 @@ def evaluate(target, options):
   _, benchmark, method, _ = made
   state = learn(made, 2)
   state = state._replace(tasks=(state.tasks[0], *[state.tasks[1]] * (num_tasks - 1)))
-  on_host = [p | {"num_classes": np.asarray(p["num_classes"])} for p in state.tasks]
+  on_host = [p._replace(num_classes=np.asarray(p.num_classes)) for p in state.tasks]
   num_images = sum(len(task.test.index) for task in benchmark.tasks)
 
   def run(state, size):
@@ -202,7 +204,7 @@ def evaluate(target, options):
   @jax.jit
   def whole(state, split, inputs, rows):
     num_classes = np.int32(benchmark.max_classes)
-    state = state._replace(tasks=tuple(p | {"num_classes": num_classes} for p in state.tasks))
+    state = state._replace(tasks=tuple(p._replace(num_classes=num_classes) for p in state.tasks))
 
     def one(hits, rows):
       image, label = batches.load_batch(split, inputs, rows)

@@ -9,8 +9,9 @@ import numpy as np
 import plain_networks
 import throughput
 
-from halrp_jax import methods, models
+from halrp_jax import methods
 from halrp_jax.config import make_config, resolve
+from halrp_jax.runs import experiment
 from halrp_jax.training import batches, networks
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
@@ -75,7 +76,7 @@ def make(setting: str, method: str, smoke: bool, num_tasks: int = 2, **keys):
   benchmark = draw(
     shape, batch, num_tasks, batch * steps, 1000 // (20 if smoke else 1), num_classes
   )
-  model = models.of(config, benchmark.max_classes)
+  model = experiment.network_of(config, benchmark.max_classes)
   return config, benchmark, methods.make(config, model, benchmark), batch
 
 
@@ -102,7 +103,9 @@ def measure_steps(setting: str, precision: str, smoke: bool, clock, **keys):
   """Rows of the phases of HALRP, from the seconds that the product's own epochs report."""
   made = make(setting, "halrp", smoke, precision=precision, **keys)
   config, benchmark, _, batch = made
-  steps = batches.steps_per_epoch(config, len(benchmark.tasks[0].train.index))
+  steps = batches.steps_per_epoch(
+    config.batch_size, config.protocol.last_batch, len(benchmark.tasks[0].train.index)
+  )
   seen, compiled, peaks, last = {}, {}, {}, clock()
 
   def watch(event):

@@ -17,9 +17,11 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from halrp_jax import methods, models
+from halrp_jax import methods
 from halrp_jax.config import make_config, resolve
-from halrp_jax.training import networks, population
+from halrp_jax.methods import stl
+from halrp_jax.runs import experiment
+from halrp_jax.training import evaluate, networks, population
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
 
@@ -51,9 +53,10 @@ def compare(network: str, num_images: int, rounds: int) -> tuple[int, float, flo
   inputs = Inputs(np.full(3, 0.5, np.float32), np.full(3, 0.3, np.float32), None)
   task = Task(0, "random", tuple("0123456789"), jax.device_put(inputs), split, split, split)
   benchmark = Benchmark("random", (task,), "", False)
-  model = models.of(config, 10)
-  method = methods.METHODS["stl"].make(config, model, benchmark)
-  measure = population.make_measure(method.logits, 128)
+  model = experiment.network_of(config, 10)
+  setup = methods.setup_of(config, model, benchmark)
+  method = stl.make(config.method, setup)
+  measure = population.make_measure(evaluate.logits_of(model, method.network), 128)
   learned, epochs, taken = None, [], []
 
   def watch(event):
@@ -65,7 +68,7 @@ def compare(network: str, num_images: int, rounds: int) -> tuple[int, float, flo
         taken.append(time.perf_counter() - start)
 
   params, stats = networks.initialize(model, jax.random.key(0), (32, 32, 3))
-  learned = {"params": params, "stats": stats, "num_classes": np.int32(10)}
+  learned = stl.TaskState(params, stats, np.int32(10))
   method.learn(
     method.init(jax.random.key(0), benchmark), (task,), jax.random.key(0), Store("task00", watch)
   )

@@ -14,11 +14,10 @@ import json
 import pathlib
 
 import numpy as np
-from ml_collections import config_dict
 
 from halrp_jax import keys, methods, models
 from halrp_jax.config import resolve
-from halrp_jax.runs import experiment, identity, workdir
+from halrp_jax.runs import experiment, identity, states
 from halrp_jax.training import networks, population
 from halrp_jax.training.evaluate import evaluate
 
@@ -43,9 +42,9 @@ def main():
 def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[str, list[float]]:
   """Returns accuracies in percent by task, by "KIND IMAGES SIZE"; prints their means."""
   values = _completed(identity.read_config(path), data_dir)
-  config = resolve(config_dict.ConfigDict(values))
-  benchmark, model, _ = experiment.build(config)
-  state, _ = workdir.newest_state(path)
+  config = resolve(values)
+  benchmark, model, *_ = experiment.build(config)
+  state, _ = states.newest_state(path)
   state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
   found = {}
   for kind in kinds:
@@ -71,9 +70,9 @@ def _by_class(task):
 
 def _completed(values: dict, data_dir: str) -> dict:
   """Adds keys that came after the run was made, at their defaults."""
-  for section, known in (("", keys.KEYS), *keys.SECTIONS.items()):
+  for section, known in (("", keys.Config), *keys.SECTIONS.items()):
     target = values[section] if section else values
-    for name, key in known.items():
+    for name, key in keys.spec(known).items():
       target.setdefault(name, key.default)
   return values | {"data_dir": data_dir}
 

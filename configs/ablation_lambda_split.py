@@ -12,20 +12,23 @@ Everything else is configs/cifar100_split.py's. The paper gives no numbers. Ours
 docs/reproduction.md.
 """
 
-import pathlib
 import re
-import runpy
 
+from halrp_jax.config import sibling
 from halrp_jax.types import UserError
 
-_base = runpy.run_path(str(pathlib.Path(__file__).with_name("cifar100_split.py")))["get_config"]
+_split = sibling(__file__, "cifar100_split")
 _NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
 
 
 def get_config(setting: str = "1e-4_1e-4"):
-  config = _base("halrp")
-  match = re.fullmatch(f"{_NUMBER}_{_NUMBER}", setting)
+  return _split.get_config(halrp_with(setting))
+
+
+def halrp_with(setting: str) -> str:
+  """Returns LAMBDA0_LAMBDA1 as the method HALRP and its keys."""
+  lambdas, *more = setting.split(",")
+  match = re.fullmatch(f"{_NUMBER}_{_NUMBER}", lambdas)
   if not match:
-    raise UserError(f"{setting!r} is not LAMBDA0_LAMBDA1, such as 1e-5_5e-4")
-  config.method.l1, config.method.l2 = float(match[1]), float(match[2])
-  return config
+    raise UserError(f"{lambdas!r} is not LAMBDA0_LAMBDA1, such as 1e-5_5e-4")
+  return ",".join(("halrp", f"l1={match[1]}", f"l2={match[2]}", *more))

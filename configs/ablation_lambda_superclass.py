@@ -12,22 +12,11 @@ Everything else is configs/cifar100_superclass.py's. The paper gives no numbers.
 docs/reproduction.md.
 """
 
-import pathlib
-import re
-import runpy
+from halrp_jax.config import sibling
 
-from halrp_jax.types import UserError
-
-_base = runpy.run_path(str(pathlib.Path(__file__).with_name("cifar100_superclass.py")))[
-  "get_config"
-]
-_NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
+_superclass = sibling(__file__, "cifar100_superclass")
+_lambdas = sibling(__file__, "ablation_lambda_split")
 
 
 def get_config(setting: str = "1e-4_1e-4"):
-  config = _base("halrp")
-  match = re.fullmatch(f"{_NUMBER}_{_NUMBER}", setting)
-  if not match:
-    raise UserError(f"{setting!r} is not LAMBDA0_LAMBDA1, such as 1e-5_5e-4")
-  config.method.l1, config.method.l2 = float(match[1]), float(match[2])
-  return config
+  return _superclass.get_config(_lambdas.halrp_with(setting))

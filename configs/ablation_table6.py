@@ -12,22 +12,20 @@ compare with the paper's:
 Everything else is configs/cifar100_split.py's. Ours: docs/reproduction.md.
 """
 
-import pathlib
 import re
-import runpy
 
+from halrp_jax.config import sibling
 from halrp_jax.types import UserError
 
-_base = runpy.run_path(str(pathlib.Path(__file__).with_name("cifar100_split.py")))["get_config"]
+_split = sibling(__file__, "cifar100_split")
 
 
 def get_config(setting: str = "alpha0.9_warmup1"):
-  config = _base("halrp")
-  match = re.fullmatch(r"alpha(0?\.\d+|1)_warmup(\d+)", setting)
-  if match:
-    config.method.alpha, config.method.warmup_epochs = float(match[1]), int(match[2])
-  elif setting in ("lrp", "random_lrp"):
-    config.method.rank_rule = setting.removesuffix("_lrp")
+  row, *more = setting.split(",")
+  if match := re.fullmatch(r"alpha(0?\.\d+|1)_warmup(\d+)", row):
+    chosen = f"alpha={match[1]},warmup_epochs={match[2]}"
+  elif row in ("lrp", "random_lrp"):
+    chosen = f"rank_rule={row.removesuffix('_lrp')}"
   else:
-    raise UserError(f"{setting!r} is none of alphaX_warmupN, lrp, random_lrp")
-  return config
+    raise UserError(f"{row!r} is none of alphaX_warmupN, lrp, random_lrp")
+  return _split.get_config(",".join(("halrp", chosen, *more)))

@@ -13,9 +13,14 @@ from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
+  return cifar100_lenet(method, benchmark="cifar100_split")
+
+
+def cifar100_lenet(method: str, benchmark: str):
+  """Returns what CIFAR100-Split and CIFAR100-SuperClass have in common."""
   return make_config(
     method,
-    benchmark="cifar100_split",
+    benchmark=benchmark,
     order="A",
     network="lenet",
     epochs=20,

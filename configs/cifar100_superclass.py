@@ -9,32 +9,10 @@ DIR holds cifar-100-binary/ or cifar-100-binary.tar.gz. The paper's ACC over fiv
 HALRP 62.56, STL 64.47. Ours: docs/measurements.md.
 """
 
-from halrp_jax.config import make_config
+from halrp_jax.config import sibling
+
+_split = sibling(__file__, "cifar100_split")
 
 
 def get_config(method: str = "halrp"):
-  return make_config(
-    method,
-    benchmark="cifar100_superclass",
-    order="A",
-    network="lenet",
-    epochs=20,
-    batch_size=128,
-    learning_rate=1e-3,
-    # the authors' loader never shuffles these, and takes its fraction of a task's images together
-    protocol={
-      "shuffle": False,
-      "schedule": "code",
-      "validation_fraction": 0.2,
-      "fraction_per_class": False,
-    },
-    every_method={"l2": 1e-4},
-    methods_={
-      "halrp": {
-        "alpha": 0.9,
-        "warmup_epochs": 1,
-        "l1": 1e-4,
-        "prune_bound": 0.2,
-      },
-    },
-  )
+  return _split.cifar100_lenet(method, benchmark="cifar100_superclass")

@@ -1,4 +1,6 @@
-r"""IRU's own setting of PMNIST-20: its published notebook (spec/baselines.md 3.15), MLP of 256.
+r"""IRU's own setting of PMNIST-20: the published notebook mlp_permuted_mnist.ipynb, MLP of 256.
+
+The notebook: https://github.com/CSIPlab/task-increment-rank-update.
 
   python -m halrp_jax.main --config=configs/iru_pmnist20.py --config.data_dir=DIR --workdir=RUN
 

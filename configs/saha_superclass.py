@@ -11,7 +11,7 @@ response normalisation), 5 % of the training images validate, batches have 64 im
 rate is halved where the validation loss stops falling, the weights of its lowest are kept.
 """
 
-from halrp_jax.config import make_config
+from halrp_jax.config import make_config, parse
 
 
 def get_config(method: str = "wsn"):
@@ -19,7 +19,7 @@ def get_config(method: str = "wsn"):
     method,
     benchmark="cifar100_superclass",
     order="A",
-    network="saha_lenet" if method == "gpm" else "saha_lenet_without_lrn",
+    network="saha_lenet" if parse(method)[0] == "gpm" else "saha_lenet_without_lrn",
     epochs=50,
     batch_size=64,
     learning_rate=1e-3,

@@ -1,8 +1,5 @@
 """TinyImageNet, 20 tasks of 10 classes: configs/tinyimagenet20_resnet18.py by its short name."""
 
-import pathlib
-import runpy
+from halrp_jax.config import sibling
 
-get_config = runpy.run_path(str(pathlib.Path(__file__).with_name("tinyimagenet20_resnet18.py")))[
-  "get_config"
-]
+get_config = sibling(__file__, "tinyimagenet20_resnet18").get_config

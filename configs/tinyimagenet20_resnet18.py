@@ -12,27 +12,37 @@ from halrp_jax.config import make_config
 
 
 def get_config(method: str = "halrp"):
-  return make_config(
+  return tiny_imagenet(
     method,
     benchmark="tinyimagenet20",
-    order="0",
     network="resnet18",
+    learning_rate=5e-4,
+    l2=1e-4,
+    halrp={"warmup_epochs": 25, "l1": 5e-4},
+  )
+
+
+def tiny_imagenet(method: str, *, l2: float, halrp: dict, **top):
+  """Returns what the settings on TinyImageNet have in common, with the values of one.
+
+  Args:
+    method: what stands after the colon.
+    l2: `method.l2` of all methods.
+    halrp: its keys `method.*` that differ between the settings.
+    **top: top-level keys that do.
+  """
+  return make_config(
+    method,
+    order="0",
     epochs=50,
     batch_size=32,
-    learning_rate=5e-4,
     protocol={
       "shuffle": True,
       "schedule": "code",
       "validation_fraction": 0.1,
       "augment": "crop_flip",
     },
-    every_method={"l2": 1e-4},
-    methods_={
-      "halrp": {
-        "alpha": 0.9,
-        "warmup_epochs": 25,
-        "l1": 5e-4,
-        "prune_bound": 0.6,
-      },
-    },
+    every_method={"l2": l2},
+    methods_={"halrp": {"alpha": 0.9, "prune_bound": 0.6} | halrp},
+    **top,
   )

@@ -8,31 +8,17 @@ imagenet-200/ or tiny-imagenet-200.zip. The paper's ACC over five orders: HALRP 
 Ours, on a part of the images: docs/measurements.md.
 """
 
-from halrp_jax.config import make_config
+from halrp_jax.config import sibling
+
+_base = sibling(__file__, "tinyimagenet20_resnet18")
 
 
 def get_config(method: str = "halrp"):
-  return make_config(
+  return _base.tiny_imagenet(
     method,
     benchmark="tinyimagenet40",
-    order="0",
     network="alexnet",
-    epochs=50,
-    batch_size=32,
     learning_rate=1e-3,
-    protocol={
-      "shuffle": True,
-      "schedule": "code",
-      "validation_fraction": 0.1,
-      "augment": "crop_flip",
-    },
-    every_method={"l2": 1e-4},
-    methods_={
-      "halrp": {
-        "alpha": 0.9,
-        "warmup_epochs": 20,
-        "l1": 5e-4,
-        "prune_bound": 0.6,
-      },
-    },
+    l2=1e-4,
+    halrp={"warmup_epochs": 20, "l1": 5e-4},
   )

@@ -1,4 +1,4 @@
-"""python -m halrp_jax VERB ...: see halrp_jax/commands/."""
+"""Runs a verb: python -m halrp_jax VERB (halrp_jax/commands/). Lists them without importing JAX."""
 
 import sys
 
@@ -8,8 +8,16 @@ if __name__ == "__main__":  # before jax is imported
   allocator.tune()
 
 
+from halrp_jax import commands
 from halrp_jax.commands import COMMANDS, program
+from halrp_jax.keys import nearest
 from halrp_jax.types import UserError
+
+_USAGE = """\
+python -m halrp_jax VERB ...         one of the verbs below; VERB --help says more
+python -m halrp_jax --version        prints the version
+python -m halrp_jax.main --help      learns a run
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -18,16 +26,19 @@ def main(argv: list[str]) -> int:
 
 
 def _main(argv: list[str]) -> int:
-  verb, *arguments = argv[1:] or [""]
+  verb, *arguments = argv[1:] or ["--help"]
   if verb in ("--help", "-h"):
-    print(f"{__doc__}\n")
-    for name, command in COMMANDS.items():
-      summary, *_ = (command.__doc__ or "").splitlines() or [""]  # python -OO has none
+    print(_USAGE)
+    for name, summary in COMMANDS.items():
       print(f"  {name:<12}{summary}")
     return 0
+  if verb == "--version":
+    print(program.version())
+    return 0
   if verb not in COMMANDS:
-    raise UserError(f"unknown verb {verb!r}; known: {', '.join(COMMANDS)}")
-  return COMMANDS[verb].main(arguments)
+    known = ", ".join(COMMANDS)
+    raise UserError(f"unknown verb {verb!r}{nearest(verb, COMMANDS)}; known: {known}")
+  return commands.load(verb).main(arguments)
 
 
 if __name__ == "__main__":

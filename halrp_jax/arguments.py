@@ -12,7 +12,11 @@ from halrp_jax.types import UserError
 
 
 def parse_config(
-  argv: list[str], texts: dict[str, str], switches: dict[str, str]
+  argv: list[str],
+  texts: dict[str, str],
+  switches: dict[str, str],
+  required: tuple[str, ...] = (),
+  example: str = "",
 ) -> flags.FlagValues:
   """Flags of a command line with a config.
 
@@ -20,6 +24,8 @@ def parse_config(
     argv: program name first.
     texts: flags with a value: name -> help.
     switches: flags without: name -> help.
+    required: flags that must be given, unless --help is.
+    example: what stands after the verb in a command line that works, for the error message.
 
   Returns:
     The flags; `config` is locked and not yet checked (`experiment.resolve`), None if not given.
@@ -46,6 +52,10 @@ def parse_config(
     raise UserError(f"{file}: {str(e).rpartition('failure to load: ')[2]}") from e
   if rest:
     raise UserError(f"arguments: {rest[0]!r} is not a flag; flags start with --")
+  missing = [f"--{name}" for name in required if not getattr(values, name)]
+  if missing and not values.help:
+    text = f"the following arguments are required: {', '.join(missing)}"  # argparse's words
+    raise UserError(f"{argv[0]}: {text}{_for_example(argv[0], example)}")
   return values
 
 
@@ -59,23 +69,44 @@ def _check_key_names(argv: list[str]) -> None:
   """config_flags names an unknown key badly, so look first."""
   name = next((a.rpartition(":")[2] for a in argv if re.match(r"--?config=.*:", a)), None)
   chosen = [methods.METHODS[name]] if name in methods.METHODS else methods.METHODS.values()
-  known = {"method.name"}.union(*(keys.keys_of(m.KEYS) for m in chosen))
+  known = {"method.name"}.union(*(keys.keys_of(m.Config) for m in chosen))
   for arg in argv:
     key = re.match(r"--?(?:no)?config\.([^=]*)", arg)
     if key and key[1] not in known:
       raise UserError(f"--config.{key[1]} is not a config key{keys.nearest(key[1], known)}")
 
 
+def _for_example(verb: str, example: str) -> str:
+  return f"; for example: python -m halrp_jax {verb} {example}" if example else ""
+
+
 class _Parser(argparse.ArgumentParser):
+  example = ""
+
   def error(self, message):
-    raise UserError(f"{self.prog}: {message}")
+    raise UserError(f"{self.prog}: {message}{_for_example(self.prog, self.example)}")
 
 
-def parser(verb: str, doc: str) -> argparse.ArgumentParser:
-  """For the verbs without a config: an argparse parser whose mistakes are UserErrors."""
-  return _Parser(
+def parser(verb: str, doc: str | None, example: str = "") -> argparse.ArgumentParser:
+  """Returns an argparse parser whose mistakes are UserErrors, for the verbs without a config.
+
+  Args:
+    verb: its name.
+    doc: its module's docstring.
+    example: what stands after the verb in a command line that works, for the error messages.
+  """
+  made = _Parser(
     prog=verb,
     description=doc,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
+  made.example = example
+  return made
+
+
+def filled(text: str) -> str:
+  """Returns the text of a required argument; an empty one, as of an unset variable, is refused."""
+  if not text:
+    raise argparse.ArgumentTypeError("a value is missing")
+  return text

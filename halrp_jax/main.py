@@ -6,7 +6,8 @@
       --config.order=B --config.train_fraction=0.05 --dry_run
   python -m halrp_jax.main --list
 
-The method stands after the colon (default: halrp). Any key of the config can be set with
+The method stands after the colon (default: halrp), with keys of its own if some are to be set, as
+in configs/digits.py:halrp,alpha=0.75,warmup_epochs=1. Any key of the config can be set with
 --config.KEY=VALUE. A run that was interrupted goes on with the same command. Exit codes: 0 done,
 1 the loss is no number, 2 a mistake in config, data, arguments or environment (one line), 75
 stopped by SIGTERM or SIGINT, or because another process of the run has ended (134: so, and jax
@@ -15,17 +16,21 @@ noticed first), 141 nobody reads the output any more.
 
 import sys
 
+from halrp_jax.commands import program
 from halrp_jax.devices import allocator, stop
 
 if __name__ == "__main__":  # before jax is imported
+  if "--version" in sys.argv[1:]:
+    program.prepare()
+    sys.exit(program.run(lambda: print(program.version()) or 0))
   allocator.tune()
   stop_asked = stop.listen()
 
 
 from halrp_jax import arguments, data, methods, models
-from halrp_jax.commands import program, terminal
+from halrp_jax.commands import terminal
 from halrp_jax.config import resolve
-from halrp_jax.devices import compile_cache, processes
+from halrp_jax.devices import compile_cache, determinism, processes
 from halrp_jax.runs import experiment
 from halrp_jax.types import Diverged, Stopped, UserError, one_line
 
@@ -43,6 +48,7 @@ SWITCHES = {
   "dry_run": "show what would be done; train nothing",
   "download": "fetch the original data files that data_dir lacks",
   "overwrite": "delete the run that is in workdir and start anew",
+  "version": "print the version",
   "help": "show this text and all config keys",
 }
 
@@ -57,6 +63,8 @@ def _main(argv: list[str], stop_asked) -> int:
   try:
     if args.help:
       print(terminal.help_text(__doc__ or "", args.get_help(), methods.METHODS))
+    elif args.version:
+      print(program.version())
     elif args.list:
       print(terminal.list_text(data.BENCHMARKS, models.NETWORKS, methods.METHODS))
     elif args.config is None:
@@ -66,8 +74,11 @@ def _main(argv: list[str], stop_asked) -> int:
     elif not args.workdir:
       raise UserError("--workdir is missing: the folder for the results, for example runs/digits")
     else:
+      config = resolve(args.config)
       if args.download:  # first: once they have met, no process waits long for another
-        data.download(resolve(args.config), print)
+        data.download(config, print)
+      if args.coordinator and config.deterministic:
+        determinism.require()  # `start` may start the backend
       processes.start(args.coordinator, args.num_processes, args.process_id)
       compile_cache.use(args.compile_cache)
       with terminal.live_display(sys.stdout if processes.is_first() else None) as show:

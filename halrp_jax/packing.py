@@ -14,6 +14,21 @@ from halrp_jax.types import Params
 TYPES = {
   "State": "halrp_jax.types:State",
   "Perturbation": "halrp_jax.weights.lowrank:Perturbation",
+  # `TaskState` of each method's file
+  "anchored": "halrp_jax.methods.anchored:TaskState",
+  "apd": "halrp_jax.methods.apd:TaskState",
+  "apdfix": "halrp_jax.methods.apdfix:TaskState",
+  "be": "halrp_jax.methods.be:TaskState",
+  "bmkp": "halrp_jax.methods.bmkp:TaskState",
+  "bn": "halrp_jax.methods.bn:TaskState",
+  "clr": "halrp_jax.methods.clr:TaskState",
+  "dictionary": "halrp_jax.methods.dictionary:TaskState",
+  "gpm": "halrp_jax.methods.gpm:TaskState",
+  "halrp": "halrp_jax.methods.halrp:TaskState",
+  "mtl": "halrp_jax.methods.mtl:TaskState",
+  "prd": "halrp_jax.methods.prd:TaskState",
+  "stl": "halrp_jax.methods.stl:TaskState",
+  "wsn": "halrp_jax.methods.wsn:TaskState",
 }
 # names in files of versions that wrote where the type was then
 _ALIASES = {

@@ -5,7 +5,7 @@ An experiment folds `Method.learn` over a tuple of tasks; everything else is boo
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # reports are drawn without JAX
   import jax
@@ -141,10 +141,14 @@ class Size(NamedTuple):
 
 
 class State(NamedTuple):
-  """What a learner knows: one pytree shared by all tasks and one pytree per task."""
+  """The state of a method: one pytree shared by all tasks, and the state of each task."""
 
-  shared: Params
-  tasks: tuple[Params, ...]
+  shared: dict[str, Params]
+  tasks: tuple[Params, ...]  # `TaskState` of the method's file
+
+  def append(self, task: Params, **shared: Params) -> "State":
+    """Returns the state with one more task, and with some entries of `shared` renewed."""
+    return State(self.shared | shared, (*self.tasks, task))
 
 
 class Stopped(Exception):
@@ -195,26 +199,6 @@ class Store(NamedTuple):
     return result
 
 
-class Method(NamedTuple):
-  """The only protocol of the project. All functions are pure but for `store`.
-
-  `methods.make` completes what a method's file gives: it derives `predict`, and its `learn` keeps
-  the BatchNorm statistics of each new task (`population`).
-  """
-
-  init: Callable[..., State]  # (key, benchmark) -> state with no task learned
-  groups: Callable[[int], tuple[tuple[int, ...], ...]]  # (num_tasks) -> positions learned together
-  learn: Callable[..., tuple[State, dict]]  # (state, tasks, key, store) -> state, history
-  # (shared, tasks[t], image [B, H, W, C]) -> logits [B, K], in evaluation; K of the widest task
-  logits: Callable[..., Array]
-  size: Callable[[State], Size]
-  # (state, t) -> params, stats of the plain network that predicts what task t does, its head as
-  # wide as the widest task's; None: no plain network does
-  merge: Callable[..., tuple[Params, Params]] | None = None
-  serves: tuple[str, ...] = ()  # entries of `State.shared` that `logits` needs
-  predict: Callable[..., Array] | None = None  # (state, t, image) -> logits [B, K_t]; t static
-
-
 def nothing_learned(key, benchmark) -> State:
   """The default of `Method.init`."""
   return State(shared={}, tasks=())
@@ -223,3 +207,44 @@ def nothing_learned(key, benchmark) -> State:
 def one_at_a_time(num_tasks: int) -> tuple[tuple[int, ...], ...]:
   """The default of `Method.groups`: every task alone, in order."""
   return tuple((t,) for t in range(num_tasks))
+
+
+class Network(NamedTuple):
+  """A plain network, as `model.apply({"params": params, "batch_stats": stats}, ...)` takes it."""
+
+  params: Params  # its head as wide as the widest task's
+  stats: Params  # BatchNorm's statistics, {} if it has none
+
+
+class Learn(Protocol):
+  """Learns one or several tasks, and tells what else it found as plain numbers."""
+
+  def __call__(
+    self, state: State, tasks: tuple[Task, ...], key: Array, store: Store
+  ) -> tuple[State, dict]: ...
+
+
+class Method(NamedTuple):
+  """The only protocol of the project. All functions are pure but for `store`.
+
+  A method's file gives the first fields; `methods.make` derives the others and wraps `learn`, which
+  then keeps the BatchNorm statistics of each new task (`training.population`). The state of a task
+  is a NamedTuple of the method's file, `TaskState`, with at least `stats` and `num_classes`.
+  """
+
+  learn: Learn
+  size: Callable[[State], Size]
+  # (shared, tasks[t]) -> the plain network that predicts what task t does; None: none does
+  network: Callable[[dict, Params], Network] | None = None
+  # (shared, tasks[t], image [B, H, W, C]) -> logits [B, K], in evaluation; K of the widest task.
+  # None: those of `network`
+  logits: Callable[[dict, Params, Array], Array] | None = None
+  serves: tuple[str, ...] = ()  # entries of `State.shared` that `network` and `logits` need
+  init: Callable[..., State] = nothing_learned  # (key, benchmark) -> state with no task learned
+  groups: Callable[[int], tuple[tuple[int, ...], ...]] = one_at_a_time  # learned together
+  extensible: bool = True  # whether tasks can be added that the benchmark does not have
+  predict: Callable[..., Array] | None = None  # (state, t, image) -> logits [B, K_t]; t static
+
+  def served(self, state: State) -> dict:
+    """Returns what of `State.shared` predictions need."""
+    return {name: state.shared[name] for name in self.serves}

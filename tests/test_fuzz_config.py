@@ -35,7 +35,7 @@ FREE = {"data_dir", "data.cache", "data.tasks"}  # texts that only the data can 
 
 
 def keys_of(method):
-  known = keys.keys_of(methods.METHODS[method].KEYS)
+  known = keys.keys_of(methods.METHODS[method].Config)
   return {k: v for k, v in known.items() if k not in FREE}
 
 
@@ -64,7 +64,7 @@ def bad_values(draw):
 def misspelt(draw):
   """-> method, key that does not exist, value"""
   method = draw(st.sampled_from(sorted(methods.METHODS)))
-  known = keys.keys_of(methods.METHODS[method].KEYS)
+  known = keys.keys_of(methods.METHODS[method].Config)
   name = draw(st.sampled_from(sorted(known)))
   at = draw(st.integers(0, len(name.rpartition(".")[2]) - 1)) - len(name.rpartition(".")[2])
   slip = draw(st.sampled_from(["", "x", "_"]))

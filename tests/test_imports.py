@@ -22,8 +22,8 @@ ROOMS = (
   {"models", "weights"},
   {"nn"},
   {"devices"},
-  {"keys", "data", "reports"},
-  {"files", "packing", "metrics"},
+  {"data", "reports"},
+  {"keys", "files", "packing", "metrics"},
   {"types"},
 )
 FLOOR = {name: i for i, names in enumerate(ROOMS) for name in names}
@@ -123,17 +123,48 @@ def test_reports_know_metrics_and_types_alone():
       assert {target[0] for target in _imports(path)} <= {"reports", "metrics", "types"}, path
 
 
-@pytest.mark.parametrize("program", ["halrp_jax", "halrp_jax.main"])
-def test_the_allocator_is_tuned_before_jax_is_loaded(program):
+@pytest.mark.parametrize(
+  ("program", "arguments"),
+  [("halrp_jax", ["doctor", "--help"]), ("halrp_jax", ["--help"]), ("halrp_jax.main", ["--help"])],
+)
+def test_the_allocator_is_tuned_before_jax_is_loaded(program, arguments):
   code = f"""
 import runpy, sys
 from halrp_jax.devices import allocator
 allocator.tune = lambda: print("jax" in sys.modules)
-sys.argv = ["program", "--help"]
+sys.argv = ["program", *{arguments}]
 runpy.run_module({program!r}, run_name="__main__")
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.returncode == 0 and done.stdout.startswith("False\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+  ("program", "arguments", "code", "says"),
+  [
+    ("halrp_jax", [], 0, "  predict     Writes the classes of new images"),
+    ("halrp_jax", ["-h"], 0, "  doctor      Checks this machine"),
+    ("halrp_jax", ["--help"], 0, "  compare     Prints finished runs"),
+    ("halrp_jax", ["--version"], 0, "halrp_jax "),
+    ("halrp_jax.main", ["--version"], 0, "halrp_jax "),
+    ("halrp_jax.main", ["--overwrite", "--version"], 0, "halrp_jax "),
+    ("halrp_jax", ["repotr"], 2, "error: unknown verb 'repotr' (did you mean report?); known: com"),
+  ],
+)
+def test_what_needs_no_jax_does_not_import_it(program, arguments, code, says):
+  """It would take seconds."""
+  heavy = {"jax", "numpy", "absl", "ml_collections", "flax", "matplotlib", "rich"}
+  script = f"""
+import runpy, sys
+sys.argv = ["program", *{arguments}]
+try:
+  runpy.run_module({program!r}, run_name="__main__")
+finally:
+  print("imported:", *sorted({heavy} & sys.modules.keys()))
+"""
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+  assert done.returncode == code and done.stdout.endswith("imported:\n"), done.stderr
+  assert says in done.stdout + done.stderr and done.stderr.count("\n") == (code != 0)
 
 
 def test_only_checkpoint_knows_orbax():

@@ -65,11 +65,11 @@ def test_an_unknown_method_names_the_nearest(digits_config):
 @pytest.mark.parametrize("variant", ["code", "paper", "published"])
 def test_a_variant_sets_every_switch_and_each_can_be_set_alone(digits_config, variant):
   config = resolve(digits_config(**{"method.variant": variant}))
-  keys = methods.METHODS["halrp"].KEYS
-  switches = [k for k, key in keys.items() if key.default is None]
+  own = keys.spec(methods.METHODS["halrp"].Config)
+  switches = [k for k, key in own.items() if key.default is None]
   assert set(switches) == set(methods.METHODS["halrp"].VARIANTS[variant])
   for k in switches:
-    assert config.method[k] == methods.METHODS["halrp"].VARIANTS[variant][k]
+    assert getattr(config.method, k) == methods.METHODS["halrp"].VARIANTS[variant][k]
   changed = resolve(digits_config(**{"method.variant": variant, "method.importance": "mean"}))
   assert changed.method.importance == "mean" and changed.method.prune == config.method.prune
 
@@ -86,13 +86,13 @@ def test_prune_bound_is_a_number_or_none(digits_config, bound):
 
 def test_every_key_accepts_its_default():
   for method in methods.METHODS.values():
-    for name, key in keys.keys_of(method.KEYS).items():
+    for name, key in keys.keys_of(method.Config).items():
       assert key.default is None or key.accepts(key.default), name
 
 
 def test_the_table_in_the_docs_is_the_one_in_the_code():
   text = (ROOT / "docs" / "configuration.md").read_text()
-  assert keys.table(keys.keys_of({})) in text
+  assert keys.table(keys.keys_of()) in text
   for name, method in methods.METHODS.items():
-    own = {f"method.{k}": v for k, v in method.KEYS.items()}
+    own = {f"method.{k}": v for k, v in keys.spec(method.Config).items()}
     assert f"## {name}\n\n{keys.table(own)}" in text

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from halrp_jax import __main__ as verbs
-from halrp_jax import main
+from halrp_jax import commands, main
+from halrp_jax.commands import COMMANDS
 
 from .conftest import ROOT
 
@@ -96,8 +97,20 @@ def test_a_run_is_not_overwritten_unasked(capsys, tmp_path):
 def test_verbs(capsys):
   assert verbs.main(["halrp_jax", "nothing"]) == 2
   assert "unknown verb 'nothing'; known: compare" in capsys.readouterr().err
-  assert verbs.main(["halrp_jax", "--help"]) == 0
-  assert "compare" in capsys.readouterr().out
+  for arguments in ([], ["-h"], ["--help"]):
+    assert verbs.main(["halrp_jax", *arguments]) == 0
+    assert f"  compare     {COMMANDS['compare']}\n" in capsys.readouterr().out
+  assert verbs.main(["halrp_jax", "--version"]) == run(capsys, "--version")[0] == 0
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_the_list_of_verbs_says_what_their_modules_say(verb):
+  assert commands.load(verb).__doc__.splitlines()[0] == COMMANDS[verb]
+
+
+def test_every_module_of_commands_is_listed():
+  names = {p.stem for p in (ROOT / "halrp_jax" / "commands").glob("*.py")}
+  assert names - {"__init__", "program", "terminal"} == COMMANDS.keys()
 
 
 def test_a_loss_that_is_no_number_has_its_own_exit_code(capsys, tmp_path):

@@ -1,4 +1,6 @@
-"""check_data --config=FILE [--config.KEY=VALUE ...] [--sheet=FILE.png]: looks the data over.
+"""Checks the images of a benchmark and draws a contact sheet.
+
+  python -m halrp_jax check_data --config=FILE [--config.KEY=VALUE ...] [--sheet=FILE.png]
 
 Prints tasks, classes, counts and image sizes, what is converted or not used, says what is wrong,
 and draws a contact sheet: one row per task, images of its classes in turn, training images left,
@@ -12,7 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from halrp_jax import arguments, data
+from halrp_jax import arguments, data, files
 from halrp_jax.config import resolve
 from halrp_jax.types import Task, UserError, UserErrors
 
@@ -24,12 +26,11 @@ _MOST_LINES = 12
 
 def main(argv: list[str]) -> int:
   """Prints what it finds; 1 if anything is wrong."""
-  args = arguments.parse_config(["check_data", *argv], _FLAGS, {"help": "show this text"})
+  argv, switches = ["check_data", *argv], {"help": "show this text"}
+  args = arguments.parse_config(argv, _FLAGS, switches, ("config",), "--config=configs/custom.py")
   if args.help:
     print(__doc__)
     return 0
-  if args.config is None:
-    raise UserError("check_data: --config is missing, for example --config=configs/custom.py")
   with args.config.unlocked():
     complete = args.config.allow_partial
     args.config.allow_partial = True  # look at what is there, then say what lacks
@@ -114,6 +115,7 @@ def _one_of_each(split) -> list[int]:
 
 def _write(sheet: np.ndarray, place: pathlib.Path) -> None:
   try:
-    Image.fromarray(sheet).save(place, "PNG")
+    with files.replacing(place) as temporary:
+      Image.fromarray(sheet).save(temporary, "PNG")
   except OSError as e:
     raise UserError(f"--sheet={place}: {e.strerror or e}; name a file that can be written") from e

@@ -1,25 +1,26 @@
-"""compare RUN RUN ...: finished runs side by side."""
+"""Prints finished runs side by side.
 
-import json
+python -m halrp_jax compare RUN RUN ...
+"""
+
 import pathlib
 
+from halrp_jax import arguments, files
 from halrp_jax.commands import terminal
-from halrp_jax.types import UserError
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str]) -> int:
   """Prints the records of the run folders named."""
-  if not arguments:
-    raise UserError("compare: name one or more run folders")
-  print(terminal.compare_text({name: _read(name) for name in arguments}))
+  parser = arguments.parser("compare", __doc__, "runs/digits-halrp runs/digits-stl")
+  parser.add_argument(
+    "runs", metavar="RUN", nargs="+", type=arguments.filled, help="the folder of a run"
+  )
+  names = parser.parse_args(argv).runs
+  print(terminal.compare_text({name: _read(name) for name in names}))
   return 0
 
 
 def _read(name: str) -> dict:
   path = pathlib.Path(name) / "record.json"
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as e:
-    raise UserError(f"{path}: not found; give the --workdir of a finished run") from e
-  except (OSError, ValueError) as e:
-    raise UserError(f"{path}: can't be read ({e}); run it again") from e
+  missing = f"{path}: not found; give the --workdir of a finished run"
+  return files.read_json(path, missing, remedy="run it again")

@@ -1,4 +1,6 @@
-"""doctor [--workdir=RUN] [--data_dir=DIR]: is everything as it should be?
+"""Checks this machine, the files of a run and the data.
+
+  python -m halrp_jax doctor [--workdir=RUN] [--data_dir=DIR]
 
 Prints versions and devices with a short numerical self-test; for a run its steps, the verification
 of every file, sizes and ranks; for data what is found, counts and hashes. Lines that begin with
@@ -6,7 +8,6 @@ of every file, sizes and ranks; for data what is found, counts and hashes. Lines
 """
 
 import importlib.metadata
-import json
 import pathlib
 import platform
 from collections.abc import Iterator
@@ -16,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import halrp_jax
-from halrp_jax import arguments, data, keys
+from halrp_jax import arguments, data, files, keys
 from halrp_jax.config import make_config, resolve
 from halrp_jax.data import sources
 from halrp_jax.devices import faults
 from halrp_jax.nn import layers
 from halrp_jax.nn.norm import BatchNorm
-from halrp_jax.runs import checkpoint, workdir
-from halrp_jax.types import UserError
+from halrp_jax.runs import checkpoint, states
+from halrp_jax.types import CONFIG, RECORD, UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 _TOLERANCE = 2e-2  # relative; matrix units of GPUs and TPUs round to 10 bits and fewer
@@ -109,10 +110,10 @@ def _error(found, wanted) -> float:
 
 
 def _run(path: str) -> Iterator[Finding]:
-  items, state, results = workdir.inspect(path)
+  items, state, results = states.inspect(path)
   folder = pathlib.Path(path)
-  config, broken = _json(folder / workdir.CONFIG, "put a copy there; --overwrite starts anew")
-  yield f"{folder / workdir.CONFIG}{_summary(config)}", broken
+  config, broken = _json(folder / CONFIG, "put a copy there; --overwrite starts anew")
+  yield f"{folder / CONFIG}{_summary(config)}", broken
   for item in items:
     line = f"{item['name']}: {item['files']} files, {item['bytes']:,} bytes"
     if strays := item["strays"]:
@@ -124,11 +125,11 @@ def _run(path: str) -> Iterator[Finding]:
     ranks = " ".join(f"{k}:{v}" for k, v in (row["ranks"] or {}).items())
     size = f"{row['size']['nonzero']:,} non-zero numbers, growth {100 * row['increment']:+.1f} %"
     yield f"task {t + 1}: {size}" + (f", ranks {ranks}" if ranks else ""), ""
-  if not (folder / workdir.RECORD).exists():
+  if not (folder / RECORD).exists():
     yield f"{len(rows)} tasks learned, not finished: the same command goes on", ""
     return
-  record, broken = _json(folder / workdir.RECORD, "delete it, the same command writes it again")
-  yield f"{folder / workdir.RECORD}", broken
+  record, broken = _json(folder / RECORD, "delete it, the same command writes it again")
+  yield f"{folder / RECORD}", broken
   if state is None:
     yield "no state is whole", "the model is lost; --overwrite learns it anew"
   elif not broken:
@@ -142,11 +143,8 @@ def _run(path: str) -> Iterator[Finding]:
 def _json(path: pathlib.Path, remedy: str) -> tuple[dict, str]:
   """Returns the contents, and `remedy` with the reason if they can't be read."""
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict):
-      return content, ""
-    return {}, f"is no JSON object; {remedy}"
-  except (OSError, ValueError, RecursionError) as e:
+    return files.load_json(path), ""
+  except (OSError, ValueError) as e:
     return {}, f"can't be read ({e}); {remedy}"
 
 

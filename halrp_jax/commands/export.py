@@ -1,5 +1,6 @@
-"""export --workdir=RUN --out=DIR [--task=NAME] [--merge] [--format=F]: a model as files for others.
+"""Writes the model of a run as files for other programs.
 
+  python -m halrp_jax export --workdir=RUN --out=DIR [--task=NAME] [--merge] [--format=F]
   python -m halrp_jax export --workdir=runs/digits-halrp --out=model
   python -m halrp_jax export --workdir=runs/digits-ewc --out=model --merge
   python -m halrp_jax export --workdir=runs/digits-halrp --out=model --task=3 --format=stablehlo
@@ -14,21 +15,18 @@ another model or format is refused: delete it, or choose another one. All tasks,
 
 from halrp_jax import arguments
 from halrp_jax.deploy import export, saved
-from halrp_jax.types import UserError
 
 
 def main(argv: list[str]) -> int:
   """Writes the files; prints their sizes."""
-  parser = arguments.parser("export", __doc__)
-  parser.add_argument("--workdir", default="", help="the folder of a run")
-  parser.add_argument("--out", default="", help="folder for the files")
+  parser = arguments.parser("export", __doc__, "--workdir=runs/digits-halrp --out=model")
+  needed = {"required": True, "type": arguments.filled}
+  parser.add_argument("--workdir", help="the folder of a run", **needed)
+  parser.add_argument("--out", help="folder for the files", **needed)
   parser.add_argument("--task", default="", help="name of a task, or id:N; default: all")
   parser.add_argument("--merge", action="store_true", help="whole networks")
   parser.add_argument("--format", default="safetensors", help=", ".join(export.FORMATS))
   options = parser.parse_args(argv)
-  for flag in ("workdir", "out"):
-    if not getattr(options, flag):
-      raise UserError(f"export: --{flag} is missing; python -m halrp_jax export --help")
   run = saved.open_run(options.workdir)
   if line := saved.lacks_statistics(run):
     print(f"note: {line}")

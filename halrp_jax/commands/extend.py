@@ -1,5 +1,6 @@
-"""extend --workdir=RUN --data=FOLDER|FILE.npz --out=NEW: one more task on what a run has learned.
+"""Learns one more task on top of what a run has learned.
 
+  python -m halrp_jax extend --workdir=RUN --data=FOLDER|FILE.npz --out=NEW
   python -m halrp_jax extend --workdir=runs/mine --data=new_task --out=runs/mine-and-more
   python -m halrp_jax predict --workdir=runs/mine-and-more --task=new_task ...
 
@@ -17,20 +18,20 @@ from halrp_jax import arguments
 from halrp_jax.commands import terminal
 from halrp_jax.deploy import saved
 from halrp_jax.devices import compile_cache, stop
-from halrp_jax.types import Stopped, UserError
+from halrp_jax.types import Stopped
+
+_EXAMPLE = "--workdir=runs/mine --data=new_task --out=runs/mine-and-more"
 
 
 def main(argv: list[str]) -> int:
   """Learns the task; prints its accuracy and whether the old ones are unchanged."""
-  parser = arguments.parser("extend", __doc__)
-  parser.add_argument("--workdir", default="", help="the folder of a run")
-  parser.add_argument("--data", default="", help="the new task's images")
-  parser.add_argument("--out", default="", help="the new run's folder")
+  parser = arguments.parser("extend", __doc__, _EXAMPLE)
+  needed = {"required": True, "type": arguments.filled}
+  parser.add_argument("--workdir", help="the folder of a run", **needed)
+  parser.add_argument("--data", help="the new task's images", **needed)
+  parser.add_argument("--out", help="the new run's folder", **needed)
   parser.add_argument("--compile_cache", default="", help="as in halrp_jax.main")
   options = parser.parse_args(argv)
-  for flag in ("workdir", "data", "out"):
-    if not getattr(options, flag):
-      raise UserError(f"extend: --{flag} is missing; python -m halrp_jax extend --help")
   stop_asked = stop.listen()
   compile_cache.use(options.compile_cache)
   run = saved.open_run(options.workdir)

@@ -1,5 +1,6 @@
-"""predict --workdir=RUN --task=NAME --images=FOLDER|FILE.npz --out=FILE.csv: classes of new images.
+"""Writes the classes of new images as a table.
 
+  python -m halrp_jax predict --workdir=RUN --task=NAME --images=FOLDER|FILE.npz --out=FILE.csv
   python -m halrp_jax predict --workdir=runs/digits-halrp --task=3 --images=new --out=pred.csv
 
 The run may be finished or interrupted; its data are not needed. --task is the task's name or
@@ -20,27 +21,26 @@ import time
 
 import numpy as np
 
-from halrp_jax import arguments
+from halrp_jax import arguments, files
 from halrp_jax.data import formats, incoming
 from halrp_jax.deploy import saved
 from halrp_jax.training import batches
 from halrp_jax.types import UserError
 
+_EXAMPLE = "--workdir=runs/digits-halrp --task=3 --images=new --out=pred.csv"
 _SECONDS = 5.0  # between two lines of progress
 
 
 def main(argv: list[str]) -> int:
   """Writes the table; 1 if an image was skipped."""
-  parser = arguments.parser("predict", __doc__)
-  parser.add_argument("--workdir", default="", help="the folder of a run")
+  parser = arguments.parser("predict", __doc__, _EXAMPLE)
+  needed = {"required": True, "type": arguments.filled}
+  parser.add_argument("--workdir", help="the folder of a run", **needed)
   parser.add_argument("--task", default="", help="name of a learned task, or id:N")
-  parser.add_argument("--images", default="", help="a folder, or an .npz")
-  parser.add_argument("--out", default="", help="the table, CSV")
+  parser.add_argument("--images", help="a folder, or an .npz", **needed)
+  parser.add_argument("--out", help="the table, CSV", **needed)
   parser.add_argument("--batch_size", type=int, default=0, help="default: that of the run")
   options = parser.parse_args(argv)
-  for flag in ("workdir", "images", "out"):
-    if not getattr(options, flag):
-      raise UserError(f"predict: --{flag} is missing; python -m halrp_jax predict --help")
   if options.batch_size < 0:
     raise UserError(f"predict: --batch_size={options.batch_size} must be at least 1")
   run = saved.open_run(options.workdir)
@@ -58,31 +58,29 @@ def main(argv: list[str]) -> int:
 
 
 def _write(run: saved.Saved, t: int, images: incoming.Incoming, place: pathlib.Path) -> int:
-  """The table, whole or not at all. -> how many images were skipped"""
+  """Writes the table, whole or not at all; returns how many images were skipped."""
   task, classify = run.learned[t], saved.make_classifier(run, t)
-  temporary = place.with_name(place.name + ".tmp")
   start = told = time.perf_counter()
   done, skipped, converted = 0, 0, [np.zeros(0, np.uint8)]
-  try:
+  with (
+    files.replacing(place) as temporary,
     # a file's name may hold bytes that are no text
-    with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-      table = csv.writer(stream)
-      table.writerow(["image", "class", "probability", *(f"p({c})" for c in task.class_names)])
-      for batch in images.batches:
-        for line in batch.skipped:
-          print(f"skipped {line}")
-        for name, p in zip(batch.names, classify(batch.image) if batch.names else [], strict=True):
-          best = int(p.argmax())
-          row = [name, task.class_names[best], *(f"{x:.6f}" for x in (p[best], *p))]
-          table.writerow(row)
-        done, skipped = done + len(batch.names), skipped + len(batch.skipped)
-        converted.append(batch.done)
-        if time.perf_counter() - told > _SECONDS:
-          told = time.perf_counter()
-          print(f"{done + skipped:,} of {images.total:,} images", file=sys.stderr, flush=True)
-    temporary.replace(place)
-  finally:
-    temporary.unlink(missing_ok=True)
+    open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+  ):
+    table = csv.writer(stream)
+    table.writerow(["image", "class", "probability", *(f"p({c})" for c in task.class_names)])
+    for batch in images.batches:
+      for line in batch.skipped:
+        print(f"skipped {line}")
+      for name, p in zip(batch.names, classify(batch.image) if batch.names else [], strict=True):
+        best = int(p.argmax())
+        row = [name, task.class_names[best], *(f"{x:.6f}" for x in (p[best], *p))]
+        table.writerow(row)
+      done, skipped = done + len(batch.names), skipped + len(batch.skipped)
+      converted.append(batch.done)
+      if time.perf_counter() - told > _SECONDS:
+        told = time.perf_counter()
+        print(f"{done + skipped:,} of {images.total:,} images", file=sys.stderr, flush=True)
   for said in (formats.conversions(np.concatenate(converted)), images.unused):
     if said:
       print(f"note: {said}")

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from halrp_jax.devices import faults
+import halrp_jax
 from halrp_jax.types import UserError, one_line
 
 MISTAKE = 2  # exit code
@@ -22,6 +22,11 @@ def prepare() -> None:
   for stream in (sys.stdout, sys.stderr):
     if stream is not None:  # it is None if the process was started without
       stream.reconfigure(errors="backslashreplace")
+
+
+def version() -> str:
+  """Returns what --version prints."""
+  return f"halrp_jax {halrp_jax.__version__ or '(not installed, hence without a version)'}"
 
 
 def run(main: Callable[[], int]) -> int:
@@ -50,6 +55,8 @@ def run(main: Callable[[], int]) -> int:
     place = e.filename or "input or output"
     return _complain(f"{os.fsdecode(place)}: {e.strerror or e}")
   except Exception as e:
+    from halrp_jax.devices import faults  # imports JAX, which what lists the verbs does without
+
     if line := faults.explain(e):
       return _complain(line)
     raise

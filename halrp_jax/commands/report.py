@@ -1,4 +1,4 @@
-"""report --runs=DIR --out=DIR: all finished runs below a folder as tables, figures and a page.
+"""Writes all finished runs below a folder as tables, figures and a page.
 
   python -m halrp_jax report --runs=runs --out=report
   python -m halrp_jax report --runs=docs/records --out=report --docs=docs
@@ -13,20 +13,18 @@ figures into that folder; reasons.json there says why a number is off.
 from halrp_jax import arguments
 from halrp_jax.reports import paper, publish, records
 from halrp_jax.runs import reproduce
-from halrp_jax.types import UserError
 
 
 def main(argv: list[str]) -> int:
   """Writes the report; prints what was left out."""
-  parser = arguments.parser("report", __doc__)
-  parser.add_argument("--runs", default="", help="folder with runs, or with their records")
-  parser.add_argument("--out", default="", help="folder for the report")
+  parser = arguments.parser("report", __doc__, "--runs=runs --out=report")
+  parser.add_argument(
+    "--runs", required=True, type=arguments.filled, help="folder with runs, or with their records"
+  )
+  parser.add_argument("--out", required=True, type=arguments.filled, help="folder for the report")
   parser.add_argument("--docs", default="", help="folder for reproduction.md")
   parser.add_argument("--configs", default="", help="folder of configs; default: configs")
   options = parser.parse_args(argv)
-  for flag in ("runs", "out"):
-    if not getattr(options, flag):
-      raise UserError(f"report: --{flag} is missing; python -m halrp_jax report --help")
   catalogue = reproduce.catalogue(reproduce.configs_folder(options.configs))
   report = publish.collect(options.runs, catalogue, list(paper.TARGETS.values()))
   publish.write(report, options.out, f"halrp_jax: runs below {options.runs}")

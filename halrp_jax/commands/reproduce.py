@@ -1,19 +1,21 @@
-"""reproduce --table=2 --budget=small --data_dir=DIR --workdir=RUNS: a table or figure of the paper.
+"""Learns the runs of a table or figure of the paper and writes its report.
 
   python -m halrp_jax reproduce --list
   python -m halrp_jax reproduce --table=2 --budget=small --data_dir=DIR --workdir=runs/paper
   python -m halrp_jax reproduce --figure=3a --budget=full --methods=halrp,apd --seeds=0 ...
 
-Runs the cells below RUNS as `sweep` does (a second start goes on, tables share their cells), then
-writes RUNS/report-NAME-BUDGET/. Budgets: smoke (two epochs or few more on a hundredth of the
-images: does it all run?), small (a twentieth of the images, table 6 a quarter; first three orders,
-one seed), full (the paper's protocol: five orders with five seeds each). --list tells cells,
-optimizer steps and hours. Exit codes as of sweep.
+Runs the cells below RUNS, the folder of --workdir, as `sweep` does (a second start goes on, tables
+share their cells), then writes RUNS/report-NAME-BUDGET/. Budgets: smoke (two epochs or few more on
+a hundredth of the images: does it all run?), small (a twentieth of the images, table 6 a quarter;
+first three orders, one seed), full (the paper's protocol: five orders with five seeds each). --list
+tells cells, optimizer steps and hours. Exit codes as of sweep.
 """
 
 import argparse
 import pathlib
 import sys
+
+from ml_collections import config_dict
 
 from halrp_jax import arguments
 from halrp_jax.commands import terminal
@@ -22,6 +24,8 @@ from halrp_jax.devices import compile_cache, stop
 from halrp_jax.reports import paper, publish
 from halrp_jax.runs import estimate, reproduce, sweep
 from halrp_jax.types import Stopped, UserError
+
+_EXAMPLE = "--table=2 --budget=small --data_dir=DIR --workdir=runs/paper, or --list"
 
 
 def main(argv: list[str]) -> int:
@@ -33,22 +37,21 @@ def main(argv: list[str]) -> int:
   if options.list:
     _list(targets, configs, options)
     return 0
-  if len(targets) != 1:
-    raise UserError("reproduce: --table or --figure is missing; --list names them")
-  for flag in ("data_dir", "workdir"):
-    if not getattr(options, flag):
-      raise UserError(f"reproduce: --{flag} is missing; python -m halrp_jax reproduce --help")
   return _reproduce(targets[0], configs, options)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-  parser = arguments.parser("reproduce", __doc__)
-  parser.add_argument("--table", default="", help="2, 3a to 3d, 4 to 7")
-  parser.add_argument("--figure", default="", help="2, 3a, 3b, 4 to 7")
+  runs = "--list" not in argv
+  parser = arguments.parser("reproduce", __doc__, _EXAMPLE)
+  target = parser.add_mutually_exclusive_group(required=runs)
+  for kind in ("table", "figure"):
+    names = [name.removeprefix(f"{kind} ") for name in paper.TARGETS if name.startswith(kind)]
+    target.add_argument(f"--{kind}", default="", choices=names, help=f"a {kind} of the paper")
   parser.add_argument("--budget", default="small", choices=paper.BUDGETS)
   parser.add_argument("--list", action="store_true", help="cells, steps and hours")
-  parser.add_argument("--data_dir", default="", help="folder of the original data")
-  parser.add_argument("--workdir", default="", help="folder for runs and reports")
+  needed = {"required": True, "type": arguments.filled} if runs else {"default": ""}
+  parser.add_argument("--data_dir", help="folder of the original data", **needed)
+  parser.add_argument("--workdir", help="folder for runs and reports", **needed)
   parser.add_argument("--methods", default="", help="with commas; default: all of the table")
   parser.add_argument("--orders", default="", help="with commas, or all; default: the budget's")
   parser.add_argument("--seeds", default="", help="with commas; default: the budget's")
@@ -60,11 +63,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _targets(options) -> list[paper.Target]:
-  """Those that were named, all if none was."""
+  """Returns the one that was named, all if none was."""
   names = [f"{k} {v}" for k in ("table", "figure") if (v := getattr(options, k))]
-  for name in names:
-    if name not in paper.TARGETS:
-      raise UserError(f"reproduce: no {name}; known: {', '.join(paper.TARGETS)}")
   return [paper.TARGETS[name] for name in names or paper.TARGETS]
 
 
@@ -130,7 +130,7 @@ def _estimate(cell: sweep.Cell, known: dict) -> tuple[int, float]:
   return steps, steps * step + num_tasks * task
 
 
-def _calibration_config(config, method: str):
+def _calibration_config(config: config_dict.ConfigDict, method: str):
   """Two epochs of the same network with HALRP, or with STL."""
   keys = {k: v for k, v in config.to_dict().items() if k not in ("method", "protocol", "data")}
   keys = {k: v for k, v in keys.items() if k != "checkpoint"} | {"epochs": 2}

@@ -1,5 +1,6 @@
-"""sweep --config=FILE --methods=M,M --orders=all --seeds=0,1 --workdir=DIR: many runs, one folder.
+"""Learns many runs, a folder each: several methods, orders and seeds.
 
+  python -m halrp_jax sweep --config=FILE --methods=M,M --orders=all --seeds=0,1 --workdir=DIR
   python -m halrp_jax sweep --config=configs/cifar100_split.py --config.data_dir=DIR \\
       --methods=halrp,stl --orders=all --seeds=0,1,2 --workdir=runs/split
   python -m halrp_jax sweep ... --shard=$SLURM_ARRAY_TASK_ID/8
@@ -22,7 +23,7 @@ from halrp_jax import arguments
 from halrp_jax.commands import terminal
 from halrp_jax.devices import compile_cache, stop
 from halrp_jax.runs import sweep
-from halrp_jax.types import Stopped, UserError
+from halrp_jax.types import Stopped
 
 _FLAGS = {
   "methods": "with commas; default: the one after the config's colon",
@@ -37,16 +38,16 @@ _SWITCHES = {
   "help": "show this text",
 }
 
+_EXAMPLE = "--config=configs/digits.py --methods=halrp,stl --seeds=0,1 --workdir=runs/sweep"
+
 
 def main(argv: list[str]) -> int:
   """Runs the cells that are not finished; prints what became of them."""
-  args = arguments.parse_config(["sweep", *argv], _FLAGS, _SWITCHES)
+  required = ("config", "workdir")
+  args = arguments.parse_config(["sweep", *argv], _FLAGS, _SWITCHES, required, _EXAMPLE)
   if args.help:
     print(__doc__)
     return 0
-  for flag in ("config", "workdir"):
-    if not getattr(args, flag):
-      raise UserError(f"sweep: --{flag} is missing; python -m halrp_jax sweep --help")
   configs = _configs(argv, args.methods) or {args.config.method.name: args.config}
   cells = sweep.shard(sweep.cells(configs, args.orders, args.seeds), args.shard)
   compile_cache.use(args.compile_cache)

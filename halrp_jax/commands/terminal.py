@@ -303,9 +303,9 @@ def list_text(benchmarks: dict, networks: dict, methods: dict) -> str:
 def help_text(usage: str, flag_help: str, methods: dict) -> str:
   """What --help prints: usage, flags, all config keys."""
   lines = [usage, "Flags:", flag_help, "", "Config keys (--config.KEY=VALUE):"]
-  known = keys.keys_of({})
+  known = keys.keys_of()
   for name, method in methods.items():
-    known |= {f"method.{k} [{name}]": v for k, v in method.KEYS.items()}
+    known |= {f"method.{k} [{name}]": v for k, v in keys.spec(method.Config).items()}
   for name, key in known.items():
     default = "as the variant" if key.default is None else repr(key.default)
     lines.append(f"  {name} = {default} ({key.expected}): {key.meaning}")

@@ -1,5 +1,6 @@
-"""tune --config=FILE:METHOD --grid=KEY=V,V,...[;KEY=V,...] --workdir=DIR: the best of a grid.
+"""Finds the best of a grid of config values, on validation images.
 
+  python -m halrp_jax tune --config=FILE:METHOD --grid=KEY=V,V,...[;KEY=V,...] --workdir=DIR
   python -m halrp_jax tune --config=configs/cifar100_split.py:ewc --config.data_dir=DIR \\
       --grid=method.strength=10,100,1000 --workdir=runs/tune-ewc
 
@@ -15,6 +16,7 @@ import pathlib
 import sys
 
 import numpy as np
+from ml_collections import config_dict
 
 from halrp_jax import arguments, files, keys
 from halrp_jax.commands import terminal
@@ -28,18 +30,17 @@ _FLAGS = {
   "workdir": "folder for the runs and tune.json",
   "compile_cache": "as in halrp_jax.main",
 }
+_EXAMPLE = "--config=configs/digits.py:ewc --grid=method.strength=10,100 --workdir=runs/tune-ewc"
 _FRACTION = 0.25  # of the training images
 
 
 def main(argv: list[str]) -> int:
   """Runs the cells that are not finished; prints the table."""
-  args = arguments.parse_config(["tune", *argv], _FLAGS, {"help": "show this text"})
+  switches, required = {"help": "show this text"}, ("config", "grid", "workdir")
+  args = arguments.parse_config(["tune", *argv], _FLAGS, switches, required, _EXAMPLE)
   if args.help:
     print(__doc__)
     return 0
-  for flag in ("config", "grid", "workdir"):
-    if not getattr(args, flag):
-      raise UserError(f"tune: --{flag} is missing; python -m halrp_jax tune --help")
   keep_fraction = any(a.lstrip("-").startswith("config.train_fraction") for a in argv)
   cells = {
     name: _cell_config(args.config, values, keep_fraction)
@@ -90,7 +91,7 @@ def _value(text: str):
     return text
 
 
-def _cell_config(config, values: dict, keep_fraction: bool):
+def _cell_config(config: config_dict.ConfigDict, values: dict, keep_fraction: bool):
   """The config of one cell, which sees no test image."""
   cell = config.copy_and_resolve_references()
   known = keys.flat(cell.to_dict())
@@ -106,7 +107,9 @@ def _cell_config(config, values: dict, keep_fraction: bool):
   return cell
 
 
-def _run(name: str, config, folder: pathlib.Path, stop_asked, read) -> dict | None:
+def _run(
+  name: str, config: config_dict.ConfigDict, folder: pathlib.Path, stop_asked, read
+) -> dict | None:
   """Runs a cell; None if another process is at it."""
   print(f"--- {name}")
   try:

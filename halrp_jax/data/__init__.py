@@ -27,6 +27,7 @@ from halrp_jax.data import (
   tinyimagenet,
 )
 from halrp_jax.data.tasks import Outline
+from halrp_jax.keys import Config
 from halrp_jax.types import Benchmark, Split, Task, UserError
 
 
@@ -54,7 +55,7 @@ BENCHMARKS: dict[str, Family] = {
 }
 
 
-def load(config) -> Benchmark:
+def load(config: Config) -> Benchmark:
   """Returns the benchmark a config names, split, in the order of training, images on the device.
 
   Raises: as `read`.
@@ -64,7 +65,7 @@ def load(config) -> Benchmark:
   return benchmark._replace(tasks=tuple(_on_device(task, image) for task in benchmark.tasks))
 
 
-def read(config) -> Benchmark:
+def read(config: Config) -> Benchmark:
   """Returns what `load` does, with the images as they were read.
 
   Raises:
@@ -77,14 +78,14 @@ def read(config) -> Benchmark:
   return Benchmark(config.benchmark, tasks, _hash(drawn), is_partial, notes)
 
 
-def in_order(config, found: dict[int, object]) -> tuple:
+def in_order(config: Config, found: dict[int, object]) -> tuple:
   """Returns what belongs to the tasks, by their ids, in the order of training."""
   outline = BENCHMARKS[config.benchmark].outline(config)
   order = _order(config, len(outline.tasks) if outline else len(found))
   return tuple(found[i] for i in order if i in found)
 
 
-def _drawn(config) -> tuple[list[Task], list[str], tuple[str, ...]]:
+def _drawn(config: Config) -> tuple[list[Task], list[str], tuple[str, ...]]:
   """Returns the tasks by their ids, split and hashed; what the data lack; notes on the files."""
   family = BENCHMARKS[config.benchmark]
   outline = family.outline(config)
@@ -106,7 +107,7 @@ def _drawn(config) -> tuple[list[Task], list[str], tuple[str, ...]]:
 
 def load_task(
   text: str,
-  config,
+  config: Config,
   shape: tuple[int, int, int],
   task_id: int,
   tell: Callable[[str], None] = lambda line: None,
@@ -127,14 +128,14 @@ def load_task(
   return _on_device(task, jax.device_put(task.train.image))
 
 
-def lacking(config) -> list[str]:
+def lacking(config: Config) -> list[str]:
   """Lines that say what the data lack of the protocol."""
   family = BENCHMARKS[config.benchmark]
   outline = family.outline(config)
   return _lacks(family.read(config), outline) if outline else []
 
 
-def planned(config) -> tuple[tuple[int, int, int], list[dict]] | None:
+def planned(config: Config) -> tuple[tuple[int, int, int], list[dict]] | None:
   """What `load` would give if the data were there: image shape, tasks in the order of training.
 
   None: the benchmark asks for nothing certain.
@@ -155,13 +156,13 @@ def planned(config) -> tuple[tuple[int, int, int], list[dict]] | None:
   return outline.image_shape, tasks
 
 
-def _planned_fraction(config, num_images: int, num_classes: int) -> int:
+def _planned_fraction(config: Config, num_images: int, num_classes: int) -> int:
   """How many images `_fraction` leaves, if the classes are equally large."""
   groups = num_classes if config.protocol.fraction_per_class else 1
   return min(num_images, groups * math.ceil(config.train_fraction * (num_images / groups)))
 
 
-def _order(config, num_tasks: int) -> tuple[int, ...]:
+def _order(config: Config, num_tasks: int) -> tuple[int, ...]:
   return orders.resolve(config.order, config.benchmark, num_tasks, config.protocol.order_source)
 
 
@@ -200,7 +201,7 @@ def _raw(task: Task) -> Task:
   return task._replace(inputs=task.inputs._replace(mean=mean, std=std))
 
 
-def _hold_out(task: Task, config, is_own: bool) -> Task:
+def _hold_out(task: Task, config: Config, is_own: bool) -> Task:
   """Takes `train_fraction` of the images and holds out the validation images.
 
   Keyed by seed and the task's own id: the same images in every order. The test set stays whole. No
@@ -242,7 +243,7 @@ def _hold_out(task: Task, config, is_own: bool) -> Task:
   return task._replace(valid=valid, train=train)
 
 
-def _empty_classes(tasks, config) -> list[str]:
+def _empty_classes(tasks, config: Config) -> list[str]:
   """Returns a line that counts the classes without training images, if there are any."""
   counts = [np.bincount(t.train.label, minlength=t.num_classes) for t in tasks]
   num_empty = sum(int((c == 0).sum()) for c in counts)
@@ -292,7 +293,9 @@ def _mixed(split: Split, task_id: int) -> Split:
   return Split(split.image, split.index[rows], split.label[rows])
 
 
-def _fraction(split: Split, config, key: tuple[int, int], least: int, is_own: bool) -> Split:
+def _fraction(
+  split: Split, config: Config, key: tuple[int, int], least: int, is_own: bool
+) -> Split:
   """Draws `train_fraction` of a split, of every class or of all images together.
 
   At least `least` images of each class, if it has so many and there are to be as many images as
@@ -336,7 +339,7 @@ def _on_device(task: Task, image: jax.Array) -> Task:
   )
 
 
-def download(config, tell: Callable[[str], None]) -> None:
+def download(config: Config, tell: Callable[[str], None]) -> None:
   """Fetches the original files that the config's benchmark needs and `data_dir` lacks."""
   if config.data.source == "tfds":
     raise UserError("--download fetches originals; with data.source=tfds, TFDS prepares its own")

@@ -8,33 +8,27 @@ those of equal size and date, and moved ones make none. To compute it, the files
 images, or the archive) are read at every start, but not decoded. Delete the folder at any time.
 """
 
-import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import re
-import secrets
-import time
 from collections.abc import Callable
 
 import numpy as np
 
+from halrp_jax import files
 from halrp_jax.data import sources
 from halrp_jax.types import UserError
 
 
 def folder(setting: str) -> pathlib.Path | None:
-  """The folder that the config key `data.cache` means; None: keep nothing."""
+  """Returns the folder that the config key `data.cache` means; None: keep nothing."""
   if setting == "off":
     return None
   if setting:
     return sources.path_of("data.cache", setting)
-  try:
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  except RuntimeError:  # a user without a home
-    return None
-  return pathlib.Path(home) / "halrp_jax" / "data"
+  root = files.cache_folder()
+  return None if root is None else root / "data"
 
 
 def images(
@@ -72,7 +66,7 @@ def images(
 
 def _load(path: pathlib.Path, shape) -> np.ndarray | None:
   try:
-    sums = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    sums = files.load_json(path.with_suffix(".json"))
     image = np.lib.format.open_memmap(path, mode="r")
     if image.shape == tuple(shape) and image.dtype == np.uint8 and sums["sha256"] == digest(image):
       return image
@@ -82,33 +76,15 @@ def _load(path: pathlib.Path, shape) -> np.ndarray | None:
 
 
 def _fill(path: pathlib.Path, shape, decode) -> np.ndarray:
-  _remove_left_behind(path)
-  # a process id alone is the same in many containers that share a folder
-  temporary = path.with_name(f".{os.getpid()}{secrets.token_hex(4)}-{path.name}")
-  sums = temporary.with_suffix(".json")
-  try:
+  files.delete_left_behind(path.parent)
+  with files.replacing(path) as temporary:
     image = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=tuple(shape))
     with open(temporary, "r+b") as stream:  # a full disk is an error here, a crash later
       os.posix_fallocate(stream.fileno(), 0, temporary.stat().st_size)
     decode(image)
     image.flush()
-    temporary.replace(path)
-    sums.write_text(json.dumps({"sha256": digest(image)}), encoding="utf-8")
-    sums.replace(path.with_suffix(".json"))
-  except BaseException:
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
-      sums.unlink(missing_ok=True)
-    raise
+  files.write_json(path.with_suffix(".json"), {"sha256": digest(image)})
   return np.lib.format.open_memmap(path, mode="r")
-
-
-def _remove_left_behind(path: pathlib.Path) -> None:
-  """Deletes what processes that were killed a day ago or earlier had written of an entry."""
-  for old in path.parent.glob(f".*-{path.stem}.*"):
-    with contextlib.suppress(OSError):
-      if old.stat().st_mtime < time.time() - 24 * 3600:
-        old.unlink()
 
 
 def digest(image: np.ndarray) -> str:

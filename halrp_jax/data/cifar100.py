@@ -12,6 +12,7 @@ import numpy as np
 
 from halrp_jax.data import formats, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
+from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
 
 _MEAN, _STD = np.float32([0.507, 0.487, 0.441]), np.float32([0.267, 0.256, 0.276])
@@ -40,17 +41,17 @@ _COARSE = (
 )
 
 
-def outline_split(config) -> Outline:
+def outline_split(config: Config) -> Outline:
   """CIFAR100-Split: 10 tasks of 10 classes."""
   return _outline([f"classes {10 * i} to {10 * i + 9}" for i in range(10)], 10)
 
 
-def outline_superclass(config) -> Outline:
+def outline_superclass(config: Config) -> Outline:
   """CIFAR100-SuperClass: 20 tasks of 5 classes, the superclasses."""
   return _outline(_COARSE, 5)
 
 
-def outline_random(config) -> Outline:
+def outline_random(config: Config) -> Outline:
   """CIFAR100-20: 20 tasks of 5 classes by chance (IRU's setting)."""
   return _outline([f"group {i}" for i in range(20)], 5)
 
@@ -60,24 +61,24 @@ def _outline(names, num_classes) -> Outline:
   return Outline((32, 32, 3), tuple(TaskOutline(name, *sizes) for name in names))
 
 
-def read_split(config) -> list[Task]:
+def read_split(config: Config) -> list[Task]:
   data, _, _ = read(config)
   groups = [(t.name, range(10 * i, 10 * i + 10)) for i, t in enumerate(outline_split(config).tasks)]
   return _tasks(data, groups)
 
 
-def read_superclass(config) -> list[Task]:
+def read_superclass(config: Config) -> list[Task]:
   data, coarse, names = read(config)
   return _tasks(data, [(name, np.unique(data.label[coarse == i])) for i, name in enumerate(names)])
 
 
-def read_random(config) -> list[Task]:
+def read_random(config: Config) -> list[Task]:
   data, _, _ = read(config)
   groups = np.random.RandomState(0).permutation(100).reshape(20, 5)
   return _tasks(data, [(f"group {i}", sorted(g)) for i, g in enumerate(groups)])
 
 
-def read(config) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
+def read(config: Config) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
   """Images with fine labels, coarse labels [N], names of the superclasses."""
   if config.data.source == "tfds":
     from halrp_jax.data import prepared

@@ -25,6 +25,7 @@ import numpy as np
 
 from halrp_jax.data import cache, folders, formats, sources
 from halrp_jax.data.tasks import ImageSet, join, make_task
+from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError, brief
 
 _MOST = 2_000_000_000  # bytes of one file
@@ -51,12 +52,12 @@ class Own(NamedTuple):
   unused: tuple[str, ...] = ()  # files
 
 
-def outline(config) -> None:
+def outline(config: Config) -> None:
   """Your own tasks: folders of images, .npz files, or TFDS sets (see data/custom.py)."""
   return None
 
 
-def read(config, tell: Callable[[str], None] = lambda line: None) -> list[Task]:
+def read(config: Config, tell: Callable[[str], None] = lambda line: None) -> list[Task]:
   """Reads all tasks.
 
   Args:
@@ -91,7 +92,7 @@ def read(config, tell: Callable[[str], None] = lambda line: None) -> list[Task]:
 
 def read_one(
   text: str,
-  config,
+  config: Config,
   shape: tuple[int, int, int],
   task_id: int,
   tell: Callable[[str], None] = lambda line: None,
@@ -116,7 +117,7 @@ def read_one(
   return task._replace(inputs=_inputs(task))
 
 
-def _task(i: int, name: str, own: Own, config) -> Task:
+def _task(i: int, name: str, own: Own, config: Config) -> Task:
   rows = {n: np.flatnonzero(own.part == p) for p, n in enumerate(("train", "valid", "test"))}
   own_test = bool(len(rows["test"]))
   if not own_test:
@@ -154,7 +155,7 @@ def _tell_of(what: str, owns: list[Own], tell: Callable[[str], None]) -> None:
 # --- folders --------------------------------------------------------------------------
 
 
-def _read_folder(config, tell: Callable[[str], None]) -> dict[str, Own]:
+def _read_folder(config: Config, tell: Callable[[str], None]) -> dict[str, Own]:
   if not config.data_dir:
     raise UserError("data_dir is not set: give the folder with one folder or .npz per task")
   what = f"data_dir={config.data_dir}"
@@ -215,7 +216,9 @@ def _parts(tree: folders.Tree) -> dict[str, int]:
   return found
 
 
-def _pictures(tree: folders.Tree, config, shape: tuple[int, int, int], prefix: str = "") -> Own:
+def _pictures(
+  tree: folders.Tree, config: Config, shape: tuple[int, int, int], prefix: str = ""
+) -> Own:
   """Reads a task's folder, its images as [H, W, C]; `prefix` goes before names of unused files."""
   parts, names = _parts(tree), _images(tree)
   depth = 2 if parts else 1
@@ -345,7 +348,7 @@ def _npz_part(path, found: dict, prefix: str) -> tuple[np.ndarray, np.ndarray]:
 # --- TFDS -----------------------------------------------------------------------------
 
 
-def _read_tfds(config) -> dict[str, Own]:
+def _read_tfds(config: Config) -> dict[str, Own]:
   from halrp_jax.data import prepared
 
   names = [n.strip() for n in config.data.tasks.split(",") if n.strip()]

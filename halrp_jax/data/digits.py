@@ -7,19 +7,20 @@ the last 500 the test set. Ten tasks; each permutes the pixels its own way.
 import numpy as np
 
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
+from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task
 
 NUM_TASKS = 10
 NUM_TRAIN = 1297
 
 
-def outline(config) -> Outline:
+def outline(config: Config) -> Outline:
   """Permuted digits: 10 permutations of 8 x 8 digits; needs no files."""
   task = (10, NUM_TRAIN, 500)
   return Outline((8, 8, 1), tuple(TaskOutline(f"permutation {i}", *task) for i in range(10)))
 
 
-def read(config) -> list[Task]:
+def read(config: Config) -> list[Task]:
   del config  # nothing here can be chosen
   from sklearn.datasets import load_digits  # a second to import, for this benchmark only
 

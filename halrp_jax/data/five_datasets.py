@@ -15,6 +15,7 @@ import numpy as np
 
 from halrp_jax.data import cache, folders, formats, mnist_family, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, grey_to_rgb, join, make_task
+from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
 
 # name, training images, test images, mean, std
@@ -33,12 +34,12 @@ _NO_IMAGES = {
 }
 
 
-def outline(config) -> Outline:
+def outline(config: Config) -> Outline:
   """Five-dataset: CIFAR-10, MNIST, SVHN, FashionMNIST, notMNIST."""
   return Outline((32, 32, 3), tuple(TaskOutline(s[0], 10, *s[1:3]) for s in _SETS))
 
 
-def read(config) -> list[Task]:
+def read(config: Config) -> list[Task]:
   found = {}
   for i, (name, *_) in enumerate(_SETS):
     try:
@@ -63,7 +64,7 @@ def read(config) -> list[Task]:
   return tasks
 
 
-def _read(config, name: str) -> ImageSet:
+def _read(config: Config, name: str) -> ImageSet:
   """One of the sets as uint8 [N, 32, 32, 3]."""
   if name in ("mnist", "fashion_mnist"):
     data = mnist_family.read(config, name)

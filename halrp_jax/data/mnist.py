@@ -15,6 +15,7 @@ from PIL import Image
 
 from halrp_jax.data import cache, mnist_family
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
+from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task
 
 _MEAN, _STD = 0.1307, 0.3081
@@ -22,14 +23,14 @@ _MEAN, _STD = 0.1307, 0.3081
 _WRITTEN = (2, 8, 4, 9, 1, 6, 7, 3, 0, 5)
 
 
-def outline(config) -> Outline:
+def outline(config: Config) -> Outline:
   """P-MNIST: 10 permutations of MNIST, 32 x 32 x 3."""
   size = config.data.mnist_size
   shape = (32, 32, 3) if size == 32 else (size, size, 1)
   return Outline(shape, tuple(_outline(f"permutation {i}") for i in range(10)))
 
 
-def outline_20(config) -> Outline:
+def outline_20(config: Config) -> Outline:
   """PMNIST-20: 20 permutations of MNIST, 28 x 28 (IRU's setting)."""
   return Outline((28, 28, 1), tuple(_outline(f"permutation {i}") for i in range(20)))
 
@@ -38,7 +39,7 @@ def _outline(name: str) -> TaskOutline:
   return TaskOutline(name, 10, 60_000, 10_000)
 
 
-def read(config) -> list[Task]:
+def read(config: Config) -> list[Task]:
   size = config.data.mnist_size
   data = mnist_family.read(config, "mnist")
   if size == 32:
@@ -48,7 +49,7 @@ def read(config) -> list[Task]:
   return _tasks(data, [np.random.RandomState(s).permutation(size**2) for s in seeds], 1)
 
 
-def read_20(config) -> list[Task]:
+def read_20(config: Config) -> list[Task]:
   values, permutations = np.arange(28 * 28), []
   for i in range(20):
     if i:

@@ -4,6 +4,7 @@ import numpy as np
 
 from halrp_jax.data import formats, sources
 from halrp_jax.data.tasks import ImageSet
+from halrp_jax.keys import Config
 from halrp_jax.types import UserError
 
 _FILES = (
@@ -14,7 +15,7 @@ _FILES = (
 )
 
 
-def read(config, name: str) -> ImageSet:
+def read(config: Config, name: str) -> ImageSet:
   """MNIST or a data set in its format. image [N, 28, 28, 1]"""
   if config.data.source == "tfds":
     from halrp_jax.data import prepared

@@ -13,6 +13,7 @@ from PIL import Image
 
 from halrp_jax.data import cache, folders, formats, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
+from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
 
 _NUM_TASKS, _NUM_CLASSES, _DRAWINGS, _TURNS, _NUM_TEST = 100, 12, 20, 4, 20
@@ -20,7 +21,7 @@ _ALPHABETS = ("images_background", "images_evaluation")
 _MOST = 400_000_000  # bytes of one archive, unpacked
 
 
-def outline(config) -> Outline:
+def outline(config: Config) -> Outline:
   """Omniglot-Rotation: 100 tasks of 12 characters in 4 rotations, 32 x 32."""
   num_train = _NUM_CLASSES * (_DRAWINGS * _TURNS - _NUM_TEST)
   task = (_NUM_CLASSES, num_train, _NUM_CLASSES * _NUM_TEST)
@@ -28,7 +29,7 @@ def outline(config) -> Outline:
   return Outline((32, 32, 1), tuple(TaskOutline(name, *task) for name in names))
 
 
-def read(config) -> list[Task]:
+def read(config: Config) -> list[Task]:
   archives = _archives(config.data_dir, config.allow_partial)
   characters = _characters(archives, config.allow_partial)
   wanted = [(archive, name) for _, files in characters for archive, name in files]

@@ -13,18 +13,19 @@ import numpy as np
 
 from halrp_jax.data import cache, folders, formats, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
+from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
 
 _NUM_CLASSES, _NUM_TRAIN, _HELD_OUT = 200, 500, 50  # per class
 _MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
-def outline_20(config) -> Outline:
+def outline_20(config: Config) -> Outline:
   """TinyImageNet 20-split: 20 tasks of 10 classes, 64 x 64."""
   return _outline(20)
 
 
-def outline_40(config) -> Outline:
+def outline_40(config: Config) -> Outline:
   """TinyImageNet 40-split: 40 tasks of 5 classes, 64 x 64."""
   return _outline(40)
 
@@ -36,15 +37,15 @@ def _outline(num_tasks: int) -> Outline:
   return Outline((64, 64, 3), tuple(TaskOutline(name, *sizes) for name in names))
 
 
-def read_20(config) -> list[Task]:
+def read_20(config: Config) -> list[Task]:
   return _tasks(config, outline_20(config))
 
 
-def read_40(config) -> list[Task]:
+def read_40(config: Config) -> list[Task]:
   return _tasks(config, outline_40(config))
 
 
-def _tasks(config, outline: Outline) -> list[Task]:
+def _tasks(config: Config, outline: Outline) -> list[Task]:
   data = _read(sources.find(config.data_dir, "tiny_imagenet"), config.data.cache)
   inputs = Inputs(_MEAN, _STD, None)
   tasks = []

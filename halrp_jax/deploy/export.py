@@ -37,12 +37,16 @@ from halrp_jax.deploy.export_folder import (
   BASE,
   FORMATS,
   SCHEMA,
+  Arrays,
   file_of,
+  pack,
   read_card,
   require_one_model,
   stem_of,
+  take,
+  unpack,
 )
-from halrp_jax.runs import cards, checkpoint
+from halrp_jax.runs import cards, checkpoint, experiment
 from halrp_jax.training import batches, networks, population
 from halrp_jax.types import Params, UserError, brief
 from halrp_jax.weights import lowrank, trees
@@ -50,8 +54,6 @@ from halrp_jax.weights import lowrank, trees
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _IDENTITY = ("kind", "state", "task", "network", "input_shape")  # of a card: whose file it is
 _PROGRAM_NEEDS = ("jax", "flatbuffers")  # packages; `pip install jax` alone lacks the second
-
-Arrays = dict[str, np.ndarray]  # by name, as in the table above
 
 
 class Model(NamedTuple):
@@ -86,12 +88,12 @@ def write(run: saved.Saved, folder: str, positions: list[int], format: str, merg
   if format not in FORMATS:
     raise UserError(f"--format={format}: one of {', '.join(FORMATS)}")
   name, place = run.config.method.name, pathlib.Path(folder)
-  if format != "stablehlo" and merged and run.method.merge is None:
+  if format != "stablehlo" and merged and run.method.network is None:
     raise UserError(
       f"{name}: no ordinary network predicts what its tasks do; use --format=stablehlo"
     )
   compact = format != "stablehlo" and not merged
-  if compact and "perturbation" not in run.state.tasks[0]:
+  if compact and not hasattr(run.state.tasks[0], "perturbation"):
     raise UserError(f"{name} keeps no perturbations of a base: use --merge")
   try:
     place.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ def _cut_head(params: Params, num_classes: int) -> Params:
 
 
 def _merged(run: saved.Saved, t: int) -> Arrays:
-  params, stats = run.method.merge(run.state, t)
+  params, stats = run.method.network(run.method.served(run.state), run.state.tasks[t])
   params = _cut_head(params, run.learned[t].num_classes)
   return _named({"params": params, "batch_stats": _measured(run, t, stats)})
 
@@ -145,49 +147,21 @@ def _measured(run: saved.Saved, t: int, stats: Params) -> Params:
 def _added(run: saved.Saved, t: int) -> Arrays:
   """Returns what a task of HALRP or BE adds to the base."""
   learned = run.state.tasks[t]
-  rest = _cut_head(learned["rest"], int(learned["num_classes"]))
-  arrays = _named({"params": rest, "batch_stats": _measured(run, t, learned["stats"])})
-  for layer, p in learned["perturbation"].items():
-    start, rank = f"perturbation/{layer}", int(learned.get("rank", {}).get(layer, p.U.shape[1]))
+  rest = _cut_head(learned.rest, int(learned.num_classes))
+  arrays = _named({"params": rest, "batch_stats": _measured(run, t, learned.stats)})
+  for layer, p in learned.perturbation.items():
+    start, rank = (
+      f"perturbation/{layer}",
+      int(getattr(learned, "rank", {}).get(layer, p.U.shape[1])),
+    )
     arrays |= {f"{start}/R": np.asarray(p.R), f"{start}/S": np.asarray(p.S)}
     arrays[f"{start}/rank"] = np.array([rank], np.int32)
     if rank:
-      arrays |= _packed(f"{start}/U", np.asarray(p.U)[:, :rank])
-      arrays |= _packed(f"{start}/V", np.asarray(p.V)[:, :rank])
+      arrays |= pack(f"{start}/U", np.asarray(p.U)[:, :rank])
+      arrays |= pack(f"{start}/V", np.asarray(p.V)[:, :rank])
     if rank and p.sigma is not None:
       arrays[f"{start}/sigma"] = np.asarray(p.sigma)[:rank]
   return arrays
-
-
-def _packed(name: str, x: np.ndarray) -> Arrays:
-  """Dense, or the entries that are not zero and a bit for each entry: whichever is smaller."""
-  there = x != 0
-  values, mask = x[there], np.packbits(there)
-  if values.nbytes + mask.nbytes < x.nbytes:
-    return {f"{name}.values": values, f"{name}.mask": mask}
-  return {name: np.ascontiguousarray(x)}
-
-
-def _unpacked(arrays: Arrays, name: str, shape: tuple[int, int], place: str) -> np.ndarray:
-  """The inverse of `_packed`; takes the arrays out."""
-  if name in arrays:
-    return arrays.pop(name)
-  values, mask = (_take(arrays, f"{name}.{part}", place) for part in ("values", "mask"))
-  size = shape[0] * shape[1]
-  if mask.dtype != np.uint8 or mask.shape != (-(-size // 8),):
-    raise UserError(f"{place}: {name}.mask is {mask.dtype} {mask.shape}, expected {size} bits")
-  there = np.unpackbits(mask)[:size].astype(bool).reshape(shape)
-  if values.shape != (there.sum(),):
-    raise UserError(f"{place}: {name}.values has {values.size} entries, its mask {there.sum()}")
-  x = np.zeros(shape, values.dtype)
-  x[there] = values
-  return x
-
-
-def _take(arrays: Arrays, name: str, place: str) -> np.ndarray:
-  if name not in arrays:
-    raise UserError(f"{place}: lacks {name}")
-  return arrays.pop(name)
 
 
 def program(run: saved.Saved, t: int):
@@ -197,8 +171,8 @@ def program(run: saved.Saved, t: int):
     run.config.network, task.num_classes, _batch_norm(run, t), run.config.precision
   )
   variables, predict = None, saved.predict_fn(run, t)
-  if run.method.merge is not None:
-    params, stats = run.method.merge(run.state, t)
+  if run.method.network is not None:
+    params, stats = run.method.network(run.method.served(run.state), run.state.tasks[t])
     variables = {"params": _cut_head(params, task.num_classes), "batch_stats": stats}
 
   def classify(image):
@@ -234,7 +208,7 @@ def _batch_norm(run: saved.Saved, t: int) -> str:
   """Returns the kind of statistics that a task's file is evaluated with."""
   if t in population.unmeasured(run.state):
     return "batch"
-  trained = models.of(run.config, run.benchmark.max_classes)
+  trained = experiment.network_of(run.config, run.benchmark.max_classes)
   of_images = run.config.method.batch_norm == "population" or models.evaluates_with_batch(trained)
   return "population" if of_images else "running"
 
@@ -242,7 +216,7 @@ def _batch_norm(run: saved.Saved, t: int) -> str:
 def _task_card(run: saved.Saved, t: int) -> dict:
   task = run.learned[t]
   row = run.results["accuracy"][len(run.learned) - 1]
-  ranks = run.state.tasks[t].get("rank")
+  ranks = getattr(run.state.tasks[t], "rank", None)
   card = _card(run, task.num_classes)
   return card | {
     "network": card["network"] | {"batch_norm": _batch_norm(run, t)},
@@ -291,10 +265,9 @@ def _write_program(place: pathlib.Path, stem: str, contents: bytes, card: dict) 
 
 
 def _replace(file: pathlib.Path, contents: bytes) -> int:
-  """Whole or not at all."""
-  temporary = file.with_name(file.name + ".tmp")
-  temporary.write_bytes(contents)
-  temporary.replace(file)
+  """Writes a file whole or not at all; returns its size."""
+  files.delete_left_behind(file.parent)
+  files.write_bytes(file, contents)
   return len(contents)
 
 
@@ -372,15 +345,15 @@ def _add(kernels: Arrays, arrays: Arrays, expected: dict, file, card: dict) -> A
     layer = name.removeprefix("params/").removesuffix("/kernel")
     start = f"perturbation/{layer}"
     (num_in, num_out), dtype = kernel.shape[-2:], kernel.dtype
-    rank = _take(left, f"{start}/rank", file)
+    rank = take(left, f"{start}/rank", file)
     if rank.shape != (1,) or rank.dtype != np.int32:
       raise UserError(f"{file}: {start}/rank is {rank.dtype} {rank.shape}, expected int32 (1,)")
     rank = int(rank[0])
-    R, S = (_take(left, f"{start}/{k}", file) for k in "RS")
+    R, S = (take(left, f"{start}/{k}", file) for k in "RS")
     U, V, sigma = np.zeros((num_out, 0), dtype), np.zeros((num_in, 0), dtype), None
     if rank:
-      U = _unpacked(left, f"{start}/U", (num_out, rank), file)
-      V = _unpacked(left, f"{start}/V", (num_in, rank), file)
+      U = unpack(left, f"{start}/U", (num_out, rank), file)
+      V = unpack(left, f"{start}/V", (num_in, rank), file)
       sigma = left.pop(f"{start}/sigma", None)
     found = {"R": R, "S": S, "U": U, "V": V} | ({} if sigma is None else {"sigma": sigma})
     wanted = {"R": (num_out,), "S": (num_in,), "U": (num_out, rank), "V": (num_in, rank)}

@@ -4,11 +4,15 @@ import json
 import pathlib
 import re
 
+import numpy as np
+
+from halrp_jax import files
 from halrp_jax.types import UserError, brief
 
 SCHEMA = 1
 FORMATS = ("safetensors", "orbax", "stablehlo")
 BASE = "base"
+Arrays = dict[str, np.ndarray]  # by name, as export.py lists them
 _OURS = re.compile(r"(base|task\d{2,})(|\.json|\.safetensors|\.stablehlo)")
 
 
@@ -26,7 +30,7 @@ def read_card(place: pathlib.Path, stem: str) -> dict:
   """Reads the JSON beside a file; `stem` is "base" or "task" and two digits."""
   file = place / f"{stem}.json"
   try:
-    card = json.loads(file.read_text(encoding="utf-8"))
+    card = files.load_json(file)
     if card["schema"] != SCHEMA:
       raise UserError(f"{file}: schema {card['schema']!r}, this version reads {SCHEMA}")
     if card["format"] not in FORMATS or not isinstance(card["hash"], str):
@@ -35,7 +39,7 @@ def read_card(place: pathlib.Path, stem: str) -> dict:
   except FileNotFoundError as e:
     known = ", ".join(sorted(p.stem for p in place.glob("*.json"))) or "none"
     raise UserError(f"{file}: not there; {place} holds {known}") from e
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+  except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f"{file}: is not what was written ({brief(e)})") from e
 
 
@@ -76,3 +80,37 @@ def _refuse(path: pathlib.Path, why: str) -> None:
     f"--out={path.parent}: {path.name}, which is there, {why}; a folder holds one model in one "
     "format: choose another folder"
   )
+
+
+# --- matrices, most of whose entries may be zero ---------------------------------------
+
+
+def pack(name: str, x: np.ndarray) -> Arrays:
+  """Dense, or the entries that are not zero and a bit for each entry: whichever is smaller."""
+  there = x != 0
+  values, mask = x[there], np.packbits(there)
+  if values.nbytes + mask.nbytes < x.nbytes:
+    return {f"{name}.values": values, f"{name}.mask": mask}
+  return {name: np.ascontiguousarray(x)}
+
+
+def unpack(arrays: Arrays, name: str, shape: tuple[int, int], place: str) -> np.ndarray:
+  """The inverse of `pack`; takes the arrays out."""
+  if name in arrays:
+    return arrays.pop(name)
+  values, mask = (take(arrays, f"{name}.{part}", place) for part in ("values", "mask"))
+  size = shape[0] * shape[1]
+  if mask.dtype != np.uint8 or mask.shape != (-(-size // 8),):
+    raise UserError(f"{place}: {name}.mask is {mask.dtype} {mask.shape}, expected {size} bits")
+  there = np.unpackbits(mask)[:size].astype(bool).reshape(shape)
+  if values.shape != (there.sum(),):
+    raise UserError(f"{place}: {name}.values has {values.size} entries, its mask {there.sum()}")
+  x = np.zeros(shape, values.dtype)
+  x[there] = values
+  return x
+
+
+def take(arrays: Arrays, name: str, place: str) -> np.ndarray:
+  if name not in arrays:
+    raise UserError(f"{place}: lacks {name}")
+  return arrays.pop(name)

@@ -9,14 +9,16 @@ for slashes are fine), or a folder that Orbax wrote. Either may hold the paramet
 
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import safetensors.numpy
 from flax import traverse_util
 
+from halrp_jax.methods import halrp
 from halrp_jax.runs import checkpoint
-from halrp_jax.training import networks
-from halrp_jax.types import Params, UserError, brief
+from halrp_jax.training import contract, networks
+from halrp_jax.types import Benchmark, Params, State, Task, UserError, brief
 from halrp_jax.weights import trees
 
 
@@ -75,3 +77,31 @@ def _read(path: pathlib.Path) -> dict:
   found = {n.replace(".", "/"): x for n, x in found.items()}
   whole = any(n.startswith("params/") for n in found)
   return found if whole else {f"params/{n}": x for n, x in found.items()}
+
+
+def base_state(
+  config: halrp.Config, task: Task, params: Params, stats: Params, model=None
+) -> State:
+  """Returns the state after the first task, whoever trained its network (`load`).
+
+  HALRP learns the next tasks on it as on any other: `Method.learn(state, (task,), key, store)`.
+
+  Args:
+    config: of the method, resolved.
+    task: the first task.
+    params: of the network, its head among them.
+    stats: its running statistics, {} if it has none.
+    model: the network. Without it the kernels' shapes have to tell how they are matrices
+      (`kinds.guessed_matrix_shape`); `Method.learn` refuses the state if they told it wrong.
+
+  Raises:
+    UserError: if the network or its parameters are not what a method demands (`contract`).
+  """
+  params = nn.meta.unbox(params)
+  contract.check_params(params, task.num_classes)
+  shapes = contract.guessed_matrix_shapes(params)
+  if model is not None:
+    image_shape = Benchmark("", (task,), "", False).image_shape
+    shapes = contract.make_matrix_shapes(model, image_shape, task.num_classes)(params)
+    contract.check_same(model, image_shape, params)
+  return halrp.first_state(config, task, params, stats, shapes)

@@ -1,17 +1,19 @@
 """A run's folder -> its model, ready to predict or to learn more; needs no data."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import config_dict
 
 from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
-from halrp_jax.runs import checkpoint, identity, standing, workdir
+from halrp_jax.keys import Config
+from halrp_jax.runs import checkpoint, experiment, identity, standing, states, workdir
 from halrp_jax.training import batches, losses, networks, population
 from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import Benchmark, Method, State, Store, Task, UserError, one_at_a_time
@@ -22,9 +24,9 @@ class Saved(NamedTuple):
   """A run that is finished, or was interrupted after some task."""
 
   path: str
-  config: object  # resolved
+  config: Config
   benchmark: Benchmark  # its tasks without images, in the order of training
-  model: object  # the Flax module, which evaluates with the statistics that are stored
+  model: nn.Module  # it evaluates with the statistics that are stored
   method: Method
   state: State
   results: dict  # "accuracy" and "rows" so far
@@ -43,10 +45,11 @@ def open_run(path: str) -> Saved:
   Raises:
     UserError: if it is no run, is of an older version, or no state of it is whole.
   """
-  config = resolve(config_dict.ConfigDict(identity.read_config(path)))
-  benchmark = workdir.read_benchmark(path)
-  model = models.with_stored_statistics(models.of(config, benchmark.max_classes))
-  state, results = workdir.newest_state(path)
+  config = resolve(identity.read_config(path))
+  benchmark = states.read_benchmark(path)
+  model = models.with_stored_statistics(experiment.network_of(config, benchmark.max_classes))
+  state, results = states.newest_state(path)
+  state = methods.restore(config.method.name, state)
   state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
   method = methods.make(config, model, benchmark)
   return Saved(path, config, benchmark, model, method, state, results)
@@ -125,24 +128,25 @@ def make_predict_many(run: Saved) -> Callable[[np.ndarray, np.ndarray], np.ndarr
     UserError: if the method has no perturbations, or the run is of a version that kept no
       BatchNorm statistics. predict_many: if an id is unknown or the shapes are others.
   """
-  if "perturbation" not in run.state.tasks[0]:
+  if not hasattr(run.state.tasks[0], "perturbation"):
     raise UserError(f"predict_many: {run.config.method.name} keeps no perturbations of a base")
   if line := lacks_statistics(run):
     raise UserError(f"predict_many: {line}")
   place = {task.id: t for t, task in enumerate(run.learned)}
   shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
   kernels, tasks = run.state.shared["kernels"], run.state.tasks
-  perturbation = perturb.stack([learned["perturbation"] for learned in tasks])
-  others = [{k: learned[k] for k in ("rest", "stats", "num_classes")} for learned in tasks]
+  perturbation = perturb.stack([task.perturbation for task in tasks])
+  others = [(task.rest, task.stats, task.num_classes) for task in tasks]
   others = jax.tree.map(lambda *x: jnp.stack(x), *others)
   inputs = batches.stack_inputs(run.learned)
 
   @jax.jit
   def compute(kernels, perturbation, others, inputs, t, image):
     x = batches.prepare_images(image, inputs, t)
-    variables = {"params": others["rest"], "batch_stats": others["stats"]}
+    rest, stats, num_classes = others
+    variables = {"params": rest, "batch_stats": stats}
     logits = perturb.apply_many(run.model, kernels, perturbation, variables, t, x, train=False)
-    return jax.nn.softmax(losses.mask_classes(logits, others["num_classes"][t][:, None]))
+    return jax.nn.softmax(losses.mask_classes(logits, num_classes[t][:, None]))
 
   def predict_many(task_ids, image):
     t = [place.get(int(i)) for i in task_ids]
@@ -192,12 +196,14 @@ def extend(
   config, learned = run.config, run.learned
   shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
   task_id = 1 + max(task.id for task in run.benchmark.tasks)
-  whole = config_dict.ConfigDict(config.to_dict() | {"train_fraction": 1.0})
+  whole = dataclasses.replace(config, train_fraction=1.0)
   notes = []
   task = data.load_task(data_path, whole, shape, task_id, notes.append)
   _require_room(run, task)
   benchmark = run.benchmark._replace(tasks=(*learned, task))
-  trained = models.of(config, run.benchmark.max_classes)  # its training goes on as it was
+  trained = experiment.network_of(
+    config, run.benchmark.max_classes
+  )  # its training goes on as it was
   method = methods.make(config, trained, benchmark)
   t = len(learned)
   known = config.to_dict() | {identity.EXTENDED: {"task": task.name, "data": data_path, "t": t}}
@@ -267,7 +273,7 @@ def _results_with(run: Saved, method: Method, state: State, task: Task, ranks, u
     lambda _, image: method.predict(state, t, image),
     (task,),
     "test",
-    batches.evaluation_batch_size(run.config),
+    run.config.evaluation_batch_size or run.config.batch_size,
   )
   old = run.results["accuracy"][t - 1][:t] if unchanged else [None] * t
   size = method.size(state)
@@ -281,8 +287,8 @@ def _require_room(run: Saved, task: Task) -> None:
   name, width = run.config.method.name, run.benchmark.max_classes
   if run.method.groups(2) != one_at_a_time(2):
     raise UserError(f"{name} learns all tasks at once: it can't be extended")
-  if name == "iru":
-    raise UserError("iru has room for the factors of its own tasks only: it can't be extended")
+  if not run.method.extensible:
+    raise UserError(f"{name} has room for the tasks of its benchmark only: it can't be extended")
   if same := [old.id for old in run.learned if old.name == task.name]:
     raise UserError(
       f"task {same[0]} of {run.path} is called {task.name!r} already: rename the new images' folder"

@@ -11,6 +11,7 @@ import zlib
 
 import jax
 
+from halrp_jax import files
 from halrp_jax.types import UserError
 
 _STILL_WRITING = 60.0  # seconds after which nobody is any more
@@ -36,13 +37,16 @@ def use(folder: str) -> pathlib.Path | None:
   if folder == "off" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     return None
   try:
-    path = (pathlib.Path(folder) if folder else _default()) / f"xla-{_processor()}"
+    root = pathlib.Path(folder) if folder else files.cache_folder()
+    if root is None:
+      return None
+    path = root / f"xla-{_processor()}"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_private(path.parent)
     _require_private(path)
     with contextlib.suppress(OSError):  # one that can be read alone is of use, too
       _drop_damaged(path)
-  except (OSError, RuntimeError) as e:
+  except OSError as e:
     if folder:
       raise UserError(
         f"--compile_cache={folder}: {e}; name a folder of your own that only you can write, or off"
@@ -52,11 +56,6 @@ def use(folder: str) -> pathlib.Path | None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   return path
-
-
-def _default() -> pathlib.Path:
-  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(home) / "halrp_jax"
 
 
 def _require_private(path: pathlib.Path) -> None:

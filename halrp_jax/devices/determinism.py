@@ -1,12 +1,14 @@
 """XLA's deterministic GPU kernels, asked for before XLA starts."""
 
 import os
+import threading
 
-from jax._src import xla_bridge
+import jax
 
 from halrp_jax.types import UserError
 
 FLAG = "--xla_gpu_deterministic_ops"
+_asking = threading.Lock()
 
 
 def require() -> None:
@@ -29,9 +31,25 @@ def require() -> None:
     raise UserError(f"deterministic = True, but XLA_FLAGS has {FLAG}={said[-1]}: take it out")
   if said:
     return
-  if xla_bridge.backends_are_initialized():
+  if _backend_has_started():
     raise UserError(
       "deterministic = True comes too late: JAX is at work in this process already; begin with "
       f"this run, or set XLA_FLAGS={FLAG}=true before the start"
     )
   os.environ["XLA_FLAGS"] = " ".join([*flags, f"{FLAG}=true"])
+
+
+def _backend_has_started() -> bool:
+  """Tells whether JAX's backend has started, without starting it.
+
+  JAX has no public function for it. But once the backend has started, it refuses to change the
+  number of CPU devices.
+  """
+  with _asking:
+    before = jax.config.jax_num_cpu_devices
+    try:
+      jax.config.update("jax_num_cpu_devices", 2 if before == 1 else 1)
+    except RuntimeError:
+      return True
+    jax.config.update("jax_num_cpu_devices", before)
+    return False

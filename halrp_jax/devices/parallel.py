@@ -1,17 +1,19 @@
-"""Training and evaluation shared out over devices, of one process or of several (`processes`).
+"""Training and evaluation on several devices, of one process or of several (`processes`).
 
-Everything is written for one device. `parallel` says how many take part:
+Everything is written for one device. A `Layout` says how many take part, by `config.parallel`:
 
-* sharded: batches are laid out over all devices and XLA derives the rest (jit with a mesh and
+* sharded: batches are sharded over all devices and XLA derives the rest (jit with a mesh and
   NamedSharding). BatchNorm's statistics are those of the whole batch by themselves.
 * replicas: runs that are learned at once (`devices.replicas`) are; a batch stays on one device.
 * pmap: `jax.pmap` runs the step on every device with its part of the batch; gradients, and in
-  `layers.BatchNorm` the statistics, are averaged over the axis `AXIS`. Evaluation is as sharded.
+  `nn.norm.BatchNorm` the statistics, are averaged over `Layout.axis_name`. Evaluation is as
+  sharded.
 
 One device and many agree but for rounding, dropout with pmap apart: each device draws its own.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,53 +24,101 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 AXIS = "batch"
 
 
-def num_devices(config) -> int:
-  """Devices that share a batch, of all processes."""
-  return 1 if config.parallel in ("none", "replicas") else jax.device_count()
+class Compiled(NamedTuple):
+  """A compiled function of `Layout.compile`."""
+
+  call: Callable  # (carry, batches [n, B], *args) -> carry; `carry` is donated
+  lower: Callable  # the same arguments -> what jax.jit(...).lower gives
+
+
+class Layout(NamedTuple):
+  """How a run uses the devices. Built once for a run by `make_layout`, and handed down."""
+
+  num_devices: int  # that share a batch, of all processes
+  replicate: Callable  # tree -> the same, its arrays whole on every device here
+  shard: Callable  # tree -> the same, its arrays [B, ...] shared out over the devices
+  compile: Callable[[Callable], Compiled]  # fn(carry, batches, *args) -> carry
+  axis_name: str | None = None  # of the devices that `compile` maps over; None: it does not map
+  num_run_devices: int = 1  # over which runs that are learned at once are spread (`replicas`)
+
+  def average(self, tree):
+    """Returns the mean over the devices of a mapped function; elsewhere the tree itself."""
+    return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
+
+  def own_key(self, key: jax.Array) -> jax.Array:
+    """Returns a key for each device of a mapped function; elsewhere the key itself."""
+    if self.axis_name is None:
+      return key
+    return jax.random.fold_in(key, lax.axis_index(self.axis_name))
+
+
+def make_layout(mode: str) -> Layout:
+  """Builds the layout of a run.
+
+  Args:
+    mode: `config.parallel`. It starts JAX's backend unless it is "none".
+  """
+  count = 1 if mode in ("none", "replicas") else jax.device_count()
+  mapped = mode == "pmap" and count > 1
+  if mapped:
+    compile_fn = _compile_mapped
+  else:
+    compile_fn = _compile_over_processes if count > 1 and jax.process_count() > 1 else _compile
+  return Layout(
+    count,
+    _make_replicate(count),
+    _make_shard(count, mapped),
+    compile_fn,
+    AXIS if mapped else None,
+    jax.local_device_count() if mode == "replicas" else 1,
+  )
 
 
 def shardings(devices) -> tuple[NamedSharding, NamedSharding]:
-  """Returns two shardings: by the first axis, and whole on every device."""
+  """Returns shardings over some devices: by the first axis, and whole on every device."""
   mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
   return tuple(NamedSharding(mesh, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
 
 
-def _is_array(x) -> bool:
-  return isinstance(x, jax.Array | np.ndarray)
+def _identity(x):
+  return x
 
 
-def replicate(config, tree):
-  """A pytree with its arrays whole on every device here; what is one object stays one.
+def _make_replicate(count: int) -> Callable:
+  """Builds replicate(tree); what is one object in the tree stays one.
 
   Done once for the images: what lies on one device would be sent to the others in every call.
   """
-  devices = jax.local_devices()
-  if num_devices(config) == 1 or len(devices) == 1:
-    return tree
-  _, whole = shardings(devices)
-  placed = {}
+  if count == 1 or jax.local_device_count() == 1:
+    return _identity
+  _, whole = shardings(jax.local_devices())
 
-  def place(x):
-    if not _is_array(x):
-      return x
-    if id(x) not in placed:
-      placed[id(x)] = jax.device_put(x, whole)
-    return placed[id(x)]
+  def replicate(tree):
+    placed = {}
 
-  return jax.tree.map(place, tree)
+    def place(x):
+      if not isinstance(x, jax.Array | np.ndarray):
+        return x
+      if id(x) not in placed:
+        placed[id(x)] = jax.device_put(x, whole)
+      return placed[id(x)]
+
+    return jax.tree.map(place, tree)
+
+  return replicate
 
 
-def make_spread(config) -> Callable:
-  """Builds spread(tree): its arrays [B, ...] laid out over the devices by their first axis.
+def _make_shard(count: int, mapped: bool) -> Callable:
+  """Builds shard(tree): its arrays [B, ...] sharded over the devices by their first axis.
 
-  Inside a compiled step over the devices of all processes, with pmap the part of the device that
-  asks; outside over those of this process. Where B is no multiple of their number (the last batch
-  of an epoch) every device has the whole array, and computes it: exact, and no faster. Numbers pass
-  as they are.
+  Inside a compiled step over the devices of all processes, in a mapped one the part of the device
+  that asks; outside over those of this process. Where B is no multiple of their number (the last
+  batch of an epoch) every device has the whole array, and computes it: exact, and no faster.
+  Numbers pass as they are.
   """
-  count, here = num_devices(config), jax.local_device_count()
   if count == 1:
-    return lambda tree: tree
+    return _identity
+  here = jax.local_device_count()
   everywhere, locally = shardings(jax.devices()), shardings(jax.local_devices())
 
   def place(x):
@@ -76,21 +126,28 @@ def make_spread(config) -> Callable:
       return x
     if not isinstance(x, jax.core.Tracer):
       return jax.device_put(x, locally[bool(len(x) % here)])
-    if is_mapped():
-      size = len(x) // count
+    if mapped:
+      size = len(x) // lax.axis_size(AXIS)
       return lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * size, size)
-    if config.parallel == "pmap":
-      return x
     return lax.with_sharding_constraint(x, everywhere[bool(len(x) % count)])
 
   return lambda tree: jax.tree.map(place, tree)
 
 
+def _compile(fn: Callable) -> Compiled:
+  """Compiles for one device, or for all of one process by sharding."""
+  jitted = jax.jit(fn, donate_argnums=0)
+  return Compiled(jitted, jitted.lower)
+
+
+ONE_DEVICE = Layout(1, _identity, _identity, _compile)
+
+
 # --- several processes: arrays are whole in each of them, but inside a compiled step -----
 
 
-def _over_processes(fn: Callable) -> Callable:
-  """A function over all devices whose arguments and result are arrays of this process.
+def _compile_over_processes(fn: Callable) -> Compiled:
+  """Compiles for all devices; arguments and result are arrays of this process.
 
   What is whole on every device here (`replicate`) is not copied on the way in.
   """
@@ -108,46 +165,28 @@ def _over_processes(fn: Callable) -> Callable:
   def call(*args):
     return jax.tree.map(lambda x: lay(x, here), jitted(*join(args)))
 
-  call.lower = lambda *args: jitted.lower(*join(args))
-  return call
+  return Compiled(call, lambda *args: jitted.lower(*join(args)))
 
 
 # --- pmap -----------------------------------------------------------------------------
 
 
-def axis_size() -> int:
-  """How many devices run what is being traced, each with its part of a batch; 1: not mapped."""
-  try:
-    return lax.axis_size(AXIS)
-  except NameError:  # JAX has no other way to ask
-    return 1
+def _compile_mapped(fn: Callable) -> Compiled:
+  """Compiles with jax.pmap where B is a multiple of the number of devices.
 
-
-def is_mapped() -> bool:
-  return axis_size() > 1
-
-
-def average(tree):
-  """The mean over the devices of a mapped function; elsewhere the tree itself."""
-  return lax.pmean(tree, AXIS) if is_mapped() else tree
-
-
-def own_key(key: jax.Array) -> jax.Array:
-  """A key for each device of a mapped function; elsewhere the key itself."""
-  return jax.random.fold_in(key, lax.axis_index(AXIS)) if is_mapped() else key
-
-
-def compile_step(config, fn: Callable) -> Callable:
-  """Compiles fn(carry, batches [n, B], *args) -> carry; `carry` is donated.
-
-  With parallel=pmap and B a multiple of the number of devices every device runs fn with a copy of
-  all arguments, and all end with the same carry.
+  Every device runs fn with a copy of all arguments, and all end with the same carry. Other batches
+  are computed whole on every device of this process, as a mapped function with one part.
   """
-  jitted, count = jax.jit(fn, donate_argnums=0), num_devices(config)
-  if config.parallel != "pmap" or count == 1:
-    return jitted if jax.process_count() == 1 else _over_processes(fn)
+  count, here = jax.device_count(), jax.local_device_count()
   mapped = jax.pmap(fn, AXIS, donate_argnums=0, devices=jax.devices())
-  here = jax.local_device_count()
+  one_part = jax.make_mesh(
+    (1, here), (AXIS, "copy"), axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()
+  )
+  spec = PartitionSpec()
+  whole_batch = jax.jit(
+    jax.shard_map(fn, mesh=one_part, in_specs=spec, out_specs=spec, check_vma=False),
+    donate_argnums=0,
+  )
   shared_out, whole = shardings(jax.local_devices())
 
   def copies(x):
@@ -161,8 +200,7 @@ def compile_step(config, fn: Callable) -> Callable:
 
   def call(carry, batches, *args):
     if batches.shape[-1] % count:
-      return jitted(carry, batches, *args)
+      return whole_batch(carry, batches, *args)
     return jax.tree.map(one_of, mapped(*jax.tree.map(copies, (carry, batches, *args))))
 
-  call.lower = jitted.lower
-  return call
+  return Compiled(call, whole_batch.lower)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from halrp_jax import packing
@@ -27,12 +26,16 @@ _HEARTBEAT_SECONDS = 30  # after which one that says nothing counts as gone
 _CONNECT_SECONDS = 600  # for hosts that fetch their images first
 _SHORT = 1000  # bytes; a message up to here is sent at once
 
+_given: tuple[int, int] | None = None  # index and number of processes, as `start` was told or found
+
 
 # --- beginning and end ----------------------------------------------------------------
 
 
 def start(coordinator: str, num_processes: str, process_id: str) -> None:
   """Makes this process one of several. Call it before jax computes anything.
+
+  With "auto" it starts jax's backend, which alone can say how many processes there are.
 
   Args:
     coordinator: HOST:PORT where process 0 can be reached; "auto": all three from the environment
@@ -57,6 +60,12 @@ def start(coordinator: str, num_processes: str, process_id: str) -> None:
       initialization_timeout=_CONNECT_SECONDS,
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
+    global _given
+    _given = (
+      (place["process_id"], place["num_processes"])
+      if place
+      else (jax.process_index(), jax.process_count())
     )
   except Exception as e:  # where it asks the environment, whatever that raises
     raise UserError(f"--coordinator={coordinator}: the processes don't meet ({brief(e)})") from e
@@ -127,7 +136,7 @@ def run_to_end(main: Callable[[], int]) -> int:
     else:
       traceback.print_exc()
       code = 1
-  if code and count() > 1:
+  if code and jax.distributed.is_initialized():  # count() may be unknown, if `start` failed
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -143,15 +152,22 @@ def _is_lost(error: Exception) -> bool:
 # --- who ------------------------------------------------------------------------------
 
 
-# jax.process_count() would start the backend, for which a process alone may not be ready yet
-
-
 def count() -> int:
-  return distributed.global_state.num_processes
+  """Returns the number of processes; does not start jax's backend after `start`, nor without it."""
+  return _who()[1]
 
 
 def index() -> int:
-  return distributed.global_state.process_id
+  """Returns the index of this process, from 0."""
+  return _who()[0]
+
+
+def _who() -> tuple[int, int]:
+  if _given:
+    return _given
+  if jax.distributed.is_initialized():  # by a program that uses this package
+    return jax.process_index(), jax.process_count()
+  return 0, 1
 
 
 def is_first() -> bool:

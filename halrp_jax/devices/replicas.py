@@ -52,19 +52,19 @@ class Gang:
       self._work_if_all_wait()
 
   def build(self, build_one: Callable, config) -> tuple:
-    """Returns build_one(config), a benchmark, a model and a method, sharing what can be shared.
+    """Returns build_one(config), a benchmark and what belongs to it, sharing what can be shared.
 
-    The threads' configs differ in order and seed alone. So the first one's model and method, with
-    their compiled functions, are those of all, and equal images are held once.
+    The threads' configs differ in order and seed alone. So the first one's model, method and
+    layout, with their compiled functions, are those of all, and equal images are held once.
     """
     with self._building:
-      benchmark, model, method = build_one(config)
+      benchmark, *others = build_one(config)
       if self._built is None:
-        self._built = benchmark, model, method
+        self._built = benchmark, *others
         return self._built
       images, own = (b.tasks[0].train.image for b in (self._built[0], benchmark))
       if own.shape != images.shape or not bool((own == images).all()):
-        return benchmark, model, method
+        return benchmark, *others
       shared = jax.tree.map(lambda x: images if x is own else x, benchmark)
       return shared, *self._built[1:]
 
@@ -125,19 +125,21 @@ class Parts(NamedTuple):
   finish: Callable  # (carry, rows, progress, steps, *args) -> carry, which is (state, sums)
 
 
-def make_epoch(config, epoch: Callable, parts: Parts, can_join: Callable[[], bool]) -> Callable:
+def make_epoch(
+  epoch: Callable, parts: Parts, can_join: Callable[[], bool], num_devices: int
+) -> Callable:
   """Builds epoch(gang, *args), which trains the epochs of all the gang's threads at once.
 
   Epochs of equal shapes over the same images are one program; others run one after another.
   `state` is donated.
 
   Args:
-    config: resolved.
     epoch: (state, frozen, data, blocks, key, progress) -> state, sums: of one run.
     parts: the same in parts.
     can_join: says whether several epochs may be one program.
+    num_devices: over which the runs are spread.
   """
-  joint_epoch = _make_joint_epoch(config, parts)
+  joint_epoch = _make_joint_epoch(parts, num_devices)
 
   def each(calls):
     return [_attempt(epoch, call) for call in calls]
@@ -186,7 +188,7 @@ def _with_image(tree, image):
   )
 
 
-def _make_joint_epoch(config, parts: Parts) -> Callable:
+def _make_joint_epoch(parts: Parts, num_devices: int) -> Callable:
   """Builds the epoch of several runs: arguments of each -> result or exception of each.
 
   All arrays get a leading axis [R], but for the images, which the runs share.
@@ -197,7 +199,7 @@ def _make_joint_epoch(config, parts: Parts) -> Callable:
 
   joint_steps = jax.jit(jax.vmap(steps, in_axes=(0, 0, None, None, 0, None)), donate_argnums=0)
   stack = jax.jit(lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))
-  shard, replicate = _make_placing(config)
+  shard, replicate = _make_placing(num_devices)
 
   @functools.partial(jax.jit, static_argnums=1)
   def unstack(tree, num_runs):
@@ -227,14 +229,13 @@ def _make_joint_epoch(config, parts: Parts) -> Callable:
   return joint_epoch
 
 
-def _make_placing(config) -> tuple[Callable, Callable]:
+def _make_placing(num_devices: int) -> tuple[Callable, Callable]:
   """Builds shard(tree) and replicate(x) for runs that are learned at once.
 
   shard: spreads arrays [R, ...] over the devices by run, where their number divides R. replicate:
   puts an array whole on every device; one that comes again is there already.
   """
-  count = jax.local_device_count() if config.parallel == "replicas" else 1
-  if count == 1:
+  if num_devices == 1:
     return (lambda tree: tree), (lambda x: x)
   by_first_axis, whole = parallel.shardings(jax.local_devices())
   last = []
@@ -246,7 +247,7 @@ def _make_placing(config) -> tuple[Callable, Callable]:
 
   def shard(tree):
     def place(x):
-      return jax.device_put(x, whole if len(x) % count else by_first_axis)
+      return jax.device_put(x, whole if len(x) % num_devices else by_first_axis)
 
     return jax.tree.map(place, tree)
 

@@ -1,14 +1,17 @@
 """The systems by name. Each is one module with
 
-  KEYS            its own config keys (`method.*`) with defaults: a dict name -> validate.Key
+  Config          its own config keys (`method.*`): a dataclass of fields made by `keys`
   VARIANTS        optional: {variant: {key: value}}, what a key left None means
-  check(config)   optional: errors that concern several keys, a list of lines
-  make(config, model, benchmark) -> types.Method, without `predict`
+  check(config)   optional: errors that concern several keys of a run's config, a list of lines
+  TaskState       what it keeps of a task: a NamedTuple with at least `stats` and `num_classes`
+  make(config, setup) -> types.Method     config: its own
 
 To add one: a file beside this one and a line in `METHODS`.
 """
 
 from halrp_jax import models
+from halrp_jax.devices import parallel
+from halrp_jax.keys import Config
 from halrp_jax.methods import (
   apd,
   apdfix,
@@ -27,9 +30,9 @@ from halrp_jax.methods import (
   stl,
   wsn,
 )
-from halrp_jax.training import batches, contract, population
-from halrp_jax.training.evaluate import make_predict
-from halrp_jax.types import Method, UserError
+from halrp_jax.training import contract, evaluate, population
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Benchmark, Method, State, UserError
 
 METHODS = {
   "halrp": halrp,
@@ -54,26 +57,70 @@ METHODS = {
 _PLAIN_LAYERS = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "wsn"}
 
 
-def make(config, model, benchmark) -> Method:
+def make(
+  config: Config, model, benchmark: Benchmark, layout: parallel.Layout = parallel.ONE_DEVICE
+) -> Method:
   """Builds the method that `config.method.name` names, ready to learn and to predict.
 
   Raises:
     UserError: if the network is not what the method demands (`contract`).
   """
   _check_network(config.method.name, model, benchmark)
-  build = METHODS[config.method.name].make
-  method = build(config, model, benchmark)
+  setup = setup_of(config, model, benchmark, layout)
+  method = _complete(config, setup)
   if config.method.batch_norm == "population" or models.evaluates_with_batch(model):
     if not contract.is_own(model):
       population.require_measurable(model, benchmark.image_shape)
     fixed = models.with_stored_statistics(model)
-    logits_fn = (method if fixed is model else build(config, fixed, benchmark)).logits
-    batch_size = batches.evaluation_batch_size(config)
-    method = method._replace(learn=population.keep(method, logits_fn, batch_size))
-  return method._replace(predict=make_predict(method))
+    logits_fn = (
+      method if fixed is model else _complete(config, setup._replace(model=fixed))
+    ).logits
+    learn = population.keep(method, logits_fn, setup.evaluation_batch_size)
+    method = method._replace(learn=learn)
+  return method._replace(predict=evaluate.make_predict(method))
 
 
-def _check_network(name: str, model, benchmark) -> None:
+def setup_of(
+  config: Config, model, benchmark: Benchmark, layout: parallel.Layout = parallel.ONE_DEVICE
+) -> Setup:
+  """Returns what a method is made from, beside its own config."""
+  return Setup(
+    model=model,
+    image_shape=benchmark.image_shape,
+    num_tasks=len(benchmark.tasks),
+    max_classes=benchmark.max_classes,
+    epochs=config.epochs,
+    batch_size=config.batch_size,
+    evaluation_batch_size=config.evaluation_batch_size or config.batch_size,
+    learning_rate=config.learning_rate,
+    train_fraction=config.train_fraction,
+    batch_norm=config.method.batch_norm,
+    loop=config.loop,
+    protocol=config.protocol,
+    checkpoint=config.checkpoint,
+    layout=layout,
+  )
+
+
+def _complete(config: Config, setup: Setup) -> Method:
+  """Returns what the method's file gives, with `logits`."""
+  method = METHODS[config.method.name].make(config.method, setup)
+  if method.logits:
+    return method
+  return method._replace(logits=evaluate.logits_of(setup.model, method.network))
+
+
+def restore(name: str, state: State) -> State:
+  """Returns a state that was read, where older versions kept dicts in place of `TaskState`."""
+  kind = METHODS[name].TaskState
+
+  def typed(task):
+    return kind(**({"stats": {}} | task)) if isinstance(task, dict) else task
+
+  return State(state.shared, tuple(map(typed, state.tasks)))
+
+
+def _check_network(name: str, model, benchmark: Benchmark) -> None:
   """Refuses a network of somebody else's that the method can't work with."""
   if contract.is_own(model) or name in ("halrp", "be"):  # which do it themselves
     return

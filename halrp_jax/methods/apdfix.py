@@ -6,17 +6,18 @@ Update rule: theta_t = sigma * m_t + tau_t; Adam on the cross-entropy + l1 |tau_
 | paper | here                    | meaning |
 |-------|-------------------------|---------|
 | sigma | shared["kernels"]       | kernels after the first task, frozen for ever |
-| m_t   | tasks[t]["mask"]        | one factor for every channel or unit of a layer's output |
-| tau_t | tasks[t]["tau"]         | what is added, 0 where it is at most l1 |
-| -     | tasks[t]["rest"], ["stats"] | biases, BatchNorm, head |
 
 Phases: task 0; every later task starts from task 0's biases and BatchNorm, a fresh head, masks near
 1/2 and tau = sigma (method.tau_start). Nothing is forgotten.
 
-References: J. Yoon et al., "Scalable and order-robust continual learning with additive parameter
-decomposition", 2020 (APD-Fixed); spec/baselines.md 3.8. The HALRP paper says "learn only the mask
+Reference: J. Yoon et al., "Scalable and order-robust continual learning with additive parameter
+decomposition", 2020 (arXiv 1902.09432), APD-Fixed. The HALRP paper says "learn only the mask
 vector" (method.train_tau = False); but a mask per output can't do better than BE, as its row does.
 """
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,75 +25,93 @@ import jax.numpy as jnp
 from halrp_jax import keys
 from halrp_jax.methods import additive
 from halrp_jax.training import losses, networks
-from halrp_jax.training.fit import learning_rate_decay, make_fit
-from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.training.fit import make_fit, plain_fit
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Array, Method, Network, Params, Size, State, Task
 from halrp_jax.weights import trees
 
-KEYS = additive.KEYS | {
-  "train_tau": keys.flag(True, "tau is learned; false: the mask alone"),
-  "tau_start": keys.one_of("shared", ("shared", "zero"), "where tau starts: at sigma, or at 0"),
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(additive.Config):
+  """The keys `method.*` of this method."""
+
+  train_tau: bool = keys.flag(True, "tau is learned; false: the mask alone")
+  tau_start: str = keys.one_of("shared", ("shared", "zero"), "where tau starts: at sigma, or at 0")
 
 
-def make(config, model, benchmark) -> Method:
-  m, decay = config.method, learning_rate_decay(config, benchmark)
-  l2 = networks.l2_coefficient(m)
+class TaskState(NamedTuple):
+  mask: dict[str, Array]  # m_t by layer, [J]: a factor for every output; ones in task 0
+  tau: dict[str, Array]  # tau_t by layer, of the kernel's shape, 0 where at most l1; 0 in task 0
+  rest: Params  # biases, BatchNorm and head
+  stats: Params  # BatchNorm's statistics
+  num_classes: Array  # int32 []
 
-  def network(kernels, mask, tau, rest, stats, image, train_mode, key):
-    weights = trees.join(additive.compose(kernels, mask, tau), rest)
-    return networks.apply_model(model, weights, stats, image, train_mode, key)
 
-  def apply_fn(params, frozen, *args):
-    mask = additive.masks_of(params["v"])
-    return network(frozen["kernels"], mask, params["tau"], params["rest"], *args)
-
-  def penalty(params, frozen):
-    squares = losses.sum_squares((params["tau"], params["v"]))
-    return m.l1 * losses.sum_absolute(params["tau"]) + l2 * squares
-
-  initialize = networks.make_initialize(model, benchmark)
-  fit_base = make_fit(config, decay, *networks.plain_network(model))
-  fit_own = make_fit(config, decay, apply_fn, penalty)
+def make(config: Config, setup: Setup) -> Method:
+  """Builds APDfix."""
+  initialize = networks.make_initialize(setup)
+  fit_base = plain_fit(setup, networks.l2_coefficient(config))
+  fit_own = _make_fit_own(config, setup)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
     init_key, fit_key = jax.random.split(key)
     params, stats = initialize(init_key)
     if not state.tasks:
-      phase = store.child("base")
-      params, stats = fit_base(params, stats, {"l2": l2}, task, fit_key, config.epochs, phase)
-      kernels, rest = trees.split(params)
-      ones = {n: jnp.ones(w.shape[-1]) for n, w in kernels.items()}
-      none = jax.tree.map(jnp.zeros_like, kernels) if m.train_tau else {}
-      return State({"kernels": kernels}, (_learned(task, ones, none, rest, stats),)), {}
-    kernels, first = state.shared["kernels"], state.tasks[0]
-    tau = kernels if m.tau_start == "shared" else jax.tree.map(jnp.zeros_like, kernels)
-    start = {
-      "v": additive.draw_v(jax.random.fold_in(init_key, 1), kernels),
-      "tau": tau if m.train_tau else {},
-      "rest": first["rest"] | {trees.HEAD: params[trees.HEAD]},
-    }
-    phase = store.child("own")
-    got, stats = fit_own(start, first["stats"], state.shared, task, fit_key, config.epochs, phase)
-    mask, tau = additive.masks_of(got["v"]), additive.prune(got["tau"], m.l1)
-    return State(state.shared, (*state.tasks, _learned(task, mask, tau, got["rest"], stats))), {}
+      params, stats = fit_base(params, stats, task, fit_key, store.child("base"))
+      return _first_state(config, params, stats, task), {}
+    start = _start(config, state, params, jax.random.fold_in(init_key, 1))
+    stats, store = state.tasks[0].stats, store.child("own")
+    trained, stats = fit_own(start, stats, state.shared, task, fit_key, setup.epochs, store)
+    mask = additive.masks_of(trained["v"])
+    tau = additive.prune(trained["tau"], config.l1)
+    num_classes = jnp.int32(task.num_classes)
+    return state.append(TaskState(mask, tau, trained["rest"], stats, num_classes)), {}
 
-  def logits(shared, learned, image):
-    own = (learned[k] for k in ("mask", "tau", "rest", "stats"))
-    return network(shared["kernels"], *own, image, False, None)[0]
+  def network(shared, task):
+    kernels = additive.compose(shared["kernels"], task.mask, task.tau)
+    return Network(trees.join(kernels, task.rest), task.stats)
 
-  def size(state):
-    first = state.tasks[0] | {"mask": {}, "tau": {}}  # of ones and zeros
-    return additive.size(State(state.shared, (first, *state.tasks[1:])), 0, 0, 0)
-
-  def merge(state, t):
-    p = state.tasks[t]
-    kernels = additive.compose(state.shared["kernels"], p["mask"], p["tau"])
-    return trees.join(kernels, p["rest"]), p["stats"]
-
-  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("kernels",))
+  return Method(learn, size, network, serves=("kernels",))
 
 
-def _learned(task, mask, tau, rest, stats):
-  num_classes = jnp.int32(task.num_classes)
-  return {"mask": mask, "tau": tau, "rest": rest, "stats": stats, "num_classes": num_classes}
+def _make_fit_own(config: Config, setup: Setup) -> Callable:
+  """Builds `make_fit` of a later task: `params` has v, tau, biases, BatchNorm and head."""
+  l2 = networks.l2_coefficient(config)
+
+  def apply_fn(params, frozen, *args):
+    mask = additive.masks_of(params["v"])
+    kernels = additive.compose(frozen["kernels"], mask, params["tau"])
+    return networks.apply_model(setup.model, trees.join(kernels, params["rest"]), *args)
+
+  def penalty(params, frozen):
+    squares = losses.sum_squares((params["tau"], params["v"]))
+    return config.l1 * losses.sum_absolute(params["tau"]) + l2 * squares
+
+  return make_fit(setup, apply_fn, penalty)
+
+
+def _first_state(config: Config, params: Params, stats: Params, task: Task) -> State:
+  """Returns the state after the first task: its kernels are sigma."""
+  kernels, rest = trees.split(params)
+  ones = {n: jnp.ones(w.shape[-1]) for n, w in kernels.items()}
+  zeros = jax.tree.map(jnp.zeros_like, kernels) if config.train_tau else {}
+  learned = TaskState(ones, zeros, rest, stats, jnp.int32(task.num_classes))
+  return State({"kernels": kernels}, (learned,))
+
+
+def _start(config: Config, state: State, fresh: Params, v_key) -> Params:
+  """Returns what a later task trains: biases and BatchNorm of task 0, the rest fresh."""
+  kernels = state.shared["kernels"]
+  tau = kernels if config.tau_start == "shared" else jax.tree.map(jnp.zeros_like, kernels)
+  return {
+    "v": additive.draw_v(v_key, kernels),
+    "tau": tau if config.train_tau else {},
+    "rest": networks.fresh_head(state.tasks[0].rest, fresh),
+  }
+
+
+def size(state: State) -> Size:
+  """Counts masks, sparse tau, BatchNorm and heads of the later tasks."""
+  first = state.tasks[0]._replace(mask={}, tau={})  # of ones and zeros
+  return additive.size(State(state.shared, (first, *state.tasks[1:])), 0, 0, 0)

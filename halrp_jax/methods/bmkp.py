@@ -3,14 +3,12 @@
 Update rule: W_t = B[:, :k_t] A_t. A working memory, one ordinary network, learns the task; what its
 layers put out extends B; its kernels are kept as A_t = B' W and trained once more, B being held.
 
-| paper | here                          | meaning |
-|-------|-------------------------------|---------|
-| W     | shared["working"]["params"]   | [J, d], here a kernel [.., J]; for training alone |
-| B     | shared["basis"][layer]        | [J, J]: orthonormal columns, then zeros |
-| k_t   | tasks[t]["num_directions"]    | columns of B that task t uses |
-| A_t   | tasks[t]["params"], kernels   | [k_t, d], here a kernel [.., J]: k_t columns, then zeros |
-| -     | tasks[t]["params"], ["stats"] | biases, BatchNorm, head |
-| E     | `outside`                     | W - B B' W |
+| paper | here                        | meaning |
+|-------|-----------------------------|---------|
+| W     | shared["working"]["params"] | [J, d], here a kernel [.., J]; for training alone |
+| B     | shared["basis"][layer]      | [J, J]: orthonormal columns, then zeros |
+| -     | shared["num_directions"]    | columns of B, by layer |
+| E     | `outside`                   | W - B B' W |
 | lambda, gamma | method.{strength,threshold} | |
 
 Phases: (1) learn: from the working memory of the task before, with a fresh head, the cross-entropy
@@ -28,54 +26,134 @@ trains neither heads nor BatchNorm after task 0, by oversight; here as in the pa
 paper shared its epochs out is not said: method.{learn,retrain}_share.
 
 Reference: W. Sun et al., "Decoupling learning and remembering: a bilevel memory framework with
-knowledge projection for task-incremental learning", 2023, Eq. 4; spec/baselines.md 3.12.
+knowledge projection for task-incremental learning", CVPR 2023, Eq. 4.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from halrp_jax import keys, models
+from halrp_jax import keys
 from halrp_jax.nn.conv import times
 from halrp_jax.training import batches, networks, sizes
-from halrp_jax.training.fit import learning_rate_decay, make_fit
-from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
+from halrp_jax.training.fit import make_fit
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Array, Method, Network, Params, Size, State, Task
 from halrp_jax.weights import bases, perturb, taps, trees
+
 
 # lambda and gamma: the paper's on CIFAR-100. Half the epochs for phase 1, half for 3: 51.5 % on the
 # validation images of CIFAR100-Split (a tenth of the images, form=code); all for both: 49.0 %.
-KEYS = keys.NETWORK_KEYS | {
-  "learn_share": keys.number(0.5, 0, 1, "epochs of phase 1 in those of a task", True),
-  "retrain_share": keys.number(0.5, 0, 1, "epochs of phase 3 in those of a task"),
-  "strength": keys.number(1.0, 0, None, "lambda: coefficient on r"),
-  "form": keys.one_of("paper", ("paper", "code"), "whose r"),
-  "threshold": keys.number(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of this method."""
+
+  learn_share: float = keys.number(0.5, 0, 1, "epochs of phase 1 in those of a task", True)
+  retrain_share: float = keys.number(0.5, 0, 1, "epochs of phase 3 in those of a task")
+  strength: float = keys.number(1.0, 0, None, "lambda: coefficient on r")
+  form: str = keys.one_of("paper", ("paper", "code"), "whose r")
+  threshold: float = keys.number(
     0.96, 0, 1, "gamma: share of the outputs' energy that the basis carries"
-  ),
-  "first_threshold": keys.number(0.95, 0, 1, "gamma of the first task"),
-  "samples": keys.whole(500, 1, None, "training images of a task that its basis is made from"),
-}
+  )
+  first_threshold: float = keys.number(0.95, 0, 1, "gamma of the first task")
+  samples: int = keys.whole(500, 1, None, "training images of a task that its basis is made from")
 
 
-def make(config, model, benchmark) -> Method:
-  m, decay = config.method, learning_rate_decay(config, benchmark)
-  learn_epochs = math.ceil(m.learn_share * config.epochs)
-  retrain_epochs = math.floor(m.retrain_share * config.epochs)
+class TaskState(NamedTuple):
+  params: Params  # biases, BatchNorm and head; as kernels A_t [.., J]: k_t columns, then zeros
+  stats: Params  # BatchNorm's statistics
+  num_directions: dict[str, Array]  # k_t, int32 [] by layer: columns of B that the task uses
+  num_classes: Array  # int32 []
+
+
+def make(config: Config, setup: Setup) -> Method:
+  """Builds BMKP."""
+  f = _build(config, setup)
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    init_key, learn_key, sample_key, retrain_key = jax.random.split(key, 4)
+    fresh = f.initialize(init_key)
+    params, stats = _learn(f, config, setup, state, *fresh, task, learn_key, store.child("learn"))
+    memory = state.shared if state.tasks else _empty_bases(trees.split(params)[0])
+    gamma = config.threshold if state.tasks else config.first_threshold
+
+    def project():
+      moments_fn, chunk = functools.partial(f.moments, params, stats), setup.evaluation_batch_size
+      parts = batches.over_samples(moments_fn, task, sample_key, config.samples, chunk)
+      return _grow(memory, parts, gamma)
+
+    memory = store.once("project", project)
+    store = store.child("retrain")
+    learned = _retrain(f, config, setup, memory, params, stats, task, retrain_key, store)
+    features = {name: x for name, x in params.items() if name != trees.HEAD}
+    state = state.append(learned, **memory, working={"params": features, "stats": stats})
+    return state, {"ranks": {name: int(k) for name, k in memory["num_directions"].items()}}
+
+  def network(shared, task):
+    kernels, rest = trees.split(task.params)
+    kernels = {n: times(a, shared["basis"][n].T) for n, a in kernels.items()}
+    return Network(trees.join(kernels, rest), task.stats)
+
+  def logits(shared, task, image):
+    return f.apply_projected(task.params, shared, task.stats, image, False, None)[0]
+
+  return Method(learn, size, network, logits, serves=("basis",))
+
+
+# --- the phases ---------------------------------------------------------------------------
+# f: the jitted functions; phase 2 is in `make`
+
+
+def _learn(f, config: Config, setup: Setup, state, params, stats, task: Task, key, store):
+  """Trains the working memory (phase 1) from that of the task before. -> params, stats
+
+  `params` and `stats` are fresh: the first task starts from them, later ones take the head.
+  """
+  epochs = math.ceil(config.learn_share * setup.epochs)
+  frozen = {"l2": networks.l2_coefficient(config)}
+  if not state.tasks:
+    return f.fit_first(params, stats, frozen, task, key, epochs, store)
+  working, weight = state.shared["working"], _weights(state.shared, config.strength)
+  frozen |= {"basis": state.shared["basis"], "weight": weight}
+  start = networks.fresh_head(working["params"], params)
+  return f.fit_working(start, working["stats"], frozen, task, key, epochs, store)
+
+
+def _retrain(
+  f, config: Config, setup: Setup, memory: dict, params, stats, task: Task, key, store
+) -> TaskState:
+  """Trains A_t from B' W (phase 3), biases, BatchNorm and head from those of phase 1."""
+  epochs = math.floor(config.retrain_share * setup.epochs)
+  frozen = {"l2": networks.l2_coefficient(config), "basis": memory["basis"]}
+  start = f.to_coefficients(params, memory["basis"])
+  params, stats = f.fit_projected(start, stats, frozen, task, key, epochs, store)
+  return TaskState(params, stats, memory["num_directions"], jnp.int32(task.num_classes))
+
+
+# --- jitted functions -------------------------------------------------------------------
+
+
+class _Functions(NamedTuple):
+  initialize: Callable  # (key) -> params, stats
+  fit_first: Callable  # `make_fit` of the plain network
+  fit_working: Callable  # `make_fit` of it with r
+  fit_projected: Callable  # `make_fit` of the network with kernels A_t B'
+  apply_projected: Callable  # its apply_fn, not jitted
+  to_coefficients: Callable  # `_to_coefficients`
+  moments: Callable  # `_moments_of`
+
+
+def _build(config: Config, setup: Setup) -> _Functions:
+  model = setup.model
   plain, penalty = networks.plain_network(model)
-
-  def apply_projected(params, frozen, stats, image, train_mode, key):
-    variables = {"params": params, "batch_stats": stats}
-    args = (model, frozen["basis"], variables, image)
-    if not train_mode:
-      return perturb.apply_in_bases(*args, train=False), stats
-    logits, new = perturb.apply_in_bases(
-      *args, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
-    )
-    return logits, new.get("batch_stats", {})
 
   def penalty_of_learning(params, frozen):
     kernels, _ = trees.split(params)
@@ -83,82 +161,40 @@ def make(config, model, benchmark) -> Method:
     for name, weight in frozen["weight"].items():
       basis = frozen["basis"][name]
       e = outside(kernels[name], basis)
-      total += weight * (paper_form(e) if m.form == "paper" else code_form(e, basis))
+      total += weight * (paper_form(e) if config.form == "paper" else code_form(e, basis))
     return total
 
-  fit_first = make_fit(config, decay, plain, penalty)
-  fit_working = make_fit(config, decay, plain, penalty_of_learning)
-  fit_projected = make_fit(config, decay, apply_projected, penalty)
-  initialize = networks.make_initialize(model, benchmark)
-  to_coefficients = jax.jit(_to_coefficients)
-  moments_fn = jax.jit(_moments_of(models.in_training(config, model)))
+  def apply_projected(params, frozen, stats, image, train, key):
+    variables = {"params": params, "batch_stats": stats}
+    args = (model, frozen["basis"], variables, image)
+    if not train:
+      return perturb.apply_in_bases(*args, train=False), stats
+    rngs, mutable = {"dropout": key}, ["batch_stats"]
+    logits, new = perturb.apply_in_bases(*args, train=True, rngs=rngs, mutable=mutable)
+    return logits, new.get("batch_stats", {})
 
-  def learn(state, tasks, key, store):
-    (task,) = tasks
-    t, frozen = len(state.tasks), {"l2": networks.l2_coefficient(m)}
-    init_key, learn_key, sample_key, retrain_key = jax.random.split(key, 4)
-    params, stats = initialize(init_key)
-    phase = store.child("learn")
-    if not t:
-      params, stats = fit_first(params, stats, frozen, task, learn_key, learn_epochs, phase)
-      memory = _empty_bases(trees.split(params)[0])
-    else:
-      memory, working = state.shared, state.shared["working"]
-      params = working["params"] | {trees.HEAD: params[trees.HEAD]}
-      held = frozen | {"basis": memory["basis"], "weight": _weights(memory, m.strength)}
-      params, stats = fit_working(
-        params, working["stats"], held, task, learn_key, learn_epochs, phase
-      )
-
-    def project():
-      parts = batches.over_samples(
-        functools.partial(moments_fn, params, stats),
-        task,
-        sample_key,
-        m.samples,
-        batches.evaluation_batch_size(config),
-      )
-      return _grow(memory, parts, m.threshold if t else m.first_threshold)
-
-    memory = store.once("project", project)
-    frozen |= {"basis": memory["basis"]}
-    start = to_coefficients(params, memory["basis"])
-    phase = store.child("retrain")
-    got, own = fit_projected(start, stats, frozen, task, retrain_key, retrain_epochs, phase)
-    learned = {
-      "params": got,
-      "stats": own,
-      "num_directions": memory["num_directions"],
-      "num_classes": jnp.int32(task.num_classes),
-    }
-    features = {name: x for name, x in params.items() if name != trees.HEAD}
-    shared = memory | {"working": {"params": features, "stats": stats}}
-    ranks = {name: int(k) for name, k in memory["num_directions"].items()}
-    return State(shared, (*state.tasks, learned)), {"ranks": ranks}
-
-  def logits(shared, learned, image):
-    return apply_projected(learned["params"], shared, learned["stats"], image, False, None)[0]
-
-  def merge(state, t):
-    p, basis = state.tasks[t], state.shared["basis"]
-    kernels, rest = trees.split(p["params"])
-    kernels = {n: times(a, basis[n].T) for n, a in kernels.items()}
-    return trees.join(kernels, rest), p["stats"]
-
-  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("basis",))
+  return _Functions(
+    initialize=networks.make_initialize(setup),
+    fit_first=make_fit(setup, plain, penalty),
+    fit_working=make_fit(setup, plain, penalty_of_learning),
+    fit_projected=make_fit(setup, apply_projected, penalty),
+    apply_projected=apply_projected,
+    to_coefficients=jax.jit(_to_coefficients),
+    moments=jax.jit(_moments_of(setup.measuring)),
+  )
 
 
 # --- phase 1: what r is ---------------------------------------------------------------
 
 
 def outside(kernel: jax.Array, basis: jax.Array) -> jax.Array:
-  """E', what of a kernel [.., J] lies outside its basis [J, J], as a matrix [d, J]."""
+  """Returns E', what of a kernel [.., J] lies outside its basis [J, J], as a matrix [d, J]."""
   w = kernel.reshape(-1, kernel.shape[-1])
   return w - w @ (basis @ basis.T)  # no gradient passes the product in brackets
 
 
 def paper_form(e: jax.Array) -> jax.Array:
-  """tr(E'E) / |E'E|_1, Eq. 4, `e` being E' [d, J].
+  """Returns tr(E'E) / |E'E|_1, Eq. 4, `e` being E' [d, J].
 
   |G|_1 is linear in G but where signs change: with S = sign(E'E) its gradient is 2 E S, a product
   that the value needs anyway.
@@ -170,13 +206,13 @@ def paper_form(e: jax.Array) -> jax.Array:
 
 
 def code_form(e: jax.Array, basis: jax.Array) -> jax.Array:
-  """tr(M) / sum(M), M = B B' + E E', without forming M."""
+  """Returns tr(M) / sum(M), M = B B' + E E', without forming M."""
   trace = jnp.sum(basis * basis) + jnp.sum(e * e)
   return trace / (jnp.sum(jnp.sum(basis, 0) ** 2) + jnp.sum(jnp.sum(e, 1) ** 2))
 
 
 def _weights(memory, strength):
-  """lambda by layer; 0 where nothing lies outside but rounding, whose r has a boundless slope."""
+  """Returns lambda by layer; 0 where only rounding lies outside, whose r has a boundless slope."""
   return {
     name: jnp.float32(strength if int(k) < len(memory["basis"][name]) else 0)
     for name, k in memory["num_directions"].items()
@@ -187,6 +223,7 @@ def _weights(memory, strength):
 
 
 def _empty_bases(kernels):
+  """Returns bases without directions."""
   return {
     "basis": {n: jnp.zeros((w.shape[-1],) * 2) for n, w in kernels.items()},
     "num_directions": {n: jnp.int32(0) for n in kernels},
@@ -206,7 +243,7 @@ def _moments_of(model):
 
 
 def _grow(memory, parts, energy):
-  """The bases after a task, and how many directions they have."""
+  """Returns the bases after a task, and how many directions they have."""
   grown = {"basis": {}, "num_directions": {}}
   for name, basis in memory["basis"].items():
     count = int(memory["num_directions"][name])
@@ -221,7 +258,7 @@ def _grow(memory, parts, energy):
 
 
 def _to_coefficients(params, basis):
-  """Kernels W -> B' W, everything else as it is."""
+  """Replaces the kernels W by B' W, and leaves everything else as it is."""
   kernels, rest = trees.split(params)
   return trees.join({n: times(w, basis[n]) for n, w in kernels.items()}, rest)
 
@@ -230,20 +267,20 @@ def _to_coefficients(params, basis):
 
 
 def size(state: State) -> Size:
-  """The bases, and per task coefficients, BatchNorm and head; less than the base at first.
+  """Counts the bases, and per task coefficients, BatchNorm and head: at first less than the base.
 
   The working memory is for training.
   """
   shared, (first, *later) = state.shared, state.tasks
-  kernels, rest = trees.split(first["params"])
-  base = sizes.network_count(kernels, rest, int(first["num_classes"]))
+  kernels, rest = trees.split(first.params)
+  base = sizes.network_count(kernels, rest, int(first.num_classes))
   products = sum(len(b) * int(shared["num_directions"][n]) for n, b in shared["basis"].items())
   for p in state.tasks:
-    products += sum(w.size // w.shape[-1] * int(p["num_directions"][n]) for n, w in kernels.items())
-  rests = [trees.split(p["params"])[1] for p in later]
+    products += sum(w.size // w.shape[-1] * int(p.num_directions[n]) for n, w in kernels.items())
+  rests = [trees.split(p.params)[1] for p in later]
   counts = [
-    sizes.count_rest(x, kernels, int(p["num_classes"])) for x, p in zip(rests, later, strict=True)
+    sizes.count_rest(x, kernels, int(p.num_classes)) for x, p in zip(rests, later, strict=True)
   ]
   counted = products - sizes.count_leaves(kernels) + sum(c.counted for c in counts)
-  uncounted = sum(c.biases for c in counts) + sizes.count_leaves([p["stats"] for p in state.tasks])
+  uncounted = sum(c.biases for c in counts) + sizes.count_leaves([p.stats for p in state.tasks])
   return sizes.dense_size(base, counted, uncounted, sizes.count_leaves(shared["working"]))

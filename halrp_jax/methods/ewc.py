@@ -21,6 +21,8 @@ References: J. Kirkpatrick et al., "Overcoming catastrophic forgetting in neural
 Eq. 3; J. Schwarz et al., "Progress & compress", 2018 (online variant); spec/baselines.md 3.4.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,49 +30,55 @@ import numpy as np
 from halrp_jax import keys, models
 from halrp_jax.methods import anchored
 from halrp_jax.training import batches, losses, networks
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Method
 from halrp_jax.weights import trees
 
 _CHUNK = 16  # samples that share the statistics of BatchNorm
 
+
 # strength found by `tune`: CIFAR100-Split, order A, seed 0. With a quarter of the training images
 # 1e3 and 1e4 are alike (53.1, 52.8), with 5 % 1e4 is the best by 6 points (docs/measurements.md)
-KEYS = anchored.KEYS | {
-  "strength": keys.number(1e4, 0, None, "lambda: coefficient on the Fisher-weighted distance"),
-  "fisher": keys.one_of("true_label", ("true_label", "sampled_label"), "labels of the Fisher"),
-  "fisher_samples": keys.whole(1000, 1, None, "training images of a task for its Fisher"),
-  "accumulate": keys.one_of(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(anchored.Config):
+  """The keys `method.*` of this method."""
+
+  strength: float = keys.number(1e4, 0, None, "lambda: coefficient on the Fisher-weighted distance")
+  fisher: str = keys.one_of("true_label", ("true_label", "sampled_label"), "labels of the Fisher")
+  fisher_samples: int = keys.whole(1000, 1, None, "training images of a task for its Fisher")
+  accumulate: str = keys.one_of(
     "separate", ("separate", "online"), "separate: every task's own anchor; online: the last one's"
-  ),
-  "decay": keys.number(0.95, 0, 1, "accumulate=online: what earlier Fisher is multiplied by"),
-}
+  )
+  decay: float = keys.number(0.95, 0, 1, "accumulate=online: what earlier Fisher is multiplied by")
 
 
-def make(config, model, benchmark):
-  m = config.method
-  own_norm = m.bn_scope == "task"
-  measured = models.in_training(config, model)
-  fisher_chunk = jax.jit(_fisher_of(measured, own_norm, m.fisher == "sampled_label"))
+TaskState = anchored.TaskState
 
-  def first_anchor(shared):
+
+def make(config: Config, setup: Setup) -> Method:
+  own_norm, sampled = config.bn_scope == "task", config.fisher == "sampled_label"
+  fisher_chunk = jax.jit(_fisher_of(setup.measuring, own_norm, sampled))
+
+  def first(shared):
     return {"fisher": jax.tree.map(jnp.zeros_like, shared), "center": shared}
 
   def distance(shared, anchor):
     terms = jax.tree.map(
       lambda x, f, c: jnp.sum(f * (x - c) ** 2), shared, anchor["fisher"], anchor["center"]
     )
-    return 0.5 * m.strength * sum(jax.tree.leaves(terms))
+    return 0.5 * config.strength * sum(jax.tree.leaves(terms))
 
-  def next_anchor(anchor, params, stats, task):
-    found = fisher(fisher_chunk, params, stats, task, m.fisher_samples, own_norm)
+  def following(anchor, params, stats, task):
+    found = fisher(fisher_chunk, params, stats, task, config.fisher_samples, own_norm)
     here, _ = trees.split_private(params, own_norm)
-    if m.accumulate == "online":
-      total = jax.tree.map(lambda a, f: m.decay * a + f, anchor["fisher"], found)
+    if config.accumulate == "online":
+      total = jax.tree.map(lambda a, f: config.decay * a + f, anchor["fisher"], found)
       return {"fisher": total, "center": here}
     total = jax.tree.map(jnp.add, anchor["fisher"], found)
     center = jax.tree.map(_weighted, anchor["fisher"], anchor["center"], found, here)
     return {"fisher": total, "center": center}
 
-  return anchored.make(config, model, benchmark, first_anchor, distance, next_anchor)
+  return anchored.make(config, setup, anchored.Anchor(first, distance, following))
 
 
 def _weighted(a, x, b, y):

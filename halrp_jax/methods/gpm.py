@@ -11,7 +11,6 @@ after the first task; every task has its own head.
 | k     | shared["num_directions"] | |
 | eps   | method.threshold         | share of a layer's energy that M must carry; + step * t |
 | -     | shared["others"]         | biases, BatchNorm's scale and bias, frozen after task 0 |
-| -     | tasks[t]["head"], ["stats"] | BatchNorm's statistics are the task's own |
 
 Phases: training; then method.samples training images pass through and M grows (bases.py).
 
@@ -20,129 +19,147 @@ validation loss stops falling, weights of its lowest. "adam" is the protocol's r
 makes of the gradients is projected: Adam on projected gradients would leave the subspace, since it
 scales every weight by itself.
 
-Reference: G. Saha et al., "Gradient projection memory for continual learning", 2021, Alg. 1 and 2;
-spec/baselines.md 3.10. Its networks have neither biases nor running statistics.
+Reference: G. Saha et al., "Gradient projection memory for continual learning", 2021 (arXiv
+2103.09762), Alg. 1 and 2. Its networks have neither biases nor running statistics.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halrp_jax import keys, models
+from halrp_jax import keys
 from halrp_jax.training import batches, losses, networks, sizes
-from halrp_jax.training.fit import Recipe, learning_rate_decay, make_fit, recipe
-from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.training.fit import Recipe, make_fit, recipe
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Array, Method, Network, Params, Size, State, Task
 from halrp_jax.weights import bases, taps, trees
 
 _CHUNK = 25  # images whose patches are in memory at once
 
-KEYS = keys.NETWORK_KEYS | {
-  "optimizer": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """The keys `method.*` of this method."""
+
+  optimizer: str = keys.one_of(
     "adam", ("sgd", "adam"), "sgd: the paper's recipe; adam: the protocol's, its updates projected"
-  ),
-  "learning_rate": keys.number(0.01, 0, None, "of optimizer=sgd", True),
-  "threshold": keys.number(0.97, 0, 1, "eps: share of the energy that the basis carries"),
-  "threshold_step": keys.number(0.003, 0, 1, "added to eps for every task, up to 1"),
-  "samples": keys.whole(125, 1, None, "training images of a task that its basis is made from"),
-}
-
-
-def make(config, model, benchmark) -> Method:
-  m, decay = config.method, learning_rate_decay(config, benchmark)
-  how = recipe(config)
-  if m.optimizer == "sgd":
-    how = Recipe("sgd", 0.0, m.learning_rate, 1.0, "plateau", "best_loss")
-    decay = _no_decay
-  plain, penalty = networks.plain_network(model)
-
-  def whole(params, others):
-    return trees.join(params["kernels"], others | {trees.HEAD: params["head"]})
-
-  def apply_fn(params, frozen, stats, image, train_mode, key):
-    return plain(whole(params, frozen["others"]), {}, stats, image, train_mode, key)
-
-  def projected(updates, frozen):
-    kernels = {n: _project(u, frozen["basis"][n]) for n, u in updates["kernels"].items()}
-    return updates | {"kernels": kernels}
-
-  fit_first = make_fit(config, decay, plain, penalty, how=how)
-  fit = make_fit(
-    config,
-    decay,
-    apply_fn,
-    lambda params, frozen: frozen["l2"] * losses.sum_squares(params["kernels"]),
-    edit_fn=projected,
-    how=how,
   )
-  initialize = networks.make_initialize(model, benchmark)
-  inputs_fn = jax.jit(_inputs_of(models.in_training(config, model), m.samples))
+  learning_rate: float = keys.number(0.01, 0, None, "of optimizer=sgd", True)
+  threshold: float = keys.number(0.97, 0, 1, "eps: share of the energy that the basis carries")
+  threshold_step: float = keys.number(0.003, 0, 1, "added to eps for every task, up to 1")
+  samples: int = keys.whole(125, 1, None, "training images of a task that its basis is made from")
+
+
+class TaskState(NamedTuple):
+  head: Params  # of the task alone; all other parameters are shared
+  stats: Params  # BatchNorm's statistics
+  num_classes: Array  # int32 []
+
+
+def make(config: Config, setup: Setup) -> Method:
+  """Builds GPM."""
+  f = _build(config, setup)
+  frozen = {"l2": networks.l2_coefficient(config)}
 
   def learn(state, tasks, key, store):
     (task,) = tasks
-    t, frozen = len(state.tasks), {"l2": networks.l2_coefficient(m)}
     init_key, fit_key, sample_key = jax.random.split(key, 3)
-    params, stats = initialize(init_key)
-    phase = store.child("train")
-    if not t:
-      params, stats = fit_first(params, stats, frozen, task, fit_key, config.epochs, phase)
-      kernels, rest = trees.split(params)
-      shared = {"kernels": kernels, "others": _without_head(rest)} | _empty_bases(kernels)
-      head = params[trees.HEAD]
+    params, stats = f.initialize(init_key)
+    args = (task, fit_key, setup.epochs, store.child("train"))
+    if not state.tasks:
+      params, stats = f.fit_first(params, stats, frozen, *args)
+      head, shared = params[trees.HEAD], _first_shared(params)
     else:
-      shared, stats = state.shared, state.tasks[-1]["stats"]
+      shared, stats = state.shared, state.tasks[-1].stats
       start = {"kernels": shared["kernels"], "head": params[trees.HEAD]}
-      frozen |= {"others": shared["others"], "basis": shared["basis"]}
-      got, stats = fit(start, stats, frozen, task, fit_key, config.epochs, phase)
-      shared, head = shared | {"kernels": got["kernels"]}, got["head"]
-    learned = {"head": head, "stats": stats, "num_classes": jnp.int32(task.num_classes)}
+      held = frozen | {"others": shared["others"], "basis": shared["basis"]}
+      trained, stats = f.fit_later(start, stats, held, *args)
+      head, shared = trained["head"], shared | {"kernels": trained["kernels"]}
+    learned = TaskState(head, stats, jnp.int32(task.num_classes))
+    energy = min(1.0, config.threshold + config.threshold_step * len(state.tasks))
 
-    def grow():
-      params = whole(shared | learned, shared["others"])
-      energy = min(1.0, m.threshold + m.threshold_step * t)
-      return _grow(inputs_fn, params, stats, task, sample_key, m.samples, shared, energy)
+    def grow():  # Alg. 1: update the memory
+      params = _whole(shared["kernels"], shared["others"], head)
+      return _grow(f, config.samples, params, stats, task, sample_key, shared, energy)
 
-    shared = shared | store.once("basis", grow)
-    return State(shared, (*state.tasks, learned)), {}
+    return state.append(learned, **(shared | store.once("basis", grow))), {}
 
-  def logits(shared, learned, image):
-    params = whole(shared | learned, shared["others"])
-    return plain(params, {}, learned["stats"], image, False, None)[0]
+  def network(shared, task):
+    return Network(_whole(shared["kernels"], shared["others"], task.head), task.stats)
 
-  def merge(state, t):
-    p = state.tasks[t]
-    return whole(state.shared | p, state.shared["others"]), p["stats"]
-
-  serves = ("kernels", "others")
-  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, serves)
+  return Method(learn, size, network, serves=("kernels", "others"))
 
 
-def _no_decay(task):
-  return 1.0
+# --- jitted functions -------------------------------------------------------------------
+
+
+class _Functions(NamedTuple):
+  initialize: Callable  # (key) -> params, stats
+  fit_first: Callable  # `make_fit` of the plain network
+  fit_later: Callable  # `make_fit` of kernels and head, whose updates are projected
+  inputs: Callable  # `_inputs_of`
+
+
+def _build(config: Config, setup: Setup) -> _Functions:
+  how = recipe(setup)
+  if config.optimizer == "sgd":
+    how = Recipe("sgd", 0.0, config.learning_rate, 1.0, "plateau", "best_loss")
+
+  def apply_fn(params, frozen, *args):
+    weights = _whole(params["kernels"], frozen["others"], params["head"])
+    return networks.apply_model(setup.model, weights, *args)
+
+  def penalty(params, frozen):
+    return frozen["l2"] * losses.sum_squares(params["kernels"])
+
+  def project(updates, frozen):
+    kernels = {n: _project(u, frozen["basis"][n]) for n, u in updates["kernels"].items()}
+    return updates | {"kernels": kernels}
+
+  return _Functions(
+    initialize=networks.make_initialize(setup),
+    fit_first=make_fit(setup, *networks.plain_network(setup.model), how=how),
+    fit_later=make_fit(setup, apply_fn, penalty, edit_fn=project, how=how),
+    inputs=jax.jit(_inputs_of(setup.measuring, config.samples)),
+  )
+
+
+def _whole(kernels, others, head) -> Params:
+  """Returns the parameters of a whole network."""
+  return trees.join(kernels, others | {trees.HEAD: head})
 
 
 def _project(update, basis):
-  """[.., J] -> the same without what lies in the span of basis [d, k]."""
+  """Removes from an update [.., J] what lies in the span of the basis M [d, k]: dW - M (M' dW)."""
   u = update.reshape(-1, update.shape[-1])
   return (u - basis @ (basis.T @ u)).reshape(update.shape)
 
 
-def _without_head(rest):
-  return {name: x for name, x in rest.items() if name != trees.HEAD}
+# --- the memory ---------------------------------------------------------------------------
 
 
-def _empty_bases(kernels):
+def _first_shared(params: Params) -> dict:
+  """Returns what tasks share after the first one, with bases that are still empty."""
+  kernels, rest = trees.split(params)
   dims = {n: w.size // w.shape[-1] for n, w in kernels.items()}
   return {
+    "kernels": kernels,
+    "others": {name: x for name, x in rest.items() if name != trees.HEAD},
     "basis": {n: jnp.zeros((d, 0)) for n, d in dims.items()},
     "num_directions": {n: jnp.int32(0) for n in dims},
   }
 
 
 def _inputs_of(model, num_samples: int):
-  """Builds (params, stats, image [B, H, W, C]) -> rows x that each layer sees [n, d], or, where all
-  samples give more than d, x' x [d, d] in a tuple of one."""
+  """Builds (params, stats, image [B, H, W, C]) -> rows x [n, d] that each layer sees.
+
+  Where all samples give more than d rows it is x' x [d, d], in a tuple of one.
+  """
 
   def inputs(params, stats, image):
     variables = {"params": params, "batch_stats": stats}
@@ -158,9 +175,9 @@ def _inputs_of(model, num_samples: int):
   return inputs
 
 
-def _grow(inputs_fn, params, stats, task, key, num_samples, shared, energy):
-  """The bases after a task, and how many directions they have."""
-  seen_fn = functools.partial(inputs_fn, params, stats)
+def _grow(f, num_samples: int, params, stats, task: Task, key, shared: dict, energy: float) -> dict:
+  """Returns the bases after a task, and how many directions they have (`bases.grow`)."""
+  seen_fn = functools.partial(f.inputs, params, stats)
   parts = batches.over_samples(seen_fn, task, key, num_samples, _CHUNK)
   grown = {"basis": {}, "num_directions": {}}
   for name in shared["kernels"]:
@@ -176,12 +193,15 @@ def _grow(inputs_fn, params, stats, task, key, num_samples, shared, energy):
   return grown
 
 
-def size(state: State):
-  """Later tasks add their heads; the bases are for training."""
+# --- size ---------------------------------------------------------------------------------
+
+
+def size(state: State) -> Size:
+  """Counts the first task's network and the heads of later tasks; the bases are for training."""
   shared, (first, *later) = state.shared, state.tasks
-  rest = shared["others"] | {trees.HEAD: first["head"]}
-  base = sizes.network_count(shared["kernels"], rest, int(first["num_classes"]))
-  heads = [sizes.count_rest({trees.HEAD: p["head"]}, {}, int(p["num_classes"])) for p in later]
-  stats = sizes.count_leaves([p["stats"] for p in state.tasks])
+  rest = shared["others"] | {trees.HEAD: first.head}
+  base = sizes.network_count(shared["kernels"], rest, int(first.num_classes))
+  heads = [sizes.count_rest({trees.HEAD: p.head}, {}, int(p.num_classes)) for p in later]
+  stats = sizes.count_leaves([p.stats for p in state.tasks])
   basis = sum(len(x) * int(shared["num_directions"][n]) for n, x in shared["basis"].items())
   return sizes.dense_size(base, sum(count.counted for count in heads), stats, basis)

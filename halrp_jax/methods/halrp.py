@@ -6,8 +6,6 @@ the head, with ranks chosen for the whole network at once.
 | paper          | here                          | meaning |
 |----------------|-------------------------------|---------|
 | W_base         | shared["kernels"][layer]      | kernels after the first task, frozen for ever |
-| R, S, U, S., V | tasks[t]["perturbation"]      | `lowrank.Perturbation` per layer |
-| k_l            | tasks[t]["rank"][layer]       | chosen rank; columns beyond it are zero |
 | W_free         | `free`                        | kernels after the warm-up on task t |
 | g_l            | `importance`                  | gradient of the loss at W_free |
 | alpha          | method.alpha                  | share of the total score that is kept |
@@ -27,31 +25,24 @@ Deviations from the paper are the switches in `VARIANTS`: "paper" is the text to
 the authors' program as released, "published" what reproduces the published accuracies and sizes
 (docs/reproduction.md).
 
-Reference: https://arxiv.org/abs/2311.15161 (paper); spec/halrp.md a.1 to a.9 (what the code does).
+Reference: https://arxiv.org/abs/2311.15161.
 """
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from halrp_jax import keys, models
+from halrp_jax import keys
 from halrp_jax.training import batches, contract, losses, networks, sizes
-from halrp_jax.training.fit import learning_rate_decay, make_fit
-from halrp_jax.types import (
-  Benchmark,
-  Method,
-  Size,
-  State,
-  UserError,
-  nothing_learned,
-  one_at_a_time,
-)
-from halrp_jax.weights import kinds, lowrank, perturb, trees
+from halrp_jax.training.fit import make_fit
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Array, Method, Params, State
+from halrp_jax.weights import kinds, lowrank, trees
 
 _CODE = {
   "upper_rank": 100,
@@ -71,85 +62,96 @@ _CODE = {
 VARIANTS = {
   "code": _CODE,
   "published": _CODE | {"importance": "sum", "prune_scope": "new"},
-  "paper": {
+  "paper": _CODE
+  | {
     "upper_rank": 0,
     "min_rank": 0,
     "importance": "sum",
     "importance_split": "train",
     "window_factor": False,
-    "crossing": True,
     "sigma": "kept",
     "base_l2": False,
     "l2_half": False,
-    "decay_target": 0.0,
     "prune": "mixed_all_layers_all_tasks",
-    "prune_scope": "all",
     "prune_rate": "fixed_above_bound",
   },
 }
 
-_number, _whole, _flag, _one_of = (
-  keys.number,
-  keys.whole,
-  keys.flag,
-  keys.one_of,
-)
-KEYS = keys.BATCH_NORM | {
-  "variant": _one_of("published", tuple(VARIANTS), "what the switches left None mean"),
-  "alpha": _number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all"),
-  "warmup_epochs": _whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`"),
-  "l1": _number(0.0, 0, None, "lambda_0: L1 coefficient on U and V"),
-  "l2": _number(0.0, 0, None, "lambda_1: L2 coefficient on R, S, U, V; on the kernels in task 0"),
-  "prune_threshold": _number(1e-5, 0, None, "absolute threshold of the rules that have one"),
-  "prune_bound": keys.number_or_none(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.MethodConfig):
+  """The keys `method.*` of this method."""
+
+  variant: str = keys.one_of("published", tuple(VARIANTS), "what the switches left None mean")
+  alpha: float = keys.number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all")
+  warmup_epochs: int = keys.whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`")
+  l1: float = keys.number(0.0, 0, None, "lambda_0: L1 coefficient on U and V")
+  l2: float = keys.number(
+    0.0, 0, None, "lambda_1: L2 coefficient on R, S, U, V; on the kernels in task 0"
+  )
+  prune_threshold: float = keys.number(
+    1e-5, 0, None, "absolute threshold of the rules that have one"
+  )
+  prune_bound: float | str = keys.number_or_none(
     0.6, 0, "model growth that is allowed, a fraction of the base; none: any"
-  ),
-  "rank_rule": _one_of(
+  )
+  rank_rule: str = keys.one_of(
     "importance",
     ("importance", "flat", "lrp", "random"),
     "importance: the method; flat: upper_rank everywhere; lrp: singular values alone; random: "
     "upper_rank everywhere with random U and V",
-  ),
-  "svd": _one_of(
+  )
+  svd: str = keys.one_of(
     "exact",
     ("exact", "randomized"),
     "how the residual is decomposed; randomized: the largest svd_rank singular values of a layer",
-  ),
-  "svd_rank": _whole(256, 1, None, "singular values per layer that svd=randomized finds"),
-  "upper_rank": _whole(None, 0, None, "largest rank of a layer; 0: no cap"),
-  "min_rank": _whole(None, 0, None, "smallest rank of a layer"),
-  "importance": _one_of(
+  )
+  svd_rank: int = keys.whole(256, 1, None, "singular values per layer that svd=randomized finds")
+  upper_rank: int = keys.whole(None, 0, None, "largest rank of a layer; 0: no cap")
+  min_rank: int = keys.whole(None, 0, None, "smallest rank of a layer")
+  importance: str = keys.one_of(
     None, ("mean", "sum"), "of the squared gradient over a kernel's entries; sum: |g|^2"
-  ),
-  "importance_split": _one_of(None, ("valid", "train"), "images that the importance is taken on"),
-  "window_factor": _flag(None, "a convolution's scores are multiplied by its window's area"),
-  "crossing": _flag(None, "the score that carries the sum past alpha is kept too"),
-  "sigma": _one_of(
+  )
+  importance_split: str = keys.one_of(
+    None, ("valid", "train"), "images that the importance is taken on"
+  )
+  window_factor: bool = keys.flag(
+    None, "a convolution's scores are multiplied by its window's area"
+  )
+  crossing: bool = keys.flag(None, "the score that carries the sum past alpha is kept too")
+  sigma: str = keys.one_of(
     None,
     ("folded", "kept"),
     "folded: sqrt(Sigma) in U and in V, no Sigma trained or counted; kept: trained and counted",
-  ),
-  "base_l2": _flag(None, "the first task has the L2 term on its kernels"),
-  "l2_half": _flag(None, "the L2 terms carry a factor 1/2"),
-  "decay_target": _number(None, 0, 1, "value that the L2 term draws R and S to"),
-  "prune": _one_of(None, tuple(lowrank.PRUNE_RULES), "what shares one pruning threshold"),
-  "prune_scope": _one_of(
+  )
+  base_l2: bool = keys.flag(None, "the first task has the L2 term on its kernels")
+  l2_half: bool = keys.flag(None, "the L2 terms carry a factor 1/2")
+  decay_target: float = keys.number(None, 0, 1, "value that the L2 term draws R and S to")
+  prune: str = keys.one_of(None, tuple(lowrank.PRUNE_RULES), "what shares one pruning threshold")
+  prune_scope: str = keys.one_of(
     None,
     ("new", "all"),
     "new: a task is pruned when it is learned, to its share of the bound, and never again; all: "
     "every task is, again and again, whenever the bound is passed",
-  ),
-  "prune_rate": _one_of(
+  )
+  prune_rate: str = keys.one_of(
     None,
     ("excess", "fixed", "fixed_above_bound"),
     "share pruned by percentile: 1 - bound/growth above the bound; always 1 - bound; 1 - bound "
     "above the bound",
-  ),
-}
+  )
 
 
-def check(config) -> list[str]:
-  """Errors that concern several keys."""
+class TaskState(NamedTuple):
+  perturbation: dict[str, lowrank.Perturbation]  # R, S, U, Sigma, V by layer
+  rank: dict[str, Array]  # k_l, int32 [] by layer: columns of U and V beyond it are zero
+  rest: Params  # biases, BatchNorm and head
+  stats: Params  # BatchNorm's statistics
+  num_classes: Array  # int32 []
+
+
+def check(config: keys.Config) -> list[str]:
+  """Returns errors that concern several keys."""
   m, errors = config.method, []
   if m.warmup_epochs >= config.epochs:
     errors.append(
@@ -168,214 +170,164 @@ def check(config) -> list[str]:
   return errors
 
 
-def make(config, model, benchmark) -> Method:
-  """HALRP as a `Method`. Everything jitted is built here, once."""
-  m = config.method
-  f = _build(config, model, benchmark)
+def make(config: Config, setup: Setup) -> Method:
+  """Builds HALRP. Everything jitted is built here, once."""
+  f = _build(config, setup)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
     if not state.tasks:
-      return learn_base(f, config, task, key, store), {}
-    _check_shapes(f, state)
+      return learn_base(f, config, setup, task, key, store), {}
+    contract.check_state(state, f.shapes)
     warm_key, select_key, fine_key = jax.random.split(key, 3)
     params, stats = warm_up(f, config, state, task, warm_key, store)
 
     def timed_select():
       start = time.perf_counter()
-      perturbation, ranks, exact = select(f, config, state, params, stats, task, select_key)
+      perturbation, ranks, exact = select(f, config, setup, state, params, stats, task, select_key)
       seconds = time.perf_counter() - start
       chosen = {"ranks": ranks, "ranks_exact": exact}
       store.log({"event": "ranks", "phase": store.name} | chosen | {"seconds": seconds})
       return perturbation, chosen, seconds
 
     perturbation, chosen, seconds = store.once("select", timed_select)
-    ranks = chosen["ranks"]
-    learned = fine_tune(f, config, state, perturbation, ranks, params, stats, task, fine_key, store)
-    state = prune(
-      f, state._replace(tasks=(*state.tasks, learned)), m, max(1, len(benchmark.tasks) - 1)
-    )
+    ranks, epochs = chosen["ranks"], setup.epochs - config.warmup_epochs
+    learned = fine_tune(f, epochs, state, perturbation, ranks, params, stats, task, fine_key, store)
+    state = prune(f, state.append(learned), config, max(1, setup.num_tasks - 1))
     return state, chosen | {"select_seconds": seconds}
 
-  def merge(state, t):
-    p = state.tasks[t]
-    return perturb.merge(state.shared["kernels"], p["perturbation"], p["rest"]), p["stats"]
-
-  return Method(nothing_learned, one_at_a_time, learn, f.logits, size, merge, ("kernels",))
+  logits = networks.perturbed_logits(setup.model)
+  return Method(learn, sizes.perturbed, networks.merged, logits, ("kernels",))
 
 
-# --- Algorithm 1 ------------------------------------------------------------------------
-# f: the jitted functions; m: config.method
+# --- Algorithm 1; f: the jitted functions ------------------------------------------------
 
 
-def learn_base(f, config, task, key, store) -> State:
+def learn_base(f, config: Config, setup: Setup, task, key, store) -> State:
   """Line 1: the first task trains freely and gives the base."""
-  m = config.method
   init_key, fit_key = jax.random.split(key)
   params, stats = f.initialize(init_key)
-  frozen = {"l2": networks.l2_coefficient(m) if m.base_l2 else 0.0}
-  params, stats = f.fit_free(
-    params, stats, frozen, task, fit_key, config.epochs, store.child("base")
-  )
-  return _first_state(config, task, params, stats, f.shapes(params))
+  frozen = {"l2": networks.l2_coefficient(config) if config.base_l2 else 0.0}
+  epochs, store = setup.epochs, store.child("base")
+  params, stats = f.fit_free(params, stats, frozen, task, fit_key, epochs, store)
+  return first_state(config, task, params, stats, f.shapes(params))
 
 
-def base_state(config, task, params, stats, model=None) -> State:
-  """Returns the state after the first task, whoever trained its network (`pretrained.load`).
-
-  The next tasks are learned on it as on any other: `make(..).learn(state, (task,), key, store)`.
-
-  Args:
-    config: resolved.
-    task: the first task.
-    params: of the network, its head among them.
-    stats: its running statistics, {} if it has none.
-    model: the network. Without it the kernels' shapes have to tell how they are matrices
-      (`kinds.guessed_matrix_shape`); `learn` refuses the state if they told it wrong.
-
-  Raises:
-    UserError: if the network or its parameters are not what a method demands (`contract`).
-  """
-  params = nn.meta.unbox(params)
-  contract.check_params(params, task.num_classes)
-  shapes = contract.guessed_matrix_shapes(params)
-  if model is not None:
-    benchmark = Benchmark("", (task,), "", False)
-    shapes = contract.make_matrix_shapes(model, benchmark)(params)
-    contract.check_same(model, benchmark.image_shape, params)
-  return _first_state(config, task, params, stats, shapes)
-
-
-def _first_state(config, task, params, stats, shapes) -> State:
-  m = config.method
+def first_state(config: Config, task, params, stats, shapes) -> State:
+  """Returns the state after the first task; `shapes`: (I, J) of each layer's kernel."""
   kernels, rest = trees.split(params)
-  identity = {
-    name: lowrank.identity(
-      kinds.as_matrix(kernel, shapes[name]), _columns(shapes[name], m), m.sigma == "folded"
-    )
-    for name, kernel in kernels.items()
-  }
-  return State({"kernels": kernels}, (_learned(task, identity, {}, rest, stats),))
+
+  def identity(kernel, shape):
+    matrix = kinds.as_matrix(kernel, shape)
+    return lowrank.identity(matrix, _columns(shape, config), config.sigma == "folded")
+
+  unchanged = {name: identity(kernel, shapes[name]) for name, kernel in kernels.items()}
+  return State({"kernels": kernels}, (_task_state(task, unchanged, {}, rest, stats),))
 
 
-def _check_shapes(f, state) -> None:
-  """Raises UserError if a state's kernels are not those of the network, or not seen as it says."""
-  shapes = f.shapes(trees.join(state.shared["kernels"], state.tasks[0]["rest"]))
-  first = state.tasks[0]["perturbation"]
-  for name in sorted(shapes.keys() | first.keys()):
-    have = (first[name].S.size, first[name].R.size) if name in first else None
-    if have != shapes.get(name):
-      raise UserError(
-        f"{name}: the first task's state has a matrix {have} there, the network "
-        f"{shapes.get(name)}: give base_state the network, base_state(..., model=model)"
-      )
-
-
-def warm_up(f, config, state, task, key, store):
+def warm_up(f, config: Config, state, task, key, store):
   """Line 3: a free network from the base with a fresh head. -> params, stats"""
   init_key, fit_key = jax.random.split(key)
   fresh, _ = f.initialize(init_key)
   base = state.tasks[0]
-  rest = base["rest"] | {trees.HEAD: fresh[trees.HEAD]}
+  rest = base.rest | {trees.HEAD: fresh[trees.HEAD]}
   params = trees.join(state.shared["kernels"], rest)
-  epochs = config.method.warmup_epochs
-  store = store.child("warmup")
-  return f.fit_free(params, base["stats"], {"l2": 0.0}, task, fit_key, epochs, store)
+  epochs, store = config.warmup_epochs, store.child("warmup")
+  return f.fit_free(params, base.stats, {"l2": 0.0}, task, fit_key, epochs, store)
 
 
-def select(f, config, state, params, stats, task, key):
+def select(f, config: Config, setup: Setup, state, params, stats, task, key):
   """Lines 4 to 7: from the warmed-up network to perturbations and ranks per layer.
 
   The last value tells if the ranks are those of the exact SVD: not if a randomised one should have
   found more singular values than `svd_rank`.
   """
-  m, kernels = config.method, state.shared["kernels"]
+  kernels = state.shared["kernels"]
   free, _ = trees.split(params)
   importance = dict.fromkeys(kernels, 1.0)
-  if m.rank_rule == "importance":
-    importance = layer_importance(f, config, params, stats, task)
+  if config.rank_rule == "importance":
+    importance = layer_importance(f, config, setup.batch_size, params, stats, task)
   svd_key, key = jax.random.split(key)
   shapes = f.shapes(params)
   matrices, free = (
     {n: kinds.as_matrix(w, shapes[n]) for n, w in tree.items()} for tree in (kernels, free)
   )
   decomposition = f.decompose(matrices, free, svd_key)
-  ranks, exact = choose_ranks(m, decomposition, kernels, importance)
+  ranks, exact = choose_ranks(config, decomposition, kernels, importance)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
-    width = _columns(shapes[name], m)
-    if m.rank_rule == "random":
+    width = _columns(shapes[name], config)
+    if config.rank_rule == "random":
       layer_key = jax.random.fold_in(key, i)
       perturbation[name] = lowrank.random_factors(layer_key, d, ranks[name], width)
     else:
-      perturbation[name] = f.truncate(d, ranks[name], width, m.sigma == "folded")
+      perturbation[name] = f.truncate(d, ranks[name], width, config.sigma == "folded")
   return jax.block_until_ready(perturbation), ranks, exact
 
 
-def layer_importance(f, config, params, stats, task) -> dict[str, float]:
-  """G_l at W_free: |g_l|^2 of every batch, averaged with the batches' sizes (spec a.4)."""
-  m = config.method
+def layer_importance(f, config: Config, batch_size: int, params, stats, task) -> dict[str, float]:
+  """G_l at W_free: |g_l|^2 of every batch, averaged with the batches' sizes."""
   kernels, _ = trees.split(params)
-  split = getattr(task, m.importance_split)
-  parts = batches.consecutive(len(split.index), config.batch_size)
+  split = getattr(task, config.importance_split)
+  parts = batches.consecutive(len(split.index), batch_size)
   total = dict.fromkeys(kernels, 0.0)
   for rows in parts:
     image, label = batches.load_batch(split, task.inputs, rows)
     squares = f.square_gradients(params, stats, image, label, jnp.int32(task.num_classes))
     for name, value in squares.items():
       share = len(rows) / len(parts)
-      total[name] += share * float(value) / (kernels[name].size if m.importance == "mean" else 1)
+      count = kernels[name].size if config.importance == "mean" else 1
+      total[name] += share * float(value) / count
   return total
 
 
-def choose_ranks(m, decomposition, kernels, importance) -> tuple[dict[str, int], bool]:
+def choose_ranks(config: Config, decomposition, kernels, importance) -> tuple[dict[str, int], bool]:
   """Line 6, for the whole network at once (paper Eq. 11). -> ranks, whether they are exact"""
   found = [d.sigma.size for d in decomposition.values()]
-  if m.rank_rule in ("flat", "random"):
-    wanted = ranks = [min(m.upper_rank, d.S.size, d.R.size) for d in decomposition.values()]
+  if config.rank_rule in ("flat", "random"):
+    wanted = ranks = [min(config.upper_rank, d.S.size, d.R.size) for d in decomposition.values()]
   else:
     scores = []
     for name, d in decomposition.items():
-      window = kernels[name].size // (d.S.size * d.R.size) if m.window_factor else 1
+      window = kernels[name].size // (d.S.size * d.R.size) if config.window_factor else 1
       scores.append(window * importance[name] * lowrank.squared_singular_values(d))
-    wanted = lowrank.allocate_ranks(scores, m.alpha, crossing=m.crossing)
-    ranks = lowrank.allocate_ranks(
-      scores, m.alpha, crossing=m.crossing, min_rank=m.min_rank, upper_rank=m.upper_rank
-    )
+    allocate = functools.partial(lowrank.allocate_ranks, scores, config.alpha)
+    limits = {"min_rank": config.min_rank, "upper_rank": config.upper_rank}
+    wanted = allocate(crossing=config.crossing)
+    ranks = allocate(crossing=config.crossing, **limits)
   exact = all(k <= n for k, n in zip(wanted, found, strict=True))
   ranks = [min(k, n) for k, n in zip(ranks, found, strict=True)]
   return dict(zip(decomposition, ranks, strict=True)), exact
 
 
-def fine_tune(f, config, state, perturbation, ranks, params, stats, task, key, store):
+def fine_tune(f, epochs, state, perturbation, ranks, params, stats, task, key, store) -> TaskState:
   """Line 8: <R, S, U, Sigma, V>, biases, BatchNorm and head with a fresh optimizer."""
   _, rest = trees.split(params)
   start = {"perturbation": perturbation, "rest": rest}
-  epochs = config.epochs - config.method.warmup_epochs
   store = store.child("finetune")
   trained, stats = f.fit_perturbed(start, stats, state.shared, task, key, epochs, store)
-  return _learned(task, trained["perturbation"], ranks, trained["rest"], stats)
+  return _task_state(task, trained["perturbation"], ranks, trained["rest"], stats)
 
 
-def prune(f, state: State, m, num_later: int) -> State:
+def prune(f, state: State, config: Config, num_later: int) -> State:
   """Line 9: prunes U and V (paper Sect. 4.4) of the new task, or of every task since the second.
 
   A task pruned when it is learned has a share 1/`num_later` of the bound and never changes again.
   Pruned with all others whenever the bound is passed, it ends with as many values, but changes
   after its BatchNorm statistics were taken.
   """
-  bound = None if m.prune_bound == "none" else m.prune_bound
+  bound = None if config.prune_bound == "none" else config.prune_bound
   known, later = state.tasks[:1], state.tasks[1:]
-  if m.prune_scope == "new":
+  if config.prune_scope == "new":
     known, later = state.tasks[:-1], state.tasks[-1:]
     bound = bound and bound / num_later
-  rate = lowrank.prune_rate(m.prune_rate, bound, _dense_growth(state, later))
-  if m.prune == "none" or rate is None:
+  rate = lowrank.prune_rate(config.prune_rate, bound, sizes.dense_growth(state, later))
+  if config.prune == "none" or rate is None:
     return state
-  values = [_low_rank_values(p) for p in later]
-  taus = lowrank.prune_thresholds(values, m.prune, m.prune_threshold, rate)
+  values = [sizes.low_rank_values(p) for p in later]
+  taus = lowrank.prune_thresholds(values, config.prune, config.prune_threshold, rate)
   pruned = [
-    p | {"perturbation": {n: f.prune(q, tau[n]) for n, q in p["perturbation"].items()}}
+    p._replace(perturbation={n: f.prune(q, tau[n]) for n, q in p.perturbation.items()})
     for p, tau in zip(later, taus, strict=True)
   ]
   return state._replace(tasks=(*known, *pruned))
@@ -387,27 +339,24 @@ def prune(f, state: State, m, num_later: int) -> State:
 class _Functions(NamedTuple):
   shapes: Callable  # (params) -> {layer: (I, J)}
   initialize: Callable  # (key) -> params, stats
-  fit_free: Callable  # `train.make_fit` of the plain network
-  fit_perturbed: Callable  # `train.make_fit` of the perturbed one
+  fit_free: Callable  # `make_fit` of the plain network
+  fit_perturbed: Callable  # `make_fit` of the perturbed one
   square_gradients: Callable  # (params, stats, image, label, num_classes) -> {layer: |g_l|^2}
   decompose: Callable  # (kernels as matrices, free ones, key) -> {layer: Decomposition}
   truncate: Callable  # `lowrank.truncate`
   prune: Callable  # `lowrank.prune`
-  logits: Callable  # `Method.logits`
 
 
-def _build(config, model, benchmark) -> _Functions:
-  m, decay = config.method, learning_rate_decay(config, benchmark)
-
-  apply_perturbed, measured = networks.perturbed_network(model), models.in_training(config, model)
+def _build(config: Config, setup: Setup) -> _Functions:
+  model, measured = setup.model, setup.measuring
 
   def penalty(params, frozen):
     """Paper Eq. 12. Sigma has no term there, and none here."""
     total = 0.0
     for p in params["perturbation"].values():
-      scales = losses.sum_squares((p.R - m.decay_target, p.S - m.decay_target))
-      total += m.l1 * losses.sum_absolute((p.U, p.V))
-      total += networks.l2_coefficient(m) * (scales + losses.sum_squares((p.U, p.V)))
+      scales = losses.sum_squares((p.R - config.decay_target, p.S - config.decay_target))
+      total += config.l1 * losses.sum_absolute((p.U, p.V))
+      total += networks.l2_coefficient(config) * (scales + losses.sum_squares((p.U, p.V)))
     return total
 
   def square_gradients(params, stats, image, label, num_classes):
@@ -422,94 +371,29 @@ def _build(config, model, benchmark) -> _Functions:
     return {name: jnp.vdot(g, g) for name, g in jax.grad(loss_fn)(kernels).items()}
 
   def decompose(base, free, key):
-    if m.svd == "exact":
-      return {name: lowrank.decompose(base[name], free[name]) for name in base}
-    return {
-      name: lowrank.decompose_randomized(
-        base[name], free[name], jax.random.fold_in(key, i), m.svd_rank
-      )
-      for i, name in enumerate(base)
-    }
-
-  def logits(shared, learned, image):
-    return apply_perturbed(learned, shared, learned["stats"], image, False, None)[0]
+    if config.svd == "exact":
+      return {n: lowrank.decompose(base[n], free[n]) for n in base}
+    own, k = {n: jax.random.fold_in(key, i) for i, n in enumerate(base)}, config.svd_rank
+    return {n: lowrank.decompose_randomized(base[n], free[n], own[n], k) for n in base}
 
   return _Functions(
-    shapes=contract.make_matrix_shapes(model, benchmark),
-    initialize=networks.make_initialize(model, benchmark),
-    fit_free=make_fit(config, decay, *networks.plain_network(model)),
-    fit_perturbed=make_fit(config, decay, apply_perturbed, penalty),
+    shapes=contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes),
+    initialize=networks.make_initialize(setup),
+    fit_free=make_fit(setup, *networks.plain_network(model)),
+    fit_perturbed=make_fit(setup, networks.perturbed_network(model), penalty),
     square_gradients=jax.jit(square_gradients),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
     prune=jax.jit(lowrank.prune),
-    logits=logits,
   )
 
 
-def _columns(shape, m) -> int:
+def _columns(shape, config: Config) -> int:
   """Width of U and V: the largest rank the layer can get. `shape`: (I, J)"""
   full = min(shape)
-  return min(m.upper_rank or full, full)
+  return min(config.upper_rank or full, full)
 
 
-# --- pytrees and sizes ----------------------------------------------------------------
-
-
-def _learned(task, perturbation, ranks, rest, stats):
-  """The pytree of one task."""
-  return {
-    "perturbation": perturbation,
-    "rank": {name: jnp.int32(ranks.get(name, 0)) for name in perturbation},
-    "rest": rest,
-    "stats": stats,
-    "num_classes": jnp.int32(task.num_classes),
-  }
-
-
-def _low_rank_values(learned) -> dict[str, np.ndarray]:
-  """All entries of U and V below the chosen rank, per layer; padding is no value."""
-  return {
-    name: np.concatenate([np.ravel(np.asarray(x)[:, : learned["rank"][name]]) for x in (p.U, p.V)])
-    for name, p in learned["perturbation"].items()
-  }
-
-
-def _fixed_count(learned) -> int:
-  """Values of a later task that the paper counts and pruning can't touch (spec a.9)."""
-  perturbation = learned["perturbation"]
-  count = sizes.count_rest(learned["rest"], perturbation, int(learned["num_classes"])).counted
-  for name, p in perturbation.items():
-    count += p.R.size + p.S.size + (0 if p.sigma is None else int(learned["rank"][name]))
-  return count
-
-
-def _base_count(state) -> int:
-  first = state.tasks[0]
-  return sizes.network_count(state.shared["kernels"], first["rest"], int(first["num_classes"]))
-
-
-def _dense_growth(state, tasks) -> float:
-  """Returns what some tasks add to the base if zeros count too: the bound is on this."""
-  dense = sum(_fixed_count(p) + sum(v.size for v in _low_rank_values(p).values()) for p in tasks)
-  return dense / _base_count(state)
-
-
-def size(state: State) -> Size:
-  """Counts in numbers; spec a.9 for what the paper leaves out."""
-  base = _base_count(state)
-  paper, dense, nonzero, mask_bits = base, base, base, 0
-  for t, learned in enumerate(state.tasks):
-    uncounted = sizes.count_leaves(learned["stats"])
-    if t:
-      rest = sizes.count_rest(learned["rest"], learned["perturbation"], int(learned["num_classes"]))
-      values = np.concatenate([*_low_rank_values(learned).values()])
-      fixed, kept = _fixed_count(learned), np.count_nonzero(values)
-      paper += fixed + np.count_nonzero(np.abs(values) > 1e-8)
-      dense += fixed + values.size
-      nonzero += fixed + kept
-      mask_bits += values.size if kept < values.size else 0
-      uncounted += rest.biases
-    dense += uncounted
-    nonzero += uncounted
-  return Size(base, dense, int(nonzero), int(mask_bits), 0, int(paper))
+def _task_state(task, perturbation, ranks, rest, stats) -> TaskState:
+  rank = {name: jnp.int32(ranks.get(name, 0)) for name in perturbation}
+  return TaskState(perturbation, rank, rest, stats, jnp.int32(task.num_classes))

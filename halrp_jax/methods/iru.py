@@ -3,11 +3,10 @@
 Update rule: W_t = sum over k of s_t[k] u_k v_k', k over all factors so far. Task t trains its own
 new u_k and v_k and the selector s_t of all; the factors of the tasks before are frozen.
 
-| paper | here                    | meaning |
-|-------|-------------------------|---------|
-| u, v  | shared["A"], ["B"]      | columns and rows, zeros where later tasks will put theirs |
-| s_t   | tasks[t]["z"]           | selector, real numbers |
-| -     | tasks[t]["rest"], ["stats"] | biases, BatchNorm, head |
+| paper  | here                           | meaning |
+|--------|--------------------------------|---------|
+| u, v   | shared["A"], ["B"]             | columns and rows, 0 where later tasks will put theirs |
+| s_t    | tasks[t].z                     | selector, real numbers |
 | r1, r2 | method.{first_factors,factors} | of the first and of each later task, per layer |
 
 At first u, v and the head's kernel are orthogonal, the selector is 1 for new factors; for those of
@@ -15,14 +14,20 @@ earlier tasks it is 0 and biases are too (method.start = "fresh", the notebook's
 they were in the task before ("task_before"): with few steps per task the selector hardly leaves 0,
 and what earlier tasks learned stays unused. Nothing is forgotten.
 
+There is room for the factors of the benchmark's tasks: no task can be added later.
+
 configs/iru_pmnist20.py is the published notebook: method.loss = "mse" on the softmax, raw pixels,
 first_rate. Convolutions, weight decay and BatchNorm are ours: its network has none of them. A
 convolution's kernel is the matrix [kh * kw * I, J]. No layer gets more factors at once than its
 full rank.
 
-References: R. Hyder et al., "Incremental task learning with incremental rank updates", 2022;
-spec/baselines.md 3.15.
+References: R. Hyder et al., "Incremental task learning with incremental rank updates", 2022,
+https://arxiv.org/abs/2207.09074; its code: https://github.com/CSIPlab/task-increment-rank-update.
 """
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,114 +37,89 @@ from jax import lax
 from halrp_jax import keys
 from halrp_jax.methods import dictionary
 from halrp_jax.training import losses, networks
-from halrp_jax.training.fit import learning_rate_decay, make_fit, recipe
-from halrp_jax.types import Method, State, nothing_learned, one_at_a_time
+from halrp_jax.training.fit import make_fit, recipe
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Method, Params, Size, State
 from halrp_jax.weights import trees
 
-KEYS = dictionary.KEYS | {
-  # 64 and 4 found by `tune` at .25: docs/measurements.md; published for another network: 11 and 1
-  "first_factors": keys.whole(64, 1, None, "r1: factors of every layer in the first task"),
-  "factors": keys.whole(4, 1, None, "r2: factors that each later task adds to every layer"),
-  "loss": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(dictionary.Config):
+  """The keys `method.*` of this method."""
+
+  # 64 and 4 found by `tune` at 0.25: docs/measurements.md; published for another network: 11 and 1
+  first_factors: int = keys.whole(64, 1, None, "r1: factors of every layer in the first task")
+  factors: int = keys.whole(4, 1, None, "r2: factors that each later task adds to every layer")
+  loss: str = keys.one_of(
     "cross_entropy", ("cross_entropy", "mse"), "mse: between softmax and one-hot labels"
-  ),
-  "first_rate": keys.number(1.0, 0, None, "factor on the learning rate in the first task", True),
-}
+  )
+  first_rate: float = keys.number(
+    1.0, 0, None, "factor on the learning rate in the first task", True
+  )
+
 
 _orthogonal = jax.nn.initializers.orthogonal()
+TaskState = dictionary.TaskState
 
 
-def make(config, model, benchmark) -> Method:
-  m, decay = config.method, learning_rate_decay(config, benchmark)
-  initialize = networks.make_initialize(model, benchmark)
-  shapes = dictionary.kernel_shapes(initialize)
-  ranks = [
-    {n: min(r, *dictionary.matrix_shape(s)) for n, s in shapes.items()}
-    for r in (m.first_factors, m.factors)
-  ]
-  l2 = networks.l2_coefficient(m)
-
-  def num_factors(tasks: int) -> dict[str, int]:
-    """By layer, after so many tasks."""
-    later = max(tasks - 1, 0)
-    return {n: (tasks > 0) * ranks[0][n] + later * ranks[1][n] for n in shapes}
-
-  width = num_factors(len(benchmark.tasks))
-
-  def dictionary_of(params, frozen):
-    """A and B with the new factors in their places."""
-    at = frozen["at"]
-    a = {n: lax.dynamic_update_slice(x, params["u"][n], (0, at[n])) for n, x in frozen["A"].items()}
-    b = {n: lax.dynamic_update_slice(x, params["v"][n], (at[n], 0)) for n, x in frozen["B"].items()}
-    return a, b
-
-  def kernels_of(params, frozen):
-    return dictionary.compose(*dictionary_of(params, frozen), params["z"], shapes)
-
-  def apply_fn(params, frozen, stats, image, train_mode, key):
-    weights = trees.join(kernels_of(params, frozen), params["rest"])
-    return networks.apply_model(model, weights, stats, image, train_mode, key)
-
-  def squared_error(params, frozen, stats, batch, train_mode, key):
-    logits, stats = apply_fn(params, frozen, stats, batch.image, train_mode, key)
-    return mean_squared_error(logits, batch.label, batch.num_classes), logits, stats
-
-  def fit_with(rate):
-    how = recipe(config)
-    return make_fit(
-      config,
-      decay,
-      apply_fn,
-      lambda params, frozen: l2 * losses.sum_squares(kernels_of(params, frozen)),
-      objective_fn=squared_error if m.loss == "mse" else None,
-      how=how._replace(learning_rate=rate * how.learning_rate),
-    )
-
-  fits = fit_with(m.first_rate), fit_with(1.0)
-  extend = jax.jit(dictionary_of)
+def make(config: Config, setup: Setup) -> Method:
+  """Builds IRU. Everything jitted is built here, once."""
+  f = _build(config, setup)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
     t = len(state.tasks)
     init_key, factor_key, fit_key = jax.random.split(key, 3)
-    params, stats = initialize(init_key)
-    shared = state.shared or _no_factors(shapes, width)
-    new, at = ranks[min(t, 1)], num_factors(t)
-    frozen = shared | {"at": {n: jnp.int32(i) for n, i in at.items()}}
-    head_key, *keys = jax.random.split(factor_key, 1 + len(shapes))
-    z = {n: jnp.zeros(width[n]) for n in shapes}
-    rest = _without_biases(trees.split(params)[1], shapes)
-    head = {
-      k: _orthogonal(head_key, x.shape) if k == "kernel" else x for k, x in rest[trees.HEAD].items()
-    }
-    if t and m.start == "task_before":
-      z, rest, stats = (state.tasks[-1][k] for k in ("z", "rest", "stats"))
-    start = _draw_factors(keys, shapes, new) | {
-      "z": {n: jnp.where(_places(width[n], at[n], new[n]), 1.0, x) for n, x in z.items()},
-      "rest": rest | {trees.HEAD: head},
-    }
-    phase = store.child("train")
-    got, stats = fits[min(t, 1)](start, stats, frozen, task, fit_key, config.epochs, phase)
-    a, b = extend({k: got[k] for k in ("u", "v")}, frozen)
-    num_classes = jnp.int32(task.num_classes)
-    learned = {"z": got["z"], "rest": got["rest"], "stats": stats, "num_classes": num_classes}
-    return State({"A": a, "B": b}, (*state.tasks, learned)), {"ranks": num_factors(t + 1)}
+    shared = state.shared or _no_factors(f.shapes, f.num_factors(setup.num_tasks))
+    frozen = shared | {"at": {n: jnp.int32(i) for n, i in f.num_factors(t).items()}}
+    params, stats = begin(f, config, state, shared, init_key, factor_key)
+    fit = f.fit if t else f.fit_first
+    params, stats = fit(params, stats, frozen, task, fit_key, setup.epochs, store.child("train"))
+    a, b = f.extend({k: params[k] for k in ("u", "v")}, frozen)
+    learned = TaskState(params["z"], params["rest"], stats, jnp.int32(task.num_classes))
+    return state.append(learned, A=a, B=b), {"ranks": f.num_factors(t + 1)}
 
-  def size(state):
-    counts = [num_factors(t) for t in range(1, len(state.tasks) + 1)]
+  def size(state) -> Size:
+    counts = [f.num_factors(t) for t in range(1, len(state.tasks) + 1)]
     coefficients = sum(sum(count.values()) for count in counts)
-    return dictionary.size(state, shapes, counts[-1], coefficients, 0, 0)
+    return dictionary.size(state, f.shapes, counts[-1], coefficients, 0, 0)
 
-  logits, merge = dictionary.make_network(model, shapes)
-  serves = dictionary.SERVES
-  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, serves)
+  network = dictionary.make_network(f.shapes)
+  return Method(learn, size, network, serves=dictionary.SERVES, extensible=False)
 
 
-def mean_squared_error(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:
-  """Between softmax and one-hot labels, over batch and classes. logits [B, K_max], label [B]"""
-  p = jax.nn.softmax(losses.mask_classes(logits, num_classes))
-  squares = (p - jax.nn.one_hot(label, p.shape[-1])) ** 2
-  return jnp.mean(jnp.sum(squares, -1)) / num_classes
+# --- where a task begins ------------------------------------------------------------------
+# f: shapes and jitted functions
+
+
+def begin(f, config: Config, state: State, shared, init_key, factor_key) -> tuple[Params, Params]:
+  """Returns what a task trains, and its statistics, as they are before its first step."""
+  t = len(state.tasks)
+  at, end = f.num_factors(t), f.num_factors(t + 1)
+  head_key, *layer_keys = jax.random.split(factor_key, 1 + len(f.shapes))
+  fresh, stats = f.initialize(init_key)
+  rest = _without_biases(trees.split(fresh)[1], f.shapes)
+  head = {
+    k: _orthogonal(head_key, x.shape) if k == "kernel" else x for k, x in rest[trees.HEAD].items()
+  }
+  z = {n: jnp.zeros(len(b)) for n, b in shared["B"].items()}
+  if t and config.start == "task_before":
+    before = state.tasks[-1]
+    z, rest, stats = before.z, before.rest, before.stats
+  z = {n: jnp.where(_is_new(len(x), at[n], end[n]), 1.0, x) for n, x in z.items()}
+  factors = _draw_factors(layer_keys, f.shapes, {n: end[n] - at[n] for n in at})
+  return factors | {"z": z, "rest": rest | {trees.HEAD: head}}, stats
+
+
+def num_factors(config: Config, shapes: dictionary.Shapes, num_tasks: int) -> dict[str, int]:
+  """Returns by layer how many factors there are after some tasks."""
+
+  def count(shape):
+    full = min(dictionary.matrix_shape(shape))
+    first, later = min(config.first_factors, full), min(config.factors, full)
+    return first + (num_tasks - 1) * later if num_tasks else 0
+
+  return {n: count(s) for n, s in shapes.items()}
 
 
 def _no_factors(shapes, width):
@@ -150,21 +130,93 @@ def _no_factors(shapes, width):
   }
 
 
-def _draw_factors(keys, shapes, num):
-  """Orthonormal columns u and rows v."""
+def _draw_factors(layer_keys, shapes, num):
+  """Draws orthonormal columns u and rows v."""
   u, v = {}, {}
-  for key, (n, s) in zip(keys, shapes.items(), strict=True):
+  for key, (n, s) in zip(layer_keys, shapes.items(), strict=True):
     (d, j), (u_key, v_key) = dictionary.matrix_shape(s), jax.random.split(key)
     u[n], v[n] = _orthogonal(u_key, (d, num[n])), _orthogonal(v_key, (num[n], j))
   return {"u": u, "v": v}
 
 
-def _places(width: int, at: int, num: int) -> np.ndarray:
-  """Which of a dictionary's factors are the `num` ones from `at` on."""
-  return (np.arange(width) >= at) & (np.arange(width) < at + num)
+def _is_new(width: int, at: int, end: int) -> np.ndarray:
+  """Tells of each of a dictionary's factors if it is one from `at` to before `end`."""
+  return (np.arange(width) >= at) & (np.arange(width) < end)
 
 
 def _without_biases(rest, shapes):
-  """Everything but the kernels, all biases 0."""
+  """Returns everything but the kernels, all biases 0."""
   biases, others = trees.split_biases(rest, (*shapes, trees.HEAD))
   return trees.join_biases(jax.tree.map(jnp.zeros_like, biases), others)
+
+
+# --- jitted functions ---------------------------------------------------------------------
+
+
+class _Functions(NamedTuple):
+  shapes: dictionary.Shapes
+  num_factors: Callable  # (number of tasks) -> {layer: factors after so many}
+  initialize: Callable  # (key) -> params, stats
+  fit_first: Callable  # `make_fit` of the first task
+  fit: Callable  # `make_fit` of the later ones
+  extend: Callable  # ({"u", "v"}, frozen) -> A, B with the new factors
+
+
+def _build(config: Config, setup: Setup) -> _Functions:
+  initialize = networks.make_initialize(setup)
+  shapes = dictionary.kernel_shapes(initialize)
+  l2 = networks.l2_coefficient(config)
+
+  def kernels_of(params, frozen):
+    return dictionary.compose(*_extend(params, frozen), params["z"], shapes)
+
+  def apply_fn(params, frozen, stats, image, train, key):
+    weights = trees.join(kernels_of(params, frozen), params["rest"])
+    return networks.apply_model(setup.model, weights, stats, image, train, key)
+
+  def squared_error(params, frozen, stats, batch, train, key):
+    logits, stats = apply_fn(params, frozen, stats, batch.image, train, key)
+    return mean_squared_error(logits, batch.label, batch.num_classes), logits, stats
+
+  def penalty(params, frozen):
+    return l2 * losses.sum_squares(kernels_of(params, frozen))
+
+  def fit_with(rate):
+    how = recipe(setup)
+    return make_fit(
+      setup,
+      apply_fn,
+      penalty,
+      objective_fn=squared_error if config.loss == "mse" else None,
+      how=how._replace(learning_rate=rate * how.learning_rate),
+    )
+
+  return _Functions(
+    shapes=shapes,
+    num_factors=lambda num_tasks: num_factors(config, shapes, num_tasks),
+    initialize=initialize,
+    fit_first=fit_with(config.first_rate),
+    fit=fit_with(1.0),
+    extend=jax.jit(_extend),
+  )
+
+
+def _extend(params, frozen):
+  """Returns A and B with the new factors at their indices."""
+  at = frozen["at"]
+  a = {n: lax.dynamic_update_slice(x, params["u"][n], (0, at[n])) for n, x in frozen["A"].items()}
+  b = {n: lax.dynamic_update_slice(x, params["v"][n], (at[n], 0)) for n, x in frozen["B"].items()}
+  return a, b
+
+
+def mean_squared_error(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:
+  """Returns the squared error between softmax and one-hot labels, over batch and classes.
+
+  Args:
+    logits: [B, K_max].
+    label: [B].
+    num_classes: of the task.
+  """
+  p = jax.nn.softmax(losses.mask_classes(logits, num_classes))
+  squares = (p - jax.nn.one_hot(label, p.shape[-1])) ** 2
+  return jnp.mean(jnp.sum(squares, -1)) / num_classes

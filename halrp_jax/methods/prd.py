@@ -8,28 +8,31 @@ Update rule: SGD on L_s + beta L_p + alpha L_d, on two random views of every ima
   L_d  sum over earlier tasks k of KL(softmax(s'_k / tau_d), softmax(s_k / tau_d)), where s_k is
        f P_k / |P_k| and s'_k the teacher's: it trains f and the prototypes of earlier tasks
 
-| paper | here                     | meaning |
-|-------|--------------------------|---------|
-| f     | shared["encoder"]        | the network without its head, trained by every task |
-| -     | shared["stats"]          | BatchNorm's running statistics |
-| -     | tasks[t]["stats"]        | its population statistics |
-| g     | shared["projection"]     | three dense layers; for training alone |
-| P_t   | tasks[t]["prototypes"]   | [C, F], a row for each class, no bias |
-| s'    | -                        | of encoder and prototypes as they were before the task |
-| tau   | method.temperature       | tau_d: method.distill_temperature |
+| paper | here                       | meaning |
+|-------|----------------------------|---------|
+| f     | shared["encoder"]          | the network without its head, trained by every task |
+| -     | shared["stats"]            | BatchNorm's running statistics |
+| g     | shared["projection"]       | three dense layers; for training alone |
+| s'    | `target`                   | of encoder and prototypes as they were before the task |
+| tau   | method.temperature         | of the contrast |
+| tau_d | method.distill_temperature | of the distillation |
 
 Phases: one of method.epochs, whatever config.epochs is. A class is predicted by the cosines between
 f(x) and P_t. Features and old prototypes move on, hence it forgets. The teacher is what `State`
 holds when a task begins; it is counted as training_only, as is g. The paper's program counts g into
 the model, and so does `Size.paper`.
 
-References: N. Asadi et al., "Prototype-sample relation distillation: towards replay-free continual
-learning", 2023, Eq. 4 and 6; spec/baselines.md 3.14, whose recipe is that of the HALRP authors'
-port. Deviations: colours change in a fixed order (brightness, contrast, saturation), not one drawn
-per batch; the teacher has no dropout. Both programs cut jittered colours to 0..1 although their
-images are normalised (method.clip_colours). Weight decay is SGD's own, so the scale of gradients
-does not touch it. Batches are config.batch_size; the port's are 128 on TinyImageNet too.
+Reference: N. Asadi et al., "Prototype-sample relation distillation: towards replay-free continual
+learning", 2023, Eq. 4 and 6. The recipe is that of the HALRP authors' port. Deviations: colours
+change in a fixed order (brightness, contrast, saturation), not one drawn per batch; the teacher has
+no dropout. Both programs cut jittered colours to 0..1 although their images are normalised
+(method.clip_colours). Weight decay is SGD's own, so the scale of gradients does not touch it.
+Batches are config.batch_size; the port's are 128 on TinyImageNet too.
 """
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,45 +41,49 @@ import numpy as np
 import optax
 from jax import lax
 
-from halrp_jax import keys, models
+from halrp_jax import keys
 from halrp_jax.nn import layers
 from halrp_jax.training import batches, networks, sizes
-from halrp_jax.training.fit import make_fit, recipe
-from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
+from halrp_jax.training.fit import Recipe, make_fit, recipe
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Array, Method, Params, Size, State
 from halrp_jax.weights import taps, trees
 
 _BASE_TEMPERATURE = 0.07
 _GREY = (0.299, 0.587, 0.114)  # luminance of red, green, blue
 _NEVER = -1e9  # the score of a class that a task does not have
 
-KEYS = keys.BATCH_NORM | {
-  "epochs": keys.whole(100, 1, None, "epochs per task, instead of `epochs`"),
-  "learning_rate": keys.number(1e-3, 0, None, "of SGD, constant", True),
-  "momentum": keys.number(0.9, 0, 1, "of encoder and projection; prototypes have none"),
-  "weight_decay": keys.number(1e-4, 0, None, "of encoder and projection; prototypes: none"),
-  "temperature": keys.number(0.1, 0, None, "tau: of the contrast between samples", True),
-  "beta": keys.number(2.0, 0, None, "coefficient of the prototypes' loss"),
-  "alpha": keys.number(4.0, 0, None, "coefficient of the distillation"),
-  "distill_temperature": keys.number(1.0, 0, None, "tau_d: of the distillation", True),
-  "softmax_axis": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.MethodConfig):
+  """The keys `method.*` of this method."""
+
+  epochs: int = keys.whole(100, 1, None, "epochs per task, instead of `epochs`")
+  learning_rate: float = keys.number(1e-3, 0, None, "of SGD, constant", True)
+  momentum: float = keys.number(0.9, 0, 1, "of encoder and projection; prototypes have none")
+  weight_decay: float = keys.number(1e-4, 0, None, "of encoder and projection; prototypes: none")
+  temperature: float = keys.number(0.1, 0, None, "tau: of the contrast between samples", True)
+  beta: float = keys.number(2.0, 0, None, "coefficient of the prototypes' loss")
+  alpha: float = keys.number(4.0, 0, None, "coefficient of the distillation")
+  distill_temperature: float = keys.number(1.0, 0, None, "tau_d: of the distillation", True)
+  softmax_axis: str = keys.one_of(
     "classes",
     ("classes", "samples"),
     "what the distilled distributions are over: a task's classes (both programs), or the samples "
     "of the batch for each old prototype",
-  ),
-  "augment": keys.one_of(
+  )
+  augment: str = keys.one_of(
     "image",
     ("image", "none"),
     "views of an image: cropped, mirrored, colours changed; or the image itself twice",
-  ),
-  "clip_colours": keys.flag(
+  )
+  clip_colours: bool = keys.flag(
     True, "what colour jitter makes of the normalised images is cut to 0..1, as in both programs"
-  ),
-}
+  )
 
 
 class Projection(nn.Module):
-  """Dense-ReLU twice, dense. [B, F] -> [B, 128]"""
+  """Computes z [B, 128] of f [B, F]: Dense-ReLU twice, dense."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -85,8 +92,14 @@ class Projection(nn.Module):
     return layers.dense(128, x.shape[-1], name="fc3")(x)
 
 
-def check(config) -> list[str]:
-  """Errors that concern several keys."""
+class TaskState(NamedTuple):
+  prototypes: Array  # P_t [C, F], a row for each class, no bias; later tasks move them
+  stats: Params  # BatchNorm's population statistics, {} until they are measured
+  num_classes: Array  # int32 []
+
+
+def check(config: keys.Config) -> list[str]:
+  """Returns errors that concern several keys."""
   if config.parallel == "pmap":
     return [
       "parallel = 'pmap' shows each device a part of the batch, and prd contrasts all its images "
@@ -95,88 +108,110 @@ def check(config) -> list[str]:
   return []
 
 
-def make(config, model, benchmark) -> Method:
-  m, projection, taught = config.method, Projection(), models.in_training(config, model)
-
-  def features(model, encoder, stats, image, train_mode, key):
-    with taps.without_head():
-      return networks.apply_model(model, encoder, stats, image, train_mode, key)
-
-  def objective(params, frozen, stats, batch, train_mode, key):
-    views, dropout_key = jnp.concatenate([batch.image] * 2), None
-    if key is not None:
-      view_key, dropout_key = jax.random.split(key)
-      views = augment(view_key, views, m.clip_colours) if m.augment == "image" else views
-    label, teacher = jnp.tile(batch.label, 2), frozen["teacher"]
-    f, stats = features(model, params["encoder"], stats, views, train_mode, dropout_key)  # [2N, F]
-    then, _ = features(taught, teacher["encoder"], teacher["stats"], views, False, None)
-    z = projection.apply({"params": params["projection"]}, f)
-    own = lax.dynamic_index_in_dim(params["prototypes"], frozen["t"], keepdims=False)
-    similarity = cosines(lax.stop_gradient(f), own)  # [2N, C]
-    scores, target = (
-      jnp.einsum("bf,tcf->btc", x, _unit(p)) / m.distill_temperature
-      for x, p in ((f, params["prototypes"]), (then, teacher["prototypes"]))
-    )
-    loss = (
-      contrast(z, label, m.temperature)
-      + m.beta * jnp.mean(1 - jnp.take_along_axis(similarity, label[:, None], 1))
-      + m.alpha * divergence(scores, target, frozen["seen"], m.softmax_axis)
-    )
-    return loss, similarity[: len(batch.label)], stats
-
-  @jax.jit
-  def initialize(key):
-    params, stats = networks.initialize(model, key, benchmark.image_shape)
-    encoder, head = trees.split_private(params, norm=False)
-    prototypes = head[trees.HEAD]["kernel"].T  # [C, F], drawn as a head is
-    g = projection.init(jax.random.fold_in(key, 1), prototypes)["params"]
-    return {"encoder": encoder, "stats": stats, "projection": g}, prototypes
-
-  how = recipe(config)._replace(
-    optimizer=optax.masked(
-      optax.chain(optax.add_decayed_weights(m.weight_decay), optax.trace(m.momentum)),
-      {"encoder": True, "projection": True, "prototypes": False},
-    ),
-    learning_rate=m.learning_rate,
-    schedule="constant",
-  )
+def make(config: Config, setup: Setup) -> Method:
+  initialize, objective = _make_initialize(setup), _make_objective(config, setup)
   fit = make_fit(
-    config, lambda task: 1.0, None, lambda params, frozen: 0.0, objective_fn=objective, how=how
+    setup, None, lambda params, frozen: 0.0, objective_fn=objective, how=_recipe(config, setup)
   )
 
   def learn(state, tasks, key, store):
     (task,) = tasks
     init_key, fit_key = jax.random.split(key)
     shared, fresh = initialize(init_key)
-    shared, t = state.shared or shared, len(state.tasks)
-    learned = {"prototypes": fresh, "num_classes": jnp.int32(task.num_classes)}
-    tasks = (*state.tasks, learned)
-    before, seen = _stack(state.tasks, len(benchmark.tasks), fresh.shape)
-    start = {k: shared[k] for k in ("encoder", "projection")}
-    start["prototypes"] = _stack(tasks, len(benchmark.tasks), fresh.shape)[0]
+    shared, position = state.shared or shared, jnp.int32(len(state.tasks))
+    learned = (*state.tasks, TaskState(fresh, {}, jnp.int32(task.num_classes)))
+    # the teacher: encoder and prototypes as they were before the task
+    before, seen = _stack(state.tasks, setup.num_tasks, fresh.shape)
     teacher = {"encoder": shared["encoder"], "stats": shared["stats"], "prototypes": before}
-    frozen = {"teacher": teacher, "seen": seen, "t": jnp.int32(t)}
-    got, stats = fit(start, shared["stats"], frozen, task, fit_key, m.epochs, store.child("train"))
-    moved = np.asarray(got["prototypes"])  # numpy's rows: none of them is traced
-    tasks = tuple(p | {"prototypes": jnp.asarray(moved[k])} for k, p in enumerate(tasks))
-    shared = {k: got[k] for k in ("encoder", "projection")} | {"stats": stats}
-    return State(shared, tasks), {}
+    frozen = {"teacher": teacher, "seen": seen, "t": position}
+    # Eq. 4 and 6: train encoder, projection and the prototypes of all tasks so far
+    start = {k: shared[k] for k in ("encoder", "projection")}
+    start["prototypes"], _ = _stack(learned, setup.num_tasks, fresh.shape)
+    args = (start, shared["stats"], frozen, task, fit_key, config.epochs, store.child("train"))
+    trained, stats = fit(*args)
+    moved = np.asarray(trained["prototypes"])  # numpy's rows: none of them is traced
+    moved = tuple(p._replace(prototypes=jnp.asarray(moved[k])) for k, p in enumerate(learned))
+    shared = {k: trained[k] for k in ("encoder", "projection")} | {"stats": stats}
+    return State(shared, moved), {}
 
-  def logits(shared, learned, image):
-    stats = learned.get("stats") or shared["stats"]
-    f, _ = features(model, shared["encoder"], stats, image, False, None)
-    return cosines(f, learned["prototypes"])
+  def logits(shared, task, image):
+    stats = task.stats or shared["stats"]
+    f, _ = _features(setup.model, shared["encoder"], stats, image, False, None)
+    return cosines(f, task.prototypes)
 
-  serves = ("encoder", "stats")
-  return Method(nothing_learned, one_at_a_time, learn, logits, size, serves=serves)
+  return Method(learn, size, logits=logits, serves=("encoder", "stats"))
 
 
-def _stack(tasks, num_tasks: int, shape):
-  """Prototypes of the tasks [T, C, F], zeros for those to come; which rows are classes [T, C]."""
+def _features(model, encoder, stats, image, train, key):
+  """Returns f(image) [B, F] and new statistics."""
+  with taps.without_head():
+    return networks.apply_model(model, encoder, stats, image, train, key)
+
+
+def _make_initialize(setup: Setup) -> Callable:
+  """Builds the jitted `initialize(key) -> State.shared, prototypes [C, F]`."""
+
+  @jax.jit
+  def initialize(key):
+    params, stats = networks.initialize(setup.model, key, setup.image_shape)
+    encoder, head = trees.split_private(params, norm=False)
+    prototypes = head[trees.HEAD]["kernel"].T  # drawn as a head is
+    g = Projection().init(jax.random.fold_in(key, 1), prototypes)["params"]
+    return {"encoder": encoder, "stats": stats, "projection": g}, prototypes
+
+  return initialize
+
+
+def _make_objective(config: Config, setup: Setup) -> Callable:
+  """Builds objective_fn: L_s + beta L_p + alpha L_d on two views of every image.
+
+  `params` has "encoder", "projection" and "prototypes" [T, C, F]; `frozen` the "teacher", which of
+  all classes were "seen" [T, C] and the position "t" of the task.
+  """
+  model, taught, projection = setup.model, setup.measuring, Projection()
+
+  def objective(params, frozen, stats, batch, train, key):
+    views, dropout_key = jnp.concatenate([batch.image] * 2), None
+    if key is not None:
+      view_key, dropout_key = jax.random.split(key)
+      views = augment(view_key, views, config.clip_colours) if config.augment == "image" else views
+    label, teacher = jnp.tile(batch.label, 2), frozen["teacher"]
+    f, stats = _features(model, params["encoder"], stats, views, train, dropout_key)  # [2N, F]
+    then, _ = _features(taught, teacher["encoder"], teacher["stats"], views, False, None)
+    z = projection.apply({"params": params["projection"]}, f)
+    own = lax.dynamic_index_in_dim(params["prototypes"], frozen["t"], keepdims=False)
+    similarity = cosines(lax.stop_gradient(f), own)  # [2N, C]
+    scores, target = (
+      jnp.einsum("bf,tcf->btc", x, _unit(p)) / config.distill_temperature
+      for x, p in ((f, params["prototypes"]), (then, teacher["prototypes"]))
+    )
+    loss = (
+      contrast(z, label, config.temperature)
+      + config.beta * jnp.mean(1 - jnp.take_along_axis(similarity, label[:, None], 1))
+      + config.alpha * divergence(scores, target, frozen["seen"], config.softmax_axis)
+    )
+    return loss, similarity[: len(batch.label)], stats
+
+  return objective
+
+
+def _recipe(config: Config, setup: Setup) -> Recipe:
+  """Returns SGD at a constant rate; momentum and weight decay are not for the prototypes."""
+  decay, momentum = optax.add_decayed_weights(config.weight_decay), optax.trace(config.momentum)
+  where = {"encoder": True, "projection": True, "prototypes": False}
+  return recipe(setup)._replace(
+    optimizer=optax.masked(optax.chain(decay, momentum), where),
+    learning_rate=config.learning_rate,
+    schedule="constant",
+  )
+
+
+def _stack(tasks, num_tasks: int, shape) -> tuple[Array, Array]:
+  """Returns the tasks' prototypes [T, C, F], 0 for those to come; which rows are classes [T, C]."""
   rows, seen = np.zeros((num_tasks, *shape), np.float32), np.zeros((num_tasks, shape[0]), bool)
   for k, learned in enumerate(tasks):
-    rows[k] = learned["prototypes"]
-    seen[k, : int(learned["num_classes"])] = True
+    rows[k] = learned.prototypes
+    seen[k, : int(learned.num_classes)] = True
   return jnp.asarray(rows), jnp.asarray(seen)
 
 
@@ -184,17 +219,17 @@ def _stack(tasks, num_tasks: int, shape):
 
 
 def _unit(x):
-  """x / |x| along the last axis, with a finite gradient at 0."""
+  """Returns x / |x| along the last axis, with a finite gradient at 0."""
   return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
 def cosines(f: jax.Array, prototypes: jax.Array) -> jax.Array:
-  """[B, F], [C, F] -> [B, C]"""
+  """Returns the cosines [B, C] between features [B, F] and prototypes [C, F]."""
   return _unit(f) @ _unit(prototypes).T
 
 
 def contrast(z: jax.Array, label: jax.Array, temperature: float) -> jax.Array:
-  """L_s. z [2N, D], label [2N]; every label at least twice."""
+  """Returns L_s of z [2N, D] and label [2N], which has every class at least twice."""
   z, itself = _unit(z), jnp.eye(len(z), dtype=bool)
   log_p = jax.nn.log_softmax(jnp.where(itself, -jnp.inf, z @ z.T / temperature))
   positive = (label[:, None] == label[None]) & ~itself
@@ -203,7 +238,7 @@ def contrast(z: jax.Array, label: jax.Array, temperature: float) -> jax.Array:
 
 
 def divergence(scores: jax.Array, target: jax.Array, seen: jax.Array, over: str) -> jax.Array:
-  """L_d: per earlier task the mean of KL(target, scores) over its distributions, summed.
+  """Returns L_d: per earlier task the mean of KL(target, scores) over its distributions, summed.
 
   Args:
     scores: s / tau_d [2N, T, C].
@@ -225,14 +260,14 @@ def divergence(scores: jax.Array, target: jax.Array, seen: jax.Array, over: str)
 
 
 def augment(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
-  """Normalised images [B, H, W, C], each cropped, mirrored, its colours changed by chance."""
+  """Crops, mirrors and recolours normalised images [B, H, W, C] at random."""
   crop_key, colour_key = jax.random.split(key)
   image = batches.crop_and_flip(crop_key, image, fill=-1.0)
   return change_colours(colour_key, image, clip) if image.shape[-1] == 3 else image
 
 
 def change_colours(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
-  """Brightness, contrast and saturation of four images in five by 0.6 to 1.4; one in five grey."""
+  """Scales brightness, contrast and saturation of 4 images in 5 by 0.6 to 1.4, greys 1 in 5."""
   factor_key, jitter_key, grey_key = jax.random.split(key, 3)
   one = (len(image), 1, 1, 1)
   brightness, contrast, saturation = jax.random.uniform(
@@ -250,17 +285,17 @@ def change_colours(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
 
 
 def _grey(image):
-  """[B, H, W, 3] -> [B, H, W, 1]"""
+  """Returns the luminance [B, H, W, 1] of [B, H, W, 3]."""
   return jnp.sum(image * jnp.array(_GREY)[None, None, None], -1, keepdims=True)
 
 
 def size(state: State) -> Size:
-  """Every later task adds its prototypes; projection and teacher are for training."""
+  """Counts the base; a later task adds its prototypes; projection and teacher are for training."""
   shared, tasks = state.shared, state.tasks
   kernels, rest = trees.split(shared["encoder"])
-  prototypes = [p["prototypes"].shape[1] * int(p["num_classes"]) for p in tasks]
-  head = {trees.HEAD: {"kernel": tasks[0]["prototypes"].T}}
-  base = sizes.network_count(kernels, rest | head, int(tasks[0]["num_classes"]))
+  prototypes = [p.prototypes.shape[1] * int(p.num_classes) for p in tasks]
+  head = {trees.HEAD: {"kernel": tasks[0].prototypes.T}}
+  base = sizes.network_count(kernels, rest | head, int(tasks[0].num_classes))
   stats, projection = sizes.count_statistics(state)[0], sizes.count_leaves(shared["projection"])
   dense = base + sum(prototypes[1:]) + stats
   teacher = sizes.count_leaves((shared["encoder"], shared["stats"])) + sum(prototypes)

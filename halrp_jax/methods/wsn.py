@@ -9,19 +9,20 @@ of |s| is that of (theta * m) times theta. Weights that an earlier mask holds ne
 | theta | shared["kernels"]       | kernels of the features |
 | s     | shared["scores"]        | as the last task left them; for training alone |
 | M     | shared["used"]          | weights that some mask holds; for training alone |
-| m_t   | tasks[t]["mask"]        | eight to a byte |
-| -     | tasks[t]["rest"], ["stats"] | head, biases, BatchNorm |
 | c     | method.share            | share of each layer that a mask holds |
 
 Nothing is forgotten, since head, biases and BatchNorm are the task's own (the paper's networks have
 neither biases nor affine BatchNorm: method.bn = "noaffine"). The scores are not drawn again between
 tasks. There is no weight decay: it would move weights that are held.
 
-Reference: H. Kang et al., "Forget-free continual learning with winning subnetworks", 2022, Alg. 1;
-spec/baselines.md 3.11. Its program's `sparsity` is 1 - c.
+Reference: H. Kang et al., "Forget-free continual learning with winning subnetworks", ICML 2022,
+Alg. 1. Its program's `sparsity` is 1 - c.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,93 +31,111 @@ from jax import lax
 from halrp_jax import keys
 from halrp_jax.nn.init import uniform_fan_in
 from halrp_jax.training import networks, sizes
-from halrp_jax.training.fit import learning_rate_decay, make_fit
-from halrp_jax.types import Method, Size, State, nothing_learned, one_at_a_time
+from halrp_jax.training.fit import make_fit
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Array, Method, Network, Params, Size, State
 from halrp_jax.weights import trees
 
-KEYS = keys.BATCH_NORM | {
-  "share": keys.number(0.5, 0, 1, "c: share of each layer's weights that a mask holds", True),
-  "bn": keys.one_of(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.MethodConfig):
+  """The keys `method.*` of this method."""
+
+  share: float = keys.number(0.5, 0, 1, "c: share of each layer's weights that a mask holds", True)
+  bn: str = keys.one_of(
     "task", ("task", "noaffine"), "BatchNorm's scale and bias: the task's own, or 1 and 0"
-  ),
-}
+  )
 
 
-def make(config, model, benchmark) -> Method:
-  m, decay = config.method, learning_rate_decay(config, benchmark)
+class TaskState(NamedTuple):
+  mask: dict[str, Array]  # m_t by layer, uint8: eight weights to a byte
+  rest: Params  # biases, BatchNorm and head
+  stats: Params  # BatchNorm's statistics
+  num_classes: Array  # int32 []
 
-  def masked(params):
-    scores = params["scores"]
-    kernels = {n: masked_kernel(w, scores[n], m.share) for n, w in params["kernels"].items()}
-    return trees.join(kernels, params["rest"])
 
-  def apply_fn(params, frozen, stats, image, train_mode, key):
-    params = params | {"rest": params["rest"] | frozen["rest"]}
-    return networks.apply_model(model, masked(params), stats, image, train_mode, key)
+def make(config: Config, setup: Setup) -> Method:
+  """Builds WSN."""
+  fit, initialize = _make_fit(config, setup), networks.make_initialize(setup)
 
-  def edit(updates, frozen):
-    kernels = {n: jnp.where(frozen["used"][n], 0, u) for n, u in updates["kernels"].items()}
-    return updates | {"kernels": kernels}
-
-  fit = make_fit(config, decay, apply_fn, lambda params, frozen: 0.0, edit_fn=edit)
-  initialize = networks.make_initialize(model, benchmark)
-  masks_of = jax.jit(lambda scores: {n: largest(jnp.abs(s), m.share) for n, s in scores.items()})
-
-  def held(kernels, learned):
-    kept = {n: w * _unpack(learned["mask"][n], w.shape) for n, w in kernels.items()}
-    return trees.join(kept, learned["rest"])
-
-  def logits(shared, learned, image):
-    weights = held(shared["kernels"], learned)
-    return networks.apply_model(model, weights, learned["stats"], image, False, None)[0]
+  @jax.jit
+  def masks_of(scores):
+    return {n: largest(jnp.abs(s), config.share) for n, s in scores.items()}
 
   def learn(state, tasks, key, store):
     (task,) = tasks
     init_key, score_key, fit_key = jax.random.split(key, 3)
-    params, stats = initialize(init_key)
-    kernels, rest = trees.split(params)
-    if state.tasks:
-      kernels, scores, used = (state.shared[k] for k in ("kernels", "scores", "used"))
-      before = state.tasks[-1]
-      rest, stats = before["rest"] | {trees.HEAD: rest[trees.HEAD]}, before["stats"]
-    else:
-      scores = _draw_scores(score_key, kernels)
-      used = {n: jnp.zeros(w.shape, bool) for n, w in kernels.items()}
-    trained, fixed = _split_norm(rest) if m.bn == "noaffine" else (rest, {})
-    start = {"kernels": kernels, "scores": scores, "rest": trained}
-    frozen = {"used": used, "rest": fixed}
-    got, stats = fit(start, stats, frozen, task, fit_key, config.epochs, store.child("train"))
-    masks = masks_of(got["scores"])
-    learned = {
-      "mask": {n: jnp.packbits(x) for n, x in masks.items()},
-      "rest": got["rest"] | fixed,
-      "stats": stats,
-      "num_classes": jnp.int32(task.num_classes),
-    }
-    used = {n: used[n] | x for n, x in masks.items()}
-    shared = {"kernels": got["kernels"], "scores": got["scores"], "used": used}
-    return State(shared, (*state.tasks, learned)), {}
+    shared, rest, stats = _start(state, *initialize(init_key), score_key)
+    rest, fixed = _split_norm(rest) if config.bn == "noaffine" else (rest, {})
+    start = {"kernels": shared["kernels"], "scores": shared["scores"], "rest": rest}
+    frozen, store = {"used": shared["used"], "rest": fixed}, store.child("train")
+    trained, stats = fit(start, stats, frozen, task, fit_key, setup.epochs, store)
+    masks = masks_of(trained["scores"])
+    packed = {n: jnp.packbits(x) for n, x in masks.items()}
+    learned = TaskState(packed, trained["rest"] | fixed, stats, jnp.int32(task.num_classes))
+    used = {n: shared["used"][n] | x for n, x in masks.items()}  # Alg. 1: accumulate the mask
+    kernels, scores = trained["kernels"], trained["scores"]
+    return state.append(learned, kernels=kernels, scores=scores, used=used), {}
 
-  def merge(state, t):
-    p = state.tasks[t]
-    return held(state.shared["kernels"], p), p["stats"]
+  def network(shared, task):
+    kernels = {n: w * _unpack(task.mask[n], w.shape) for n, w in shared["kernels"].items()}
+    return Network(trees.join(kernels, task.rest), task.stats)
 
-  return Method(nothing_learned, one_at_a_time, learn, logits, size, merge, ("kernels",))
+  return Method(learn, size, network, serves=("kernels",))
+
+
+def _start(state: State, params: Params, stats: Params, score_key):
+  """Returns theta, s and M, biases with BatchNorm and head, and statistics.
+
+  They are as the task before left them but for the head; `params` and `stats` are fresh ones.
+  """
+  kernels, rest = trees.split(params)
+  if state.tasks:
+    before = state.tasks[-1]
+    return state.shared, networks.fresh_head(before.rest, rest), before.stats
+  scores = _draw_scores(score_key, kernels)
+  used = {n: jnp.zeros(w.shape, bool) for n, w in kernels.items()}
+  return {"kernels": kernels, "scores": scores, "used": used}, rest, stats
+
+
+# --- Algorithm 1: one step ----------------------------------------------------------------
+
+
+def _make_fit(config: Config, setup: Setup) -> Callable:
+  """Builds `make_fit` of the masked network: theta and s are trained together."""
+
+  def apply_fn(params, frozen, *args):
+    """Runs the network with the weights theta * m_t, m_t being what the scores say now."""
+    scores = params["scores"]
+    kernels = {n: masked_kernel(w, scores[n], config.share) for n, w in params["kernels"].items()}
+    weights = trees.join(kernels, params["rest"] | frozen["rest"])
+    return networks.apply_model(setup.model, weights, *args)
+
+  def edit(updates, frozen):
+    """Multiplies the update of theta by 1 - M."""
+    kernels = {n: jnp.where(frozen["used"][n], 0, u) for n, u in updates["kernels"].items()}
+    return updates | {"kernels": kernels}
+
+  return make_fit(setup, apply_fn, lambda params, frozen: 0.0, edit_fn=edit)
 
 
 def masked_kernel(kernel: jax.Array, score: jax.Array, share: float) -> jax.Array:
-  """theta * m, whose gradient passes the mask on its way to the score."""
+  """Returns theta * m, whose gradient passes the mask on its way to the score."""
   size = jnp.abs(score)
   # 0 is added; its gradient makes that of the score
   return kernel * (largest(size, share) + (size - lax.stop_gradient(size)))
 
 
 def largest(size: jax.Array, share: float) -> jax.Array:
-  """Mask of the share of the values that are largest; all >= 0, equal ones together.
+  """Returns the mask of the largest values, a share of them.
 
   The threshold is the k-th smallest value, k = 1 + round((1 - share) (n - 1)). It is searched
   between two floats, by the values' distribution and every third time in the middle, until they
   are neighbours: some ten passes, where a sort takes as long as hundreds.
+
+  Args:
+    size: values >= 0; equal ones are all in the mask or all outside.
+    share: of the values, in (0, 1].
   """
   size, k = lax.stop_gradient(size), 1 + round((1 - share) * (size.size - 1))
   rows = size.reshape(-1, size.shape[-1])
@@ -140,42 +159,46 @@ def largest(size: jax.Array, share: float) -> jax.Array:
 
 
 def _bits(x):
-  """Floats that are not negative are ordered as these whole numbers are."""
+  """Returns the bits of floats >= 0 as whole numbers, whose order is that of the floats."""
   return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _float(bits):
+  """Inverts `_bits`."""
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _draw_scores(key, kernels):
+  """Draws s by layer as PyTorch draws kernels."""
   keys = jax.random.split(key, len(kernels))
   draw = uniform_fan_in()
   return {n: draw(k, w.shape) for k, (n, w) in zip(keys, kernels.items(), strict=True)}
 
 
 def _split_norm(rest):
-  """Head and biases are trained; BatchNorm, whose scale is 1 and whose bias 0, is not."""
+  """Returns what is trained, head and biases, and what is not: BatchNorm, of scale 1 and bias 0."""
   trained = {n: x for n, x in rest.items() if n == trees.HEAD or not _has(x, "scale")}
   return trained, {n: x for n, x in rest.items() if n not in trained}
 
 
 def _has(tree, name):
+  """Tells whether a parameter of some name is anywhere in a tree."""
   return name in tree or any(_has(x, name) for x in tree.values() if isinstance(x, dict))
 
 
 def _unpack(mask, shape):
+  """Returns a packed mask as floats 0 and 1 of the kernel's shape."""
   return jnp.unpackbits(mask)[: math.prod(shape)].reshape(shape).astype(jnp.float32)
 
 
 def size(state: State) -> Size:
-  """Masks, and per later task head and BatchNorm; the paper's count takes 32 mask bits for one."""
+  """Counts masks, heads and BatchNorm; in `paper` 32 bits of a mask are one number."""
   shared, (first, *later) = state.shared, state.tasks
   kernels = shared["kernels"]
-  counts = [sizes.count_rest(p["rest"], kernels, int(p["num_classes"])) for p in later]
-  base = sizes.network_count(kernels, first["rest"], int(first["num_classes"]))
+  counts = [sizes.count_rest(p.rest, kernels, int(p.num_classes)) for p in later]
+  base = sizes.network_count(kernels, first.rest, int(first.num_classes))
   counted = sum(c.counted for c in counts)
-  uncounted = sum(c.biases for c in counts) + sizes.count_leaves([p["stats"] for p in state.tasks])
+  uncounted = sum(c.biases for c in counts) + sizes.count_leaves([p.stats for p in state.tasks])
   num_kernels = sizes.count_leaves(kernels)
   held = sum(int(x.sum()) for x in shared["used"].values())
   bits = num_kernels * len(state.tasks)

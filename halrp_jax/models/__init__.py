@@ -22,13 +22,12 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def of(config, num_classes: int) -> nn.Module:
-  """The network of a resolved config."""
-  return make(config.network, num_classes, config.method.batch_norm, config.precision)
-
-
 def make(
-  name: str, num_classes: int, batch_norm: str = "own", precision: str = "float32"
+  name: str,
+  num_classes: int,
+  batch_norm: str = "own",
+  precision: str = "float32",
+  axis_name: str | None = None,
 ) -> nn.Module:
   """The network called `name` with `num_classes` outputs.
 
@@ -40,8 +39,11 @@ def make(
       on a network without BatchNorm.
     precision: "float32", or "bfloat16": so are the products of all layers but the head, and what
       they give; parameters, statistics and logits stay float32.
+    axis_name: of mapped devices that share a batch in training (`Layout.axis_name`).
   """
   network = NETWORKS[name](num_classes=num_classes)
+  if hasattr(network, "axis_name"):
+    network = network.clone(axis_name=axis_name)
   if precision != "float32":
     network = network.clone(dtype=jnp.dtype(precision))
   if batch_norm == "own" or not hasattr(network, "running"):
@@ -54,13 +56,13 @@ def evaluates_with_batch(model: nn.Module) -> bool:
   return not getattr(model, "running", True)
 
 
-def statistics(config, model: nn.Module) -> str:
+def statistics(batch_norm: str, model: nn.Module) -> str:
   """Says which statistics BatchNorm evaluates with, for the record of a run."""
   if not hasattr(model, "running"):
     return "none"
   if evaluates_with_batch(model):
     return "test-batch statistics"
-  if config.method.batch_norm == "population":
+  if batch_norm == "population":
     return "those of each task's training images, taken when the task was learned"
   return "running statistics"
 
@@ -75,7 +77,7 @@ def with_batch_statistics(model: nn.Module) -> nn.Module:
   return model.clone(running=False) if hasattr(model, "running") else model
 
 
-def in_training(config, model: nn.Module) -> nn.Module:
+def in_training(batch_norm: str, model: nn.Module) -> nn.Module:
   """Returns the network as a method uses it on the images of the task that it is learning.
 
   Gradients, Fisher information and bases are taken between training steps, when the stored
@@ -83,4 +85,4 @@ def in_training(config, model: nn.Module) -> nn.Module:
   with the statistics of the batch, as training steps are. Training is then that of "batch", but for
   what validation decides inside it (`keep`, `schedule=plateau`).
   """
-  return with_batch_statistics(model) if config.method.batch_norm == "population" else model
+  return with_batch_statistics(model) if batch_norm == "population" else model

@@ -4,6 +4,8 @@
 The paper's network evaluates BatchNorm with the statistics of the test batch (`running=False`).
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 
@@ -21,22 +23,24 @@ class AlexNet(nn.Module):
   dropout: tuple[float, ...] = (0.2, 0.2, 0.5)
   hidden: tuple[int, ...] = (2048, 2048)
   running: bool = False  # BatchNorm evaluates with those of the batch
+  axis_name: str | None = None  # of mapped devices that share a batch in training
   dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, C] -> logits [B, num_classes]"""
+    norm = functools.partial(BatchNorm, self.running, axis_name=self.axis_name)
     blocks = zip(self.channels, self.kernels, self.dropout, strict=True)
     for i, (features, width, rate) in enumerate(blocks, 1):
       num_in = width**2 * x.shape[-1]
       x = layers.conv(features, width, padding=0, dtype=self.dtype, name=f"conv{i}")(x)
-      x = BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn{i}")(x, train)
+      x = norm(relu=True, num_in=num_in, name=f"bn{i}")(x, train)
       x = layers.Dropout(rate)(x, train)
       x = max_pool(x)
     x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       num_in = x.shape[-1]
       x = layers.dense(features, num_in, bias=False, dtype=self.dtype, name=f"fc{i}")(x)
-      x = BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
+      x = norm(relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
       x = layers.Dropout(0.5)(x, train)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)

@@ -20,21 +20,22 @@ class LeNet(nn.Module):
   channels: tuple[int, int] = (20, 50)
   hidden: tuple[int, int] = (800, 500)
   running: bool = True  # BatchNorm evaluates with stored statistics
+  axis_name: str | None = None  # of mapped devices that share a batch in training
   dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, C] -> logits [B, num_classes]"""
+    norm = functools.partial(BatchNorm, self.running, relu=True, axis_name=self.axis_name)
     for i, features in enumerate(self.channels, 1):
       num_in = 5 * 5 * x.shape[-1]
       x = layers.conv(features, 5, padding=2, dtype=self.dtype, name=f"conv{i}")(x)
-      norm = BatchNorm(self.running, relu=True, pool=2, num_in=num_in, name=f"bn{i}")
-      x = norm(x, train)  # [B, H/2, W/2, features]
+      x = norm(pool=2, num_in=num_in, name=f"bn{i}")(x, train)  # [B, H/2, W/2, features]
     x = x.reshape(x.shape[0], -1)
     for i, features in enumerate(self.hidden, 1):
       num_in = x.shape[-1]
       x = layers.dense(features, num_in, bias=False, dtype=self.dtype, name=f"fc{i}")(x)
-      x = BatchNorm(self.running, relu=True, num_in=num_in, name=f"bn_fc{i}")(x, train)
+      x = norm(num_in=num_in, name=f"bn_fc{i}")(x, train)
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)
 
 

@@ -19,13 +19,14 @@ class Block(nn.Module):
   features: int
   stride: int
   running: bool
+  axis_name: str | None = None
   dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[B, H, W, C] -> [B, H/stride, W/stride, features]"""
     num_in = x.shape[-1]
-    norm = functools.partial(BatchNorm, self.running)
+    norm = functools.partial(BatchNorm, self.running, axis_name=self.axis_name)
     conv = functools.partial(layers.conv, dtype=self.dtype)
     y = conv(self.features, 3, 1, self.stride, name="conv1")(x)
     y = norm(relu=True, num_in=9 * num_in, name="bn1")(y, train)
@@ -44,6 +45,7 @@ class ResNet18(nn.Module):
   width: int = 32
   stage_sizes: tuple[int, ...] = (2, 2, 2, 2)  # blocks
   running: bool = True
+  axis_name: str | None = None  # of mapped devices that share a batch in training
   dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
 
   @nn.compact
@@ -51,12 +53,14 @@ class ResNet18(nn.Module):
     """[B, H, W, C] -> logits [B, num_classes]"""
     num_in = 9 * x.shape[-1]
     x = layers.conv(self.width, 3, 1, dtype=self.dtype, name="conv1")(x)
-    x = BatchNorm(self.running, relu=True, num_in=num_in, name="bn1")(x, train)
+    norm = BatchNorm(self.running, True, num_in=num_in, axis_name=self.axis_name, name="bn1")
+    x = norm(x, train)
     for stage, num_blocks in enumerate(self.stage_sizes):
       for i in range(num_blocks):
         stride = 2 if stage and not i else 1
         name = f"stage{stage + 1}_{i + 1}"
-        block = Block(self.width * 2**stage, stride, self.running, self.dtype, name=name)
+        how = (self.running, self.axis_name, self.dtype)
+        block = Block(self.width * 2**stage, stride, *how, name=name)
         x = block(x, train)
     x = nn.avg_pool(x, (2, 2), (2, 2))
     x = x.reshape(x.shape[0], -1)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from halrp_jax.devices import parallel
 from halrp_jax.nn import isolate
 from halrp_jax.nn.init import uniform_fan_in
 from halrp_jax.nn.pool import max_pool, window_cells, window_max, window_max_gradient
@@ -34,6 +33,7 @@ class BatchNorm(nn.Module):
   pool: int = 1  # width of the max pooling window; 1: none
   num_in: int = 0  # fan-in of the layer before; 0: it has no bias
   momentum: float = MOMENTUM
+  axis_name: str | None = None  # of mapped devices that share a batch in training
   epsilon: float = 1e-5
 
   @nn.compact
@@ -53,13 +53,15 @@ class BatchNorm(nn.Module):
       y = _affine(x, mean_.value - shift, var_.value, scale, bias, self.epsilon)
       y = max_pool(y, self.pool) if self.pool > 1 else y
       return (nn.relu(y) if self.relu else y).astype(dtype)
-    forms = [
-      functools.partial(f, epsilon=self.epsilon, relu=self.relu, pool=self.pool)
-      for f in (_fused_batch_norm, _plain_batch_norm)
-    ]
-    y, mean, var = lax.platform_dependent(x, scale, bias, cpu=forms[0], default=forms[1])
+    axis_name = self.axis_name if train and not self.is_initializing() else None
+    settings = (self.epsilon, self.relu, self.pool, axis_name)
+    y, mean, var = lax.platform_dependent(
+      *(x, scale, bias),
+      cpu=lambda x, scale, bias: _fused_batch_norm(x, scale, bias, *settings),
+      default=lambda x, scale, bias: _plain_batch_norm(x, scale, bias, *settings),
+    )
     if train and not self.is_initializing():
-      count = x.size // features * parallel.axis_size()
+      count = x.size // features * (1 if axis_name is None else lax.axis_size(axis_name))
       unbiased = var * count / max(count - 1, 1)
       mean_.value = (1 - self.momentum) * mean_.value + self.momentum * (mean + shift)
       var_.value = (1 - self.momentum) * var_.value + self.momentum * unbiased
@@ -94,50 +96,51 @@ def _affine(x, mean, var, scale, bias, epsilon):
   return x * _channels(factor, x) + _channels(bias - mean * factor, x)
 
 
-def _moments(x):
+def _moments(x, axis_name):
   """Mean [C] and biased variance [C] over all axes but the last, and all parts of a batch."""
   axes = tuple(range(x.ndim - 1))
   mean, var = x.mean(axes), x.var(axes)
-  if not parallel.is_mapped():
+  if axis_name is None:
     return mean, var
-  whole = parallel.average(mean)
-  return whole, parallel.average(var + (mean - whole) ** 2)
+  whole = lax.pmean(mean, axis_name)
+  return whole, lax.pmean(var + (mean - whole) ** 2, axis_name)
 
 
-def _plain_batch_norm(x, scale, bias, *, epsilon, relu, pool):
+def _plain_batch_norm(x, scale, bias, epsilon, relu, pool, axis_name):
   """-> output, mean [C], biased variance [C] of the batch"""
-  mean, var = _moments(x)
+  mean, var = _moments(x, axis_name)
   y = _affine(x, mean, var, scale, bias, epsilon)
   y = max_pool(y, pool) if pool > 1 else y
   return nn.relu(y) if relu else y, mean, var
 
 
-def _fused_batch_norm(x, scale, bias, *, epsilon, relu, pool):
+def _fused_batch_norm(x, scale, bias, epsilon, relu, pool, axis_name):
   if pool > 1 and not (x.shape[1] % pool or x.shape[2] % pool):
-    return _batch_norm_relu_pool(window_cells(x, pool), scale, bias, epsilon, relu, True)
-  y, mean, var = _batch_norm_relu_pool(x, scale, bias, epsilon, relu, False)
+    cells = window_cells(x, pool)
+    return _batch_norm_relu_pool(cells, scale, bias, epsilon, relu, True, axis_name)
+  y, mean, var = _batch_norm_relu_pool(x, scale, bias, epsilon, relu, False, axis_name)
   return max_pool(y, pool) if pool > 1 else y, mean, var
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _batch_norm_relu_pool(x, scale, bias, epsilon, relu, pool):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _batch_norm_relu_pool(x, scale, bias, epsilon, relu, pool, axis_name):
   """BatchNorm, ReLU, maximum over axis -2 if `pool`, with one gradient for all three.
 
   Fewer passes over the activations than one after another.
   """
-  mean, var = _moments(x)
+  mean, var = _moments(x, axis_name)
   y = _affine(x, mean, var, scale, bias, epsilon)
   y = window_max(y) if pool else y
   return nn.relu(y) if relu else y, mean, var
 
 
-def _batch_norm_relu_pool_fwd(x, scale, bias, epsilon, relu, pool):
-  out = _batch_norm_relu_pool(x, scale, bias, epsilon, relu, pool)
+def _batch_norm_relu_pool_fwd(x, scale, bias, epsilon, relu, pool, axis_name):
+  out = _batch_norm_relu_pool(x, scale, bias, epsilon, relu, pool, axis_name)
   y, mean, var = out
   return out, (x, y if relu else None, mean, lax.rsqrt(var + epsilon), scale)
 
 
-def _batch_norm_relu_pool_bwd(epsilon, relu, pool, saved, gradients):
+def _batch_norm_relu_pool_bwd(epsilon, relu, pool, axis_name, saved, gradients):
   """dz: gradient of the normalised values. The winner of a window is found in the stored input,
   never by comparing recomputed values: those may differ in the last bit from fusion to fusion.
   """
@@ -153,7 +156,8 @@ def _batch_norm_relu_pool_bwd(epsilon, relu, pool, saved, gradients):
   d_bias = dy.sum(places)
   d_scale = (product.sum(places) - mean * d_bias) * inverse
   slope = scale * inverse
-  of_scale, of_bias = parallel.average((d_scale, d_bias))  # x moves the statistics of all parts
+  of_all = (d_scale, d_bias)  # x moves the statistics of all parts
+  of_scale, of_bias = of_all if axis_name is None else lax.pmean(of_all, axis_name)
   linear = -slope * inverse * of_scale / count
   constant = -slope * of_bias / count - linear * mean
 

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from halrp_jax import packing
+from halrp_jax import files, packing
 from halrp_jax.types import Params, brief
 
 _ARRAYS, _ABOUT, _MANIFEST = "arrays", "about.json", "manifest.json"
@@ -266,11 +266,8 @@ def _write(path: pathlib.Path, content) -> None:
 
 def _read(path: pathlib.Path) -> dict:
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    return files.load_json(path)
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
     raise Damaged(f"{path}: missing") from e
-  except (ValueError, RecursionError) as e:
+  except ValueError as e:
     raise Damaged(f"{path}: can't be read ({e})") from e
-  if not isinstance(content, dict):
-    raise Damaged(f"{path}: is not what was written")
-  return content

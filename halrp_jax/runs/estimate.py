@@ -5,7 +5,9 @@ import time
 import jax
 import numpy as np
 
-from halrp_jax import data, methods, models
+from halrp_jax import data, methods
+from halrp_jax.keys import Config
+from halrp_jax.runs import experiment
 from halrp_jax.training import batches
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
@@ -13,31 +15,34 @@ _STEPS = 4  # per epoch, each of a whole batch
 _CLASSES = 10
 
 
-def steps(config) -> tuple[int, int]:
+def steps(config: Config) -> tuple[int, int]:
   """Optimizer steps of a run, and its tasks, by the protocol's sizes. config: resolved.
 
   Methods that train longer than `epochs`, or several networks, take more.
   """
   _, tasks = data.planned(config)
-  per_epoch = [batches.steps_per_epoch(config, task["train"]) for task in tasks]
+  per_epoch = [
+    batches.steps_per_epoch(config.batch_size, config.protocol.last_batch, task["train"])
+    for task in tasks
+  ]
   return config.epochs * sum(per_epoch), len(tasks)
 
 
-def kind(config) -> tuple:
+def kind(config: Config) -> tuple:
   """What decides the time of a step: calibrated once. HALRP's own; all else as STL's."""
   image_shape, _ = data.planned(config)
   method = "halrp" if config.method.name == "halrp" else "stl"
   return (method, config.network, *image_shape, config.batch_size)
 
 
-def calibrate(config) -> tuple[float, float]:
+def calibrate(config: Config) -> tuple[float, float]:
   """Seconds of one step, and those a task takes beside its steps (selection).
 
   config: resolved, of the method "stl" or "halrp". Learns random images: two tasks, then the
   second once more with everything compiled, which is timed.
   """
   image_shape, _ = data.planned(config)
-  model = models.of(config, _CLASSES)
+  model = experiment.network_of(config, _CLASSES)
   benchmark = _random_benchmark(image_shape, config.batch_size)
   method = methods.make(config, model, benchmark)
   key, store = jax.random.key(0), Store("calibration", lambda event: None)

@@ -5,13 +5,16 @@ import functools
 import json
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
+from ml_collections import config_dict
 
 from halrp_jax import data, keys, methods, metrics, models
 from halrp_jax.config import resolve, setting_of
 from halrp_jax.devices import determinism, parallel, processes, replicas
+from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, identity, measure, standing, workdir
 from halrp_jax.training import batches, networks, population
 from halrp_jax.training.evaluate import evaluate
@@ -21,26 +24,38 @@ from halrp_jax.weights import trees
 # --- the run --------------------------------------------------------------------------
 
 
-def build(config) -> tuple[Benchmark, object, Method]:
-  """Resolved config -> benchmark in the order of training, model, method."""
+def network_of(config: Config, num_classes: int, axis_name: str | None = None) -> nn.Module:
+  """Returns the network of a config."""
+  return models.make(
+    config.network, num_classes, config.method.batch_norm, config.precision, axis_name
+  )
+
+
+def build(config: Config) -> tuple[Benchmark, nn.Module, Method, parallel.Layout]:
+  """Returns the benchmark in the order of training, the network, the method and the layout."""
   benchmark = data.load(config)
   for task in benchmark.tasks:
-    if not batches.steps_per_epoch(config, len(task.train.index)):
+    if not _steps_per_epoch(config, len(task.train.index)):
       raise UserError(
         f"batch_size = {config.batch_size} with protocol.last_batch = 'drop' leaves task "
         f"{task.name!r} no batch out of {len(task.train.index)} images: take a smaller one"
       )
   benchmark = _with_validation_images(config, benchmark)
-  benchmark = parallel.replicate(config, benchmark)
-  model = models.of(config, benchmark.max_classes)
-  return benchmark, model, methods.make(config, model, benchmark)
+  layout = parallel.make_layout(config.parallel)
+  benchmark = layout.replicate(benchmark)
+  model = network_of(config, benchmark.max_classes, layout.axis_name)
+  return benchmark, model, methods.make(config, model, benchmark, layout), layout
 
 
-def _with_validation_images(config, benchmark: Benchmark) -> Benchmark:
+def _steps_per_epoch(config: Config, num_images: int) -> int:
+  return batches.steps_per_epoch(config.batch_size, config.protocol.last_batch, num_images)
+
+
+def _with_validation_images(config: Config, benchmark: Benchmark) -> Benchmark:
   """Refuses a config that needs validation images where there are none; hides the test images
   with protocol.evaluate_on = "validation"."""
   needs = {"keep": ("best", "best_loss"), "schedule": ("plateau",), "evaluate_on": ("validation",)}
-  named = [f"protocol.{k} = {v}" for k, v in config.protocol.items() if v in needs.get(k, ())]
+  named = [f"protocol.{k} = {v}" for k, v in vars(config.protocol).items() if v in needs.get(k, ())]
   for task in benchmark.tasks:
     if named and not len(task.valid.index):
       raise UserError(
@@ -52,11 +67,11 @@ def _with_validation_images(config, benchmark: Benchmark) -> Benchmark:
   return benchmark._replace(tasks=tuple(t._replace(test=t.valid) for t in benchmark.tasks))
 
 
-def plan(config) -> dict:
+def plan(config: Config) -> dict:
   """What a run of this config would do, as plain numbers and texts (--dry_run)."""
   config = resolve(config)
   image_shape, tasks, missing = _planned_tasks(config)
-  model = models.of(config, max(t["num_classes"] for t in tasks))
+  model = network_of(config, max(t["num_classes"] for t in tasks))
   shapes, _ = jax.eval_shape(
     lambda key: networks.initialize(model, key, image_shape), jax.random.key(0)
   )
@@ -66,8 +81,8 @@ def plan(config) -> dict:
   for path, x in flat.items():
     layer = path.rpartition("/")[0]
     layers[layer] = layers.get(layer, 0) + x.size
-  epochs = config.method.get("epochs", config.epochs)
-  steps = sum(epochs * batches.steps_per_epoch(config, t["train"]) for t in tasks)
+  epochs = getattr(config.method, "epochs", config.epochs)
+  steps = sum(epochs * _steps_per_epoch(config, t["train"]) for t in tasks)
   return {
     "config": keys.flat(config.to_dict()),
     "benchmark": config.benchmark,
@@ -80,10 +95,10 @@ def plan(config) -> dict:
   }
 
 
-def _planned_tasks(config) -> tuple[tuple, list[dict], str]:
+def _planned_tasks(config: Config) -> tuple[tuple, list[dict], str]:
   """Image shape, tasks; of the protocol if the data are not there, and then why."""
   try:
-    benchmark, _, _ = build(config)
+    benchmark, *_ = build(config)
   except data.sources.Missing as e:
     if (planned := data.planned(config)) is None:
       raise
@@ -97,7 +112,7 @@ def _planned_tasks(config) -> tuple[tuple, list[dict], str]:
 
 
 def run(
-  config,
+  config: config_dict.ConfigDict | Config,
   path: str,
   show: Callable[[dict], None] = lambda event: None,
   overwrite: bool = False,
@@ -135,9 +150,8 @@ def run(
     return record
   if config.deterministic:
     determinism.require()
-  benchmark, model, method = processes.all_do(
-    lambda: gang.build(build, config) if gang else build(config)
-  )
+  built = processes.all_do(lambda: gang.build(build, config) if gang else build(config))
+  benchmark = built[0]
   processes.require_same("other images", lambda: benchmark.split_hash)
   now = standing.of(benchmark)
   software = now["flags"] | standing.versions()
@@ -157,13 +171,13 @@ def run(
     if folder.said:
       show({"event": "standing", "said": folder.said})
     folder.describe(benchmark)
-    record = _learn_all(config, benchmark, model, method, folder, log, show, compiled, gang)
+    record = _learn_all(config, built, folder, log, show, compiled, gang)
     record["standing"] = folder.standing
     folder.finish(record)
   return record
 
 
-def _require_one_run(config, overwrite: bool) -> None:
+def _require_one_run(config: Config, overwrite: bool) -> None:
   """Of several processes: that they share batches, mean the same run and compute the same."""
   if processes.count() == 1:
     return
@@ -181,11 +195,13 @@ def _require_one_run(config, overwrite: bool) -> None:
     raise UserError("several processes on GPUs must compute the same bits: set deterministic=True")
 
 
-def _learn_all(config, benchmark, model, method, folder, log, show, compiled, gang) -> dict:
+def _learn_all(config: Config, built, folder, log, show, compiled, gang) -> dict:
   """Folds `learn` over the tasks that are not learned yet; returns the record."""
+  benchmark, model, method, layout = built
   num_tasks = len(benchmark.tasks)
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
+  state = methods.restore(config.method.name, state)
   state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
   if unmeasured := population.unmeasured(state):
     note = f"{len(unmeasured)} tasks are of a version that kept no statistics of BatchNorm: "
@@ -210,7 +226,7 @@ def _learn_all(config, benchmark, model, method, folder, log, show, compiled, ga
       f"other weights after task {t}", functools.partial(checkpoint.fingerprint, state)
     )
     with measure.measure(compiled) as evaluating:
-      accuracy[t, : t + 1], valid = _evaluate(config, benchmark, method, state, t)
+      accuracy[t, : t + 1], valid = _evaluate(config, benchmark, method, layout, state, t)
     size = method.size(state)
     row = {
       "ranks": history.get("ranks"),
@@ -229,14 +245,17 @@ def _learn_all(config, benchmark, model, method, folder, log, show, compiled, ga
   return _record(config, benchmark, model, accuracy, rows, state)
 
 
-def _evaluate(config, benchmark, method, state, t) -> tuple[list[float], float]:
+def _evaluate(config: Config, benchmark, method, layout, state, t) -> tuple[list[float], float]:
   """Test accuracy on the tasks up to t, validation accuracy on task t."""
-  size, spread = batches.evaluation_batch_size(config), parallel.make_spread(config)
+  size = config.evaluation_batch_size or config.batch_size
   test = evaluate(
-    lambda i, image: method.predict(state, i, spread(image)), benchmark.tasks[: t + 1], "test", size
+    lambda i, image: method.predict(state, i, layout.shard(image)),
+    benchmark.tasks[: t + 1],
+    "test",
+    size,
   )
   (valid,) = evaluate(
-    lambda _, image: method.predict(state, t, spread(image)),
+    lambda _, image: method.predict(state, t, layout.shard(image)),
     benchmark.tasks[t : t + 1],
     "valid",
     size,
@@ -244,7 +263,7 @@ def _evaluate(config, benchmark, method, state, t) -> tuple[list[float], float]:
   return test, valid
 
 
-def _record(config, benchmark, model, accuracy, rows, state) -> dict:
+def _record(config: Config, benchmark, model, accuracy, rows, state) -> dict:
   """The contents of record.json (docs/configuration.md for `config`)."""
   return {
     "schema": SCHEMA,
@@ -263,7 +282,7 @@ def _record(config, benchmark, model, accuracy, rows, state) -> dict:
     "partial": benchmark.partial,
     "split_hash": benchmark.split_hash,
     "state_hash": checkpoint.fingerprint(state),
-    "statistics": models.statistics(config, model),
+    "statistics": models.statistics(config.method.batch_norm, model),
     "config": config.to_dict(),
     "setting": setting_of(config.to_dict()),
     "versions": standing.versions(),

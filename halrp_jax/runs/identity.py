@@ -1,13 +1,13 @@
 """Whose a run's folder is: its config and what it stands on, compared before anything goes on."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
 
-from ml_collections import config_dict
-
 from halrp_jax import data, files, keys
 from halrp_jax.devices import processes
+from halrp_jax.keys import Config
 from halrp_jax.runs import standing
 from halrp_jax.types import CHECKPOINTS, CONFIG, RECORD, STANDING, TASKS, UserError, brief
 
@@ -32,7 +32,7 @@ def read_config(path: str) -> dict:
 
 
 def _fill_in(config: dict) -> None:
-  known = keys.keys_of({})
+  known = keys.keys_of()
   for name in _LATER_KEYS:
     section, _, key = name.rpartition(".")
     place = config.setdefault(section, {}) if section else config
@@ -51,13 +51,9 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
       raise UserError(f"{path}: missing; --overwrite starts anew")
     files.write_json(path, config)
     return
-  try:
-    old = json.loads(path.read_text(encoding="utf-8"))
-    _fill_in(old)
-    old = keys.flat(old)
-  except (OSError, ValueError, AttributeError) as e:
-    raise UserError(f"{path}: can't be read ({e}); --overwrite starts anew") from e
-  new = keys.flat(config)
+  old = files.read_json(path, remedy="--overwrite starts anew")
+  _fill_in(old)
+  old, new = keys.flat(old), keys.flat(config)
   changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
   if odd := [k for k in changed if k not in (*keys.NEUTRAL_KEYS, f"{EXTENDED}.data")]:
     changes = ", ".join(f"{k} = {new.get(k)!r} (was {old.get(k)!r})" for k in odd)
@@ -74,13 +70,8 @@ def finished_record(path: str, config: dict) -> dict | None:
   if not file.exists():
     return None
   check_config(file.parent, config)
-  try:
-    return json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as e:
-    raise UserError(
-      f"{file}: can't be read ({e}); delete it: the same command then writes it again from the "
-      "checkpoints"
-    ) from e
+  remedy = "delete it: the same command then writes it again from the checkpoints"
+  return files.read_json(file, remedy=remedy)
 
 
 # --- what it stands on ----------------------------------------------------------------
@@ -91,10 +82,7 @@ def read_standing(path: str) -> dict:
   for name in (STANDING, RECORD, TASKS):
     file = pathlib.Path(path) / name
     if file.exists():
-      try:
-        found = files.read_json(file, f"{file}: is gone")
-      except UserError as e:
-        raise UserError(f"{e}; --overwrite starts anew") from e
+      found = files.read_json(file, remedy="--overwrite starts anew")
       older = {"split_hash": found.get("split_hash")}
       return found if name == STANDING else found.get("standing", older)
   return {}
@@ -152,7 +140,7 @@ def shared_read() -> Callable:
   """
   known = {}
 
-  def read(config) -> dict:
+  def read(config: Config) -> dict:
     drawn_by = (
       "benchmark",
       "data_dir",
@@ -164,7 +152,7 @@ def shared_read() -> Callable:
     )
     key = json.dumps([config.to_dict()[k] for k in (*drawn_by, "data", "protocol")])
     if key not in known:
-      natural = config_dict.FrozenConfigDict(config.to_dict() | {"order": "natural"})
+      natural = dataclasses.replace(config, order="natural")
       benchmark = data.read(natural)
       tasks = {task.id: standing.of_task(task) for task in benchmark.tasks}
       known[key] = tasks, benchmark.split_hash
@@ -174,7 +162,7 @@ def shared_read() -> Callable:
   return read
 
 
-def require_same_data(config, path: str, read: Callable, show: Callable) -> None:
+def require_same_data(config: Config, path: str, read: Callable, show: Callable) -> None:
   """Refuses a finished run that stands on other data or JAX flags; without data it stays as it is.
 
   Nothing is computed, so it makes no difference on which machine this is.

@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ml_collections import config_dict
+
 from halrp_jax import data, files
 from halrp_jax.config import resolve, with_keys
 from halrp_jax.data import orders, sources
@@ -23,10 +25,10 @@ ELSEWHERE = "at work elsewhere"  # state of a cell that another process runs
 
 class Cell(NamedTuple):
   name: str  # its folder below the sweep's
-  config: object  # as from `experiment.make_config`, not yet resolved
+  config: config_dict.ConfigDict  # as from `make_config`, not yet resolved
 
 
-def cells(configs: dict[str, object], order_names: str, seeds: str) -> list[Cell]:
+def cells(configs: dict[str, config_dict.ConfigDict], order_names: str, seeds: str) -> list[Cell]:
   """Every config with every order and seed; nothing is run.
 
   Args:
@@ -45,7 +47,7 @@ def cells(configs: dict[str, object], order_names: str, seeds: str) -> list[Cell
   return found
 
 
-def _orders(config, text: str) -> list[str]:
+def _orders(config: config_dict.ConfigDict, text: str) -> list[str]:
   if text != "all":
     return [name for name in text.split(",") if name] or [config.order]
   if config.benchmark not in orders.PAPER:

@@ -38,7 +38,7 @@ import numpy as np
 
 from halrp_jax import files, packing
 from halrp_jax.devices import processes
-from halrp_jax.runs import cards, checkpoint, identity
+from halrp_jax.runs import cards, checkpoint, identity, states
 from halrp_jax.types import (
   CHECKPOINTS,
   CONFIG,
@@ -57,9 +57,6 @@ from halrp_jax.types import (
 
 SET_ASIDE = "set_aside"
 _KEPT_STATES = 2
-_STATE = re.compile(r"state-(\d{4,})")
-_ITEM = re.compile(rf"{_STATE.pattern}|(shared|task\d{{2,}})-[0-9a-f]{{16}}|now\.[\w.]+")
-_NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
 
 
 def _of_folder(method: Callable) -> Callable:
@@ -192,11 +189,13 @@ class Workdir:
 
   def _sweep(self) -> None:
     """Deletes what neither of the last states needs, and the parts of the task they end with."""
-    checkpoint.sweep(self.items, self._names() - self._needed(_states(self.items)[:_KEPT_STATES]))
+    checkpoint.sweep(
+      self.items, self._names() - self._needed(states.find_states(self.items)[:_KEPT_STATES])
+    )
 
   def _names(self) -> set[str]:
     """Names of the items; whatever else is in their folder is not the run's."""
-    return {p.name for p in self.items.iterdir() if _ITEM.fullmatch(p.name)}
+    return {p.name for p in self.items.iterdir() if states.ITEM.fullmatch(p.name)}
 
   def _needed(self, states: list[pathlib.Path]) -> set[str]:
     """Names of the states that can be read and of their parts."""
@@ -216,22 +215,22 @@ class Workdir:
   @processes.by_first
   @_of_folder
   def _newest_state(self) -> tuple[int, State, dict] | None:
-    states, found, problems = _states(self.items), None, []
-    while states and not found:
+    known, found, problems = states.find_states(self.items), None, []
+    while known and not found:
       try:
-        found = _load_state(states[0])
-      except _NO_STATE as e:
+        found = states.load_state(known[0])
+      except states.NO_STATE as e:
         problems.append(str(e))
-        states = states[1:]
+        known = known[1:]
     if problems:
-      then = f"the run goes on after {states[0].name}" if found else "the run starts anew"
-      unused = sorted(self._names() - self._needed(states))
+      then = f"the run goes on after {known[0].name}" if found else "the run starts anew"
+      unused = sorted(self._names() - self._needed(known))
       self._complain(f"{'; '.join(problems)}; {then}", [self.items / name for name in unused])
     if not found:
       return None
     state, about = found
     self._num_events, self._written = about["events"], set(about["items"])
-    return _position(states[0]), state, about["results"]
+    return states.position(known[0]), state, about["results"]
 
   def _complain(self, text: str, unused: list[pathlib.Path] = ()) -> None:
     """Warns of damage, or raises if the run is strict; items that are of no use are moved away."""
@@ -299,6 +298,7 @@ def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool, now:
     result = identity.check_standing(run.folder, config, now)
     (run.folder / CHECKPOINTS).mkdir(exist_ok=True)
     (run.folder / METRICS).touch()
+    files.delete_left_behind(run.folder)
     stack.callback(run.close)
     return result
   except OSError as e:
@@ -319,83 +319,6 @@ def _remedy(error: OSError) -> str:
   return "look after the disk, or choose another folder"
 
 
-def inspect(path: str) -> tuple[list[dict], State | None, dict]:
-  """Verifies every file of a run; changes nothing.
-
-  Returns:
-    Per item: name, files, bytes, problem (a line, or None), strays (names of files that no run has
-    written); the newest state that is whole; the results that belong to it.
-
-  Raises:
-    UserError: if there is no run.
-  """
-  folder = pathlib.Path(path)
-  if not (folder / CONFIG).is_file():
-    raise UserError(f"--workdir={path}: holds no {CONFIG}; give the folder of a run")
-  items, trees = [], {}
-  for item in sorted((folder / CHECKPOINTS).glob("[!.]*")):
-    files = [p for p in item.rglob("*") if p.is_file()]
-    found = {"name": item.name, "files": len(files), "problem": None, "strays": [item.name]}
-    found["bytes"] = sum(p.stat().st_size for p in files)
-    items.append(found)
-    if not _ITEM.fullmatch(item.name):
-      continue
-    found["strays"] = checkpoint.strays(item)
-    try:
-      trees[item.name] = checkpoint.load(item)
-      if not item.name.startswith(("now.", "state-")):
-        _part(item)
-    except (checkpoint.Damaged, FileNotFoundError, NotADirectoryError) as e:
-      found["problem"] = str(e)
-  for name in (p.name for p in _states(folder / CHECKPOINTS) if p.name in trees):
-    about = trees[name][1]
-    if set(about["items"]) <= trees.keys():
-      shared, *tasks = (trees[n][0]["tree"] for n in about["items"])
-      return items, State(shared, tuple(tasks)), about["results"]
-  return items, None, {}
-
-
-def read_benchmark(path: str) -> Benchmark:
-  """The tasks of a run, in the order of training, without their images."""
-  file = pathlib.Path(path) / TASKS
-  card = files.read_json(
-    file,
-    f"--workdir={path}: holds no {TASKS}, which has class names and normalisation: the run is of "
-    "an older version; learn it again (--overwrite)",
-  )
-  return cards.to_benchmark(card, str(file))
-
-
-def newest_state(path: str) -> tuple[State, dict]:
-  """The newest state of a run whose files all verify, and its results; changes nothing.
-
-  Raises:
-    UserError: if there is none.
-  """
-  problem = "no task is learned yet"
-  for folder in _states(pathlib.Path(path) / CHECKPOINTS):
-    try:
-      state, about = _load_state(folder)
-      return state, about["results"]
-    except _NO_STATE as e:
-      problem = str(e)
-      warnings.warn(f"{e}; the state before {folder.name} is used instead", stacklevel=2)
-    except OSError as e:
-      raise UserError(f"{e.filename or folder}: can't be read ({e.strerror or e})") from e
-  raise UserError(f"--workdir={path}: holds no state that is whole ({problem})")
-
-
-def _states(items: pathlib.Path) -> list[pathlib.Path]:
-  """The folders of the states, the newest first."""
-  found = [p for p in items.glob("state-*") if _STATE.fullmatch(p.name) and p.is_dir()]
-  return sorted(found, key=_position, reverse=True)
-
-
-def _position(folder: pathlib.Path) -> int:
-  """Number of groups of tasks that are learned in a state."""
-  return int(_STATE.fullmatch(folder.name)[1])
-
-
 def _item(name: str) -> str:
   return "now." + name.replace("/", ".")
 
@@ -406,23 +329,6 @@ def _numbered(tasks):
 
 def _to_device(x):
   return jnp.asarray(x) if isinstance(x, np.ndarray) else x
-
-
-def _load_state(folder: pathlib.Path) -> tuple[State, dict]:
-  """A state with all its parts, and what is written about it; `_NO_STATE` if one is not whole."""
-  about = checkpoint.verify(folder)
-  shared, *tasks = (_part(folder.parent / n) for n in about["items"])
-  return State(*jax.tree.map(jnp.asarray, (shared, tuple(tasks)))), about
-
-
-def _part(folder: pathlib.Path):
-  """A part of a state; its name says what is in it, so that another run's can't stand there."""
-  if not folder.is_dir():
-    raise checkpoint.Damaged(f"{folder}: missing")
-  tree = checkpoint.load(folder)[0]["tree"]
-  if not folder.name.endswith(f"-{checkpoint.fingerprint(tree)[:16]}"):
-    raise checkpoint.Damaged(f"{folder}: holds something else than its name says")
-  return tree
 
 
 def _require_leaves(found, like, folder) -> None:

@@ -89,10 +89,10 @@ def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: floa
   return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
 
 
-def steps_per_epoch(config, num_images: int) -> int:
+def steps_per_epoch(batch_size: int, last_batch: str, num_images: int) -> int:
   """Optimizer steps in one epoch over `num_images` training images."""
-  full, rest = divmod(num_images, config.batch_size)
-  return full + (rest > 0 and config.protocol.last_batch == "train")
+  full, rest = divmod(num_images, batch_size)
+  return full + (rest > 0 and last_batch == "train")
 
 
 def make_batch(split: Split, inputs: Inputs, num_classes, rows, image_fn=lambda image: image):
@@ -102,11 +102,6 @@ def make_batch(split: Split, inputs: Inputs, num_classes, rows, image_fn=lambda 
     return Batch(prepare_images(image, inputs), label, num_classes, None)
   owner = split.owner[rows]
   return Batch(prepare_images(image, inputs, owner), label, num_classes[owner][:, None], owner)
-
-
-def evaluation_batch_size(config) -> int:
-  """Images per evaluation batch."""
-  return config.evaluation_batch_size or config.batch_size
 
 
 def consecutive(num_images: int, batch_size: int) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from halrp_jax.types import Params, UserError
+from halrp_jax.types import Params, State, UserError
 from halrp_jax.weights import kinds, perturb, proof, trees
 
 Shapes = dict[str, tuple[int, int]]  # (I, J) by layer
@@ -119,7 +119,27 @@ def check_same(model, image_shape: tuple[int, ...], params: Params) -> None:
       raise UserError(f"{path}: the network has {a.get(path)}, the parameters {b.get(path)}")
 
 
-def make_matrix_shapes(model, benchmark) -> Callable[[Params], Shapes]:
+def check_state(state: State, shapes_of: Callable[[Params], Shapes]) -> None:
+  """Raises UserError if a state's kernels are not those of a network, or seen as other matrices.
+
+  Args:
+    state: its tasks hold a `perturbation` of the shared kernels.
+    shapes_of: from `make_matrix_shapes` of the network.
+  """
+  first = state.tasks[0].perturbation
+  shapes = shapes_of(trees.join(state.shared["kernels"], state.tasks[0].rest))
+  for name in sorted(shapes.keys() | first.keys()):
+    have = (first[name].S.size, first[name].R.size) if name in first else None
+    if have != shapes.get(name):
+      raise UserError(
+        f"{name}: the first task's state has a matrix {have} there, the network "
+        f"{shapes.get(name)}: give base_state the network, base_state(..., model=model)"
+      )
+
+
+def make_matrix_shapes(
+  model, image_shape: tuple[int, ...], max_classes: int
+) -> Callable[[Params], Shapes]:
   """Builds params -> (I, J) of every layer with a kernel but the head, and checks the network.
 
   Raises:
@@ -127,8 +147,7 @@ def make_matrix_shapes(model, benchmark) -> Callable[[Params], Shapes]:
   """
   if is_own(model):
     return guessed_matrix_shapes
-  image_shape = benchmark.image_shape
-  variables = check(model, image_shape, benchmark.max_classes)
+  variables = check(model, image_shape, max_classes)
   found = _layers(model, variables, image_shape)
   if any(not layer.is_sure for layer in found.values()):
     # tracing doesn't tell: the proof on numbers does

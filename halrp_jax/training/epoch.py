@@ -9,24 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from halrp_jax.devices import parallel, processes, replicas
+from halrp_jax.devices import processes, replicas
+from halrp_jax.training.setup import Setup
 
 _CHUNK_SECONDS = 2.0  # of training handed over to the device at once
 
 
-def make(config, step: Callable) -> Callable:
+def make(setup: Setup, step: Callable) -> Callable:
   """Builds `epoch(gang, state, frozen, data, blocks, key, progress) -> state, sums over images`.
 
   `state` is donated. The steps are handed over in chunks of some two seconds, so that signals and
   progress get through; how an epoch is cut does not change a bit of it.
 
   Args:
-    config: resolved.
+    setup: its protocol, batch size, loop and layout.
     step: (state, rows [B], frozen, data, key) -> state, sums over the images of the batch.
 
   `gang` is None, or the threads of several runs, whose epochs are then one program.
   """
-  epoch_rows = _make_rows(config)
+  epoch_rows = _make_rows(setup)
 
   def one_step(carry, rows, frozen, data, key):
     state, sums = carry
@@ -36,8 +37,8 @@ def make(config, step: Callable) -> Callable:
   def many_steps(carry, batches, start, stop, *args):
     return lax.fori_loop(start, stop, lambda i, c: one_step(c, batches[i], *args), carry)
 
-  choose = _make_choose(config, one_step, many_steps)
-  advance, is_loop = None, config.loop == "steps"
+  choose = _make_choose(setup, one_step, many_steps)
+  advance, is_loop = None, setup.loop == "steps"
 
   def begin(state, frozen, data, blocks, key):
     shuffle_key, key = jax.random.split(key)
@@ -51,13 +52,13 @@ def make(config, step: Callable) -> Callable:
       advance, is_loop = choose(carry, rows[0], 0, 1, *args)
     return _run(carry, rows, progress, advance, *args)
 
-  parts = replicas.Parts(begin, many_steps, _run)
-  return replicas.make_epoch(config, epoch, parts, can_join=lambda: not is_loop)
+  parts, devices = replicas.Parts(begin, many_steps, _run), setup.layout.num_run_devices
+  return replicas.make_epoch(epoch, parts, lambda: not is_loop, devices)
 
 
-def _make_rows(config) -> Callable:
+def _make_rows(setup) -> Callable:
   """Builds `epoch_rows(blocks, key)`: the rows of an epoch's batches."""
-  drop = config.protocol.last_batch == "drop"
+  drop = setup.protocol.last_batch == "drop"
 
   @functools.partial(jax.jit, static_argnums=0)
   def epoch_rows(blocks, key):
@@ -66,9 +67,9 @@ def _make_rows(config) -> Callable:
     full, rest, turns, begin = [], {}, [], 0
     for t, (num_images, key) in enumerate(zip(blocks, keys, strict=True)):
       order = jnp.arange(num_images)
-      order = begin + (jax.random.permutation(key, order) if config.protocol.shuffle else order)
-      whole = num_images // config.batch_size * config.batch_size
-      full.append(order[:whole].reshape(-1, config.batch_size))
+      order = begin + (jax.random.permutation(key, order) if setup.protocol.shuffle else order)
+      whole = num_images // setup.batch_size * setup.batch_size
+      full.append(order[:whole].reshape(-1, setup.batch_size))
       turns += [(i, t) for i in range(len(full[-1]))]
       if whole < num_images and not drop:
         rest.setdefault(num_images - whole, []).append(order[whole:])
@@ -79,25 +80,25 @@ def _make_rows(config) -> Callable:
   return epoch_rows
 
 
-def _make_choose(config, one_step: Callable, many_steps: Callable) -> Callable:
+def _make_choose(setup: Setup, one_step: Callable, many_steps: Callable) -> Callable:
   """Builds `choose(*args of many_steps)`.
 
   -> what does many steps, whether it is a Python loop over compiled ones
   """
-  jit_one, jit_many = (parallel.compile_step(config, f) for f in (one_step, many_steps))
+  jit_one, jit_many = (setup.layout.compile(f) for f in (one_step, many_steps))
 
   def loop_over_steps(carry, batches, start, stop, *args):
     for i in range(start, stop):
-      carry = jit_one(carry, batches[i], *args)
+      carry = jit_one.call(carry, batches[i], *args)
     return carry
 
   def choose(*args):
     """XLA:CPU runs the gradient of a plain convolution tens of times slower inside a loop."""
-    if config.loop == "auto" and jax.default_backend() == "cpu":
+    if setup.loop == "auto" and jax.default_backend() == "cpu":
       is_loop = "stablehlo.convolution" in jit_many.lower(*args).as_text()
     else:
-      is_loop = config.loop == "steps"
-    return loop_over_steps if is_loop else jit_many, is_loop
+      is_loop = setup.loop == "steps"
+    return loop_over_steps if is_loop else jit_many.call, is_loop
 
   return choose
 

@@ -8,20 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax.devices import processes
-from halrp_jax.training import batches
-from halrp_jax.types import Task
+from halrp_jax.training import batches, networks
+from halrp_jax.types import Method, Task
 
 # --- evaluation -----------------------------------------------------------------------
 
 
-def make_predict(method) -> Callable:
+def logits_of(model, network: Callable) -> Callable:
+  """Builds `Method.logits` of a method that has a plain network for every task."""
+
+  def logits(shared, task, image):
+    return networks.apply_model(model, *network(shared, task), image, False, None)[0]
+
+  return logits
+
+
+def make_predict(method: Method) -> Callable:
   """Builds `Method.predict` from `Method.logits`: compiled once, a task's own classes alone."""
   logits_fn = jax.jit(method.logits)
 
   def predict(state, t, image):
-    shared = {name: state.shared[name] for name in method.serves}
-    logits = logits_fn(shared, state.tasks[t], image)
-    return logits[:, : int(state.tasks[t]["num_classes"])]
+    logits = logits_fn(method.served(state), state.tasks[t], image)
+    return logits[:, : int(state.tasks[t].num_classes)]
 
   return predict
 

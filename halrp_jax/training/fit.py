@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from halrp_jax.devices import parallel, processes
-from halrp_jax.training import batches, epoch, losses
+from halrp_jax.devices import processes
+from halrp_jax.training import batches, epoch, losses, networks
+from halrp_jax.training.setup import Setup
 from halrp_jax.types import Diverged, Params, Store, Task
 
 
@@ -57,10 +58,10 @@ class TrainState(NamedTuple):
 # --- fit ------------------------------------------------------------------------------
 
 
-def recipe(config) -> Recipe:
-  """The protocol's."""
-  p = config.protocol
-  return Recipe(p.optimizer, p.momentum, config.learning_rate, p.gradient_scale, p.schedule, p.keep)
+def recipe(setup: Setup) -> Recipe:
+  """Returns the protocol's."""
+  p = setup.protocol
+  return Recipe(p.optimizer, p.momentum, setup.learning_rate, p.gradient_scale, p.schedule, p.keep)
 
 
 def _moments(how: Recipe) -> optax.GradientTransformation:
@@ -69,33 +70,26 @@ def _moments(how: Recipe) -> optax.GradientTransformation:
   return optax.trace(how.momentum) if how.optimizer == "sgd" else how.optimizer
 
 
-def learning_rate_decay(config, benchmark) -> Callable[[Task | batches.Joint], float]:
-  """Task -> factor on the learning rate per optimizer step (`protocol.schedule`, spec a.10).
+def learning_rate_decay(setup: Setup, schedule: str, task: Task | batches.Joint) -> float:
+  """Returns the factor on the learning rate per optimizer step of a `protocol.schedule`.
 
   "code" is the authors' formula, which hard-codes the 50,000 images of CIFAR-100 for every
   benchmark; "epoch" multiplies by 0.95 per true epoch; "constant" does not decay, "plateau" not
   here.
   """
-  p, num_tasks = config.protocol, len(benchmark.tasks)
-
-  def decay(task: Task | batches.Joint) -> float:
-    if p.schedule in ("constant", "plateau"):
-      return 1.0
-    images = len(task.train.index)
-    if p.schedule == "code":
-      share = (
-        len(task.num_classes) / num_tasks if isinstance(task, batches.Joint) else 1 / num_tasks
-      )
-      images = 50000 * share * config.train_fraction * (1 - p.validation_fraction)
-    return 0.95 ** (config.batch_size / images)
-
-  return decay
+  if schedule in ("constant", "plateau"):
+    return 1.0
+  images = len(task.train.index)
+  if schedule == "code":
+    num_joint = len(task.num_classes) if isinstance(task, batches.Joint) else 1
+    share = num_joint / setup.num_tasks
+    images = 50000 * share * setup.train_fraction * (1 - setup.protocol.validation_fraction)
+  return 0.95 ** (setup.batch_size / images)
 
 
-def _make_step(config, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn: Callable):
+def _make_step(setup: Setup, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn: Callable):
   """Builds `step(state, rows [B], frozen, data, key) -> state, [B * loss, hits]`."""
-
-  spread = parallel.make_spread(config)
+  layout = setup.layout
 
   def loss_fn(params, frozen, stats, batch, key):
     loss, logits, stats = objective_fn(params, frozen, stats, batch, True, key)
@@ -107,15 +101,15 @@ def _make_step(config, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn
     key = jax.random.fold_in(key, state.step)
 
     def augment(image):
-      if config.protocol.augment == "crop_flip":
+      if setup.protocol.augment == "crop_flip":
         return batches.crop_and_flip(jax.random.fold_in(key, 1), image)
       return image
 
-    batch = spread(batches.make_batch(split, inputs, num_classes, rows, augment))
+    batch = layout.shard(batches.make_batch(split, inputs, num_classes, rows, augment))
     gradients = jax.grad(loss_fn, has_aux=True)(
-      state.params, frozen, state.stats, batch, parallel.own_key(key)
+      state.params, frozen, state.stats, batch, layout.own_key(key)
     )
-    grad, (stats, sums) = parallel.average(gradients)
+    grad, (stats, sums) = layout.average(gradients)
     sums *= len(rows) / len(batch.label)
     updates, opt_state = tx.update(grad, state.opt_state, state.params)
     updates = edit_fn(updates, frozen)
@@ -127,8 +121,7 @@ def _make_step(config, tx, objective_fn: Callable, penalty_fn: Callable, edit_fn
 
 
 def make_fit(
-  config,
-  decay: Callable[[Task | batches.Joint], float],
+  setup: Setup,
   apply_fn: Callable,
   penalty_fn: Callable,
   *,
@@ -139,25 +132,24 @@ def make_fit(
   """Builds `fit(params, stats, frozen, task, key, epochs, store) -> params, stats`.
 
   The optimizer sees gradient_scale * gradient and starts with empty moments and the full learning
-  rate, which is multiplied by `decay(task)` after every step; with schedule="plateau" it is cut
-  when the validation loss has stopped falling, and training ends when it is too low. Returned are
-  the weights of the last epoch, or of the best one on the validation images (keep).
+  rate, which is multiplied by `learning_rate_decay` after every step; with schedule="plateau" it is
+  cut when the validation loss has stopped falling, and training ends when it is too low. Returned
+  are the weights of the last epoch, or of the best one on the validation images (keep).
 
   Args:
-    config: resolved.
-    decay: from `learning_rate_decay`.
+    setup: its protocol, batch sizes, loop, checkpoints and layout.
     apply_fn: see the top of this file.
     penalty_fn: see the top of this file.
     objective_fn: what is minimised beside the penalty, by default `cross_entropy_objective`.
     edit_fn: (updates, frozen) -> updates, applied to what the optimizer makes of the gradients.
     how: by default the protocol's recipe.
   """
-  how = how or recipe(config)
+  how = how or recipe(setup)
   objective_fn = objective_fn or losses.cross_entropy_objective(apply_fn)
   tx = optax.chain(optax.scale(how.gradient_scale), _moments(how))
-  run_epoch = epoch.make(config, _make_step(config, tx, objective_fn, penalty_fn, edit_fn))
+  run_epoch = epoch.make(setup, _make_step(setup, tx, objective_fn, penalty_fn, edit_fn))
   is_judged = how.schedule == "plateau" or how.keep != "last"
-  validate = _make_validate(config, objective_fn)
+  validate = _make_validate(setup, objective_fn)
 
   def fit(params, stats, frozen, task: Task | batches.Joint, key, epochs: int, store: Store):
     result = f"{store.name}/result"
@@ -166,14 +158,14 @@ def make_fit(
     num_classes = jnp.asarray(task.num_classes, jnp.int32)
     blocks = task.blocks if isinstance(task, batches.Joint) else (len(task.train.index),)
     num_images = sum(blocks)
-    if config.protocol.last_batch == "drop":
-      num_images -= sum(n % config.batch_size for n in blocks)
+    if setup.protocol.last_batch == "drop":
+      num_images -= sum(n % setup.batch_size for n in blocks)
     data = (task.train, task.inputs, num_classes)
-    gamma = jnp.float32(decay(task))
+    gamma = jnp.float32(learning_rate_decay(setup, how.schedule, task))
     done, state, best, plateau = start(params, stats, store)
     kept_at = time.perf_counter()
     for i in range(done, epochs):
-      if plateau.rate < config.protocol.stop_rate and how.schedule == "plateau":
+      if plateau.rate < setup.protocol.stop_rate and how.schedule == "plateau":
         break
       begin = time.perf_counter()
       event = {"event": "epoch", "phase": store.name, "epoch": i + 1, "epochs": epochs}
@@ -192,9 +184,9 @@ def make_fit(
         valid = processes.first_does(lambda s=state: validate(s, frozen, task, num_classes))
         event |= {"valid_loss": valid[0], "valid_accuracy": valid[1]}
         best = _keep_best(how.keep, best, state, *valid)
-        plateau = _slow_down(config.protocol, plateau, valid[0])
+        plateau = _slow_down(setup.protocol, plateau, valid[0])
       store.log(event | {"seconds": time.perf_counter() - begin})
-      if i + 1 < epochs and _is_due(config.checkpoint, i + 1, kept_at):
+      if i + 1 < epochs and _is_due(setup.checkpoint, i + 1, kept_at):
         progress = (np.int32(i + 1), state, best, plateau)
         store.keep.write(f"{store.name}/fit", jax.tree.leaves(progress))
         kept_at = time.perf_counter()
@@ -208,9 +200,9 @@ def make_fit(
     # the state is donated to every epoch: the caller's arrays must not be
     params, stats = jax.tree.map(jnp.array, (params, stats))
     state = TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))
-    state = parallel.replicate(config, state)  # where it will be after the first step
+    state = setup.layout.replicate(state)  # where it will be after the first step
     best = () if how.keep == "last" else (np.float64(-np.inf), params, stats)
-    patience = np.int32(config.protocol.patience)
+    patience = np.int32(setup.protocol.patience)
     plateau = Plateau(np.float64(np.inf), patience, np.float64(how.learning_rate))
     kept = store.keep.read(f"{store.name}/fit", (np.int32(0), state, best, plateau))
     if kept is None:
@@ -223,7 +215,20 @@ def make_fit(
   return fit
 
 
-def _make_validate(config, objective_fn: Callable) -> Callable:
+def plain_fit(setup: Setup, l2: float):
+  """Builds `fit(params, stats, task, key, store) -> params, stats` of the plain network.
+
+  It minimises the cross-entropy + l2 |W|^2 (kernels of the features) for `setup.epochs`.
+  """
+  fit, frozen = make_fit(setup, *networks.plain_network(setup.model)), {"l2": l2}
+
+  def fit_plain(params, stats, task, key, store):
+    return fit(params, stats, frozen, task, key, setup.epochs, store)
+
+  return fit_plain
+
+
+def _make_validate(setup: Setup, objective_fn: Callable) -> Callable:
   """Builds `validate(state, frozen, task, num_classes)`: loss and accuracy in percent."""
 
   @jax.jit
@@ -239,8 +244,7 @@ def _make_validate(config, objective_fn: Callable) -> Callable:
       return math.nan, math.nan
     args = (state, frozen, task.valid, task.inputs, num_classes)
     parts = [
-      judge(*args, rows)
-      for rows in batches.consecutive(num_images, batches.evaluation_batch_size(config))
+      judge(*args, rows) for rows in batches.consecutive(num_images, setup.evaluation_batch_size)
     ]
     loss, hits = sum(np.asarray(x, np.float64) for x in parts) / num_images
     return float(loss), 100 * float(hits)

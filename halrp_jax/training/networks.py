@@ -6,9 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from halrp_jax.keys import NetworkConfig
 from halrp_jax.nn.norm import MOMENTUM
 from halrp_jax.training import contract, losses
-from halrp_jax.types import Params
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Network, Params
 from halrp_jax.weights import perturb, trees
 
 # --- the plain network: first tasks, single-task learning, warm-up --------------------
@@ -27,14 +29,14 @@ def statistics_of(model, image_shape: tuple[int, ...]) -> Params:
   return jax.eval_shape(lambda key: initialize(model, key, image_shape), jax.random.key(0))[1]
 
 
-def make_initialize(model, benchmark) -> Callable:
+def make_initialize(setup: Setup) -> Callable:
   """Builds the jitted `initialize(key) -> params, stats`."""
-  return jax.jit(lambda key: initialize(model, key, benchmark.image_shape))
+  return jax.jit(lambda key: initialize(setup.model, key, setup.image_shape))
 
 
-def l2_coefficient(method_config) -> float:
-  """What |W|^2 is multiplied by, of a method with `validate.NETWORK_KEYS`."""
-  return method_config.l2 * (0.5 if method_config.l2_half else 1.0)
+def l2_coefficient(config: NetworkConfig) -> float:
+  """Returns what |W|^2 is multiplied by. `config`: of the method, with `l2` and `l2_half`."""
+  return config.l2 * (0.5 if config.l2_half else 1.0)
 
 
 def apply_model(model, params, stats, image, train, key):
@@ -55,7 +57,7 @@ def fix_batch_statistics(model, params, image):
   """
   if not hasattr(model, "running"):
     return model, {}
-  running = model.clone(running=True)
+  running = model.clone(running=True, axis_name=None)
   start = running.init(jax.random.key(0), image[:1], train=False)["batch_stats"]
   # after one step s1 = (1 - momentum) s0 + momentum b: solve for the batch's b
   variables = {"params": params, "batch_stats": start}
@@ -113,3 +115,24 @@ def perturbed_network(model) -> Callable:
     return logits, new.get("batch_stats", {})
 
   return apply_fn
+
+
+def perturbed_logits(model) -> Callable:
+  """Builds `Method.logits` of tasks with a `perturbation` of shared kernels and a `rest`."""
+  apply_fn = perturbed_network(model)
+
+  def logits(shared, task, image):
+    params = {"perturbation": task.perturbation, "rest": task.rest}
+    return apply_fn(params, shared, task.stats, image, False, None)[0]
+
+  return logits
+
+
+def merged(shared, task) -> Network:
+  """`Method.network` of tasks with a `perturbation` of shared kernels and a `rest`."""
+  return Network(perturb.merge(shared["kernels"], task.perturbation, task.rest), task.stats)
+
+
+def fresh_head(rest: Params, fresh: Params) -> Params:
+  """Returns `rest` with the head of freshly drawn parameters."""
+  return rest | {trees.HEAD: fresh[trees.HEAD]}

@@ -36,7 +36,7 @@ def keep(method: Method, logits_fn: Callable, batch_size: int) -> Callable:
 
   def learn(state, tasks, key, store):
     state, history = method.learn(state, tasks, key, store)
-    shared = {name: state.shared[name] for name in method.serves}
+    shared = method.served(state)
     known, new = state.tasks[: -len(tasks)], state.tasks[-len(tasks) :]
 
     check = store.keep.check if processes.count() == 1 else lambda: None
@@ -47,7 +47,7 @@ def keep(method: Method, logits_fn: Callable, batch_size: int) -> Callable:
         return processes.first_does(lambda: measure(shared, learned, task, check))
 
       stats = jax.tree.map(jnp.asarray, store.once(f"population{i}", taken))
-      measured.append(learned | {"stats": stats})
+      measured.append(learned._replace(stats=stats))
       store.keep.check()
     return State(state.shared, (*known, *measured)), history
 
@@ -93,7 +93,7 @@ def complete(state: State, stats: Params) -> State:
       return tree
     return {k: unknown if k == "stats" and not v else fill(v) for k, v in tree.items()}
 
-  tasks = tuple(fill(p) | {"stats": unknown} for p in state.tasks)
+  tasks = tuple(p._replace(stats=unknown) for p in state.tasks)
   return State(fill(state.shared), tasks)
 
 
@@ -101,13 +101,13 @@ def unmeasured(state: State) -> tuple[int, ...]:
   """Returns the positions of the tasks whose statistics were not measured (`complete`)."""
 
   def unknown(learned):
-    return any(np.isnan(x).any() for x in jax.tree.leaves(learned.get("stats", {})))
+    return any(np.isnan(x).any() for x in jax.tree.leaves(learned.stats))
 
   return tuple(t for t, p in enumerate(state.tasks) if unknown(p))
 
 
 def _has_statistics(state: State, learned: Params) -> bool:
-  return bool(learned.get("stats") or state.shared.get("stats"))
+  return bool(learned.stats or state.shared.get("stats"))
 
 
 def make_measure(logits_fn: Callable, batch_size: int) -> Callable:
@@ -127,7 +127,7 @@ def make_measure(logits_fn: Callable, batch_size: int) -> Callable:
     return {path: _merge(parts) for path, parts in found.items()}
 
   def measure(shared: Params, learned: Params, task: Task, check=lambda: None) -> Params:
-    stats = learned.get("stats") or shared.get("stats", {})
+    stats = learned.stats or shared.get("stats", {})
     if not jax.tree.leaves(stats):
       return stats
     shared, learned, stats, image, inputs = _on_one_device(
@@ -136,7 +136,7 @@ def make_measure(logits_fn: Callable, batch_size: int) -> Callable:
     batches = list(_padded(np.asarray(task.train.index), batch_size))
     flat = _flatten(stats)
     for _ in flat:
-      held = learned | {"stats": _unflatten(flat)}
+      held = learned._replace(stats=_unflatten(flat))
       parts = [moments(shared, held, image, inputs, *batch) for batch in batches]
       measured = flat | _statistics(parts)
       if jax.tree.all(jax.tree.map(np.array_equal, measured, flat)):

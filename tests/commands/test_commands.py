@@ -172,7 +172,7 @@ def test_check_data_says_what_lacks(capsys, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [
-    ([], "--config is missing"),
+    ([], "check_data: the following arguments are required: --config; for example: python -m "),
     ([CUSTOM], "data_dir is not set"),
     ([CUSTOM, "--config.data_dir=/nowhere"], "data_dir=/nowhere: No such file"),
     ([CUSTOM, "--config.epochs=0"], "epochs must be"),

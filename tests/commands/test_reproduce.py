@@ -157,11 +157,12 @@ def test_an_unknown_ablation_is_refused(file, setting):
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [
-    (["--table=9"], "no table 9; known: table 2"),
-    ([], "--table or --figure is missing"),
-    (["--table=2", "--figure=4"], "--table or --figure is missing"),
-    (["--table=2"], "--data_dir is missing"),
-    (["--table=2", "--data_dir=D"], "--workdir is missing"),
+    (["--table=9"], "argument --table: invalid choice: '9' (choose from "),
+    (["--data_dir=D", "--workdir=W"], "one of the arguments --table --figure is required"),
+    (["--table=2", "--figure=4"], "argument --figure: not allowed with argument --table"),
+    (["--table=2"], "required: --data_dir, --workdir; for example: python -m halrp_jax reproduce"),
+    (["--table=2", "--data_dir=D"], "the following arguments are required: --workdir"),
+    (["--table=2", "--data_dir=D", "--workdir="], "argument --workdir: a value is missing"),
     (["--table=2", "--budget=huge"], "invalid choice: 'huge'"),
     (["--table=2", "--data_dir=D", "--workdir=W", "--methods=x"], "table 2 has no x; it has stl"),
   ],

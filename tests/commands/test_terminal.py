@@ -106,7 +106,7 @@ def test_compare_refuses_what_is_no_run(tmp_path):
   (tmp_path / "record.json").write_text("{")
   with pytest.raises(UserError, match="can't be read"):
     compare.main([str(tmp_path)])
-  with pytest.raises(UserError, match="name one or more"):
+  with pytest.raises(UserError, match="arguments are required: RUN; for example: .* compare runs/"):
     compare.main([])
 
 

@@ -76,7 +76,7 @@ def test_a_wrong_grid_is_refused_before_anything_runs(grid, says, tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-  with pytest.raises(UserError, match="--grid is missing"):
+  with pytest.raises(UserError, match="arguments are required: --grid; for example: python"):
     tune.main([CONFIG, f"--workdir={tmp_path}"])
 
 

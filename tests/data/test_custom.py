@@ -202,7 +202,7 @@ def test_what_was_converted_is_also_known_from_the_cache(tmp_path):
       draw(tmp_path / "data" / "t" / c / f"{i}.png", (9, 9), seed=ord(c) + i)
   config = originals.config_of("custom", tmp_path / "data").to_dict()
   config["data"]["cache"] = str(tmp_path / "cache")
-  first, second = (data.load(resolve(experiment.config_dict.ConfigDict(config))) for _ in "12")
+  first, second = (data.load(resolve(config)) for _ in "12")
   assert first.notes == second.notes == (f"data_dir={tmp_path}/data: of 6 images 6 resized",)
   assert first.split_hash == second.split_hash == load(tmp_path / "data").split_hash
 
@@ -356,7 +356,7 @@ def load_few(folder, seed, fraction=0.2, **keys):
   config = originals.config_of("custom", folder, seed=seed, **keys).to_dict()
   config["protocol"]["validation_fraction"] = fraction
   config["data"]["test_fraction"] = 0.9 if fraction == 0 else 0.2
-  return data.load(resolve(experiment.config_dict.ConfigDict(config))).tasks[0]
+  return data.load(resolve(config)).tasks[0]
 
 
 @pytest.mark.parametrize("keys", [{}, {"train_fraction": 0.05}])

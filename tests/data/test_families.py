@@ -164,7 +164,7 @@ def test_pmnist_as_it_is(mnist_folder):
   config = originals.config_of("pmnist", mnist_folder)
   values = config.to_dict()
   values["data"]["mnist_size"] = 28
-  benchmark = data.load(type(config)(values))
+  benchmark = data.load(resolve(values))
   assert benchmark.image_shape == (28, 28, 1)
   assert sorted(np.asarray(benchmark.tasks[0].inputs.permutation)) == list(range(784))
 
@@ -199,13 +199,13 @@ def test_a_missing_set_is_left_out_and_said(five_folder):
   assert benchmark.partial and [t.id for t in benchmark.tasks] == [0, 1, 3, 4]
   values = config.to_dict() | {"allow_partial": False}
   with pytest.raises(UserError, match="svhn/ with train_32x32.mat"):
-    data.load(type(config)(values))
+    data.load(resolve(values))
 
 
 def test_five_sets_in_one_array(five_folder):
   originals.svhn(five_folder)
   config = originals.config_of("five_datasets", five_folder)
-  benchmark = data.load(type(config)(config.to_dict() | {"order": "0"}))
+  benchmark = data.load(resolve(config.to_dict() | {"order": "0"}))
   assert [t.name for t in benchmark.tasks] == [
     "svhn",
     "cifar10",
@@ -292,7 +292,7 @@ def test_a_character_without_all_its_drawings_is_refused(tmp_path):
   originals.omniglot(tmp_path, drawings=19)
   config = originals.config_of("omniglot_rotation", tmp_path)
   with pytest.raises(UserError, match="character01 has 19 drawings, expected 20"):
-    data.load(type(config)(config.to_dict() | {"allow_partial": False}))
+    data.load(resolve(config.to_dict() | {"allow_partial": False}))
 
 
 # --- TinyImageNet -------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def tiny_config(folder, benchmark="tinyimagenet40", **data_keys):
   config = originals.config_of(benchmark, folder)
   values = config.to_dict()
   values["data"] |= data_keys
-  return type(config)(values)
+  return resolve(values)
 
 
 def rows(split):

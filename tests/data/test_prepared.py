@@ -8,6 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from halrp_jax import data
+from halrp_jax.config import resolve
 from halrp_jax.data import prepared
 from halrp_jax.types import UserError
 
@@ -20,7 +21,7 @@ def config_of(benchmark, **data_keys):
   config = originals.config_of(benchmark, "")
   values = config.to_dict()
   values["data"] |= {"source": "tfds"} | data_keys
-  return type(config)(values)
+  return resolve(values)
 
 
 @pytest.fixture

@@ -81,8 +81,8 @@ def test_a_task_is_small_and_pruned_factors_are_sparse(run, tmp_path):
   learned = run.state.tasks[1]
   assert masks and not any(k.removesuffix(".mask") in arrays for k in masks)
   kept = places = 0
-  for name, p in learned["perturbation"].items():
-    rank = int(learned["rank"][name])
+  for name, p in learned.perturbation.items():
+    rank = int(learned.rank[name])
     assert json.loads((tmp_path / "task01.json").read_text())["ranks"][name] == rank
     kept += np.count_nonzero(p.U) + np.count_nonzero(p.V)
     places += rank * (len(p.U) + len(p.V))
@@ -353,7 +353,7 @@ def test_the_command_prints_sizes(capsys, run_folder, tmp_path):
     (["--format=pickle"], "--format=pickle: one of safetensors, orbax, stablehlo"),
     (["--task=9"], "has not learned it yet"),
     (["--task=../x"], "there is no such task"),
-    (["--workdir="], "--workdir is missing"),
+    (["--workdir="], "export: argument --workdir: a value is missing; for example: "),
     (["--out=/proc/x"], "--out=/proc/x"),
   ],
 )

@@ -69,8 +69,8 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, monkeypatch, run_folder, tm
       old, new = (saved.make_classifier(run, t)(x) for run in (before, after))
       np.testing.assert_array_equal(old, new)
     assert after.results["accuracy"][2][:2] == before.results["accuracy"][1][:2]
-    for name, p in after.state.tasks[2]["perturbation"].items():
-      rank = int(after.state.tasks[2]["rank"][name])
+    for name, p in after.state.tasks[2].perturbation.items():
+      rank = int(after.state.tasks[2].rank[name])
       assert (p.U[:, :rank] == 0).any() and (p.U[:, :rank] != 0).any()  # it is pruned
     # the new task can be exported beside the old ones: the base is the same
     for run in (before, after):
@@ -93,7 +93,7 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, monkeypatch, run_folder, tm
     (1, {}, "lights: 1 class folders; a task needs at least 2"),
     (2, {"data": "nowhere"}, "--data=nowhere: no such folder or .npz"),
     (2, {"data": "big.npz"}, "images are (9, 9, 1), the run's (8, 8, 1)"),
-    (2, {"out": ""}, "extend: --out is missing"),
+    (2, {"out": ""}, "extend: argument --out: a value is missing; for example: "),
   ],
 )
 def test_mistakes(capsys, monkeypatch, run_folder, tmp_path, classes, change, says):

@@ -47,7 +47,7 @@ def run_folder(tmp_path_factory):
 def nine(run_folder):
   """Images of the test set, and the probabilities that the method gives them in the second task."""
   run = saved.open_run(str(run_folder))
-  benchmark, _, method = experiment.build(run.config)
+  benchmark, _, method, _ = experiment.build(run.config)
   task = benchmark.tasks[1]
   logits = method.predict(run.state, 1, batches.load_batch(task.test, task.inputs, np.arange(9))[0])
   scores = np.exp(np.asarray(logits, float))

@@ -6,13 +6,12 @@ import pytest
 import safetensors.numpy as safetensors
 from flax import traverse_util
 
-from halrp_jax import models
+from halrp_jax import methods, models
 from halrp_jax.config import resolve
 from halrp_jax.deploy import pretrained
-from halrp_jax.methods import halrp
 from halrp_jax.runs import checkpoint, experiment
 from halrp_jax.training import batches, networks
-from halrp_jax.training.fit import learning_rate_decay, make_fit
+from halrp_jax.training.fit import make_fit
 from halrp_jax.types import Store, UserError
 
 SHAPE = (8, 8, 1)
@@ -78,16 +77,17 @@ def test_what_is_no_such_file_is_refused(tmp_path, name):
 def test_a_head_is_trained_on_it_and_the_next_task_learned(params, digits_config):
   """The features stay those of the file, in both."""
   config = resolve(digits_config("halrp", **{"method.prune": "none"}))
-  benchmark, model, method = experiment.build(config)
+  benchmark, model, method, _ = experiment.build(config)
   first, second = benchmark.tasks[:2]
   store = Store("test", lambda event: None)
-  head_fit = make_fit(config, learning_rate_decay(config, benchmark), *networks.head_network(model))
+  setup = methods.setup_of(config, model, benchmark)
+  head_fit = make_fit(setup, *networks.head_network(model))
   features = {name: x for name, x in params.items() if name != "head"}
   trained, stats = head_fit(
     {"head": params["head"]}, {}, {"params": features}, first, jax.random.key(0), 2, store
   )
   assert not np.allclose(trained["head"]["kernel"], params["head"]["kernel"])
-  state = halrp.base_state(config, first, features | trained, stats)
+  state = pretrained.base_state(config.method, first, features | trained, stats)
   np.testing.assert_array_equal(state.shared["kernels"]["fc1"], params["fc1"]["kernel"])
   for task, t in ((first, 0), (second, 1)):
     if t:

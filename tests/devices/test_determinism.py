@@ -18,12 +18,13 @@ ALL = f"{determinism.FLAG}=true"
 # Stands for the run: at its place XLA has not started; then it starts, which refuses unknown flags.
 PROGRAM = """
 import os, sys, jax
-from jax._src import xla_bridge
-from halrp_jax import experiment, main
+from halrp_jax import main
+from halrp_jax.runs import experiment
 from halrp_jax.types import UserError
 
 def build(config):
-  assert not xla_bridge.backends_are_initialized()
+  jax.config.update("jax_cpu_get_local_topology_timeout_minutes", 3)  # refused once XLA runs
+  assert jax.config.jax_num_cpu_devices == -1
   jax.devices()
   raise UserError(f"flags {os.environ.get('XLA_FLAGS')}")
 

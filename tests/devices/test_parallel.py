@@ -11,13 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from halrp_jax import models
+from halrp_jax import methods, models
 from halrp_jax.config import make_config, resolve
 from halrp_jax.devices import parallel
 from halrp_jax.runs import experiment, sweep
 from halrp_jax.training import networks
 from halrp_jax.training.fit import make_fit
-from halrp_jax.types import Inputs, Split, Store, Task, UserError
+from halrp_jax.types import Benchmark, Inputs, Split, Store, Task, UserError
 
 from ..conftest import ROOT, interrupt
 from ..methods.test_networks_and_methods import SMALL
@@ -68,8 +68,10 @@ def _trained(network: str, mode: str) -> dict:
 
   inputs = Inputs(np.full(3, 0.5, np.float32), np.full(3, 0.3, np.float32), None)
   task = Task(0, "a", ("a", "b", "c"), inputs, split(22), split(22, 26), split(26, 30))
-  model = models.make(network, 3).clone(**SMALL[network])
-  fit = make_fit(config, lambda task: 1.0, *networks.plain_network(model))
+  layout = parallel.make_layout(config.parallel)
+  model = models.make(network, 3, axis_name=layout.axis_name).clone(**SMALL[network])
+  setup = methods.setup_of(config, model, Benchmark("", (task,), "", False), layout)
+  fit = make_fit(setup, *networks.plain_network(model))
   params, stats = networks.initialize(model, jax.random.key(0), (32, 32, 3))
   losses = []
   store = Store("fit", lambda e: losses.append(e["loss"]) if e["event"] == "epoch" else None)
@@ -195,7 +197,7 @@ def test_what_needs_the_whole_batch_refuses_pmap():
 
 
 def test_one_device_is_left_alone():
-  config = make_config("stl", benchmark="digits", protocol={})
-  assert parallel.num_devices(config) == 1
+  layout = parallel.make_layout("auto")
+  assert layout.num_devices == 1 and layout.axis_name is None
   tree = {"x": np.zeros(3)}
-  assert parallel.make_spread(config)(tree) is tree
+  assert layout.shard(tree) is tree and layout.replicate(tree) is tree

@@ -56,14 +56,14 @@ def started():
       process.communicate()
 
 
-def main(*arguments) -> subprocess.Popen:
+def main(*arguments, env=None) -> subprocess.Popen:
   return subprocess.Popen(
     [sys.executable, "-m", "halrp_jax.main", *map(str, arguments)],
     cwd=ROOT,
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | (env or {}),
   )
 
 
@@ -131,6 +131,23 @@ def test_two_processes_learn_as_one(mode, together, alone):
   losses = [[e["loss"] for e in events(f, "epoch")] for f in (folder, alone)]
   np.testing.assert_allclose(*losses, rtol=2e-3)
   np.testing.assert_allclose(*(x[:2] for x in losses), rtol=1e-5)  # before rounding adds up
+
+
+def test_slurm_says_which_process_is_which(tmp_path, together):
+  """JAX reads it from the environment; then the flag for XLA must be set before it starts."""
+  with socket.create_server(("localhost", 0)) as free:
+    job = free.getsockname()[1] % 4096  # jax makes the port 61440 + job
+  slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+  own = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+  keys = ("--coordinator=auto", "--config.parallel=sharded", "--config.deterministic=true")
+  pair = [main(f"--workdir={tmp_path}", *SHORT, *keys, env=slurm | one) for one in own]
+  try:
+    assert "ACC" in succeed(pair)
+  finally:
+    for process in pair:
+      process.kill()
+      process.communicate()
+  assert record(tmp_path)["state_hash"] == record(together("sharded")[0])["state_hash"]
 
 
 def test_a_finished_run_is_shown_by_process_0(together, launch):

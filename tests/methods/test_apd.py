@@ -25,15 +25,20 @@ def test_soft_threshold_is_what_an_optimiser_finds(x):
   assert float(apd.huber(jnp.float32(x), L1, A)) == pytest.approx(found.fun, abs=1e-6)
 
 
+def task_of(tau):
+  """Builds the state of a task that is in no cluster yet."""
+  tau, mask = jnp.asarray(tau), jnp.ones(np.shape(tau)[-1:])
+  return apd.TaskState({"a": mask}, {"a": tau}, {"a": jnp.int32(0)}, {}, {}, jnp.int32(10))
+
+
 def state_of(taus):
-  """Tasks whose tau are the rows of `taus`, before any consolidation."""
-  tasks = [{"tau": {"a": jnp.asarray(x)}, "cluster": {"a": jnp.int32(0)}} for x in taus]
-  shape = taus.shape[1:]
+  """Builds a state of tasks whose tau are the rows of `taus`, before any consolidation."""
+  tasks, shape = tuple(task_of(x) for x in taus), taus.shape[1:]
   return State({"kernels": {"a": jnp.zeros(shape)}, "local": {"a": jnp.zeros((1, *shape))}}, tasks)
 
 
 def full_taus(state):
-  return [p["tau"]["a"] + state.shared["local"]["a"][p["cluster"]["a"]] for p in state.tasks]
+  return [p.tau["a"] + state.shared["local"]["a"][p.cluster["a"]] for p in state.tasks]
 
 
 # two near one another, one far from both; the third value of the two differs by more than beta
@@ -45,25 +50,25 @@ TAUS = np.array(
 @pytest.mark.parametrize("seed", range(5))
 def test_what_a_cluster_has_in_common_is_stored_once(seed):
   state = apd.consolidate(state_of(TAUS), 2, 0.05, seed)
-  first, second, alone = (int(p["cluster"]["a"]) for p in state.tasks)
+  first, second, alone = (int(p.cluster["a"]) for p in state.tasks)
   assert first == second != alone and 0 not in (first, alone)
   local = np.asarray(state.shared["local"]["a"])
   assert local.shape == (3, 2, 2) and not local[0].any() and not local[alone].any()
   np.testing.assert_allclose(local[first], [[1.005, 2.0], [0.0, 0.0]], atol=1e-6)
-  np.testing.assert_allclose(state.tasks[0]["tau"]["a"], [[0, 0], [0.5, 0]])
-  np.testing.assert_allclose(state.tasks[1]["tau"]["a"], [[0, 0], [0.9, 0]], atol=1e-6)
-  np.testing.assert_array_equal(state.tasks[2]["tau"]["a"], TAUS[2])
+  np.testing.assert_allclose(state.tasks[0].tau["a"], [[0, 0], [0.5, 0]])
+  np.testing.assert_allclose(state.tasks[1].tau["a"], [[0, 0], [0.9, 0]], atol=1e-6)
+  np.testing.assert_array_equal(state.tasks[2].tau["a"], TAUS[2])
   for tau, before in zip(full_taus(state), TAUS, strict=True):
     assert np.abs(tau - before).max() <= 0.05 / 2 + 1e-6
 
 
 def test_later_consolidation_renews_what_is_shared_and_keeps_its_centroids():
   state = apd.consolidate(state_of(TAUS), 2, 0.05, 0)
-  new = [{"tau": {"a": jnp.full((2, 2), x)}, "cluster": {"a": jnp.int32(0)}} for x in (20.0, 20.01)]
-  before = [*full_taus(state), *(p["tau"]["a"] for p in new)]
+  new = [task_of(jnp.full((2, 2), x)) for x in (20.0, 20.01)]
+  before = [*full_taus(state), *(p.tau["a"] for p in new)]
   state = apd.consolidate(State(state.shared, (*state.tasks, *new)), 2, 0.05, 0)
   assert state.shared["local"]["a"].shape == (5, 2, 2)  # twice as many clusters
-  clusters = [int(p["cluster"]["a"]) for p in state.tasks]
+  clusters = [int(p.cluster["a"]) for p in state.tasks]
   assert clusters[0] == clusters[1] and clusters[2] not in clusters[:2]
   assert set(clusters[3:]).isdisjoint(clusters[:3])
   for tau, want in zip(full_taus(state), before, strict=True):
@@ -91,4 +96,4 @@ def test_old_tasks_stay_where_they_were(old_tau, digits_config):
     for n, w in states[0].shared["kernels"].items()
   ]
   assert min(moved) > 1e-3  # sigma goes on learning
-  assert jax.tree.leaves(states[-1].tasks[0]["tau"])
+  assert jax.tree.leaves(states[-1].tasks[0].tau)

@@ -96,7 +96,7 @@ def test_bases_hold_what_layers_put_out(digits_config):
         int(state.shared["num_directions"][name]),
         np.asarray(state.shared["basis"][name]),
       )
-      assert count == want[name].shape[1] == int(state.tasks[t]["num_directions"][name])
+      assert count == want[name].shape[1] == int(state.tasks[t].num_directions[name])
       assert 0 < count < 256 and not got[:, count:].any()
       np.testing.assert_allclose(got.T @ got, np.diag(np.arange(256) < count), atol=1e-5)
       np.testing.assert_allclose(got @ got.T, want[name] @ want[name].T, atol=1e-3)
@@ -106,7 +106,7 @@ def test_bases_hold_what_layers_put_out(digits_config):
 def test_coefficients_start_at_the_projection_and_stay_in_their_columns(digits_config):
   """Without retraining W_t = B B' W; with it later columns of A_t are still exactly 0."""
   states, _, _ = learn(digits_config("bmkp", **{"method.retrain_share": 0.0}))
-  shared, last = states[-1].shared, states[-1].tasks[-1]["params"]
+  shared, last = states[-1].shared, states[-1].tasks[-1].params
   for name in ("fc1", "fc2"):
     w, b = (
       np.asarray(x) for x in (shared["working"]["params"][name]["kernel"], shared["basis"][name])
@@ -116,8 +116,8 @@ def test_coefficients_start_at_the_projection_and_stay_in_their_columns(digits_c
   grew = False
   for p in states[-1].tasks:
     for name in ("fc1", "fc2"):
-      count = int(p["num_directions"][name])
-      a = np.asarray(p["params"][name]["kernel"])
+      count = int(p.num_directions[name])
+      a = np.asarray(p.params[name]["kernel"])
       assert not a[:, count:].any() and a[:, :count].any()
       grew |= count < int(states[-1].shared["num_directions"][name])
   assert grew
@@ -156,7 +156,7 @@ def test_size_is_counted_by_hand(digits_config):
   states, _, method = learn(digits_config("bmkp"))
   inputs, head, biases = {"fc1": 64, "fc2": 256}, 2570, 512
   for state in states:
-    counts = [{n: int(k) for n, k in p["num_directions"].items()} for p in state.tasks]
+    counts = [{n: int(k) for n, k in p.num_directions.items()} for p in state.tasks]
     products = sum(256 * k for k in counts[-1].values())
     products += sum(inputs[n] * k for c in counts for n, k in c.items())
     size, num = method.size(state), len(counts)
@@ -182,7 +182,7 @@ def test_a_layer_whose_basis_is_full_is_left_alone(digits_config):
   """Rounding outside a full basis has no direction: r would follow it at a boundless slope."""
   config = digits_config("bmkp", **{"method.threshold": 1.0, "method.first_threshold": 1.0})
   config = resolve(config)
-  benchmark, _, _ = experiment.build(config)
+  benchmark, *_ = experiment.build(config)
   model = models.make("mlp", 10).clone(hidden=(16, 12))
   method = methods.make(config, model, benchmark)
   state = method.init(jax.random.key(0), benchmark)

@@ -1,5 +1,6 @@
 """Claims of CLR: an identity at first, BatchNorm's scope decides forgetting."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,8 +58,6 @@ def test_identities_change_nothing_and_1x1_convolutions_have_none():
   kernels, _ = trees.split(params)
   adapters = clr._identities(kernels)
   assert len(adapters) == 9 and not any("shortcut" in name for name in adapters)
-  import flax.linen as nn
-
   with nn.intercept_methods(clr._reprogrammed(adapters)):
     got = model.apply({"params": params}, image)
   np.testing.assert_array_equal(got, model.apply({"params": params}, image))
@@ -68,7 +67,7 @@ def test_identities_change_nothing_and_1x1_convolutions_have_none():
   assert np.abs(changed - got).max() > 1e-2
 
 
-def test_sizes_are_those_of_the_spec():
+def test_adapters_have_the_sizes_of_the_authors_port():
   """630 depthwise weights for a task on LeNet, 4,032 on AlexNet, 17,568 on ResNet18."""
   for network, shape, want in (
     ("lenet", (1, 32, 32, 3), 630),

@@ -9,7 +9,7 @@ from halrp_jax import models
 from halrp_jax.config import resolve
 from halrp_jax.methods import halrp
 from halrp_jax.runs import experiment
-from halrp_jax.training import networks
+from halrp_jax.training import networks, sizes
 from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import State, Store
 from halrp_jax.weights import lowrank, trees
@@ -35,8 +35,7 @@ def lenet_state(num_tasks: int, rank: int, sigma: str = "folded") -> State:
       u, v = np.zeros((num_out, width), np.float32), np.zeros((num_in, width), np.float32)
       u[:, :k], v[:, :k] = rng.normal(size=(num_out, k)), rng.normal(size=(num_in, k))
       perturbation[name] = p._replace(U=u, V=v)
-    learned = {"perturbation": perturbation, "rank": ranks, "rest": rest, "stats": stats}
-    tasks.append(learned | {"num_classes": 10})
+    tasks.append(halrp.TaskState(perturbation, ranks, rest, stats, np.int32(10)))
   return State({"kernels": kernels}, tuple(tasks))
 
 
@@ -62,13 +61,13 @@ def test_size_with_all_ranks_at_the_cap(digits_config):
   """Spec a.8 and h.5: Split, all ranks 100, bound .2 -> increment .235 after task 10."""
   m = method_config(digits_config, prune_bound=0.2)
   state = prune_all(lenet_state(10, CAP), m)
-  assert round(halrp.size(state).increment, 3) == 0.235
+  assert round(sizes.perturbed(state).increment, 3) == 0.235
 
 
 def test_size_of_one_task_by_hand():
   low_rank = 531_469  # spec b: low-rank values at the cap per task
   fixed = 5_393 + 2_740 + 5_010  # R and S, BatchNorm, head
-  size = halrp.size(lenet_state(2, CAP))
+  size = sizes.perturbed(lenet_state(2, CAP))
   assert size.base == 2_995_620
   assert size.paper == size.base + fixed + low_rank
   statistics, biases = 2_740, 1_370
@@ -77,15 +76,15 @@ def test_size_of_one_task_by_hand():
 
 
 def test_sigma_is_counted_where_it_is_kept():
-  folded, kept = (halrp.size(lenet_state(2, 7, sigma)) for sigma in ("folded", "kept"))
+  folded, kept = (sizes.perturbed(lenet_state(2, 7, sigma)) for sigma in ("folded", "kept"))
   assert kept.paper - folded.paper == 3 + 7 + 7 + 7  # conv1 has rank 3 at most
 
 
 def test_pruned_values_need_a_mask_and_are_no_size(digits_config):
   m = method_config(digits_config, prune_bound=0.1)
   state = lenet_state(2, CAP)
-  pruned = halrp.size(prune_all(state, m))
-  whole = halrp.size(state)
+  pruned = sizes.perturbed(prune_all(state, m))
+  whole = sizes.perturbed(state)
   assert pruned.mask_bits == 531_469
   assert pruned.dense == whole.dense and pruned.nonzero < whole.nonzero
   kept = pruned.paper - pruned.base - 13_143
@@ -101,8 +100,8 @@ def test_below_the_bound_nothing_is_pruned_not_even_zeros(digits_config):
 
 def test_unbounded_mixed_pruning_applies_the_absolute_threshold_alone(digits_config):
   m = method_config(digits_config, prune_bound="none", prune_threshold=0.5)
-  p = prune_all(lenet_state(2, 5), m).tasks[1]["perturbation"]["fc1"]
-  before = lenet_state(2, 5).tasks[1]["perturbation"]["fc1"]
+  p = prune_all(lenet_state(2, 5), m).tasks[1].perturbation["fc1"]
+  before = lenet_state(2, 5).tasks[1].perturbation["fc1"]
   np.testing.assert_array_equal(p.U, np.where(np.abs(before.U) > 0.5, before.U, 0))
 
 
@@ -111,12 +110,12 @@ def test_percentiles_see_no_padding(digits_config, rule):
   """Rank 5 of 100 columns: the padding must not pull the percentile down to zero."""
   m = method_config(digits_config, prune=rule, prune_rate="fixed", prune_bound=0.5)
   state = lenet_state(3, 5)
-  values = [v for p in state.tasks[1:] for v in halrp._low_rank_values(p).values()]
+  values = [v for p in state.tasks[1:] for v in sizes.low_rank_values(p).values()]
   after = prune_all(state, m)
   kept = sum(
     int(jnp.count_nonzero(x))
     for p in after.tasks[1:]
-    for q in p["perturbation"].values()
+    for q in p.perturbation.values()
     for x in (q.U, q.V)
   )
   total = sum(v.size for v in values)
@@ -139,7 +138,7 @@ def test_a_task_pruned_when_it_is_learned_ends_as_large_as_one_pruned_again_and_
     state = prune(state._replace(tasks=(*before, whole.tasks[t])), m)
     assert all(a is b for a, b in zip(state.tasks, before, strict=False))
   again = prune_all(whole, method_config(digits_config, prune_bound=0.2))
-  assert halrp.size(state).paper == pytest.approx(halrp.size(again).paper, rel=1e-4)
+  assert sizes.perturbed(state).paper == pytest.approx(sizes.perturbed(again).paper, rel=1e-4)
 
 
 def test_the_first_task_is_never_pruned(digits_config):
@@ -150,7 +149,7 @@ def test_the_first_task_is_never_pruned(digits_config):
 
 def learn_two(config):
   config = resolve(config)
-  benchmark, _, method = experiment.build(config)
+  benchmark, _, method, _ = experiment.build(config)
   state, events = method.init(jax.random.key(0), benchmark), []
   store = Store("test", events.append)
   for t in range(2):
@@ -173,7 +172,7 @@ def test_rank_rules(digits_config, switches, ranks):
   config = digits_config(**{f"method.{k}": v for k, v in switches.items()})
   state, history, _ = learn_two(config)
   assert history["ranks"] == ranks
-  assert {n: int(k) for n, k in state.tasks[1]["rank"].items()} == ranks
+  assert {n: int(k) for n, k in state.tasks[1].rank.items()} == ranks
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_lrp_ignores_the_importance(digits_config):
 def test_columns_beyond_the_rank_are_zero_after_a_whole_task(digits_config):
   config = digits_config(**{"method.l1": 1e-3, "method.prune": "none", "epochs": 4})
   state, history, _ = learn_two(config)
-  for name, p in state.tasks[1]["perturbation"].items():
+  for name, p in state.tasks[1].perturbation.items():
     k = history["ranks"][name]
     assert k < p.U.shape[1]
     assert not np.any(p.U[:, k:]) and not np.any(p.V[:, k:])
@@ -240,7 +239,7 @@ def test_more_kept_importance_means_a_better_start(digits_config):
 @pytest.mark.parametrize("variant", ["code", "paper", "published"])
 def test_variants_learn(digits_config, variant):
   config = resolve(digits_config(**{"method.variant": variant, "epochs": 6}))
-  benchmark, _, method = experiment.build(config)
+  benchmark, _, method, _ = experiment.build(config)
   state = method.init(jax.random.key(0), benchmark)
   for t in range(3):
     state, _ = method.learn(state, (benchmark.tasks[t],), jax.random.key(t), QUIET)
@@ -253,7 +252,7 @@ def test_variants_learn(digits_config, variant):
 def test_the_paper_variant_keeps_and_trains_sigma(digits_config):
   config = digits_config(**{"method.variant": "paper", "epochs": 3})
   state, history, _ = learn_two(config)
-  p = state.tasks[1]["perturbation"]["fc1"]
+  p = state.tasks[1].perturbation["fc1"]
   k = history["ranks"]["fc1"]
   assert np.all(p.sigma[:k]) and not np.any(p.sigma[k:])
   assert not np.all(np.diff(p.sigma[:k]) <= 0) or not np.allclose(

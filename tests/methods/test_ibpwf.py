@@ -99,9 +99,7 @@ def test_used_factors_stay_the_same_bits_and_others_learn(digits_config):
       assert np.abs(a[0] - a[1]).max(0)[~used].min() > 0
       assert (np.asarray(after.shared["used"][n])[used] == 1).all()
       for s in (before, after):
-        assert (np.asarray(s.tasks[-1]["z"][n]) != 0)[
-          np.asarray(s.shared["used"][n]) == 0
-        ].sum() == 0
+        assert (np.asarray(s.tasks[-1].z[n]) != 0)[np.asarray(s.shared["used"][n]) == 0].sum() == 0
 
 
 @pytest.mark.parametrize("start", ["fresh", "task_before"])
@@ -109,10 +107,10 @@ def test_a_task_starts_fresh_or_where_the_one_before_ended(start, digits_config)
   config = digits_config("ibpwf", **{"method.start": start, "learning_rate": 1e-12})
   states, *_ = learn(config)
   first, second = (s.shared["r"]["fc1"] for s in states[:2])
-  biases = [task["rest"]["fc1"]["bias"] for task in states[1].tasks]
+  biases = [task.rest["fc1"]["bias"] for task in states[1].tasks]
   for a, b in ((first, second), biases):
     assert np.allclose(a, b, atol=1e-6) == (start == "task_before")
-  heads = [task["rest"]["head"]["kernel"] for task in states[1].tasks]
+  heads = [task.rest["head"]["kernel"] for task in states[1].tasks]
   assert not np.allclose(*heads)
 
 
@@ -129,7 +127,7 @@ def test_size_counts_the_factors_in_use(digits_config):
   for state in states:
     got, used = method.size(state), state.shared["used"]
     factors = sum(int((np.asarray(used[n]) > 0).sum()) * k for n, k in lengths.items())
-    z = sum(int((np.asarray(x) != 0).sum()) for p in state.tasks for x in p["z"].values())
+    z = sum(int((np.asarray(x) != 0).sum()) for p in state.tasks for x in p.z.values())
     heads = len(state.tasks) * 2570
     assert got.paper == factors + z + heads + 512
     assert got.dense == got.paper + (len(state.tasks) - 1) * 512
@@ -141,7 +139,7 @@ def test_size_counts_the_factors_in_use(digits_config):
 def test_the_sampled_phase_draws_anew_at_every_step_and_repeats(digits_config):
   """Two equal batches in one epoch give different losses; the same key the same."""
   config = resolve(digits_config("ibpwf"))
-  benchmark, model, _ = experiment.build(config)
+  benchmark, model, *_ = experiment.build(config)
   seen = []
 
   def spy(*args, **kwargs):
@@ -155,13 +153,13 @@ def test_the_sampled_phase_draws_anew_at_every_step_and_repeats(digits_config):
   state, _ = method.learn(method.init(None, benchmark), (task,), jax.random.key(0), QUIET)
   objective, learned = seen[0], state.tasks[0]
   params = {k: state.shared[k] for k in ("A", "B", "p", "r", "log_c", "log_d")}
-  params |= {"rest": learned["rest"]}
+  params |= {"rest": learned.rest}
   image, label = batches.load_batch(task.train, task.inputs, np.arange(32))
   batch = batches.Batch(image, label, jnp.int32(10), None)
   frozen = {"num_images": jnp.float32(1000)}
 
-  def loss(train_mode, key):
-    return float(objective(params, frozen, {}, batch, train_mode, key)[0])
+  def loss(train, key):
+    return float(objective(params, frozen, {}, batch, train, key)[0])
 
   first, again, other = (loss(True, jax.random.key(i)) for i in (0, 0, 1))
   assert first == again != other

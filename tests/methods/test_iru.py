@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halrp_jax import arguments, data
+from halrp_jax import arguments, data, methods, models
 from halrp_jax.config import resolve
 from halrp_jax.methods import dictionary, iru
 from halrp_jax.training import batches
@@ -30,7 +30,7 @@ def test_factors_of_earlier_tasks_stay_the_same_bits(digits_config):
       np.testing.assert_array_equal(a[:, :new], last["A"][n][:, :new])
       np.testing.assert_array_equal(b[:new], last["B"][n][:new])
       assert np.abs(a[:, old:new]).min(0).max() > 0 and not np.any(a[:, new:]) and not b[new:].any()
-      z = np.asarray(state.tasks[t]["z"][n])
+      z = np.asarray(state.tasks[t].z[n])
       assert z[:new].all() and not z[new:].any()  # the selector of earlier factors is trained
 
 
@@ -40,12 +40,12 @@ def test_a_task_starts_with_new_factors_alone(digits_config):
     "iru", **{"method.start": "fresh", "learning_rate": 1e-12, "method.first_factors": 11}
   )
   states, benchmark, method = learn(config)
-  z = np.asarray(states[1].tasks[1]["z"]["fc1"])
+  z = np.asarray(states[1].tasks[1].z["fc1"])
   np.testing.assert_allclose(z, np.isin(np.arange(len(z)), range(11, 15)), atol=1e-6)
   a, b = (np.asarray(states[1].shared[k]["fc1"]) for k in "AB")
   np.testing.assert_allclose(a[:, 11:15].T @ a[:, 11:15], np.eye(4), atol=1e-5)
   np.testing.assert_allclose(b[11:15] @ b[11:15].T, np.eye(4), atol=1e-5)
-  rest = states[1].tasks[1]["rest"]
+  rest = states[1].tasks[1].rest
   head = np.asarray(rest["head"]["kernel"])
   np.testing.assert_allclose(head.T @ head, np.eye(10), atol=1e-5)
   np.testing.assert_allclose(rest["fc1"]["bias"], 0, atol=1e-9)
@@ -54,9 +54,9 @@ def test_a_task_starts_with_new_factors_alone(digits_config):
 def test_a_task_can_start_where_the_one_before_ended(digits_config):
   config = digits_config("iru", **{"method.start": "task_before", "learning_rate": 1e-12, **FEW})
   states, *_ = learn(config)
-  for _, z in states[-1].tasks[-1]["z"].items():
+  for _, z in states[-1].tasks[-1].z.items():
     np.testing.assert_allclose(z[:13], 1, atol=1e-6)
-  fresh = [task["rest"]["head"]["kernel"] for task in states[-1].tasks]
+  fresh = [task.rest["head"]["kernel"] for task in states[-1].tasks]
   assert not np.allclose(fresh[0], fresh[1])
 
 
@@ -73,11 +73,11 @@ def test_mean_squared_error_of_the_softmax():
 
 
 def test_twenty_tasks_have_the_size_of_the_published_network():
-  """784-256-256-10 with r1 = 11, r2 = 1: 109,020 numbers (baselines.md 3.15)."""
+  """784-256-256-10 with r1 = 11, r2 = 1: 109,020 numbers, those of its notebook."""
   shapes = {"fc1": jnp.zeros((784, 256)), "fc2": jnp.zeros((256, 256))}
   rest = {n: {"bias": jnp.zeros(256)} for n in shapes}
   rest["head"] = {"kernel": jnp.zeros((256, 10)), "bias": jnp.zeros(10)}
-  task = {"rest": rest, "stats": {}, "num_classes": jnp.int32(10)}
+  task = dictionary.TaskState({}, rest, {}, jnp.int32(10))
   selectors = 2 * sum(11 + t for t in range(20))
   got = dictionary.size(State({}, (task,) * 20), shapes, {"fc1": 30, "fc2": 30}, selectors, 0, 0)
   assert got.dense == 109_020 and got.base == 269_322
@@ -88,10 +88,11 @@ def test_the_notebooks_config_is_the_notebooks(real_data):
   config = arguments.parse_config(["x", f"--config={ROOT}/configs/iru_pmnist20.py"], {}, {}).config
   config.data_dir = real_data
   config = resolve(config)
-  tasks = data.load(config).tasks
+  benchmark = data.load(config)
+  tasks = benchmark.tasks
   assert [task.id for task in tasks] == list(range(20))
   assert all(len(task.train.index) == 60_000 and not len(task.valid.index) for task in tasks)
-  how = recipe(config)
+  how = recipe(methods.setup_of(config, models.make("mlp", 10), benchmark))
   assert how.learning_rate == 1e-4 and how.gradient_scale == 1 and how.keep == "last"
 
 

@@ -53,7 +53,7 @@ NO_BASE = ("iru", "ibpwf", "bmkp")  # what is kept of a network may be smaller t
 def learn(config) -> tuple[list, Benchmark, object]:
   """Learns the first tasks; returns the state after each, the benchmark, the method."""
   config = resolve(config)
-  benchmark, _, method = experiment.build(config)
+  benchmark, _, method, _ = experiment.build(config)
   state = method.init(jax.random.key(0), benchmark)
   states = []
   for group in method.groups(NUM_TASKS):
@@ -124,8 +124,8 @@ def test_a_merged_network_predicts_what_the_task_does(learned, method_name, digi
   states, benchmark, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
   )
-  assert (method.merge is None) == (method_name in NOT_MERGED)
-  if method.merge is None:  # exported as a program, for any number of images
+  assert (method.network is None) == (method_name in NOT_MERGED)
+  if method.network is None:  # exported as a program, for any number of images
     (b,) = jax.export.symbolic_shape("b")
     image = jax.ShapeDtypeStruct((b, 8, 8, 1), np.float32)
     program = jax.export.export(jax.jit(lambda x: method.predict(states[-1], 1, x)))(image)
@@ -136,7 +136,7 @@ def test_a_merged_network_predicts_what_the_task_does(learned, method_name, digi
     return
   model = models.make("mlp", benchmark.max_classes)
   for t in range(NUM_TASKS):
-    params, stats = method.merge(states[-1], t)
+    params, stats = method.network(method.served(states[-1]), states[-1].tasks[t])
     task = benchmark.tasks[t]
     image, _ = batches.load_batch(task.test, task.inputs, np.arange(100))
     got = model.apply({"params": params, "batch_stats": stats}, image)
@@ -207,10 +207,10 @@ def test_the_first_task_is_that_of_single_task_learning(learned, method_name, di
 
 def test_penalties_have_the_slope_of_finite_differences(method_name, digits_config, monkeypatch):
   """Along random directions, where each phase starts and with what it holds fixed."""
-  slopes = []
+  made, slopes = fit.make_fit, []
 
-  def checking(config, decay, apply_fn, penalty_fn, **kwargs):
-    train = fit.make_fit(config, decay, apply_fn, penalty_fn, **kwargs)
+  def checking(setup, apply_fn, penalty_fn, **kwargs):
+    train = made(setup, apply_fn, penalty_fn, **kwargs)
 
     def checked(params, stats, frozen, *args):
       slopes.append(_slopes(lambda p: penalty_fn(p, frozen), params, len(slopes)))
@@ -218,7 +218,7 @@ def test_penalties_have_the_slope_of_finite_differences(method_name, digits_conf
 
     return checked
 
-  for module in vars(methods).values():
+  for module in (fit, *vars(methods).values()):
     if hasattr(module, "make_fit"):
       monkeypatch.setattr(module, "make_fit", checking)
   learn(digits_config(method_name, epochs=2, train_fraction=0.3))
@@ -333,7 +333,7 @@ def test_the_record_holds_together(record, digits_config, method_name):
 def test_tasks_with_different_numbers_of_classes(method_name, digits_config):
   """Digits 0-9, 0-4 and 0-2: one head width inside, each task's own width outside."""
   config = resolve(digits_config(method_name, epochs=3))
-  benchmark, model, _ = experiment.build(config)
+  benchmark, model, _, _ = experiment.build(config)
   tasks = []
   for task, k in zip(benchmark.tasks, (5, 10, 3), strict=False):
 

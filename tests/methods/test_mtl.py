@@ -4,15 +4,25 @@ import jax
 import numpy as np
 import pytest
 
+from halrp_jax import methods
 from halrp_jax.config import make_config, resolve
 from halrp_jax.runs import experiment
 from halrp_jax.training import batches, epoch
 
 
 @pytest.fixture(scope="module")
-def digits(request):
-  config = make_config("mtl", protocol={}, benchmark="digits", batch_size=64)
-  return experiment.build(resolve(config))[0]
+def config():
+  return resolve(make_config("mtl", protocol={}, benchmark="digits", batch_size=64))
+
+
+@pytest.fixture(scope="module")
+def built(config):
+  return experiment.build(config)
+
+
+@pytest.fixture(scope="module")
+def digits(built):
+  return built[0]
 
 
 def test_joined_inputs_are_those_of_each_task(digits):
@@ -28,9 +38,9 @@ def test_joined_inputs_are_those_of_each_task(digits):
   assert joint.blocks == (len(owner),)
 
 
-def test_single_task_batches_take_turns_and_cover_every_image(digits):
+def test_single_task_batches_take_turns_and_cover_every_image(config, built):
   """Full batches of the tasks in turn, every image once an epoch."""
-  config = resolve(make_config("mtl", protocol={}, benchmark="digits", batch_size=64))
+  digits, model, *_ = built
   joint = batches.join_tasks(digits.tasks[:3], mixed=False)
   owner, seen = np.asarray(joint.train.owner), []
 
@@ -38,7 +48,7 @@ def test_single_task_batches_take_turns_and_cover_every_image(digits):
     jax.debug.callback(lambda rows: seen.append(np.asarray(rows)), rows)
     return state, jax.numpy.zeros(2)
 
-  epochs = epoch.make(config, step)
+  epochs = epoch.make(methods.setup_of(config, model, digits), step)
   epochs([({}, {}, (), joint.blocks, jax.random.key(0), lambda *args: None)])
   jax.effects_barrier()
   assert all(len(set(owner[rows])) == 1 for rows in seen)

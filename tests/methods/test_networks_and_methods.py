@@ -6,6 +6,7 @@ import pytest
 
 from halrp_jax import methods, models
 from halrp_jax.config import make_config, resolve
+from halrp_jax.runs import experiment
 from halrp_jax.types import Benchmark, Inputs, Split, Task
 from halrp_jax.weights import taps, trees
 
@@ -91,7 +92,7 @@ def learn_two_tasks(network, method_name, benchmark_of):
     batch_size=8,
   )
   config = resolve(config)
-  model = models.of(config, 3).clone(**SMALL[network])
+  model = experiment.network_of(config, 3).clone(**SMALL[network])
   method = methods.make(config, model, benchmark)
   state = method.init(jax.random.key(0), benchmark)
   first = None

@@ -151,7 +151,7 @@ def test_jitter_is_brightness_contrast_and_saturation():
 def test_with_running_statistics_an_image_is_predicted_alone(digits_config):
   keys = {"method.batch_norm": "running", "method.epochs": 1, "train_fraction": 0.1}
   config = resolve(digits_config("prd", network="lenet", **keys))
-  benchmark, _, method = experiment.build(config)
+  benchmark, _, method, _ = experiment.build(config)
   state = method.init(jax.random.key(0), benchmark)
   for t in range(2):
     before = state.shared

@@ -35,7 +35,7 @@ def test_masks_hold_their_share_and_their_weights_stay(bn, digits_config):
   state = states[-1]
   for learned in state.tasks:
     for name, kernel in state.shared["kernels"].items():
-      mask = np.unpackbits(np.asarray(learned["mask"][name]))[: kernel.size]
+      mask = np.unpackbits(np.asarray(learned.mask[name]))[: kernel.size]
       assert mask.mean() == pytest.approx(0.2, abs=1e-3)
   union = [np.asarray(x).mean() for x in state.shared["used"].values()]
   assert all(0.2 < u <= 0.6 for u in union)

@@ -1,5 +1,6 @@
 """The report: every form of a table says the same, the page needs nothing else, docs are fresh."""
 
+import configparser
 import csv
 import html
 import io
@@ -182,6 +183,40 @@ def test_names_are_shown_as_they_are_in_every_form(published):
   assert "<i>" not in shown and "<b>1" not in shown and html.escape(name) in shown
 
 
+def test_every_text_of_the_page_is_escaped(published):
+  """Also titles, a table's row, a status, names and captions of pictures."""
+  bad = "</td><script>'\"&"
+  (table, *_), (line, *_), (picture, *_) = published.tables, published.coverage, published.pictures
+  cells = next(cells for cells in table.rows.values() if any(c.ours for c in cells))
+  table = table._replace(rows={bad: cells})
+  made = published._replace(
+    tables=[table],
+    coverage=[line._replace(target=line.target._replace(title=bad))],
+    pictures=[picture._replace(name=bad, caption=bad)],
+    skipped=[],
+  )
+  shown = page.page(bad, *made)
+  assert "<script" not in shown and shown.count("&lt;/td&gt;&lt;script&gt;&#39;&#34;&amp;") == 7
+  assert "<p>Nothing.</p>" in shown and "\n<p>None has these runs.</p>" not in shown
+
+
+def test_an_empty_report_is_a_page():
+  shown = page.page("none", [], [], [], [], [])
+  assert "<p>None has these runs.</p>" in shown and "<p>0 runs of 0 settings; 0 files" in shown
+
+
+def test_what_the_package_reads_is_installed_with_it():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg", encoding="utf-8")
+  named = {
+    ROOT.joinpath(*package.split("."), name.strip())
+    for package, names in setup["options.package_data"].items()
+    for name in names.split(",")
+  }
+  files = {p for p in (ROOT / "halrp_jax").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+  assert {p for p in files if p.suffix != ".py"} == named
+
+
 def test_partial_data_are_red(written):
   page = (written / "index.html").read_text()
   stl = json.loads((RECORDS / "split100_A_stl_batch.json").read_text())
@@ -277,7 +312,7 @@ def test_sizes_have_the_scale_that_shows_them(growth, scale):
   ("argument", "says"),
   [
     ("--runs=/nowhere", "--runs=/nowhere: no such folder"),
-    ("--runs=", "--runs is missing"),
+    ("--runs=", "argument --runs: a value is missing"),
     ("--configs=/nowhere", "no such folder of configs"),
     ("--out=/proc/x", "--out=/proc/x: "),
   ],

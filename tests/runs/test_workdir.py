@@ -13,7 +13,7 @@ import pytest
 from halrp_jax import data, packing
 from halrp_jax.config import resolve
 from halrp_jax.data import digits
-from halrp_jax.runs import checkpoint, experiment, workdir
+from halrp_jax.runs import checkpoint, experiment, states, workdir
 from halrp_jax.types import Diverged, InUse, Stopped, UserError
 
 TIMES = ("seconds", "memory_bytes", "peak_memory_bytes", "date")
@@ -276,12 +276,12 @@ def test_what_the_run_has_not_written_is_neither_used_nor_deleted(half, recwarn)
   for item in list(items.iterdir()):
     if item.is_dir():
       (item / ".DS_Store").write_bytes(b"1")
-  assert workdir.newest_state(str(folder))[1]["rows"][1]
+  assert states.newest_state(str(folder))[1]["rows"][1]
   experiment.run(config, str(folder))
   assert same(folder, want) and not recwarn.list
   names = {p.name for p in items.iterdir()}
   assert {"state-0002 copy", "state-0003.zip", "state-0009", "stray"} <= names
-  strays = {item["name"]: item["strays"] for item in workdir.inspect(str(folder))[0]}
+  strays = {item["name"]: item["strays"] for item in states.inspect(str(folder))[0]}
   assert strays["stray"] == ["stray"] and strays["state-0002 copy"]
 
 
@@ -315,7 +315,7 @@ def test_a_disk_that_is_away_costs_no_task(half, monkeypatch):
     with pytest.raises(UserError, match="Input/output error .*look after the disk"):
       experiment.run(config, str(folder))
     with pytest.raises(UserError, match="Input/output error"):
-      workdir.newest_state(str(folder))
+      states.newest_state(str(folder))
   assert before == sorted(p.name for p in (folder / "checkpoints").iterdir())
   experiment.run(config, str(folder))
   assert same(folder, want)
@@ -422,7 +422,7 @@ def test_notes_on_the_data_are_logged_once_and_cost_no_event(digits_config, tmp_
   config, seen = digits_config("stl", order="0,1", epochs=3), []
 
   def build(config):
-    benchmark, model, method = experiment.build(config)
+    benchmark, model, method, _ = experiment.build(config)
     return benchmark._replace(notes=("12 images were turned",)), model, method
 
   def stop_asked():

@@ -8,7 +8,7 @@ import pytest
 
 from halrp_jax import methods, models
 from halrp_jax.config import resolve
-from halrp_jax.methods import halrp
+from halrp_jax.deploy import pretrained
 from halrp_jax.runs import experiment
 from halrp_jax.training import batches, contract, networks
 from halrp_jax.types import Store, UserError
@@ -92,22 +92,22 @@ def test_our_networks_meet_it_and_are_not_traced_for_it(network):
 @pytest.mark.parametrize("name", ["halrp", "stl"])
 def test_a_network_that_does_not_meet_it_is_refused_with_the_remedy(fault, name, digits_config):
   config = resolve(digits_config(name))
-  benchmark, _, _ = experiment.build(config)
+  benchmark, _, _, _ = experiment.build(config)
   with pytest.raises(UserError, match=FAULTS[fault]):
     methods.make(config, Net(fault), benchmark)
 
 
 def test_a_head_narrower_than_a_task_is_refused(config):
-  benchmark, _, _ = experiment.build(config)
+  benchmark, _, _, _ = experiment.build(config)
   with pytest.raises(UserError, match="has 4 outputs, and a task has 10 classes: it needs at"):
     methods.make(config, Net(width=4), benchmark)
   params, _ = networks.initialize(Net(width=4), jax.random.key(0), SHAPE)
   with pytest.raises(UserError, match="has 4 outputs"):
-    halrp.base_state(config, benchmark.tasks[0], params, {})
+    pretrained.base_state(config.method, benchmark.tasks[0], params, {})
 
 
 def test_a_network_that_is_not_told_whether_it_is_trained_is_refused(config):
-  benchmark, _, _ = experiment.build(config)
+  benchmark, _, _, _ = experiment.build(config)
   says = "Deterministic.__call__ takes no argument `train`.*deterministic=not train"
   for make in (
     lambda: methods.make(config, Deterministic(), benchmark),
@@ -125,29 +125,29 @@ def test_a_network_that_is_not_told_whether_it_is_trained_is_refused(config):
 @pytest.mark.parametrize("fault", ["normalised", "stack"])
 def test_layers_that_a_method_can_not_compute_are_refused(name, fault, digits_config):
   config = resolve(digits_config(name))
-  benchmark, _, _ = experiment.build(config)
+  benchmark, _, _, _ = experiment.build(config)
   with pytest.raises(UserError, match="^b: "):
     methods.make(config, Net(fault), benchmark)
 
 
 def test_halrp_sees_attention_as_perturb_does(config):
   """[F, heads * dim], through base_state, ranks and merge."""
-  benchmark, _, _ = experiment.build(config)
+  benchmark, _, _, _ = experiment.build(config)
   first, second = benchmark.tasks[:2]
   model = WithAttention()
   method = methods.make(config, model, benchmark)
   params, stats = networks.initialize(model, jax.random.key(0), benchmark.image_shape)
-  state = halrp.base_state(config, first, params, stats, model)
+  state = pretrained.base_state(config.method, first, params, stats, model)
   _, p, _ = perturb.init(
     jax.random.key(1), model, {"params": params}, jnp.zeros((1, *SHAPE)), rank=2
   )
-  told = halrp.base_state(config, first, params, stats).tasks[0]["perturbation"]
+  told = pretrained.base_state(config.method, first, params, stats).tasks[0].perturbation
   for name, q in p.items():
-    for have in (state.tasks[0]["perturbation"][name], told[name]):
+    for have in (state.tasks[0].perturbation[name], told[name]):
       assert (have.R.shape, have.S.shape) == (q.R.shape, q.S.shape)
   state, _ = method.learn(state, (second,), jax.random.key(1), Store("x", lambda e: None))
   image, _ = batches.load_batch(second.test, second.inputs, np.arange(8))
-  merged, _ = method.merge(state, 1)
+  merged, _ = method.network(method.served(state), state.tasks[1])
   np.testing.assert_allclose(
     method.predict(state, 1, image), model.apply({"params": merged}, image), atol=1e-4
   )
@@ -163,31 +163,31 @@ class Ambiguous(nn.Module):
 
 
 def test_a_state_made_without_the_network_is_refused_where_it_guessed_wrong(config):
-  benchmark, _, _ = experiment.build(config)
+  benchmark, _, _, _ = experiment.build(config)
   first, second = benchmark.tasks[:2]
   model = Ambiguous()
   method = methods.make(config, model, benchmark)
   params, stats = networks.initialize(model, jax.random.key(0), SHAPE)
-  state = halrp.base_state(config, first, params, stats)
+  state = pretrained.base_state(config.method, first, params, stats)
   with pytest.raises(UserError, match=r"a: .* \(8, 16\) there, the network \(64, 16\): give base"):
     method.learn(state, (second,), jax.random.key(1), Store("x", lambda e: None))
-  state = halrp.base_state(config, first, params, stats, model)
-  assert state.tasks[0]["perturbation"]["a"].S.shape == (64,)
+  state = pretrained.base_state(config.method, first, params, stats, model)
+  assert state.tasks[0].perturbation["a"].S.shape == (64,)
 
 
 def test_parameters_of_another_network_are_refused(config):
-  benchmark, _, _ = experiment.build(config)
+  benchmark, _, _, _ = experiment.build(config)
   params, _ = networks.initialize(Net(), jax.random.key(0), SHAPE)
   with pytest.raises(UserError, match=r"a/kernel: the network has \(64, 16\), the parameters \(3,"):
     wrong = params | {"a": {"kernel": jnp.ones((3, 16)), "bias": jnp.ones(16)}}
-    halrp.base_state(config, benchmark.tasks[0], wrong, {}, Net())
+    pretrained.base_state(config.method, benchmark.tasks[0], wrong, {}, Net())
   with pytest.raises(UserError, match="a/bias is bfloat16"):
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    halrp.base_state(config, benchmark.tasks[0], small, {})
+    pretrained.base_state(config.method, benchmark.tasks[0], small, {})
 
 
 def test_mtl_needs_to_widen_the_head(digits_config):
   config = resolve(digits_config("mtl"))
-  benchmark, _, _ = experiment.build(config)
+  benchmark, _, _, _ = experiment.build(config)
   with pytest.raises(UserError, match="mtl widens the head: Net needs a field num_classes"):
     methods.make(config, Net(), benchmark)

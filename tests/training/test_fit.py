@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from halrp_jax import data, models
+from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
 from halrp_jax.nn import layers
 from halrp_jax.training import batches, epoch, losses, networks
@@ -19,7 +19,7 @@ def fit_plain(config, epochs=None, seed=0, loss_scale=None):
   config = resolve(config)
   benchmark = data.load(config)
   model = models.make(config.network, benchmark.max_classes)
-  fit = make_fit(config, learning_rate_decay(config, benchmark), *networks.plain_network(model))
+  fit = make_fit(methods.setup_of(config, model, benchmark), *networks.plain_network(model))
   params, stats = networks.initialize(model, jax.random.key(0), benchmark.image_shape)
   events = []
   params, _ = fit(
@@ -100,7 +100,8 @@ def test_plain_convolutions_are_not_put_into_a_loop_on_the_cpu(digits_config):
   if jax.default_backend() != "cpu":
     pytest.skip("the automatic loop asks on the CPU alone")
   config = resolve(digits_config("stl"))
-  task = data.load(config).tasks[0]
+  benchmark = data.load(config)
+  task = benchmark.tasks[0]
   for model, in_a_loop in ((Plain(), False), (Fast(), True)):
     traces = []
 
@@ -108,7 +109,8 @@ def test_plain_convolutions_are_not_put_into_a_loop_on_the_cpu(digits_config):
       traces.append(image.shape)
       return model.apply({"params": params}, image), stats
 
-    fit = make_fit(config, lambda task: 1.0, apply_fn, lambda params, frozen: 0.0)
+    setup = methods.setup_of(config, model, benchmark)
+    fit = make_fit(setup, apply_fn, lambda params, frozen: 0.0)
     params, stats = networks.initialize(model, jax.random.key(0), (8, 8, 1))
     fit(params, stats, {}, task, jax.random.key(0), 1, Store("", lambda event: None))
     # full and last batch; a network that isn't put into a loop is traced once more to find out
@@ -148,7 +150,7 @@ def test_the_callers_parameters_survive(digits_config):
   config = resolve(digits_config("stl"))
   benchmark = data.load(config)
   model = models.make("mlp", 10)
-  fit = make_fit(config, lambda task: 1.0, *networks.plain_network(model))
+  fit = make_fit(methods.setup_of(config, model, benchmark), *networks.plain_network(model))
   params, stats = networks.initialize(model, jax.random.key(0), benchmark.image_shape)
   before = jax.tree.map(np.asarray, params)
   store = Store("test", lambda event: None)
@@ -160,23 +162,22 @@ def test_the_callers_parameters_survive(digits_config):
 @pytest.mark.parametrize(
   ("schedule", "num_tasks", "fraction", "per_step"),
   [
-    # spec a.10: CIFAR Split 100 %, SuperClass 100 %, Split 5 %
+    # of the authors' program: CIFAR Split 100 %, SuperClass 100 %, Split 5 %
     ("code", 10, 1.0, 0.998360),
     ("code", 20, 1.0, 0.996723),
     ("code", 10, 0.05, 0.967705),
     ("constant", 10, 1.0, 1.0),
   ],
 )
-def test_learning_rate_decay_is_the_table_of_the_spec(
+def test_learning_rate_decay_is_that_of_the_authors_program(
   digits_config, schedule, num_tasks, fraction, per_step
 ):
-  config = digits_config(
-    "stl", batch_size=128, train_fraction=fraction, **{"protocol.schedule": schedule}
-  )
+  config = resolve(digits_config("stl", batch_size=128, train_fraction=fraction))
   benchmark = data.load(resolve(digits_config("stl")))
   benchmark = benchmark._replace(tasks=(benchmark.tasks * 2)[:num_tasks])
-  decay = learning_rate_decay(config, benchmark)
-  assert decay(benchmark.tasks[0]) == pytest.approx(per_step, abs=5e-7)
+  setup = methods.setup_of(config, models.make("mlp", 10), benchmark)
+  decay = learning_rate_decay(setup, schedule, benchmark.tasks[0])
+  assert decay == pytest.approx(per_step, abs=5e-7)
 
 
 def test_epoch_schedule_decays_by_five_percent_per_epoch(digits_config):
@@ -184,13 +185,13 @@ def test_epoch_schedule_decays_by_five_percent_per_epoch(digits_config):
   benchmark = data.load(config)
   task = benchmark.tasks[0]
   steps = len(task.train.index) / config.batch_size
-  assert learning_rate_decay(config, benchmark)(task) ** steps == pytest.approx(0.95)
+  setup = methods.setup_of(config, models.make("mlp", 10), benchmark)
+  assert learning_rate_decay(setup, "epoch", task) ** steps == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize(("num_images", "rest", "steps"), [(200, "train", 4), (200, "drop", 3)])
-def test_steps_per_epoch(digits_config, num_images, rest, steps):
-  config = digits_config("stl", batch_size=60, **{"protocol.last_batch": rest})
-  assert batches.steps_per_epoch(config, num_images) == steps
+def test_steps_per_epoch(num_images, rest, steps):
+  assert batches.steps_per_epoch(60, rest, num_images) == steps
 
 
 def test_evaluate_counts_every_image_once(digits_config):
@@ -212,7 +213,8 @@ def test_evaluate_counts_every_image_once(digits_config):
 def test_a_recipe_may_treat_parts_of_the_parameters_differently(digits_config):
   """SGD as PyTorch has it: decay is added after the gradient is scaled, and momentum follows."""
   config = resolve(digits_config("stl", batch_size=1038))
-  task = data.load(config).tasks[0]
+  benchmark = data.load(config)
+  task = benchmark.tasks[0]
   slope = {"held": 0.3, "free": -0.2}
 
   def objective(params, frozen, stats, batch, train_mode, key):
@@ -221,8 +223,7 @@ def test_a_recipe_may_treat_parts_of_the_parameters_differently(digits_config):
 
   decayed = optax.chain(optax.add_decayed_weights(0.1), optax.trace(0.9))
   fit = make_fit(
-    config,
-    lambda task: 1.0,
+    methods.setup_of(config, models.make("mlp", 10), benchmark),
     None,
     lambda params, frozen: 0.0,
     objective_fn=objective,

@@ -16,9 +16,10 @@ from halrp_jax import methods, models
 from halrp_jax.config import make_config, resolve
 from halrp_jax.deploy import export, saved
 from halrp_jax.devices import parallel
-from halrp_jax.runs import checkpoint, experiment, workdir
+from halrp_jax.methods import stl
+from halrp_jax.runs import checkpoint, experiment, states, workdir
 from halrp_jax.training import batches, networks, population, sizes
-from halrp_jax.types import Inputs, Split, State, Task, UserError
+from halrp_jax.types import CHECKPOINTS, CONFIG, RECORD, Inputs, Split, State, Task, UserError
 
 from ..conftest import interrupt
 from ..devices.test_parallel import in_a_process
@@ -47,9 +48,11 @@ def measured(name: str, task: Task, batch_size: int, size: int = 32):
   model, params, stats = network(name, size)
 
   def logits_fn(shared, learned, image):
-    return networks.apply_model(model, params, learned["stats"], image, False, None)[0]
+    return networks.apply_model(model, params, learned.stats, image, False, None)[0]
 
-  return population.make_measure(logits_fn, batch_size)({}, {"stats": stats}, task)
+  return population.make_measure(logits_fn, batch_size)(
+    {}, stl.TaskState(params, stats, np.int32(3)), task
+  )
 
 
 @pytest.mark.parametrize("name", ["lenet", "alexnet", "resnet18"])
@@ -129,9 +132,10 @@ def test_flax_batch_norm_is_measured_too():
   variables = Net().init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
 
   def logits_fn(shared, learned, image):
-    return Net().apply({"params": variables["params"], "batch_stats": learned["stats"]}, image)
+    return Net().apply({"params": variables["params"], "batch_stats": learned.stats}, image)
 
-  got = population.make_measure(logits_fn, 4)({}, {"stats": variables["batch_stats"]}, task)
+  learned = stl.TaskState(variables["params"], variables["batch_stats"], np.int32(3))
+  got = population.make_measure(logits_fn, 4)({}, learned, task)
   x = np.asarray(batches.load_batch(task.train, INPUTS, np.arange(9))[0], np.float64)
   np.testing.assert_allclose(got["norm"]["mean"], x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
   rows = x.transpose(0, 2, 3, 1).reshape(-1, 4)
@@ -231,27 +235,27 @@ def test_the_kinds_train_alike_and_differ_in_evaluation(digits_config, run_folde
 def test_a_task_keeps_the_statistics_of_its_own_images(digits_config):
   """Where shared weights move on, they are not taken again."""
   config = resolve(of_digits(digits_config, method="l2"))
-  benchmark, _, method = experiment.build(config)
+  benchmark, _, method, _ = experiment.build(config)
   state = method.init(jax.random.key(0), benchmark)
   store = experiment.Store("test", lambda event: None)
   states = []
   for t in range(2):
     state, _ = method.learn(state, (benchmark.tasks[t],), jax.random.key(t), store)
     states.append(state)
-  first, last = (s.tasks[0]["stats"] for s in states)
+  first, last = (s.tasks[0].stats for s in states)
   jax.tree.map(np.testing.assert_array_equal, first, last)
-  second = states[1].tasks[1]["stats"]
+  second = states[1].tasks[1].stats
   assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
   size = method.size(state)
-  own = sizes.count_leaves([p["stats"] for p in state.tasks])
+  own = sizes.count_leaves([p.stats for p in state.tasks])
   assert own and size.dense == size.paper + own
   assert size.training_only > sizes.count_leaves(state.shared["stats"])
 
 
 def test_running_statistics_are_left_as_training_made_them(digits_config):
   config = resolve(of_digits(digits_config, **{"method.batch_norm": "running"}))
-  benchmark, model, method = experiment.build(config)
-  plain = methods.METHODS["halrp"].make(config, model, benchmark)
+  benchmark, model, method, _ = experiment.build(config)
+  plain = methods.METHODS["halrp"].make(config.method, methods.setup_of(config, model, benchmark))
   store, task = experiment.Store("test", lambda event: None), benchmark.tasks[:1]
   states = [
     m.learn(m.init(jax.random.key(0), benchmark), task, jax.random.key(0), store)[0]
@@ -266,14 +270,14 @@ def test_running_statistics_are_left_as_training_made_them(digits_config):
 def statistics_of_devices() -> str:
   """The hash of statistics measured with arrays that are whole on every device here."""
   task = random_task(30)
-  config = resolve(make_config("stl", benchmark="digits", parallel="sharded", protocol={}))
+  layout = parallel.make_layout("sharded")
   model, params, stats = network("lenet")
-  params, stats, task = (parallel.replicate(config, x) for x in (params, stats, task))
+  params, stats, task = (layout.replicate(x) for x in (params, stats, task))
 
   def logits_fn(shared, learned, image):
-    return networks.apply_model(model, learned["params"], learned["stats"], image, False, None)[0]
+    return networks.apply_model(model, learned.params, learned.stats, image, False, None)[0]
 
-  learned = {"params": params, "stats": stats}
+  learned = stl.TaskState(params, stats, np.int32(3))
   return checkpoint.fingerprint(population.make_measure(logits_fn, 8)({}, learned, task))
 
 
@@ -286,12 +290,12 @@ def test_several_devices_give_the_same_bits():
 
 
 def without_statistics(folder) -> None:
-  """Makes a run's folder one of an older version: of its tasks no statistics were kept."""
-  state, results = workdir.newest_state(str(folder))
-  config = json.loads((folder / workdir.CONFIG).read_text(encoding="utf-8"))
-  shutil.rmtree(folder / workdir.CHECKPOINTS)
-  (folder / workdir.RECORD).unlink(missing_ok=True)
-  tasks = tuple(p | {"stats": {}} for p in state.tasks)
+  """Makes a run's folder one of an older version, whose tasks were dicts without statistics."""
+  state, results = states.newest_state(str(folder))
+  config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+  shutil.rmtree(folder / CHECKPOINTS)
+  (folder / RECORD).unlink(missing_ok=True)
+  tasks = tuple(p._asdict() | {"stats": {}} for p in state.tasks)
   now = json.loads((folder / "standing.json").read_text(encoding="utf-8"))
   with workdir.opened(str(folder), config, False, False, lambda: False, now) as opened:
     opened.save_state(len(tasks), State(state.shared, tasks), results)

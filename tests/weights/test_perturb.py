@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import halrp_jax
-from halrp_jax import data, models
+from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
 from halrp_jax.training import losses, networks
 from halrp_jax.training.fit import make_fit
@@ -172,7 +172,7 @@ def test_padded_columns_stay_zero_under_training(digits_config, fold):
       for x in (q.U, q.V)
     )
 
-  fit = make_fit(config, lambda task: 1.0, apply_fn, penalty_fn)
+  fit = make_fit(methods.setup_of(config, model, benchmark), apply_fn, penalty_fn)
   trained, _ = fit(
     {"p": start, "rest": rest}, {}, kernels, task, jax.random.key(1), 2, Store("", lambda e: None)
   )

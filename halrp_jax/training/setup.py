@@ -1,0 +1,32 @@
+"""What a method is made from, beside its own config: the network, the protocol, the machine."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+
+from halrp_jax import keys, models
+from halrp_jax.devices import parallel
+
+
+class Setup(NamedTuple):
+  """Made once for a run by `methods.make`, and handed down."""
+
+  model: nn.Module
+  image_shape: tuple[int, int, int]  # [H, W, C] of the network's input
+  num_tasks: int
+  max_classes: int  # of the task that has most
+  epochs: int  # per task
+  batch_size: int
+  evaluation_batch_size: int
+  learning_rate: float
+  train_fraction: float  # share of each task's training images that is used
+  batch_norm: str  # `method.batch_norm`
+  loop: str
+  protocol: keys.Protocol
+  checkpoint: keys.Checkpoint
+  layout: parallel.Layout
+
+  @property
+  def measuring(self) -> nn.Module:
+    """The network for gradients, Fisher information and bases (`models.in_training`)."""
+    return models.in_training(self.batch_norm, self.model)
