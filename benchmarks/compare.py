@@ -1,0 +1,158 @@
+"""Training steps of this working tree beside those of another revision.
+
+  python benchmarks/compare.py b65a6b0 [--rounds=5] [--runs=lenet-stl,lenet-halrp,alexnet-stl]
+      [--json=FILE]
+
+Prints the median seconds of a step and of compiling, for the revision (base) and for the working
+tree (new), and new over base: the median over the rounds of the ratio within a round, and its
+spread. Each round starts a process of `python -m halrp_jax.main` per tree and run, the two trees
+one right after the other and in turn first, on random images in CIFAR-100's format, with nothing
+compiled before. A step is an epoch's time over its steps; the first epoch compiles and does not
+count. The revision is checked out into a temporary git worktree. Only the command line,
+metrics.jsonl and record.json are used, so the modules of the revisions may have other names.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BATCH, STEPS = 128, 8
+TRAINED, OTHERS = 20, 80  # classes: those of the first two tasks, and the rest
+PER_CLASS = BATCH * STEPS // 8  # training images; 10 classes, of which a fifth validates
+RUNS = {  # name: (method, network, tasks, epochs); the last task is measured
+  "lenet-stl": ("stl", "lenet", "0", 6),
+  "lenet-halrp": ("halrp", "lenet", "0,1", 6),
+  "alexnet-stl": ("stl", "alexnet", "0", 4),
+}
+
+
+def write_images(folder: pathlib.Path) -> None:
+  """Writes random images as CIFAR-100's binary files: many of the first classes, few of others."""
+  rng, to = np.random.default_rng(0), folder / "cifar-100-binary"
+  to.mkdir(parents=True)
+  for name, many, few in (("train.bin", PER_CLASS, 5), ("test.bin", 10, 1)):
+    fine = np.repeat(np.arange(TRAINED + OTHERS, dtype=np.uint8), [many] * TRAINED + [few] * OTHERS)
+    fine = rng.permutation(fine)
+    pixels = rng.integers(0, 256, (len(fine), 3072), np.uint8)
+    (to / name).write_bytes(np.column_stack([fine // 5, fine, pixels]).tobytes())
+  for kind, count in (("fine", 100), ("coarse", 20)):
+    lines = "".join(f"{kind}{i}\n" for i in range(count))
+    (to / f"{kind}_label_names.txt").write_text(lines, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def checked_out(revision: str):
+  """Yields a folder with the files of a revision, for as long as it is needed."""
+
+  def git(*args):
+    return subprocess.run(
+      ["git", "-C", str(ROOT), *args], check=True, capture_output=True, text=True, encoding="utf-8"
+    ).stdout.strip()
+
+  with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+    tree = pathlib.Path(folder) / "base"
+    git("worktree", "add", "--detach", str(tree), revision)
+    try:
+      yield tree
+    finally:
+      git("worktree", "remove", "--force", str(tree))
+
+
+def measure(tree: pathlib.Path, name: str, data: pathlib.Path) -> dict[str, float]:
+  """Runs one training in a process; returns seconds of a step and of compiling."""
+  method, network, order, epochs = RUNS[name]
+  with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+    done = subprocess.run(
+      [
+        *(sys.executable, "-m", "halrp_jax.main", f"--config=configs/cifar100_split.py:{method}"),
+        *(f"--config.data_dir={data}", f"--config.order={order}", f"--config.network={network}"),
+        *(f"--config.epochs={epochs}", f"--config.batch_size={BATCH}", "--config.data.cache=off"),
+        *("--config.allow_partial=True", f"--workdir={folder}/run", "--compile_cache=off"),
+      ],
+      cwd=tree,
+      env=os.environ | {"PYTHONPATH": str(tree)},
+      capture_output=True,
+      text=True,
+      encoding="utf-8",
+    )
+    if done.returncode:
+      sys.exit(f"error: {name} of {tree} failed:\n{done.stderr[-2000:]}")
+    run = pathlib.Path(folder) / "run"
+    record = json.loads((run / "record.json").read_text(encoding="utf-8"))
+    events = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    epoch = [e for e in events if e["event"] == "epoch"]
+  measured = [e["seconds"] for e in epoch if e["phase"] == epoch[-1]["phase"]][1:]
+  return {
+    "step": statistics.median(measured) / STEPS,
+    "compile": sum(task["compile"] for task in record["seconds"]),
+  }
+
+
+def compare(trees: dict[str, pathlib.Path], runs: list[str], rounds: int) -> dict:
+  """Measures every run of both trees in every round; returns all numbers by run, tree, quantity."""
+  found = {name: {t: {"step": [], "compile": []} for t in trees} for name in runs}
+  with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+    data = pathlib.Path(folder)
+    write_images(data)
+    for i in range(rounds):
+      for name in runs:
+        for t in list(trees)[:: 1 if i % 2 == 0 else -1]:
+          for quantity, seconds in measure(trees[t], name, data).items():
+            found[name][t][quantity].append(seconds)
+      print(f"round {i + 1} of {rounds} done", file=sys.stderr, flush=True)
+  return found
+
+
+def summary(found: dict) -> list[dict]:
+  """Returns a row for each run and quantity: medians, the median ratio and its spread."""
+  rows = []
+  for name, by_tree in found.items():
+    for quantity in ("step", "compile"):
+      base, new = by_tree["base"][quantity], by_tree["new"][quantity]
+      ratios = sorted(b / a for a, b in zip(base, new, strict=True))
+      row = {"run": name, "quantity": quantity, "ratio": statistics.median(ratios)}
+      row |= {"least": ratios[0], "most": ratios[-1]}
+      rows.append(row | {"base": statistics.median(base), "new": statistics.median(new)})
+  return rows
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("base", help="a revision of git")
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--runs", default=",".join(RUNS))
+  parser.add_argument("--json", help="file for all numbers")
+  args = parser.parse_args(argv)
+  runs = args.runs.split(",")
+  if unknown := sorted(set(runs) - RUNS.keys()):
+    parser.error(f"--runs: {unknown[0]} is none of {', '.join(RUNS)}")
+  if args.rounds < 1:
+    parser.error(f"--rounds={args.rounds}: expected at least 1")
+  load = os.getloadavg()[0]
+  print(f"load of the machine at the start: {load:.1f}, {os.cpu_count()} cores")
+  with checked_out(args.base) as tree:
+    found = compare({"base": tree, "new": ROOT}, runs, args.rounds)
+  rows = summary(found)
+  print(f"{'run':12} {'seconds of':10} {'base':>8} {'new':>8} {'new/base':>9}  spread")
+  for row in rows:
+    print(
+      f"{row['run']:12} {row['quantity']:10} {row['base']:8.4f} {row['new']:8.4f}"
+      f" {row['ratio']:9.2f}  {row['least']:.2f} to {row['most']:.2f}"
+    )
+  if args.json:
+    report = {"base": args.base, "rounds": args.rounds, "load": load, "rows": rows, "all": found}
+    pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
