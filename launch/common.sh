@@ -1,7 +1,7 @@
 # Sourced by the scripts here.
 # shellcheck shell=bash
 
-export STOPPED=75 # halrp_jax/stop.py
+export STOPPED=75 # halrp_jax/devices/stop.py
 
 die() { # MESSAGE
   echo "error: $*" >&2

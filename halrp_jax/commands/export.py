@@ -10,7 +10,8 @@ network per task (every method but CLR and PRD), each with a JSON card: classes,
 network, ranks, accuracy, hashes. --format: safetensors (default), orbax, or stablehlo, a program
 from images to probabilities that needs the packages jax and flatbuffers alone. A folder that holds
 another model or format is refused: delete it, or choose another one. All tasks, unless
---task names one. `halrp_jax.export.load(DIR, task)` reads the first two (halrp_jax/export.py).
+--task names one. `halrp_jax.export.load(DIR, task)` reads the first two
+(halrp_jax/deploy/export.py).
 """
 
 from halrp_jax import arguments

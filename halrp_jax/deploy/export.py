@@ -10,8 +10,8 @@ that running it needs. A folder holds one model in one format. With format=orbax
 are Orbax folders of the same names. Arrays are named
 
   params/LAYER/.., batch_stats/LAYER/..    as in Flax; the base has params/LAYER/kernel
-  perturbation/LAYER/R, S, sigma, rank, U, V    cut to the rank (lowrank.py); U and V are left out
-    at rank 0
+  perturbation/LAYER/R, S, sigma, rank, U, V    cut to the rank (weights/lowrank.py); U and V are
+    left out at rank 0
   perturbation/LAYER/U.values, U.mask    in place of U where that is smaller: the entries that are
     not zero, row by row, and a bit for every entry (numpy.packbits) that says where they are
 

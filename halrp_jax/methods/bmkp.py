@@ -12,9 +12,9 @@ layers put out extends B; its kernels are kept as A_t = B' W and trained once mo
 | lambda, gamma | method.{strength,threshold} | |
 
 Phases: (1) learn: from the working memory of the task before, with a fresh head, the cross-entropy
-+ lambda sum_l r(E_l), no r in task 0. (2) project: B grows by GPM's rule (bases.py) until it
-carries a share gamma of the outputs of method.samples training images, taken before BatchNorm and
-ReLU. (3) retrain: A_t, biases, BatchNorm and head, from phase 1's. Nothing is forgotten.
++ lambda sum_l r(E_l), no r in task 0. (2) project: B grows by GPM's rule (weights/bases.py) until
+it carries a share gamma of the outputs of method.samples training images, taken before BatchNorm
+and ReLU. (3) retrain: A_t, biases, BatchNorm and head, from phase 1's. Nothing is forgotten.
 
 r(E) = tr(E'E) / |E'E|_1 (paper) is small where E has rank 1: few directions are new. It takes two
 products of a layer's d x d with d x J per step, method.form = "code" (that of the released program)

@@ -12,7 +12,7 @@ after the first task; every task has its own head.
 | eps   | method.threshold         | share of a layer's energy that M must carry; + step * t |
 | -     | shared["others"]         | biases, BatchNorm's scale and bias, frozen after task 0 |
 
-Phases: training; then method.samples training images pass through and M grows (bases.py).
+Phases: training; then method.samples training images pass through and M grows (weights/bases.py).
 
 method.optimizer = "sgd" is the paper's: plain gradients, rate method.learning_rate, cut where the
 validation loss stops falling, weights of its lowest. "adam" is the protocol's recipe, and what Adam

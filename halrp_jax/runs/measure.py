@@ -64,7 +64,10 @@ def forget_peak() -> None:
 
 
 def peak_memory() -> int:
-  """Peak of the accelerator's memory in this process; on the CPU that since `_forget_peak`."""
+  """Returns the bytes of memory that this process needed at its peak.
+
+  On an accelerator its own memory, on the CPU the process's since `forget_peak`.
+  """
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get("peak_bytes_in_use") or _peak_of_process()
 

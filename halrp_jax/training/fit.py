@@ -286,7 +286,7 @@ def _watch(event: dict, store: Store, state, sums, step: int, num_steps: int) ->
     raise Diverged(
       f"{event['phase']}, epoch {event['epoch']}, step {step} of {num_steps}: the loss is "
       f"{float(sums[0])}; try a smaller learning_rate or protocol.gradient_scale"
-      + (f" (the weights then: {place}, read by halrp_jax.checkpoint.load)" if place else "")
+      + (f" (the weights then: {place}, read by halrp_jax.runs.checkpoint.load)" if place else "")
     )
   store.log(event | {"event": "progress", "step": step, "steps": num_steps})
   store.keep.check()

@@ -43,7 +43,7 @@ def join(kernels: Mapping[str, jax.Array], rest: Params) -> Params:
 def split_biases(rest: Params, names: Iterable[str]) -> tuple[dict[str, jax.Array], Params]:
   """Everything but the kernels -> (biases of the layers `names` by path, everything else).
 
-  A bias before BatchNorm is a parameter of the BatchNorm (`layers.BatchNorm`).
+  A bias before BatchNorm is a parameter of the BatchNorm (`nn.norm.BatchNorm`).
   """
   flat = traverse_util.flatten_dict(rest, sep=SEPARATOR)
   biases = {path: flat.pop(path) for path in list(flat) if is_bias(path, names)}

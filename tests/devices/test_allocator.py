@@ -9,16 +9,16 @@ import pytest
 from ..conftest import ROOT
 
 CODE = """
-from halrp_jax import allocator
+from halrp_jax.devices import allocator
 assert allocator.tune()
 import numpy as np
-from halrp_jax import experiment
+from halrp_jax.runs import measure
 arrays = [np.ones(1 << 22) for _ in range(20)]  # 32 MiB each
 last = np.ones(1 << 10)  # lies behind them
-high = experiment._peak_memory()
+high = measure.peak_memory()
 del arrays
-experiment._forget_peak()
-print(high - experiment._peak_memory())
+measure.forget_peak()
+print(high - measure.peak_memory())
 """
 
 

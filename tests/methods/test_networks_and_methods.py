@@ -114,7 +114,7 @@ def learn_two_tasks(network, method_name, benchmark_of):
 
 
 def test_layers_with_kernels_are_known_to_every_method():
-  """`perturb.layer_inputs` times the kernels is `perturb.layer_outputs`, strides
+  """`taps.layer_inputs` times the kernels is `taps.layer_outputs`, strides
   and shortcuts included."""
   image = jax.numpy.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), np.float32)
   for network in ("lenet", "alexnet", "resnet18"):
