@@ -30,5 +30,5 @@ def halrp_with(setting: str) -> str:
   lambdas, *more = setting.split(",")
   match = re.fullmatch(f"{_NUMBER}_{_NUMBER}", lambdas)
   if not match:
-    raise UserError(f"{lambdas!r} is not LAMBDA0_LAMBDA1, such as 1e-5_5e-4")
+    raise UserError(f"{setting!r} is not LAMBDA0_LAMBDA1, such as 1e-5_5e-4")
   return ",".join(("halrp", f"l1={match[1]}", f"l2={match[2]}", *more))

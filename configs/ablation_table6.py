@@ -27,5 +27,5 @@ def get_config(setting: str = "alpha0.9_warmup1"):
   elif row in ("lrp", "random_lrp"):
     chosen = f"rank_rule={row.removesuffix('_lrp')}"
   else:
-    raise UserError(f"{row!r} is none of alphaX_warmupN, lrp, random_lrp")
+    raise UserError(f"{setting!r} is none of alphaX_warmupN, lrp, random_lrp")
   return _split.get_config(",".join(("halrp", chosen, *more)))

@@ -28,13 +28,17 @@ def parse_config(
     example: what stands after the verb in a command line that works, for the error message.
 
   Returns:
-    The flags; `config` is locked and not yet checked (`experiment.resolve`), None if not given.
+    The flags; `config` is locked and not yet checked (`config.resolve`), None if not given.
   """
   # config_flags wants the file before its keys
   argv = [argv[0], *sorted(argv[1:], key=lambda a: not re.match(r"--?config=", a))]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
-    "config", None, "FILE.py or FILE.py:METHOD", flag_values=values, sys_argv=argv
+    "config",
+    None,
+    "FILE.py, FILE.py:METHOD or FILE.py:METHOD,KEY=VALUE",
+    flag_values=values,
+    sys_argv=argv,
   )
   for name, text in texts.items():
     flags.DEFINE_string(name, "", text, flag_values=values)
@@ -67,9 +71,10 @@ def load_config(file: str, method: str = "", overrides: Iterable[str] = ()):
 
 def _check_key_names(argv: list[str]) -> None:
   """config_flags names an unknown key badly, so look first."""
-  name = next((a.rpartition(":")[2] for a in argv if re.match(r"--?config=.*:", a)), None)
-  chosen = [methods.METHODS[name]] if name in methods.METHODS else methods.METHODS.values()
-  known = {"method.name"}.union(*(keys.keys_of(m.Config) for m in chosen))
+  arguments = (a.rpartition(":")[2] for a in argv if re.match(r"--?config=.*:", a))
+  name = next(arguments, "").partition(",")[0]  # keys may follow the method
+  known_methods = [methods.METHODS[name]] if name in methods.METHODS else methods.METHODS.values()
+  known = {"method.name"}.union(*(keys.keys_of(m.Config) for m in known_methods))
   for arg in argv:
     key = re.match(r"--?(?:no)?config\.([^=]*)", arg)
     if key and key[1] not in known:

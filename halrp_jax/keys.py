@@ -252,6 +252,11 @@ class Config:
   checkpoint: Checkpoint
   method: MethodConfig  # of the method that `method.name` names
 
+  @property
+  def images_per_evaluation(self) -> int:
+    """Images per evaluation batch."""
+    return self.evaluation_batch_size or self.batch_size
+
   def to_dict(self) -> dict[str, Any]:
     """Returns the config by sections, as JSON has it."""
     return dataclasses.asdict(self)

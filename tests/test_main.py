@@ -5,7 +5,7 @@ import json
 import pytest
 
 from halrp_jax import __main__ as verbs
-from halrp_jax import commands, main
+from halrp_jax import commands, data, main, methods, models
 from halrp_jax.commands import COMMANDS
 
 from .conftest import ROOT
@@ -60,6 +60,14 @@ def test_list_works_without_a_config(capsys):
   assert code == 0
   for name in ("cifar100_split", "cifar100_superclass", "digits", "lenet", "mlp", "halrp", "stl"):
     assert f"  {name} " in out
+
+
+def test_list_says_something_else_of_every_name(capsys):
+  """With python -OO there are no docstrings, hence nothing to say."""
+  lines = [line for line in run(capsys, "--list")[1].splitlines() if line.startswith("  ")]
+  said = [line[2:].partition(" ")[2].strip() for line in lines]
+  assert len(said) == len(set(said)) == len({*data.BENCHMARKS, *models.NETWORKS, *methods.METHODS})
+  assert all(len(text) > 20 for text in said) and not any("partial(" in text for text in said)
 
 
 def test_help(capsys):

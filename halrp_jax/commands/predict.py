@@ -24,7 +24,6 @@ import numpy as np
 from halrp_jax import arguments, files
 from halrp_jax.data import formats, incoming
 from halrp_jax.deploy import saved
-from halrp_jax.training import batches
 from halrp_jax.types import UserError
 
 _EXAMPLE = "--workdir=runs/digits-halrp --task=3 --images=new --out=pred.csv"
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> int:
     raise UserError(f"predict: --batch_size={options.batch_size} must be at least 1")
   run = saved.open_run(options.workdir)
   t = saved.find_task(run, options.task)
-  batch_size = options.batch_size or batches.evaluation_batch_size(run.config)
+  batch_size = options.batch_size or run.config.images_per_evaluation
   shape = tuple(run.benchmark.tasks[t].train.image.shape[1:])
   images = incoming.open_images(options.images, shape, batch_size)
   if line := saved.lacks_statistics(run):

@@ -286,17 +286,19 @@ def plan_text(plan: dict) -> str:
 
 
 def list_text(benchmarks: dict, networks: dict, methods: dict) -> str:
-  """What --list prints."""
-
-  def summary(doc):
-    return (doc or "").strip().split("\n")[0]
-
-  lines = ["benchmarks"]
-  lines += [f"  {n:<22}{summary(f.outline.__doc__)}" for n, f in benchmarks.items()]
-  lines += ["networks"]
-  lines += [f"  {n:<22}{summary(c.__doc__)}" for n, c in networks.items()]
-  lines += ["methods"]
-  lines += [f"  {n:<22}{summary(m.__doc__)}" for n, m in methods.items()]
+  """Returns what --list prints: names with the first lines of docstrings."""
+  sections = {
+    "benchmarks": {name: family.outline.__doc__ for name, family in benchmarks.items()},
+    "networks": {name: make.__doc__ for name, make in networks.items()},
+    "methods": {name: module.__doc__ for name, module in methods.items()},
+  }
+  width = max(len(name) for docs in sections.values() for name in docs) + 2
+  lines = []
+  for title, docs in sections.items():
+    lines.append(title)
+    for name, doc in docs.items():
+      summary, *_ = (doc or "").strip().splitlines() or [""]
+      lines.append(f"  {name:<{width}}{summary}".rstrip())
   return "\n".join(lines)
 
 

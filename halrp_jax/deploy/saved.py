@@ -285,7 +285,7 @@ def _results_with(run: Saved, method: Method, state: State, task: Task, ranks, u
     lambda _, image: method.predict(state, t, image),
     (task,),
     "test",
-    run.config.evaluation_batch_size or run.config.batch_size,
+    run.config.images_per_evaluation,
   )
   old = run.results["accuracy"][t - 1][:t] if unchanged else [None] * t
   size = method.size(state)

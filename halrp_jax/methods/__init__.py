@@ -91,7 +91,7 @@ def setup_of(
     max_classes=benchmark.max_classes,
     epochs=config.epochs,
     batch_size=config.batch_size,
-    evaluation_batch_size=config.evaluation_batch_size or config.batch_size,
+    evaluation_batch_size=config.images_per_evaluation,
     learning_rate=config.learning_rate,
     train_fraction=config.train_fraction,
     batch_norm=config.method.batch_norm,

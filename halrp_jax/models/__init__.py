@@ -3,7 +3,6 @@
 To add one: a file beside this one and a line in `NETWORKS`.
 """
 
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,9 +12,9 @@ from halrp_jax.models import alexnet, lenet, mlp, resnet
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "lenet": lenet.LeNet,
-  "wide_lenet": lenet.WideLeNet,
+  "wide_lenet": lenet.wide_lenet,
   "saha_lenet": lenet.SahaLeNet,
-  "saha_lenet_without_lrn": functools.partial(lenet.SahaLeNet, lrn=False),
+  "saha_lenet_without_lrn": lenet.saha_lenet_without_lrn,
   "alexnet": alexnet.AlexNet,
   "resnet18": resnet.ResNet18,
   "mlp": mlp.MLP,

@@ -39,12 +39,16 @@ class LeNet(nn.Module):
     return layers.dense(self.num_classes, x.shape[-1], name="head")(x)
 
 
-# Omniglot-Rotation, 1 x 32 x 32, 12 classes: 24,466,988 parameters
-WideLeNet = functools.partial(LeNet, channels=(64, 128), hidden=(2500, 1500))
+def wide_lenet(num_classes: int) -> LeNet:
+  """Wide LeNet: LeNet with 64 and 128 channels, 2500 and 1500 hidden units (Omniglot-Rotation).
+
+  1 x 32 x 32: 24,466,988 parameters with 12 classes.
+  """
+  return LeNet(num_classes, channels=(64, 128), hidden=(2500, 1500))
 
 
 class SahaLeNet(nn.Module):
-  """The LeNet of GPM (Saha et al. 2021) and, without `lrn`, of WSN: no BatchNorm, no biases.
+  """LeNet of GPM (Saha et al. 2021): local response normalisation (LRN), no BatchNorm, no biases.
 
   conv5x5-ReLU-LRN-pool twice, dense-ReLU twice, head; 2,991,500 parameters with 10 classes.
   """
@@ -68,3 +72,8 @@ class SahaLeNet(nn.Module):
         layers.dense(features, x.shape[-1], bias=False, dtype=self.dtype, name=f"fc{i}")(x)
       )
     return layers.dense(self.num_classes, x.shape[-1], bias=False, name="head")(x)
+
+
+def saha_lenet_without_lrn(num_classes: int) -> SahaLeNet:
+  """LeNet of WSN: that of GPM without local response normalisation."""
+  return SahaLeNet(num_classes, lrn=False)

@@ -247,7 +247,7 @@ def _learn_all(config: Config, built, folder, log, show, compiled, gang) -> dict
 
 def _evaluate(config: Config, benchmark, method, layout, state, t) -> tuple[list[float], float]:
   """Test accuracy on the tasks up to t, validation accuracy on task t."""
-  size = config.evaluation_batch_size or config.batch_size
+  size = config.images_per_evaluation
   test = evaluate(
     lambda i, image: method.predict(state, i, layout.shard(image)),
     benchmark.tasks[: t + 1],

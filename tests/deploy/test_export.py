@@ -14,7 +14,7 @@ import safetensors.numpy as safetensors
 
 from halrp_jax import __main__ as verbs
 from halrp_jax.config import make_config
-from halrp_jax.deploy import export, saved
+from halrp_jax.deploy import export, export_folder, saved
 from halrp_jax.types import UserError
 
 from ..conftest import ROOT, interrupt
@@ -95,10 +95,10 @@ def test_packing_is_undone_whatever_is_smaller():
   rng = np.random.default_rng(0)
   for share in (0.0, 0.02, 0.5, 0.98, 1.0):
     x = rng.normal(size=(7, 5)).astype(np.float32) * (rng.random((7, 5)) < share)
-    arrays = export._packed("U", x)
+    arrays = export_folder.pack("U", x)
     dense = np.count_nonzero(x) * 4 + 5 >= x.nbytes
     assert list(arrays) == (["U"] if dense else ["U.values", "U.mask"])
-    np.testing.assert_array_equal(export._unpacked(arrays, "U", (7, 5), "file"), x)
+    np.testing.assert_array_equal(export_folder.unpack(arrays, "U", (7, 5), "file"), x)
     assert not arrays
 
 

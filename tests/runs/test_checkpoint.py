@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from halrp_jax import packing
+from halrp_jax.methods import stl
 from halrp_jax.runs import checkpoint
+from halrp_jax.types import State
 from halrp_jax.weights import lowrank
 
 TREE = {
@@ -199,3 +201,11 @@ def test_fingerprints_tell_bits_apart():
   assert checkpoint.fingerprint(a) == checkpoint.fingerprint({"x": jnp.array([0.0, 1.0])})
   assert checkpoint.fingerprint(a) != checkpoint.fingerprint({"x": np.float32([-0.0, 1.0])})
   assert checkpoint.fingerprint(a) != checkpoint.fingerprint({"y": a["x"]})
+
+
+def test_a_task_state_has_the_hash_of_the_dict_that_older_versions_kept():
+  task = stl.TaskState({"head": jnp.ones(2)}, {}, jnp.int32(3))
+  older = {"params": {"head": jnp.ones(2)}, "stats": {}, "num_classes": jnp.int32(3)}
+  tree, other = (State({"x": jnp.zeros(1)}, (t,)) for t in (task, older))
+  assert checkpoint.fingerprint(tree) == checkpoint.fingerprint(other)
+  assert checkpoint.fingerprint(task) != checkpoint.fingerprint(task._replace(num_classes=task[0]))
