@@ -19,6 +19,7 @@ A head is as wide as its task's classes.
 """
 
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable
 from importlib import metadata
@@ -46,6 +47,7 @@ from halrp_jax.deploy.export_folder import (
   take,
   unpack,
 )
+from halrp_jax.deploy.inputs import require_images, require_index
 from halrp_jax.runs import cards, checkpoint, experiment
 from halrp_jax.training import batches, networks, population
 from halrp_jax.types import Params, UserError, brief
@@ -282,9 +284,13 @@ def load(folder: str, task: int) -> Model:
     task: its id.
 
   Raises:
-    UserError: if a file is missing, damaged, lacks arrays or has others, or the base is not the
-      one that the task belongs to.
+    UserError: if a file is missing, damaged, lacks arrays or has others, the base is not the one
+      that the task belongs to, or an argument is of another kind. `Model.classify`: if the images
+      are of another kind.
   """
+  if not isinstance(folder, str | os.PathLike):
+    raise UserError(f"export.load: expected the path of a folder, given {folder!r}")
+  require_index(task, None, "export.load: id of a task")
   place, stem = pathlib.Path(folder), stem_of(task)
   card = read_card(place, stem)
   try:
@@ -317,9 +323,13 @@ def load(folder: str, task: int) -> Model:
   variables |= traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, arrays), sep="/")
 
   @jax.jit
-  def classify(image):
+  def compute(image):
     x = batches.prepare_images(image, meta.inputs)
     return jax.nn.softmax(network.apply(variables, x, train=False))
+
+  def classify(image):
+    require_images(image, ("B", *card["image_shape"]), f"{place / stem}: classify")
+    return compute(image)
 
   return Model(card, network, variables, classify)
 
@@ -374,6 +384,8 @@ def _require(found: Arrays, expected: dict[str, tuple], place) -> None:
   for name, shape in expected.items():
     if found[name].shape != tuple(shape):
       raise UserError(f"{place}: {name} is {found[name].shape}, expected {tuple(shape)}")
+    if not jnp.issubdtype(found[name].dtype, jnp.floating):
+      raise UserError(f"{place}: {name} is {found[name].dtype}, expected floating point")
 
 
 def _more(names: list) -> str:

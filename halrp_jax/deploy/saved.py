@@ -12,6 +12,7 @@ import numpy as np
 
 from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
+from halrp_jax.deploy.inputs import require_ids, require_images, require_index
 from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, experiment, identity, standing, states, workdir
 from halrp_jax.training import batches, losses, networks, population
@@ -105,12 +106,23 @@ def predict_fn(saved: Saved, t: int) -> Callable:
 
 
 def make_classifier(saved: Saved, t: int) -> Callable[[np.ndarray], np.ndarray]:
-  """Builds uint8 images [B, H, W, C] -> probabilities [B, K] of a task."""
+  """Builds uint8 images [B, H, W, C] -> probabilities [B, K] of a task.
+
+  Args:
+    saved: from `open_run`.
+    t: position of a learned task, from `find_task`.
+
+  Raises:
+    UserError: if `t` is none. The function that is built: if the images are of another kind.
+  """
+  require_index(t, len(saved.learned), "make_classifier: position of a learned task")
+  shape = ("B", *saved.benchmark.tasks[t].train.image.shape[1:])
   inputs = saved.benchmark.tasks[t].inputs
   prepare = jax.jit(lambda image: batches.prepare_images(image, inputs))
   predict = predict_fn(saved, t)
 
   def classify(image):
+    require_images(image, shape, "classify")
     logits = predict(saved.state, t, prepare(image))
     return np.asarray(jax.nn.softmax(logits))
 
@@ -126,7 +138,7 @@ def make_predict_many(run: Saved) -> Callable[[np.ndarray, np.ndarray], np.ndarr
 
   Raises:
     UserError: if the method has no perturbations, or the run is of a version that kept no
-      BatchNorm statistics. predict_many: if an id is unknown or the shapes are others.
+      BatchNorm statistics. predict_many: if an id is unknown or the images are of another kind.
   """
   if not hasattr(run.state.tasks[0], "perturbation"):
     raise UserError(f"predict_many: {run.config.method.name} keeps no perturbations of a base")
@@ -149,14 +161,14 @@ def make_predict_many(run: Saved) -> Callable[[np.ndarray, np.ndarray], np.ndarr
     return jax.nn.softmax(losses.mask_classes(logits, num_classes[t][:, None]))
 
   def predict_many(task_ids, image):
+    task_ids = require_ids(task_ids, "predict_many")
     t = [place.get(int(i)) for i in task_ids]
     if None in t:
       raise UserError(
         f"predict_many: task {task_ids[t.index(None)]} is not learned; known: "
         + ", ".join(map(str, sorted(place)))
       )
-    if np.shape(image) != (len(t), *shape):
-      raise UserError(f"predict_many: images are {np.shape(image)}, expected {(len(t), *shape)}")
+    require_images(image, (len(t), *shape), "predict_many")
     args = (kernels, perturbation, others, inputs, np.asarray(t, np.int32), np.asarray(image))
     return np.asarray(compute(*args))
 

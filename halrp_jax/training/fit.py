@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,6 +153,7 @@ def make_fit(
   validate = _make_validate(setup, objective_fn)
 
   def fit(params, stats, frozen, task: Task | batches.Joint, key, epochs: int, store: Store):
+    _check(params, stats, task)
     result = f"{store.name}/result"
     if (kept := store.keep.read(result, (params, stats))) is not None:
       return jax.tree.map(jnp.asarray, kept)
@@ -213,6 +215,28 @@ def make_fit(
     return int(done), state._replace(step=jnp.int32(state.step)), best, plateau
 
   return fit
+
+
+def _check(params, stats, task: Task | batches.Joint) -> None:
+  """Raises AssertionError if the arguments of `fit` have other ranks or types than it is made for.
+
+  Parameters and statistics are floating point; images uint8 [N, H, W, C]; rows, labels and owners
+  integers [n].
+  """
+  for path, x in jax.tree.leaves_with_path({"params": params, "stats": stats}):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    chex.assert_type(x, float, custom_message=f"{name} must be floating point")
+  for kind, split in (("train", task.train), ("valid", task.valid)):
+    message = f"{kind}: images must be uint8 [N, H, W, C]"
+    chex.assert_rank(split.image, 4, custom_message=message)
+    chex.assert_type(split.image, np.uint8, custom_message=message)
+    rows = [x for x in (split.index, split.label, split.owner) if x is not None]
+    message = f"{kind}: index, label and owner must be integers [n], one of each per image"
+    chex.assert_rank(rows, 1, custom_message=message)
+    chex.assert_type(rows, int, custom_message=message)
+    chex.assert_equal_shape(rows, custom_message=message)
+  message = "num_classes must be a number of one task, or [T] of several that are learned at once"
+  chex.assert_rank(task.num_classes, int(isinstance(task, batches.Joint)), custom_message=message)
 
 
 def plain_fit(setup: Setup, l2: float):

@@ -12,6 +12,8 @@
 
 W_t[w, i, j] = R[j] W[w, i, j] S[i] + sum_k U[j, k] Sigma[k] V[i, k]; a convolution's low-rank part
 is the same at every position w of its window. `*window` is empty for dense layers.
+
+All functions of arrays check ranks, shapes and types with chex when they are called or traced.
 """
 
 import math
@@ -49,8 +51,44 @@ class Decomposition(NamedTuple):
   energy: jax.Array  # scalar, sum of *all* squared singular values: |residual|_F^2
 
 
+# --- checks: of shapes and types alone, so they cost nothing in a compiled function ---------
+
+
+def _check_kernels(**kernels) -> None:
+  """Raises AssertionError if kernels are not floating point [*window, I, J], all of one shape."""
+  for name, x in kernels.items():
+    message = f"{name} must be a floating-point kernel [*window, I, J]"
+    chex.assert_shape(x, (..., None, None), custom_message=message)
+    chex.assert_type(x, float, custom_message=message)
+  message = f"{' and '.join(kernels)} must have one shape"
+  chex.assert_equal_shape([*kernels.values()], custom_message=message)
+
+
+def _check_factors(p, base: jax.Array | None = None) -> None:
+  """Raises AssertionError if the arrays of a perturbation or decomposition do not fit together.
+
+  Args:
+    p: its R, S, U, sigma and V.
+    base: the kernel [*window, I, J] that they belong to, if it is at hand.
+  """
+  sizes = {} if base is None else dict(zip("IJ", base.shape[-2:], strict=True))
+  for name, axes in {"R": "J", "S": "I", "U": "JK", "sigma": "K", "V": "IK"}.items():
+    if (x := getattr(p, name)) is None:
+      continue
+    message = f"{name} must be floating point [{', '.join(axes)}]"
+    chex.assert_rank(x, len(axes), custom_message=message)
+    chex.assert_type(x, float, custom_message=message)
+    shape = tuple(sizes.setdefault(a, n) for a, n in zip(axes, x.shape, strict=True))
+    message += " with " + ", ".join(f"{a} = {n}" for a, n in sizes.items())
+    chex.assert_shape(x, shape, custom_message=message)
+
+
+# --- one layer ----------------------------------------------------------------------------
+
+
 def identity(base: jax.Array, columns: int, fold: bool) -> Perturbation:
   """The perturbation that changes nothing: R = S = 1, no low-rank part."""
+  _check_kernels(base=base)
   num_in, num_out = base.shape[-2:]
   sigma = None if fold else jnp.zeros((columns,), base.dtype)
   return Perturbation(
@@ -64,6 +102,8 @@ def identity(base: jax.Array, columns: int, fold: bool) -> Perturbation:
 
 def compose(base: jax.Array, p: Perturbation) -> jax.Array:
   """W_t of one layer (paper Eq. 2 and 7). [*window, I, J] -> [*window, I, J]"""
+  _check_kernels(base=base)
+  _check_factors(p, base)
   right = p.V if p.sigma is None else p.V * p.sigma[None]  # [I, K]
   return _scaled(base, p.R, p.S) + _expand(right @ p.U.T, base)
 
@@ -83,7 +123,7 @@ def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, j
 
   One pass, as in the authors' code. Returns R [J], S [I].
   """
-  chex.assert_equal_shape((base, free))
+  _check_kernels(base=base, free=free)
   window = tuple(range(base.ndim - 2))
   over_in, over_out = (*window, base.ndim - 2), (*window, base.ndim - 1)
   R = jnp.sum(free * base, over_in) / jnp.maximum(jnp.sum(base**2, over_in), _TINY)
@@ -95,6 +135,8 @@ def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, j
 def residual(base: jax.Array, free: jax.Array, R: jax.Array, S: jax.Array) -> jax.Array:
   """What R and S leave over, averaged over the window: the least-squares optimum of a
   perturbation that is constant in the window (paper Sect. 4.2). -> [J, I]"""
+  _check_kernels(base=base, free=free)
+  chex.assert_shape((R, S), (base.shape[-1:], base.shape[-2:-1]), custom_message="R [J], S [I]")
   rest = free - _scaled(base, R, S)
   return rest.mean(tuple(range(rest.ndim - 2))).T
 
@@ -121,6 +163,7 @@ def decompose_randomized(
 
 
 def _decompose_randomized(base, free, key, rank):
+  _check_kernels(base=base, free=free)
   num_in, num_out = base.shape[-2:]
   width = rank + _OVERSAMPLING
   if width >= min(num_in, num_out):
@@ -142,6 +185,7 @@ def squared_singular_values(d: Decomposition) -> np.ndarray:
   Those that a randomised decomposition has not found share the energy that is left, each as large
   as it can be: the last one found. So the rank choice is the exact one if it keeps none of these.
   """
+  _check_factors(d)
   found = np.asarray(d.sigma, np.float64) ** 2
   missing = min(d.U.shape[0], d.V.shape[0]) - found.size
   left = max(float(d.energy) - found.sum(), 0.0)
@@ -162,6 +206,8 @@ def truncate(d: Decomposition, rank: jax.Array, columns: int, fold: bool) -> Per
     columns: static width K of the result.
     fold: sqrt(Sigma) goes into U and V and Sigma is None (the authors' code); otherwise it stays.
   """
+  _check_factors(d)
+  chex.assert_rank(rank, 0, custom_message="rank must be a scalar")
   used = jnp.arange(d.sigma.shape[0]) < rank
   sigma = jnp.where(used, d.sigma, 0)
   left, right = (jnp.sqrt(sigma),) * 2 if fold else (used, used)
@@ -181,6 +227,7 @@ def random_factors(key: jax.Array, d: Decomposition, rank: int, columns: int) ->
   The paper does not say how; here both are uniform as a fresh dense layer of their width would
   be: V in +-1/sqrt(I), U in +-1/sqrt(rank). Sigma is folded.
   """
+  _check_factors(d)
   key_u, key_v = jax.random.split(key)
   used = jnp.arange(columns) < rank
 
@@ -219,7 +266,9 @@ def allocate_ranks(
   Raises:
     ValueError: if a score is negative or not finite.
   """
-  pooled = np.concatenate([np.asarray(s, np.float64) for s in scores])
+  scores = [np.asarray(s, np.float64) for s in scores]
+  chex.assert_rank(scores, 1, custom_message="scores must be one array [m] per layer")
+  pooled = np.concatenate(scores)
   if not np.isfinite(pooled).all() or (pooled < 0).any():
     raise ValueError("scores must be finite and not negative")
   layer = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
@@ -284,17 +333,19 @@ def prune_thresholds(
   Returns:
     The same structure with one float per layer; -1 prunes nothing.
   """
+  arrays = [v for task in values for v in task.values()]
+  chex.assert_rank(arrays, 1, custom_message="values must be one array [n] per task and layer")
   pool, use_absolute = PRUNE_RULES[rule]
   floor = absolute if use_absolute else -1.0
 
-  def percentile(arrays):
-    magnitudes = np.abs(np.concatenate(arrays)) if arrays else np.zeros(0)
+  def percentile(pooled):
+    magnitudes = np.abs(np.concatenate(pooled)) if pooled else np.zeros(0)
     if pool is None or rate <= 0 or not magnitudes.size:
       return floor
     return max(floor, float(np.percentile(magnitudes, 100 * rate)))
 
   if pool == "all":
-    tau = percentile([v for task in values for v in task.values()])
+    tau = percentile(arrays)
     return [dict.fromkeys(task, tau) for task in values]
   if pool == "task":
     return [dict.fromkeys(task, percentile(list(task.values()))) for task in values]
@@ -303,6 +354,9 @@ def prune_thresholds(
 
 def prune(p: Perturbation, tau: jax.Array) -> Perturbation:
   """Zeroes the entries of U and V whose magnitude does not exceed `tau`."""
+
+  _check_factors(p)
+  chex.assert_rank(tau, 0, custom_message="tau must be a scalar")
 
   def keep(x):
     return jnp.where(jnp.abs(x) > tau, x, 0)

@@ -178,6 +178,28 @@ def test_an_unknown_task_and_another_base_are_refused(run, tmp_path):
     write(run, tmp_path)
 
 
+def test_arguments_of_another_kind_are_refused(run, tmp_path):
+  write(run, tmp_path)
+  with pytest.raises(UserError, match="expected the path of a folder, given None"):
+    export.load(None, 1)
+  with pytest.raises(UserError, match="id of a task: expected a whole number from 0 on, given '1'"):
+    export.load(str(tmp_path), "1")
+  model = export.load(tmp_path, np.int64(1))
+  with pytest.raises(UserError, match=r"task01: classify: expected uint8 images .*, given float64"):
+    model.classify(np.zeros((2, *model.card["image_shape"])))
+
+
+@pytest.mark.parametrize("name", ["perturbation/fc1/R", "params/head/bias"])
+def test_arrays_of_whole_numbers_are_refused(run, tmp_path, name):
+  write(run, tmp_path)
+  file = tmp_path / "task01.safetensors"
+  arrays = safetensors.load(file.read_bytes())
+  arrays[name] = arrays[name].astype(np.int32)
+  file.write_bytes(safetensors.save(arrays))
+  with pytest.raises(UserError, match="is int32, expected floating point"):
+    export.load(str(tmp_path), 1)
+
+
 def other_model(run, how):
   """What another run, or this one at another time, would export."""
   if how == "tasks":

@@ -113,11 +113,26 @@ def test_mixed_batches_that_can_not_be(run_folder):
   image = np.zeros((2, 8, 8, 1), np.uint8)
   with pytest.raises(UserError, match="task 5 is not learned; known: 1, 3"):
     saved.make_predict_many(run)([3, 5], image)
-  with pytest.raises(UserError, match=r"images are \(2, 8, 8, 1\), expected \(1, 8, 8, 1\)"):
+  with pytest.raises(UserError, match=r"images \[1, 8, 8, 1\], given uint8 \[2, 8, 8, 1\]"):
     saved.make_predict_many(run)([3], image)
+  with pytest.raises(UserError, match=r"images \[2, 8, 8, 1\], given float32 \[2, 8, 8, 1\]"):
+    saved.make_predict_many(run)([3, 1], image.astype(np.float32))
+  with pytest.raises(UserError, match=r"task ids, whole numbers \[B\], given float64 \[2\]"):
+    saved.make_predict_many(run)([3.0, 1.0], image)
   plain = run.state._replace(tasks=({"params": {}},))
   with pytest.raises(UserError, match="keeps no perturbations of a base"):
     saved.make_predict_many(run._replace(state=plain))
+
+
+def test_a_classifier_takes_a_learned_task_and_its_kind_of_images(run_folder):
+  run = saved.open_run(str(run_folder))
+  for t in (2, -1, "permutation 1"):
+    with pytest.raises(UserError, match="position of a learned task: expected .* from 0 to 1"):
+      saved.make_classifier(run, t)
+  classify = saved.make_classifier(run, 1)
+  for image in (np.zeros((2, 8, 8, 1)), np.zeros((2, 8, 8), np.uint8), [[0]]):
+    with pytest.raises(UserError, match=r"expected uint8 images \[B, 8, 8, 1\], given"):
+      classify(image)
 
 
 def test_a_run_of_a_version_without_some_keys_is_opened(run_folder, tmp_path):

@@ -26,10 +26,10 @@ MODES = ("sharded", "pmap")
 SLOW = pytest.mark.slow
 
 
-def in_a_process(num_devices: int, call: str, module: str = "test_parallel"):
-  """What a function of this module returns where there are so many devices, through JSON."""
+def in_a_process(num_devices: int, call: str, module: str = "devices.test_parallel"):
+  """Returns what a function of a test module returns where there are so many devices, by JSON."""
   flags = f"--xla_force_host_platform_device_count={num_devices}"
-  code = f"import json; from tests import {module} as t; print(json.dumps(t.{call}))"
+  code = f"import json; import tests.{module} as t; print(json.dumps(t.{call}))"
   done = subprocess.run(
     [sys.executable, "-c", code],
     capture_output=True,

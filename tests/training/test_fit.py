@@ -239,3 +239,37 @@ def test_a_recipe_may_treat_parts_of_the_parameters_differently(digits_config):
     held -= 0.01 * speed
   assert float(got["held"][0]) == pytest.approx(held, rel=1e-6)
   assert float(got["free"][0]) == pytest.approx(2.0 + 3 * 0.01 * 10 * 0.2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"params": jnp.int32}, "params/head/bias must be floating point"),
+    ({"stats": jnp.int32}, "stats/mean must be floating point"),
+    ({"image": jnp.float32}, r"train: images must be uint8 \[N, H, W, C\]"),
+    ({"label": jnp.float32}, r"train: index, label and owner must be integers \[n\]"),
+    ({"label": slice(5)}, r"train: index, label and owner must be integers \[n\]"),
+    ({"index": None}, r"train: index, label and owner must be integers \[n\]"),
+    ({"num_classes": 10}, "num_classes must be a number of one task"),
+  ],
+)
+def test_arguments_of_other_types_and_shapes_are_refused(digits_config, change, message):
+  ((name, how),) = change.items()
+  config = resolve(digits_config("stl"))
+  benchmark = data.load(config)
+  model = models.make("mlp", 10)
+  fit = make_fit(methods.setup_of(config, model, benchmark), *networks.plain_network(model))
+  params, _ = networks.initialize(model, jax.random.key(0), benchmark.image_shape)
+  stats, task = {"mean": jnp.zeros(3)}, benchmark.tasks[0]
+  if name == "params":
+    params["head"]["bias"] = params["head"]["bias"].astype(how)
+  elif name == "stats":
+    stats = {"mean": stats["mean"].astype(how)}
+  elif name == "num_classes":
+    task = batches.join_tasks([task, task], True)._replace(num_classes=np.int32(10))
+  else:
+    x = getattr(task.train, name)
+    x = x[how] if isinstance(how, slice | None) else x.astype(how)
+    task = task._replace(train=task.train._replace(**{name: x}))
+  with pytest.raises(AssertionError, match=message):
+    fit(params, stats, {"l2": 0.0}, task, jax.random.key(0), 1, Store("", lambda event: None))

@@ -282,7 +282,7 @@ def statistics_of_devices() -> str:
 
 
 def test_several_devices_give_the_same_bits():
-  results = {in_a_process(n, "statistics_of_devices()", "test_population") for n in (1, 4)}
+  results = {in_a_process(n, "statistics_of_devices()", "training.test_population") for n in (1, 4)}
   assert len(results) == 1
 
 

@@ -261,3 +261,98 @@ def test_a_randomised_decomposition_of_nearly_all_is_the_exact_one():
   base, free = (rng.normal(size=(20, 30)).astype(np.float32) for _ in range(2))
   got = lowrank.decompose_randomized(base, free, jax.random.key(0), 10)
   np.testing.assert_array_equal(got.sigma, lowrank.decompose(base, free).sigma)
+
+
+# --- what the functions are given -------------------------------------------------------
+
+
+def given(shape=(3, 3, 4, 6)):
+  """Returns base, warmed-up kernel, decomposition and perturbation that fit together."""
+  base, free = kernels(0, shape)
+  d = lowrank.decompose(base, free)
+  return base, free, d, lowrank.truncate(d, 2, 3, fold=False)
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda base, free, p: lowrank.identity(base, 2, True),
+    lambda base, free, p: lowrank.compose(base, p),
+    lambda base, free, p: lowrank.least_squares_scales(base, free),
+    lambda base, free, p: lowrank.residual(base, free, p.R, p.S),
+    lambda base, free, p: lowrank.decompose(base, free),
+    lambda base, free, p: lowrank.decompose_randomized(base, free, jax.random.key(0), 1),
+  ],
+)
+def test_kernels_of_another_kind_are_refused(call):
+  base, free, _, p = given()
+  for of_base, message in (
+    (base[0, 0, 0], r"\[base must be a floating-point kernel \[\*window, I, J\]"),
+    (base.astype(jnp.int32), r"\[base must be a floating-point kernel"),
+  ):
+    with pytest.raises(AssertionError, match=message):
+      call(of_base, free, p)
+    with pytest.raises(AssertionError, match=message):
+      jax.eval_shape(call, of_base, free, p)  # while it is traced
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lowrank.least_squares_scales,
+    lambda base, free: lowrank.residual(base, free, jnp.ones(6), jnp.ones(4)),
+    lowrank.decompose,
+    lambda base, free: lowrank.decompose_randomized(base, free, jax.random.key(0), 1),
+  ],
+)
+def test_kernels_of_two_shapes_are_refused(call):
+  base, free, *_ = given()
+  with pytest.raises(AssertionError, match="base and free must have one shape"):
+    call(base, free[:1])
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"R": jnp.ones(4)}, r"R must be floating point \[J\] with I = 4, J = 6"),
+    ({"S": jnp.ones((1, 4))}, r"S must be floating point \[I\]"),
+    ({"U": jnp.ones((4, 3))}, r"U must be floating point \[J, K\] with I = 4, J = 6, K = 3"),
+    ({"V": jnp.ones((4, 2))}, r"V must be floating point \[I, K\] with I = 4, J = 6, K = 3"),
+    ({"sigma": jnp.ones(2)}, r"sigma must be floating point \[K\]"),
+    ({"V": jnp.ones((4, 3), jnp.int32)}, "V must be floating point"),
+  ],
+)
+def test_factors_that_do_not_fit_a_kernel_are_refused(change, message):
+  base, _, _, p = given()
+  lowrank.compose(base, p)
+  lowrank.compose(base, p._replace(sigma=None))
+  with pytest.raises(AssertionError, match=message):
+    lowrank.compose(base, p._replace(**change))
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lowrank.squared_singular_values,
+    lambda d: lowrank.truncate(d, 1, 2, True),
+    lambda d: lowrank.random_factors(jax.random.key(0), d, 1, 2),
+    lambda d: lowrank.prune(lowrank.Perturbation(*d[:5]), 0.1),
+  ],
+)
+def test_factors_that_do_not_fit_one_another_are_refused(call):
+  d = given()[2]
+  call(d)
+  with pytest.raises(AssertionError, match=r"V must be floating point \[I, K\] with J = 6"):
+    call(d._replace(V=d.V[:, :2]))
+
+
+def test_scalars_and_lists_of_vectors_are_checked():
+  *_, d, p = given()
+  with pytest.raises(AssertionError, match="rank must be a scalar"):
+    lowrank.truncate(d, jnp.ones(2, jnp.int32), 2, True)
+  with pytest.raises(AssertionError, match="tau must be a scalar"):
+    lowrank.prune(p, jnp.ones(2))
+  with pytest.raises(AssertionError, match=r"scores must be one array \[m\] per layer"):
+    lowrank.allocate_ranks([np.ones(3), np.ones((2, 2))], 0.9)
+  with pytest.raises(AssertionError, match=r"values must be one array \[n\] per task and layer"):
+    lowrank.prune_thresholds([{"a": np.ones((2, 2))}], "absolute", 0.1, 0.5)
