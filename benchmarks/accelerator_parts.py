@@ -117,9 +117,7 @@ def torch(target, options):
   setting, precision = target.split(":")
   made = make(setting, "stl", options.smoke, precision=precision)
   config, benchmark, _, _ = made
-  num_steps = batches.steps_per_epoch(
-    config.batch_size, config.protocol.last_batch, len(benchmark.tasks[0].train.index)
-  )
+  num_steps = config.steps_per_epoch(len(benchmark.tasks[0].train.index))
 
   def ask(mode):
     print(json.dumps([mode, num_steps]), file=options.peer.stdin, flush=True)

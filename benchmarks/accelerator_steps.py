@@ -12,7 +12,7 @@ import throughput
 from halrp_jax import methods
 from halrp_jax.config import make_config, resolve
 from halrp_jax.runs import experiment
-from halrp_jax.training import batches, networks
+from halrp_jax.training import networks
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
 PHASES = {"base": "STL", "warmup": "warm-up", "finetune": "HALRP"}  # STL's program is the base's
@@ -103,9 +103,7 @@ def measure_steps(setting: str, precision: str, smoke: bool, clock, **keys):
   """Rows of the phases of HALRP, from the seconds that the product's own epochs report."""
   made = make(setting, "halrp", smoke, precision=precision, **keys)
   config, benchmark, _, batch = made
-  steps = batches.steps_per_epoch(
-    config.batch_size, config.protocol.last_batch, len(benchmark.tasks[0].train.index)
-  )
+  steps = config.steps_per_epoch(len(benchmark.tasks[0].train.index))
   seen, compiled, peaks, last = {}, {}, {}, clock()
 
   def watch(event):

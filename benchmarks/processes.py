@@ -18,8 +18,8 @@ import sys
 import tempfile
 
 from halrp_jax import arguments
+from halrp_jax.config import resolve
 from halrp_jax.runs import experiment
-from halrp_jax.training import batches
 
 PHASES = {"whole network": "task00/base", "fine-tuning": "task01/finetune"}
 
@@ -67,8 +67,7 @@ def run(argv: list[str], places: list[list[int]]) -> dict[str, float]:
   epochs = [e for e in map(json.loads, lines) if e["event"] == "epoch"]
   config = arguments.parse_config(["", *argv], {}, {}).config
   tasks = experiment.plan(config)["tasks"]
-  how = config.batch_size, config.protocol.last_batch
-  steps = [batches.steps_per_epoch(*how, task["train"]) for task in tasks]
+  steps = [resolve(config).steps_per_epoch(task["train"]) for task in tasks]
   return {
     name: 1000 * [e["seconds"] for e in epochs if e["phase"] == phase][-1] / steps[int(phase[4:6])]
     for name, phase in PHASES.items()

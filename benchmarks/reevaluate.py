@@ -45,6 +45,7 @@ def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[st
   config = resolve(values)
   benchmark, model, *_ = experiment.build(config)
   state, _ = states.newest_state(path)
+  state = methods.restore(config.method.name, state)
   state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
   found = {}
   for kind in kinds:

@@ -29,7 +29,7 @@ def _field(default, expected: str, accepts: Callable[[Any], bool], meaning: str)
   return dataclasses.field(default=default, metadata={"key": key})
 
 
-def one_of(default, values: tuple[str | int, ...], meaning: str):
+def one_of(default, values: tuple[str, ...], meaning: str):
   """Returns a field that holds one of some texts."""
   return _field(default, "one of " + ", ".join(values), lambda x: x in values, meaning)
 
@@ -146,7 +146,7 @@ class Data:
     "original files, or what TFDS has prepared in data_dir (as array_record)",
   )
   cache: str = text(
-    "", "folder for decoded images, or off; default: halrp_jax/data in $XDG_CACHE_HOME or ~/.cache"
+    "", "folder for decoded images, or off; default: halrp_jax/data in the user's cache folder"
   )
   normalise: bool = flag(True, "pixels are normalised; false: the network gets them from 0 to 255")
   mnist_size: int = _field(
@@ -256,6 +256,11 @@ class Config:
   def images_per_evaluation(self) -> int:
     """Images per evaluation batch."""
     return self.evaluation_batch_size or self.batch_size
+
+  def steps_per_epoch(self, num_images: int) -> int:
+    """Returns the optimizer steps in one epoch over some training images."""
+    full, rest = divmod(num_images, self.batch_size)
+    return full + (rest > 0 and self.protocol.last_batch == "train")
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the config by sections, as JSON has it."""

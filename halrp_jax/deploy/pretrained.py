@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import safetensors.numpy
 from flax import traverse_util
 
+from halrp_jax.keys import Config
 from halrp_jax.methods import halrp
 from halrp_jax.runs import checkpoint
 from halrp_jax.training import contract, networks
@@ -80,14 +81,14 @@ def _read(path: pathlib.Path) -> dict:
 
 
 def base_state(
-  config: halrp.Config, task: Task, params: Params, stats: Params, model=None
+  config: halrp.Config | Config, task: Task, params: Params, stats: Params, model=None
 ) -> State:
   """Returns the state after the first task, whoever trained its network (`load`).
 
   HALRP learns the next tasks on it as on any other: `Method.learn(state, (task,), key, store)`.
 
   Args:
-    config: of the method, resolved.
+    config: resolved; the method's part of it is enough.
     task: the first task.
     params: of the network, its head among them.
     stats: its running statistics, {} if it has none.
@@ -104,4 +105,5 @@ def base_state(
     image_shape = Benchmark("", (task,), "", False).image_shape
     shapes = contract.make_matrix_shapes(model, image_shape, task.num_classes)(params)
     contract.check_same(model, image_shape, params)
-  return halrp.first_state(config, task, params, stats, shapes)
+  own = config.method if isinstance(config, Config) else config
+  return halrp.first_state(own, task, params, stats, shapes)

@@ -13,6 +13,7 @@ import numpy as np
 from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
 from halrp_jax.deploy.inputs import require_ids, require_images, require_index
+from halrp_jax.devices import parallel
 from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, experiment, identity, standing, states, workdir
 from halrp_jax.training import batches, losses, networks, population
@@ -213,10 +214,9 @@ def extend(
   task = data.load_task(data_path, whole, shape, task_id, notes.append)
   _require_room(run, task)
   benchmark = run.benchmark._replace(tasks=(*learned, task))
-  trained = experiment.network_of(
-    config, run.benchmark.max_classes
-  )  # its training goes on as it was
-  method = methods.make(config, trained, benchmark)
+  layout = parallel.make_layout(config.parallel)  # its training goes on as it was
+  trained = experiment.network_of(config, run.benchmark.max_classes, layout.axis_name)
+  method = methods.make(config, trained, benchmark, layout)
   t = len(learned)
   known = config.to_dict() | {identity.EXTENDED: {"task": task.name, "data": data_path, "t": t}}
   now = _standing(run, benchmark)

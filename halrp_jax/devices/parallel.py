@@ -46,8 +46,8 @@ class Layout(NamedTuple):
     return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
   def own_key(self, key: jax.Array) -> jax.Array:
-    """Returns a key for each device of a mapped function; elsewhere the key itself."""
-    if self.axis_name is None:
+    """Returns a key for each part of a batch in a mapped function; elsewhere the key itself."""
+    if self.axis_name is None or lax.axis_size(self.axis_name) == 1:
       return key
     return jax.random.fold_in(key, lax.axis_index(self.axis_name))
 

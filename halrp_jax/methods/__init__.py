@@ -58,9 +58,11 @@ _PLAIN_LAYERS = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "wsn"}
 
 
 def make(
-  config: Config, model, benchmark: Benchmark, layout: parallel.Layout = parallel.ONE_DEVICE
+  config: Config, model, benchmark: Benchmark, layout: parallel.Layout | None = None
 ) -> Method:
   """Builds the method that `config.method.name` names, ready to learn and to predict.
+
+  Without a layout, that of `config.parallel` is made.
 
   Raises:
     UserError: if the network is not what the method demands (`contract`).
@@ -81,7 +83,7 @@ def make(
 
 
 def setup_of(
-  config: Config, model, benchmark: Benchmark, layout: parallel.Layout = parallel.ONE_DEVICE
+  config: Config, model, benchmark: Benchmark, layout: parallel.Layout | None = None
 ) -> Setup:
   """Returns what a method is made from, beside its own config."""
   return Setup(
@@ -98,7 +100,7 @@ def setup_of(
     loop=config.loop,
     protocol=config.protocol,
     checkpoint=config.checkpoint,
-    layout=layout,
+    layout=layout or parallel.make_layout(config.parallel),
   )
 
 

@@ -86,7 +86,7 @@ def make(config: Config, setup: Setup, anchors: Anchor) -> Method:
 def _warm_start(state: State, fresh: Params, own_norm: bool) -> tuple[Params, Params, Params]:
   """Returns params, stats and anchor as the task before left them, but for a fresh head."""
   before = state.tasks[-1]
-  private = before.private | {trees.HEAD: fresh[trees.HEAD]}
+  private = networks.fresh_head(before.private, fresh)
   params = trees.join_private(state.shared["params"], private)
   stats = before.stats if own_norm else state.shared["stats"]
   return params, stats, state.shared["anchor"]

@@ -230,8 +230,7 @@ def warm_up(f, config: Config, state, task, key, store):
   init_key, fit_key = jax.random.split(key)
   fresh, _ = f.initialize(init_key)
   base = state.tasks[0]
-  rest = base.rest | {trees.HEAD: fresh[trees.HEAD]}
-  params = trees.join(state.shared["kernels"], rest)
+  params = trees.join(state.shared["kernels"], networks.fresh_head(base.rest, fresh))
   epochs, store = config.warmup_epochs, store.child("warmup")
   return f.fit_free(params, base.stats, {"l2": 0.0}, task, fit_key, epochs, store)
 

@@ -136,7 +136,7 @@ def begin(f, config: Config, state: State, shared, init_key, r_key) -> tuple[Par
   params = {k: x for k, x in shared.items() if k not in ("used", "r")}
   if state.tasks and config.start == "task_before":
     before = state.tasks[-1]
-    rest = before.rest | {trees.HEAD: fresh[trees.HEAD]}
+    rest = networks.fresh_head(before.rest, fresh)
     return params | {"r": shared["r"], "rest": rest}, before.stats
   return params | {"r": _draw_r(r_key, f.num_factors), "rest": trees.split(fresh)[1]}, stats
 

@@ -25,6 +25,9 @@ class BatchNorm(nn.Module):
   The bias of the layer before is a parameter here (`num_in`): training subtracts it again, so it is
   never added, only kept in the running mean. Its gradient is 0, not the noise of rounding.
 
+  With parallel=pmap the statistics are those of all parts of a batch if `axis_name` is
+  `Layout.axis_name`, as `models.make` sets it.
+
   Statistics and normalisation are float32 whatever comes in; the result has the input's dtype.
   """
 

@@ -101,7 +101,7 @@ def read(
         skipped.append(Skipped(where, wrong))
       elif setting_of:
         runs.append(Run(where, content | {"setting": setting_of(content["config"])}))
-      elif "setting" not in content:
+      elif "network" not in (content.get("setting") or ()):
         skipped.append(Skipped(where, "is of a version that wrote no setting"))
       else:
         runs.append(Run(where, content))
@@ -208,19 +208,27 @@ def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
       skipped.append(Skipped(old.place, f"{run.place} is a newer run of the same"))
     found[key][cell] = run
   groups = [
-    Group(*key[:5], json.loads(key[-1]), tuple(sorted(cells.values(), key=lambda r: r.place)))
-    for key, cells in found.items()
+    Group(*key[:5], _setting(runs[0]), runs)
+    for key, runs in (
+      (key, tuple(sorted(cells.values(), key=lambda r: r.place))) for key, cells in found.items()
+    )
   ]
   return sorted(groups, key=lambda g: (g.benchmark, g.network, g.fraction, g.method)), skipped
 
 
 def _key(run: Run) -> tuple:
   """Returns the first five fields of `Group`, the tasks, and the setting as a text."""
-  record = run.record
-  setting = record["setting"] | unusual_flags(record)
+  record, setting = run.record, _setting(run)
+  # 1 and 1.0 are one value
+  whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in setting.items()}
   head = (record["method"], record["benchmark"], setting["network"])
   head += (float(record["config"]["train_fraction"]), record["partial"])
-  return (*head, tuple(sorted(run.task_ids)), json.dumps(setting, sort_keys=True))
+  return (*head, tuple(sorted(run.task_ids)), json.dumps(whole, sort_keys=True))
+
+
+def _setting(run: Run) -> dict:
+  """Returns the setting of a run and the JAX flags that are not as usual."""
+  return run.record["setting"] | unusual_flags(run.record)
 
 
 def _data(runs: list[Run]) -> list[tuple]:

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from halrp_jax import data, methods
+from halrp_jax.devices import parallel
 from halrp_jax.keys import Config
 from halrp_jax.runs import experiment
-from halrp_jax.training import batches
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
 _STEPS = 4  # per epoch, each of a whole batch
@@ -21,11 +21,8 @@ def steps(config: Config) -> tuple[int, int]:
   Methods that train longer than `epochs`, or several networks, take more.
   """
   _, tasks = data.planned(config)
-  per_epoch = [
-    batches.steps_per_epoch(config.batch_size, config.protocol.last_batch, task["train"])
-    for task in tasks
-  ]
-  return config.epochs * sum(per_epoch), len(tasks)
+  per_epoch = sum(config.steps_per_epoch(task["train"]) for task in tasks)
+  return config.epochs * per_epoch, len(tasks)
 
 
 def kind(config: Config) -> tuple:
@@ -42,9 +39,10 @@ def calibrate(config: Config) -> tuple[float, float]:
   second once more with everything compiled, which is timed.
   """
   image_shape, _ = data.planned(config)
-  model = experiment.network_of(config, _CLASSES)
+  layout = parallel.make_layout(config.parallel)
+  model = experiment.network_of(config, _CLASSES, layout.axis_name)
   benchmark = _random_benchmark(image_shape, config.batch_size)
-  method = methods.make(config, model, benchmark)
+  method = methods.make(config, model, benchmark, layout)
   key, store = jax.random.key(0), Store("calibration", lambda event: None)
   state = method.init(key, benchmark)
   for task in benchmark.tasks:

@@ -16,7 +16,7 @@ from halrp_jax.config import resolve, setting_of
 from halrp_jax.devices import determinism, parallel, processes, replicas
 from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, identity, measure, standing, workdir
-from halrp_jax.training import batches, networks, population
+from halrp_jax.training import networks, population
 from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import SCHEMA, Benchmark, Method, Store, UserError
 from halrp_jax.weights import trees
@@ -35,7 +35,7 @@ def build(config: Config) -> tuple[Benchmark, nn.Module, Method, parallel.Layout
   """Returns the benchmark in the order of training, the network, the method and the layout."""
   benchmark = data.load(config)
   for task in benchmark.tasks:
-    if not _steps_per_epoch(config, len(task.train.index)):
+    if not config.steps_per_epoch(len(task.train.index)):
       raise UserError(
         f"batch_size = {config.batch_size} with protocol.last_batch = 'drop' leaves task "
         f"{task.name!r} no batch out of {len(task.train.index)} images: take a smaller one"
@@ -45,10 +45,6 @@ def build(config: Config) -> tuple[Benchmark, nn.Module, Method, parallel.Layout
   benchmark = layout.replicate(benchmark)
   model = network_of(config, benchmark.max_classes, layout.axis_name)
   return benchmark, model, methods.make(config, model, benchmark, layout), layout
-
-
-def _steps_per_epoch(config: Config, num_images: int) -> int:
-  return batches.steps_per_epoch(config.batch_size, config.protocol.last_batch, num_images)
 
 
 def _with_validation_images(config: Config, benchmark: Benchmark) -> Benchmark:
@@ -82,7 +78,7 @@ def plan(config: Config) -> dict:
     layer = path.rpartition("/")[0]
     layers[layer] = layers.get(layer, 0) + x.size
   epochs = getattr(config.method, "epochs", config.epochs)
-  steps = sum(epochs * _steps_per_epoch(config, t["train"]) for t in tasks)
+  steps = sum(epochs * config.steps_per_epoch(t["train"]) for t in tasks)
   return {
     "config": keys.flat(config.to_dict()),
     "benchmark": config.benchmark,
@@ -142,6 +138,8 @@ def run(
     Diverged: if the loss is not a number.
   """
   config = resolve(config)
+  if config.deterministic and jax.distributed.is_initialized():
+    determinism.require()  # before the first message starts the backend
   _require_one_run(config, overwrite)
   if not overwrite and (record := identity.finished_record(path, config.to_dict())):
     known = read or identity.shared_read()

@@ -141,16 +141,9 @@ def shared_read() -> Callable:
   known = {}
 
   def read(config: Config) -> dict:
-    drawn_by = (
-      "benchmark",
-      "data_dir",
-      "seed",
-      "train_fraction",
-      "allow_partial",
-      "data",
-      "protocol",
-    )
-    key = json.dumps([config.to_dict()[k] for k in (*drawn_by, "data", "protocol")])
+    drawn_by = ("benchmark", "data_dir", "seed", "train_fraction", "allow_partial")
+    values = config.to_dict()
+    key = json.dumps([values[k] for k in (*drawn_by, "data", "protocol")])
     if key not in known:
       natural = dataclasses.replace(config, order="natural")
       benchmark = data.read(natural)

@@ -1,4 +1,4 @@
-"""fit(): the only optimisation loop. evaluate(): the only accuracy.
+"""fit(): the only optimisation loop.
 
 A method hands over two pure functions:
 
@@ -153,7 +153,7 @@ def make_fit(
   validate = _make_validate(setup, objective_fn)
 
   def fit(params, stats, frozen, task: Task | batches.Joint, key, epochs: int, store: Store):
-    _check(params, stats, task)
+    _check(params, task)
     result = f"{store.name}/result"
     if (kept := store.keep.read(result, (params, stats))) is not None:
       return jax.tree.map(jnp.asarray, kept)
@@ -217,13 +217,13 @@ def make_fit(
   return fit
 
 
-def _check(params, stats, task: Task | batches.Joint) -> None:
+def _check(params, task: Task | batches.Joint) -> None:
   """Raises AssertionError if the arguments of `fit` have other ranks or types than it is made for.
 
-  Parameters and statistics are floating point; images uint8 [N, H, W, C]; rows, labels and owners
+  Parameters are floating point; images uint8 [N, H, W, C]; rows, labels and owners
   integers [n].
   """
-  for path, x in jax.tree.leaves_with_path({"params": params, "stats": stats}):
+  for path, x in jax.tree.leaves_with_path({"params": params}):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     chex.assert_type(x, float, custom_message=f"{name} must be floating point")
   for kind, split in (("train", task.train), ("valid", task.valid)):

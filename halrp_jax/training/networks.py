@@ -57,7 +57,8 @@ def fix_batch_statistics(model, params, image):
   """
   if not hasattr(model, "running"):
     return model, {}
-  running = model.clone(running=True, axis_name=None)
+  mapped = {"axis_name": None} if hasattr(model, "axis_name") else {}  # this is no mapped step
+  running = model.clone(running=True, **mapped)
   start = running.init(jax.random.key(0), image[:1], train=False)["batch_stats"]
   # after one step s1 = (1 - momentum) s0 + momentum b: solve for the batch's b
   variables = {"params": params, "batch_stats": start}

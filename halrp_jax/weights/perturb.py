@@ -49,7 +49,7 @@ def init(
       changed, and each form compared with the ordinary network; under jax.jit it is only traced.
     rank: columns of U and V; at most min(I, J) of a layer.
     pattern: which layers, as in file names: "*" is any text, with slashes in it ("*/attn/*"). The
-      head (`HEAD`) is never one of them.
+      head (`trees.HEAD`) is never one of them.
     **kwargs: as *args.
 
   Returns:
@@ -182,7 +182,7 @@ def apply(
 
   Args:
     model: any Linen model whose perturbed layers are nn.Dense, nn.Conv or nn.DenseGeneral.
-    kernels: frozen kernels by layer path (`split`, `init`).
+    kernels: frozen kernels by layer path (`trees.split`, `init`).
     perturbation: <R, S, U, Sigma, V> by layer path.
     variables: {"params": everything but the perturbed kernels, other collections}.
     *args: passed to `model.apply`.

@@ -108,6 +108,23 @@ def test_statistics_of_a_batch_are_held_fixed():
   np.testing.assert_allclose(got, want, atol=6e-2)  # its variance is the unbiased one
 
 
+def test_a_network_of_the_users_own_may_choose_its_statistics():
+  """It has `running`, and knows nothing of mapped devices."""
+
+  class Net(nn.Module):
+    running: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+      x = nn.BatchNorm(use_running_average=self.running and not train)(x.reshape(len(x), -1))
+      return nn.Dense(3, name="head")(x)
+
+  image = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2, 2, 3)), jnp.float32)
+  params = Net().init(jax.random.key(0), image, train=False)["params"]
+  fixed, stats = networks.fix_batch_statistics(Net(), params, image)
+  assert fixed.running and jax.tree.leaves(stats)
+
+
 @pytest.mark.parametrize("method", [pytest.param("l2", marks=pytest.mark.slow), "ewc"])
 def test_a_strong_anchor_holds_and_a_weak_one_does_not(method, digits_config, tmp_path):
   def forgetting(strength):

@@ -123,6 +123,12 @@ def test_a_setting_is_everything_but_order_and_seed(make):
   ) == ["batch_size = 64"]
 
 
+def test_whole_numbers_are_one_value_however_they_are_written(make):
+  a, b = (make(seed=i, config={"learning_rate": rate}) for i, rate in enumerate((1, 1.0)))
+  groups, _ = records.group([run(a, "a"), run(b, "b")])
+  assert [len(g.runs) for g in groups] == [2]
+
+
 def test_a_newer_run_takes_the_place_of_the_same_older_one(make):
   old = run(make(final=(1.0, 1.0, 1.0), date="2026-01-01T00:00:00+00:00"), "old")
   new = run(make(date="2026-02-01T00:00:00+00:00"), "new")

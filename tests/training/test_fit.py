@@ -190,8 +190,9 @@ def test_epoch_schedule_decays_by_five_percent_per_epoch(digits_config):
 
 
 @pytest.mark.parametrize(("num_images", "rest", "steps"), [(200, "train", 4), (200, "drop", 3)])
-def test_steps_per_epoch(num_images, rest, steps):
-  assert batches.steps_per_epoch(60, rest, num_images) == steps
+def test_steps_per_epoch(digits_config, num_images, rest, steps):
+  config = digits_config("stl", batch_size=60, **{"protocol.last_batch": rest})
+  assert resolve(config).steps_per_epoch(num_images) == steps
 
 
 def test_evaluate_counts_every_image_once(digits_config):
