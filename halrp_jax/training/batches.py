@@ -89,6 +89,15 @@ def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: floa
   return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
 
 
+def make_batch(split: Split, inputs: Inputs, num_classes, rows, image_fn=lambda image: image):
+  """The rows [B] of a split as the network gets them."""
+  image, label = image_fn(split.image[split.index[rows]]), split.label[rows]
+  if split.owner is None:
+    return Batch(prepare_images(image, inputs), label, num_classes, None)
+  owner = split.owner[rows]
+  return Batch(prepare_images(image, inputs, owner), label, num_classes[owner][:, None], owner)
+
+
 def consecutive(num_images: int, batch_size: int) -> list[np.ndarray]:
   """Rows 0..num_images-1 in order, cut into batches; the last one may be smaller."""
   rows = np.arange(num_images)
