@@ -6,10 +6,11 @@
 Prints the median seconds of a step and of compiling, for the revision (base) and for the working
 tree (new), and new over base: the median over the rounds of the ratio within a round, and its
 spread. Each round starts a process of `python -m halrp_jax.main` per tree and run, the two trees
-one right after the other and in turn first, on random images in CIFAR-100's format, with nothing
-compiled before. A step is an epoch's time over its steps; the first epoch compiles and does not
-count. The revision is checked out into a temporary git worktree. Only the command line,
-metrics.jsonl and record.json are used, so the modules of the revisions may have other names.
+one right after the other and in turn first, on random images in CIFAR-100's format. A step is an
+epoch's time over its steps; the first epoch compiles or loads and does not count. The first two
+rounds compile everything; later ones take the programs of the second, which saves minutes. The
+revision is checked out into a temporary git worktree. Only the command line, metrics.jsonl and
+record.json are used, so the modules of the revisions may have other names.
 """
 
 import argparse
@@ -67,19 +68,21 @@ def checked_out(revision: str):
       git("worktree", "remove", "--force", str(tree))
 
 
-def measure(tree: pathlib.Path, name: str, data: pathlib.Path) -> dict[str, float]:
-  """Runs one training in a process; returns seconds of a step and of compiling."""
+def measure(tree: pathlib.Path, name: str, data: pathlib.Path, cache: pathlib.Path) -> dict:
+  """Runs one training in a process; returns seconds of a step, and of compiling if it did."""
+  compiles = not cache.exists()
   method, network, order, epochs = RUNS[name]
+  env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
   with tempfile.TemporaryDirectory(prefix="compare-") as folder:
     done = subprocess.run(
       [
         *(sys.executable, "-m", "halrp_jax.main", f"--config=configs/cifar100_split.py:{method}"),
         *(f"--config.data_dir={data}", f"--config.order={order}", f"--config.network={network}"),
         *(f"--config.epochs={epochs}", f"--config.batch_size={BATCH}", "--config.data.cache=off"),
-        *("--config.allow_partial=True", f"--workdir={folder}/run", "--compile_cache=off"),
+        *("--config.allow_partial=True", f"--workdir={folder}/run", f"--compile_cache={cache}"),
       ],
       cwd=tree,
-      env=os.environ | {"PYTHONPATH": str(tree)},
+      env=env | {"PYTHONPATH": str(tree)},
       capture_output=True,
       text=True,
       encoding="utf-8",
@@ -91,10 +94,8 @@ def measure(tree: pathlib.Path, name: str, data: pathlib.Path) -> dict[str, floa
     events = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     epoch = [e for e in events if e["event"] == "epoch"]
   measured = [e["seconds"] for e in epoch if e["phase"] == epoch[-1]["phase"]][1:]
-  return {
-    "step": statistics.median(measured) / STEPS,
-    "compile": sum(task["compile"] for task in record["seconds"]),
-  }
+  compiling = {"compile": sum(task["compile"] for task in record["seconds"])} if compiles else {}
+  return {"step": statistics.median(measured) / STEPS} | compiling
 
 
 def compare(trees: dict[str, pathlib.Path], runs: list[str], rounds: int) -> dict:
@@ -106,7 +107,8 @@ def compare(trees: dict[str, pathlib.Path], runs: list[str], rounds: int) -> dic
     for i in range(rounds):
       for name in runs:
         for t in list(trees)[:: 1 if i % 2 == 0 else -1]:
-          for quantity, seconds in measure(trees[t], name, data).items():
+          cache = data / f"compiled-{name}-{t}-{min(i, 1)}"
+          for quantity, seconds in measure(trees[t], name, data, cache).items():
             found[name][t][quantity].append(seconds)
       print(f"round {i + 1} of {rounds} done", file=sys.stderr, flush=True)
   return found
