@@ -209,7 +209,7 @@ def other_model(run, how):
     tasks = tuple(t._replace(class_names=t.class_names[::-1]) for t in run.benchmark.tasks)
     return run._replace(benchmark=run.benchmark._replace(tasks=tasks))
   *others, last = run.state.tasks
-  last = last | {"rest": jax.tree.map(lambda x: x + 1, last["rest"])}
+  last = last._replace(rest=jax.tree.map(lambda x: x + 1, last.rest))
   return run._replace(state=run.state._replace(tasks=(*others, last)))
 
 
@@ -387,10 +387,10 @@ def test_mistakes(capsys, run_folder, tmp_path, arguments, says):
 
 
 def test_methods_without_such_a_form_are_refused(run, tmp_path):
-  plain = run._replace(method=run.method._replace(merge=None))
+  plain = run._replace(method=run.method._replace(network=None))
   with pytest.raises(UserError, match="halrp: no ordinary network .* --format=stablehlo"):
     write(plain, tmp_path / "out", merged=True)
-  learned = [{k: v for k, v in p.items() if k != "perturbation"} for p in run.state.tasks]
-  bare = run._replace(state=run.state._replace(tasks=tuple(learned)))
+  learned = tuple(bn.TaskState(p.rest, p.stats, p.num_classes) for p in run.state.tasks)
+  bare = run._replace(state=run.state._replace(tasks=learned))
   with pytest.raises(UserError, match="halrp keeps no perturbations of a base: use --merge"):
     write(bare, tmp_path / "out")

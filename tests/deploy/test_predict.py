@@ -12,6 +12,7 @@ from halrp_jax import __main__ as verbs
 from halrp_jax.config import make_config
 from halrp_jax.data import incoming
 from halrp_jax.deploy import saved
+from halrp_jax.methods import stl
 from halrp_jax.runs import experiment
 from halrp_jax.training import batches
 from halrp_jax.types import UserError
@@ -119,7 +120,7 @@ def test_mixed_batches_that_can_not_be(run_folder):
     saved.make_predict_many(run)([3, 1], image.astype(np.float32))
   with pytest.raises(UserError, match=r"task ids, whole numbers \[B\], given float64 \[2\]"):
     saved.make_predict_many(run)([3.0, 1.0], image)
-  plain = run.state._replace(tasks=({"params": {}},))
+  plain = run.state._replace(tasks=(stl.TaskState({}, {}, np.int32(3)),))
   with pytest.raises(UserError, match="keeps no perturbations of a base"):
     saved.make_predict_many(run._replace(state=plain))
 

@@ -115,7 +115,7 @@ def test_of_a_network_computed_by_hand():
 
 
 def test_a_network_without_batch_norm_has_none():
-  learned = {"stats": {}}
+  learned = stl.TaskState({}, {}, np.int32(3))
   assert population.make_measure(lambda *args: None, 8)({}, learned, random_task(4)) == {}
 
 
