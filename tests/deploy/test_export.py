@@ -15,6 +15,7 @@ import safetensors.numpy as safetensors
 from halrp_jax import __main__ as verbs
 from halrp_jax.config import make_config
 from halrp_jax.deploy import export, export_folder, saved
+from halrp_jax.methods import bn
 from halrp_jax.types import UserError
 
 from ..conftest import ROOT, interrupt
