@@ -48,8 +48,8 @@ def test_single_task_batches_take_turns_and_cover_every_image(config, built):
     jax.debug.callback(lambda rows: seen.append(np.asarray(rows)), rows)
     return state, jax.numpy.zeros(2)
 
-  epochs = epoch.make(methods.setup_of(config, model, digits), step)
-  epochs([({}, {}, (), joint.blocks, jax.random.key(0), lambda *args: None)])
+  run_epoch = epoch.make(methods.setup_of(config, model, digits), step)
+  run_epoch(None, {}, {}, (), joint.blocks, jax.random.key(0), lambda *args: None)
   jax.effects_barrier()
   assert all(len(set(owner[rows])) == 1 for rows in seen)
   assert sorted(np.concatenate(seen)) == list(range(len(owner)))

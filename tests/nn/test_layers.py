@@ -118,7 +118,7 @@ def test_fused_batch_norm_equals_the_plain_one(shape, pool, relu):
   scale = jax.random.normal(keys[1], shape[-1:])  # negative ones too: they turn the order round
   bias = jax.random.normal(keys[2], shape[-1:])
   forms = [
-    lambda *a, f=f: f(*a, epsilon=1e-5, relu=relu, pool=pool)
+    lambda *a, f=f: f(*a, epsilon=1e-5, relu=relu, pool=pool, axis_name=None)
     for f in (_fused_batch_norm, _plain_batch_norm)
   ]
   outputs = [form(x, scale, bias) for form in forms]
