@@ -2,9 +2,10 @@
 
   python benchmarks/fusion_barrier.py [--networks=lenet,alexnet32] [--rounds=7] [--repeats=5]
 
-Prints the median milliseconds of a step, the seconds of tracing and compiling it, and the step's
-time over that of the barrier of nn/isolate.py. The steps take turns, so that a slow phase of the
-machine hits all of them. On a CPU: no other platform has the barrier.
+Prints the median milliseconds of a step (wall clock, and CPU time of all threads, which other
+programs disturb less), the seconds of tracing and compiling it, and the step's wall clock over that
+with the barrier of nn/isolate.py. The steps take turns, so that a slow phase of the machine hits
+all of them. On a CPU: no other platform has the barrier.
 """
 
 import argparse
@@ -55,6 +56,16 @@ def compile_step(make_step, setting: str, barrier):
     return step, time.perf_counter() - start
 
 
+def measure(step, repeats: int) -> tuple[float, float]:
+  """Returns milliseconds of a step: of the wall clock, and of the CPU."""
+  step()
+  wall, cpu = time.perf_counter(), time.process_time()
+  for _ in range(repeats):
+    step()
+  spent = time.perf_counter() - wall, time.process_time() - cpu
+  return tuple(1e3 * seconds / repeats for seconds in spent)
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--networks", default="lenet,alexnet32", help=", ".join(throughput.SETTINGS))
@@ -72,16 +83,17 @@ def main() -> int:
   for setting in args.networks.split(","):
     for maker, make_step in makers.items():
       steps = {name: compile_step(make_step, setting, form) for name, form in FORMS.items()}
-      seconds = {name: [] for name in FORMS}
+      found = {name: [] for name in FORMS}
       for _ in range(args.rounds):
         for name, (step, _) in steps.items():
-          seconds[name].append(throughput.measure(step, args.repeats))
-      first = seconds["nn/isolate.py"]
-      for name, times in seconds.items():
-        ratios = sorted(a / b for a, b in zip(times, first, strict=True))
+          found[name].append(measure(step, args.repeats))
+      first = [wall for wall, _ in found["nn/isolate.py"]]
+      for name, times in found.items():
+        wall, cpu = zip(*times, strict=True)
+        ratios = sorted(a / b for a, b in zip(wall, first, strict=True))
         print(
-          f"{setting:10} {maker:6} {name:21} {1e3 * statistics.median(times):7.1f}"
-          f" {steps[name][1]:10.1f} {statistics.median(ratios):6.2f}"
+          f"{setting:10} {maker:6} {name:21} {statistics.median(wall):7.1f}"
+          f" {statistics.median(cpu):7.1f} {steps[name][1]:10.1f} {statistics.median(ratios):6.2f}"
           f"  {ratios[0]:.2f} to {ratios[-1]:.2f}",
           flush=True,
         )
