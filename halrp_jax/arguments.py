@@ -64,13 +64,19 @@ def parse_config(
 
 
 def load_config(file: str, method: str = "", overrides: Iterable[str] = ()):
-  """The config of a file. `method`: what stands after the colon; overrides: --config.KEY=VALUE."""
+  """Loads the config of a file.
+
+  Args:
+    file: its path.
+    method: what stands after the colon.
+    overrides: as on a command line, --config.KEY=VALUE.
+  """
   name = f"{file}:{method}" if method else file
   return parse_config(["sweep", f"--config={name}", *overrides], {}, {}).config
 
 
 def _check_key_names(argv: list[str]) -> None:
-  """config_flags names an unknown key badly, so look first."""
+  """Raises UserError for an unknown key, which config_flags would not name well."""
   arguments = (a.rpartition(":")[2] for a in argv if re.match(r"--?config=.*:", a))
   name = next(arguments, "").partition(",")[0]  # keys may follow the method
   known_methods = [methods.METHODS[name]] if name in methods.METHODS else methods.METHODS.values()

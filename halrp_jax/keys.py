@@ -254,7 +254,7 @@ class Config:
 
   @property
   def images_per_evaluation(self) -> int:
-    """Images per evaluation batch."""
+    """Returns how many images an evaluation batch has."""
     return self.evaluation_batch_size or self.batch_size
 
   def steps_per_epoch(self, num_images: int) -> int:
@@ -280,7 +280,7 @@ NEUTRAL_KEYS = (  # change no result, the last two the rounding (pmap: what drop
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-  """A nested config by dotted names."""
+  """Returns a nested config by dotted names."""
   nested = {k: v for k, v in config.items() if isinstance(v, Mapping)}
   plain = {k: v for k, v in config.items() if k not in nested}
   return plain | {f"{k}.{j}": x for k, v in nested.items() for j, x in v.items()}
@@ -299,13 +299,13 @@ def keys_of(method: type[MethodConfig] | None = None) -> dict[str, Key]:
 
 
 def nearest(name: str, known) -> str:
-  """ " (did you mean X?)" or nothing."""
+  """Returns " (did you mean X?)", or "" if no name is near."""
   match = difflib.get_close_matches(name, list(known), 1)
   return f" (did you mean {match[0]}?)" if match else ""
 
 
 def errors(flat: Mapping[str, Any], keys: Mapping[str, Key]) -> list[str]:
-  """One line per key that is unknown, missing or out of range. `flat`: dotted name -> value."""
+  """Returns a line per key that is unknown, missing or out of range, of dotted name -> value."""
   lines = [f"{k} is not a config key{nearest(k, keys)}" for k in flat if k not in keys]
   for name, key in keys.items():
     if name not in flat:
@@ -322,7 +322,7 @@ def require(lines: list[str]) -> None:
 
 
 def table(keys: Mapping[str, Key]) -> str:
-  """The keys as a Markdown table."""
+  """Returns the keys as a Markdown table."""
   rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
   for name, key in keys.items():
     default = "as the variant" if key.default is None else f"`{key.default!r}`"

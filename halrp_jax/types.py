@@ -115,7 +115,7 @@ class Benchmark(NamedTuple):
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """Of the network's input [H, W, C]."""
+    """Returns [H, W, C] of the network's input."""
     height, width, _ = self.tasks[0].train.image.shape[1:]
     return height, width, len(self.tasks[0].inputs.mean)
 
@@ -136,7 +136,7 @@ class Size(NamedTuple):
 
   @property
   def increment(self) -> float:
-    """Model growth over the base as the paper counts it, a fraction."""
+    """Returns the growth over the base as the paper counts it, a fraction."""
     return self.paper / self.base - 1
 
 
@@ -190,7 +190,7 @@ class Store(NamedTuple):
     return self._replace(name=f"{self.name}/{name}")
 
   def once(self, name: str, fn: Callable[[], Params]) -> Params:
-    """fn(), or what it returned before the run was interrupted."""
+    """Returns fn(), or what it returned before the run was interrupted."""
     path = f"{self.name}/{name}"
     result = self.keep.read(path)
     if result is None:
@@ -200,12 +200,12 @@ class Store(NamedTuple):
 
 
 def nothing_learned(key, benchmark) -> State:
-  """The default of `Method.init`."""
+  """Returns the state with no task, the default of `Method.init`."""
   return State(shared={}, tasks=())
 
 
 def one_at_a_time(num_tasks: int) -> tuple[tuple[int, ...], ...]:
-  """The default of `Method.groups`: every task alone, in order."""
+  """Returns every task alone, in order: the default of `Method.groups`."""
   return tuple((t,) for t in range(num_tasks))
 
 

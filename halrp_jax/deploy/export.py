@@ -42,6 +42,7 @@ from halrp_jax.deploy.export_folder import (
   file_of,
   pack,
   read_card,
+  require,
   require_one_model,
   stem_of,
   take,
@@ -314,7 +315,7 @@ def load(folder: str, task: int) -> Model:
   expected = {k: x.shape for k, x in shapes.items()}
   file, arrays = _read_arrays(place, stem, card)
   if kind == "merged":
-    _require(arrays, expected, file)
+    require(arrays, expected, file)
     _require_hash(arrays, card, file)
   else:
     kernels = _read_base(place, needed, expected, params, file)
@@ -339,7 +340,7 @@ def _read_base(place, needed: str, expected: dict, params, file) -> Arrays:
   card = read_card(place, BASE)
   base, kernels = _read_arrays(place, BASE, card)
   names = [f"params/{name}/kernel" for name in trees.layer_names(params)]
-  _require(kernels, {name: expected[name] for name in names}, base)
+  require(kernels, {name: expected[name] for name in names}, base)
   _require_hash(kernels, card, base)
   if card["hash"] != needed:
     raise UserError(
@@ -367,29 +368,12 @@ def _add(kernels: Arrays, arrays: Arrays, expected: dict, file, card: dict) -> A
       sigma = left.pop(f"{start}/sigma", None)
     found = {"R": R, "S": S, "U": U, "V": V} | ({} if sigma is None else {"sigma": sigma})
     wanted = {"R": (num_out,), "S": (num_in,), "U": (num_out, rank), "V": (num_in, rank)}
-    _require(found, wanted | ({} if sigma is None else {"sigma": (rank,)}), f"{file}: {start}")
+    require(found, wanted | ({} if sigma is None else {"sigma": (rank,)}), f"{file}: {start}")
     p = lowrank.Perturbation(R, S, U, sigma, V)
     merged[name] = np.asarray(lowrank.compose(jnp.asarray(kernel), jax.tree.map(jnp.asarray, p)))
-  _require(left, {k: shape for k, shape in expected.items() if k not in kernels}, file)
+  require(left, {k: shape for k, shape in expected.items() if k not in kernels}, file)
   _require_hash(arrays, card, file)
   return merged | left
-
-
-def _require(found: Arrays, expected: dict[str, tuple], place) -> None:
-  """Refuses missing and surplus arrays, and wrong shapes, by name."""
-  if missing := sorted(expected.keys() - found.keys()):
-    raise UserError(f"{place}: lacks {missing[0]}{_more(missing)}")
-  if surplus := sorted(found.keys() - expected.keys()):
-    raise UserError(f"{place}: holds {surplus[0]}{_more(surplus)}, which the network has not")
-  for name, shape in expected.items():
-    if found[name].shape != tuple(shape):
-      raise UserError(f"{place}: {name} is {found[name].shape}, expected {tuple(shape)}")
-    if not jnp.issubdtype(found[name].dtype, jnp.floating):
-      raise UserError(f"{place}: {name} is {found[name].dtype}, expected floating point")
-
-
-def _more(names: list) -> str:
-  return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _require_hash(arrays: Arrays, card: dict, file) -> None:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax import files
@@ -86,7 +87,7 @@ def _refuse(path: pathlib.Path, why: str) -> None:
 
 
 def pack(name: str, x: np.ndarray) -> Arrays:
-  """Dense, or the entries that are not zero and a bit for each entry: whichever is smaller."""
+  """Returns a matrix dense, or its non-zeros and a bit per entry: whichever is smaller."""
   there = x != 0
   values, mask = x[there], np.packbits(there)
   if values.nbytes + mask.nbytes < x.nbytes:
@@ -95,7 +96,7 @@ def pack(name: str, x: np.ndarray) -> Arrays:
 
 
 def unpack(arrays: Arrays, name: str, shape: tuple[int, int], place: str) -> np.ndarray:
-  """The inverse of `pack`; takes the arrays out."""
+  """Inverts `pack`; takes the arrays out."""
   if name in arrays:
     return arrays.pop(name)
   values, mask = (take(arrays, f"{name}.{part}", place) for part in ("values", "mask"))
@@ -114,3 +115,20 @@ def take(arrays: Arrays, name: str, place: str) -> np.ndarray:
   if name not in arrays:
     raise UserError(f"{place}: lacks {name}")
   return arrays.pop(name)
+
+
+def require(found: Arrays, expected: dict[str, tuple], place) -> None:
+  """Refuses missing and surplus arrays, and wrong shapes, by name."""
+  if missing := sorted(expected.keys() - found.keys()):
+    raise UserError(f"{place}: lacks {missing[0]}{_more(missing)}")
+  if surplus := sorted(found.keys() - expected.keys()):
+    raise UserError(f"{place}: holds {surplus[0]}{_more(surplus)}, which the network has not")
+  for name, shape in expected.items():
+    if found[name].shape != tuple(shape):
+      raise UserError(f"{place}: {name} is {found[name].shape}, expected {tuple(shape)}")
+    if not jnp.issubdtype(found[name].dtype, jnp.floating):
+      raise UserError(f"{place}: {name} is {found[name].dtype}, expected floating point")
+
+
+def _more(names: list) -> str:
+  return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -26,7 +26,7 @@ from halrp_jax.weights import trees
 def load(
   path: str, model, image_shape: tuple[int, int, int], key: jax.Array | None = None
 ) -> tuple[Params, Params]:
-  """-> params, stats of the model; all but the head as they are in the file.
+  """Reads params and stats of a model; all but the head are as in the file.
 
   Args:
     path: a .safetensors file, or an Orbax folder.

@@ -34,7 +34,6 @@ class Compiled(NamedTuple):
 class Layout(NamedTuple):
   """How a run uses the devices. Built once for a run by `make_layout`, and handed down."""
 
-  num_devices: int  # that share a batch, of all processes
   replicate: Callable  # tree -> the same, its arrays whole on every device here
   shard: Callable  # tree -> the same, its arrays [B, ...] shared out over the devices
   compile: Callable[[Callable], Compiled]  # fn(carry, batches, *args) -> carry
@@ -56,7 +55,7 @@ def make_layout(mode: str) -> Layout:
   """Builds the layout of a run.
 
   Args:
-    mode: `config.parallel`. It starts JAX's backend unless it is "none".
+    mode: `config.parallel`. Starts JAX's backend unless it is "none".
   """
   count = 1 if mode in ("none", "replicas") else jax.device_count()
   mapped = mode == "pmap" and count > 1
@@ -65,7 +64,6 @@ def make_layout(mode: str) -> Layout:
   else:
     compile_fn = _compile_over_processes if count > 1 and jax.process_count() > 1 else _compile
   return Layout(
-    count,
     _make_replicate(count),
     _make_shard(count, mapped),
     compile_fn,
@@ -138,9 +136,6 @@ def _compile(fn: Callable) -> Compiled:
   """Compiles for one device, or for all of one process by sharding."""
   jitted = jax.jit(fn, donate_argnums=0)
   return Compiled(jitted, jitted.lower)
-
-
-ONE_DEVICE = Layout(1, _identity, _identity, _compile)
 
 
 # --- several processes: arrays are whole in each of them, but inside a compiled step -----

@@ -13,7 +13,7 @@ from halrp_jax.devices import allocator
 
 
 def seconds(learning: dict, evaluating: dict, select: float) -> dict[str, float]:
-  """Wall clock of one task, apart; select: SVD and ranks."""
+  """Returns the wall clock of one task by kind of work; select: SVD and ranks."""
   return {
     "compile": learning["compile"] + evaluating["compile"],
     "select": select,

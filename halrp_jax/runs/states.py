@@ -57,7 +57,7 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
 
 
 def read_benchmark(path: str) -> Benchmark:
-  """The tasks of a run, in the order of training, without their images."""
+  """Reads the tasks of a run, in the order of training, without their images."""
   file = pathlib.Path(path) / TASKS
   card = files.read_json(
     file,
@@ -68,7 +68,7 @@ def read_benchmark(path: str) -> Benchmark:
 
 
 def newest_state(path: str) -> tuple[State, dict]:
-  """The newest state of a run whose files all verify, and its results; changes nothing.
+  """Reads the newest state of a run whose files all verify, and its results.
 
   Raises:
     UserError: if there is none.
@@ -87,25 +87,25 @@ def newest_state(path: str) -> tuple[State, dict]:
 
 
 def find_states(items: pathlib.Path) -> list[pathlib.Path]:
-  """The folders of the states, the newest first."""
+  """Returns the folders of the states, the newest first."""
   found = [p for p in items.glob("state-*") if STATE.fullmatch(p.name) and p.is_dir()]
   return sorted(found, key=position, reverse=True)
 
 
 def position(folder: pathlib.Path) -> int:
-  """Number of groups of tasks that are learned in a state."""
+  """Returns how many groups of tasks are learned in a state."""
   return int(STATE.fullmatch(folder.name)[1])
 
 
 def load_state(folder: pathlib.Path) -> tuple[State, dict]:
-  """A state with all its parts, and what is written about it; `NO_STATE` if one is not whole."""
+  """Reads a state with all its parts and what is written about it; raises one of `NO_STATE`."""
   about = checkpoint.verify(folder)
   shared, *tasks = (load_part(folder.parent / n) for n in about["items"])
   return State(*jax.tree.map(jnp.asarray, (shared, tuple(tasks)))), about
 
 
 def load_part(folder: pathlib.Path):
-  """A part of a state; its name says what is in it, so that another run's can't stand there."""
+  """Reads a part of a state, and checks the hash in its name: another run's can't stand there."""
   if not folder.is_dir():
     raise checkpoint.Damaged(f"{folder}: missing")
   tree = checkpoint.load(folder)[0]["tree"]

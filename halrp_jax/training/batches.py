@@ -30,7 +30,7 @@ class Joint(NamedTuple):
 
 
 def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> jax.Array:
-  """uint8 [B, H, W, C] -> float32 network input [B, H, W, C] (`Inputs` says how).
+  """Returns uint8 images [B, H, W, C] as float32 network input (`Inputs` says how).
 
   `owner` [B]: which row of `inputs` is each image's, if they have a leading axis.
   """
@@ -46,7 +46,7 @@ def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> 
 
 
 def stack_inputs(tasks: Sequence[Task]) -> Inputs:
-  """The inputs of all the tasks, with a leading axis: `prepare_images`' `owner` says whose."""
+  """Returns the inputs of all the tasks with a leading axis, for `prepare_images` with `owner`."""
   mean, std = (jnp.stack([task.inputs[i] for task in tasks]) for i in (0, 1))
   permutation = None
   if any(task.inputs.permutation is not None for task in tasks):
@@ -57,7 +57,7 @@ def stack_inputs(tasks: Sequence[Task]) -> Inputs:
 
 
 def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
-  """All the tasks as one thing to learn; `mixed`: a batch holds images of several of them."""
+  """Returns tasks to be learned at once; `mixed`: a batch holds images of several of them."""
 
   def join(kind):
     splits = [getattr(task, kind) for task in tasks]
@@ -76,7 +76,7 @@ def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
 
 
 def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: float = 0) -> jax.Array:
-  """A random crop of every image [B, H, W, C] padded with `fill`, half of them mirrored."""
+  """Crops each image [B, H, W, C], padded with `fill`, at random and mirrors half of them."""
   crop_key, flip_key = jax.random.split(key)
   num_images, height, width, _ = image.shape
   pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
@@ -90,7 +90,7 @@ def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: floa
 
 
 def make_batch(split: Split, inputs: Inputs, num_classes, rows, image_fn=lambda image: image):
-  """The rows [B] of a split as the network gets them."""
+  """Returns some rows [B] of a split as the network gets them."""
   image, label = image_fn(split.image[split.index[rows]]), split.label[rows]
   if split.owner is None:
     return Batch(prepare_images(image, inputs), label, num_classes, None)
@@ -99,19 +99,19 @@ def make_batch(split: Split, inputs: Inputs, num_classes, rows, image_fn=lambda 
 
 
 def consecutive(num_images: int, batch_size: int) -> list[np.ndarray]:
-  """Rows 0..num_images-1 in order, cut into batches; the last one may be smaller."""
+  """Cuts the rows 0 to num_images - 1 into batches, in order; the last may be smaller."""
   rows = np.arange(num_images)
   return [rows[i : i + batch_size] for i in range(0, num_images, batch_size)]
 
 
 @jax.jit
 def load_batch(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, jax.Array]:
-  """Network inputs [B, H, W, C] and labels [B] of some rows of a split."""
+  """Returns network inputs [B, H, W, C] and labels [B] of some rows of a split."""
   return prepare_images(split.image[split.index[rows]], inputs), split.label[rows]
 
 
 def over_samples(fn: Callable, task: Task, key: jax.Array, num_samples: int, chunk: int) -> list:
-  """fn(image [B, H, W, C]) of random training images, chunk by chunk, as arrays on the host."""
+  """Returns fn(image [B, H, W, C]) of chunks of random training images, as host arrays."""
   chosen = np.asarray(jax.random.permutation(key, len(task.train.index)))[:num_samples]
   parts = []
   for rows in np.split(chosen, range(chunk, len(chosen), chunk)):

@@ -21,11 +21,11 @@ def make(setup: Setup, step: Callable) -> Callable:
   `state` is donated. The steps are handed over in chunks of some two seconds, so that signals and
   progress get through; how an epoch is cut does not change a bit of it.
 
+  `gang` is None, or the threads of several runs, whose epochs are then one program.
+
   Args:
     setup: its protocol, batch size, loop and layout.
     step: (state, rows [B], frozen, data, key) -> state, sums over the images of the batch.
-
-  `gang` is None, or the threads of several runs, whose epochs are then one program.
   """
   epoch_rows = _make_rows(setup)
 
@@ -56,13 +56,13 @@ def make(setup: Setup, step: Callable) -> Callable:
   return replicas.make_epoch(epoch, parts, lambda: not is_loop, devices)
 
 
-def _make_rows(setup) -> Callable:
+def _make_rows(setup: Setup) -> Callable:
   """Builds `epoch_rows(blocks, key)`: the rows of an epoch's batches."""
   drop = setup.protocol.last_batch == "drop"
 
   @functools.partial(jax.jit, static_argnums=0)
   def epoch_rows(blocks, key):
-    """Rows of one epoch: full batches [n, B], the blocks taking turns, then the smaller ones."""
+    """Returns the rows of an epoch: full batches [n, B], the blocks taking turns, then the rest."""
     keys = (key,) if len(blocks) == 1 else jax.random.split(key, len(blocks))
     full, rest, turns, begin = [], {}, [], 0
     for t, (num_images, key) in enumerate(zip(blocks, keys, strict=True)):
@@ -83,7 +83,7 @@ def _make_rows(setup) -> Callable:
 def _make_choose(setup: Setup, one_step: Callable, many_steps: Callable) -> Callable:
   """Builds `choose(*args of many_steps)`.
 
-  -> what does many steps, whether it is a Python loop over compiled ones
+  It returns what does many steps, and whether that is a Python loop over compiled ones.
   """
   jit_one, jit_many = (setup.layout.compile(f) for f in (one_step, many_steps))
 

@@ -42,7 +42,7 @@ def _count_hits(logits, label):
 def evaluate(
   predict_fn: Callable, tasks: Sequence[Task], split: str, batch_size: int
 ) -> list[float]:
-  """Accuracy in percent on one split of every task, NaN where it is empty.
+  """Returns the accuracy in percent on one split of every task, NaN where it is empty.
 
   All batches of all tasks are handed to the device before the first result is read. Of several
   processes each has some of the batches.

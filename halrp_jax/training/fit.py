@@ -198,7 +198,7 @@ def make_fit(
     return params, stats
 
   def start(params, stats, store):
-    """-> epochs done, state, best epoch so far, plateau: as kept, or from the beginning."""
+    """Returns epochs done, state, best epoch so far and plateau: as kept, or as at the start."""
     # the state is donated to every epoch: the caller's arrays must not be
     params, stats = jax.tree.map(jnp.array, (params, stats))
     state = TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))
@@ -257,7 +257,7 @@ def _make_validate(setup: Setup, objective_fn: Callable) -> Callable:
 
   @jax.jit
   def judge(state, frozen, split, inputs, num_classes, rows):
-    """[sum of losses, hits] on some rows of a split."""
+    """Returns [sum of losses, hits] on some rows of a split."""
     batch = batches.make_batch(split, inputs, num_classes, rows)
     loss, logits, _ = objective_fn(state.params, frozen, state.stats, batch, False, None)
     return jnp.stack([len(rows) * loss, losses.count_right(logits, batch)])
@@ -277,7 +277,7 @@ def _make_validate(setup: Setup, objective_fn: Callable) -> Callable:
 
 
 def _keep_best(keep: str, best, state: TrainState, loss: float, accuracy: float):
-  """The score and weights of the best epoch; an earlier one wins a tie."""
+  """Returns score and weights of the best epoch; an earlier one wins a tie."""
   score = {"last": -np.inf, "best": accuracy, "best_loss": -loss}[keep]
   if keep == "last" or not score > best[0]:
     return best
@@ -285,7 +285,7 @@ def _keep_best(keep: str, best, state: TrainState, loss: float, accuracy: float)
 
 
 def _slow_down(protocol, plateau: Plateau, loss: float) -> Plateau:
-  """GPM's and WSN's: after `patience` epochs that are no better, the rate is cut."""
+  """Cuts the rate after `patience` epochs that are no better, as GPM and WSN do."""
   patience = np.int32(protocol.patience)
   if loss < plateau.best:
     return Plateau(np.float64(loss), patience, plateau.rate)
@@ -296,13 +296,13 @@ def _slow_down(protocol, plateau: Plateau, loss: float) -> Plateau:
 
 @processes.by_first
 def _is_due(often, num_epochs: int, kept_at: float) -> bool:
-  """Short epochs would write more than they compute: a checkpoint has all of Adam's moments."""
+  """Returns whether to write a checkpoint, which takes longer than a short epoch computes."""
   elapsed = time.perf_counter() - kept_at
   return num_epochs % often.every_epochs == 0 and elapsed >= often.every_seconds
 
 
 def _watch(event: dict, store: Store, state, sums, step: int, num_steps: int) -> None:
-  """Between the chunks of an epoch."""
+  """Reports progress between two chunks of an epoch; raises Diverged if the loss is not finite."""
   if not np.isfinite(sums).all():
     place = store.keep.write(
       f"{store.name}/diverged", {"params": state.params, "stats": state.stats, "step": state.step}

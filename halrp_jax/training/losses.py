@@ -15,9 +15,9 @@ def mask_classes(logits: jax.Array, num_classes: jax.Array) -> jax.Array:
 
 
 def cross_entropy_objective(apply_fn: Callable) -> Callable:
-  """What `fit` minimises by default, beside the penalty.
+  """Builds what `fit` minimises by default, beside the penalty.
 
-  -> objective_fn(params, frozen, stats, batch, train, key) -> loss, logits [B, K], stats
+  objective_fn(params, frozen, stats, batch, train, key) -> loss, logits [B, K], stats
   """
 
   def objective_fn(params, frozen, stats, batch, train, key):
@@ -28,13 +28,13 @@ def cross_entropy_objective(apply_fn: Callable) -> Callable:
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:
-  """Mean cross-entropy over the batch. logits [B, K_max], label [B]"""
+  """Returns the mean cross-entropy over a batch. logits [B, K_max], label [B]"""
   log_p = jax.nn.log_softmax(mask_classes(logits, num_classes))
   return -jnp.mean(jnp.take_along_axis(log_p, label[:, None], axis=1))
 
 
 def sum_absolute(tree: Params) -> jax.Array:
-  """L1 norm over all leaves, with gradient 0 at 0.
+  """Returns the L1 norm over all leaves, with gradient 0 at 0.
 
   jax.grad of jnp.abs is 1 at 0, which would wake up the zero columns of U and V.
   """
@@ -42,7 +42,7 @@ def sum_absolute(tree: Params) -> jax.Array:
 
 
 def sum_squares(tree: Params) -> jax.Array:
-  """Squared L2 norm over all leaves."""
+  """Returns the squared L2 norm over all leaves."""
   return sum(jnp.sum(x * x) for x in jax.tree.leaves(tree))
 
 

@@ -17,7 +17,7 @@ from halrp_jax.weights import perturb, trees
 
 
 def initialize(model, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Params, Params]:
-  """Fresh (params, stats) of a model. `image_shape` is [H, W, C]."""
+  """Returns fresh (params, stats) of a model. `image_shape` is [H, W, C]."""
   contract.check_call(model)
   variables = model.init({"params": key}, jnp.zeros((1, *image_shape)), train=False)
   variables = nn.meta.unbox(variables)
@@ -40,7 +40,7 @@ def l2_coefficient(config: NetworkConfig) -> float:
 
 
 def apply_model(model, params, stats, image, train, key):
-  """`model.apply` with running statistics. -> logits [B, K], new stats"""
+  """Applies a model with stored statistics; returns logits [B, K] and new statistics."""
   variables = {"params": params, "batch_stats": stats}
   if not train:
     return model.apply(variables, image, train=False), stats
@@ -73,7 +73,7 @@ def fix_batch_statistics(model, params, image):
 
 
 def plain_network(model) -> tuple[Callable, Callable]:
-  """(apply_fn, penalty_fn) of the unperturbed network; `frozen` is {"l2": coefficient}.
+  """Builds (apply_fn, penalty_fn) of the plain network; `frozen` is {"l2": coefficient}.
 
   The penalty is l2 |W|^2 over the kernels of the features: no head, no bias, no BatchNorm.
   """
@@ -89,7 +89,7 @@ def plain_network(model) -> tuple[Callable, Callable]:
 
 
 def head_network(model) -> tuple[Callable, Callable]:
-  """(apply_fn, penalty_fn) where the head alone is trained, on a network that is in evaluation.
+  """Builds (apply_fn, penalty_fn) that train the head alone, the network being in evaluation.
 
   `params` is {"head": its parameters}; `frozen` {"params": the others}.
   """
@@ -102,7 +102,7 @@ def head_network(model) -> tuple[Callable, Callable]:
 
 
 def perturbed_network(model) -> Callable:
-  """apply_fn of the network with perturbed kernels.
+  """Builds apply_fn of the network with perturbed kernels.
 
   `params` is {"perturbation": by layer, "rest": all but the kernels}; `frozen` has "kernels".
   """
@@ -130,7 +130,7 @@ def perturbed_logits(model) -> Callable:
 
 
 def merged(shared, task) -> Network:
-  """`Method.network` of tasks with a `perturbation` of shared kernels and a `rest`."""
+  """Returns the `Method.network` of a task with a `perturbation` of shared kernels and a `rest`."""
   return Network(perturb.merge(shared["kernels"], task.perturbation, task.rest), task.stats)
 
 

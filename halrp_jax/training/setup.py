@@ -28,5 +28,5 @@ class Setup(NamedTuple):
 
   @property
   def measuring(self) -> nn.Module:
-    """The network for gradients, Fisher information and bases (`models.in_training`)."""
+    """Returns the network for gradients, Fisher information and bases (`models.in_training`)."""
     return models.in_training(self.batch_norm, self.model)

@@ -25,13 +25,13 @@ def count_rest(rest: Params, kernels: Params, num_classes: int) -> RestCount:
 
 
 def network_count(kernels: Params, rest: Params, num_classes: int) -> int:
-  """Parameters of a whole network, the head at a task's own width."""
+  """Returns the parameters of a whole network, the head at a task's own width."""
   count = count_rest(rest, kernels, num_classes)
   return sum(w.size for w in kernels.values()) + count.counted + count.biases
 
 
 def count_leaves(tree: Params) -> int:
-  """How many numbers a pytree has."""
+  """Returns how many numbers a pytree has."""
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
@@ -46,7 +46,7 @@ def count_statistics(state) -> tuple[int, int]:
 
 
 def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) -> Size:
-  """Size of a model without zeros and masks.
+  """Returns the size of a model without zeros and masks.
 
   Args:
     base: parameters of the network of the first task.
