@@ -11,7 +11,7 @@ import pytest
 
 from halrp_jax import methods
 from halrp_jax.config import make_config
-from halrp_jax.devices import compile_cache
+from halrp_jax.devices import compile_cache, stop
 from halrp_jax.runs import experiment
 from halrp_jax.types import Stopped
 
@@ -28,6 +28,12 @@ def own_cache(tmp_path_factory):
   root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
   os.environ["XDG_CACHE_HOME"] = str(root / "cache")
   compile_cache.use("")
+
+
+@pytest.fixture(autouse=True)
+def no_signals_taken(monkeypatch):
+  """`listen` blocks signals for good, and every program that a later test starts inherits that."""
+  monkeypatch.setattr(stop, "listen", lambda: lambda: False)
 
 
 @pytest.fixture(scope="session")

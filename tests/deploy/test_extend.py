@@ -7,7 +7,6 @@ from PIL import Image
 from halrp_jax import __main__ as verbs
 from halrp_jax.config import make_config
 from halrp_jax.deploy import export, saved
-from halrp_jax.devices import stop
 from halrp_jax.runs import checkpoint
 from halrp_jax.types import UserError
 
@@ -43,17 +42,16 @@ def draw(folder, classes=3, n=20):
   return folder
 
 
-def call(capsys, monkeypatch, *arguments):
-  monkeypatch.setattr(stop, "listen", lambda: lambda: False)
+def call(capsys, *arguments):
   code = verbs.main(["halrp_jax", "extend", *map(str, arguments)])
   out, err = capsys.readouterr()
   return code, out, err
 
 
-def test_a_folder_of_pictures_becomes_a_task(capsys, monkeypatch, run_folder, tmp_path):
+def test_a_folder_of_pictures_becomes_a_task(capsys, run_folder, tmp_path):
   draw(tmp_path / "lights")
   flags = (f"--workdir={run_folder}", f"--data={tmp_path}/lights", f"--out={tmp_path}/more")
-  code, out, _ = call(capsys, monkeypatch, *flags)
+  code, out, _ = call(capsys, *flags)
   assert code == 0 and "task 10 (lights): accuracy " in out
   before, after = saved.open_run(str(run_folder)), saved.open_run(str(tmp_path / "more"))
   assert [t.name for t in after.learned] == ["permutation 0", "permutation 1", "lights"]
@@ -82,7 +80,7 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, monkeypatch, run_folder, tm
   else:
     assert "ewc moved what tasks share: the 2 tasks before may predict differently" in out
     assert after.results["accuracy"][2][:2] == [None, None]
-  code, again, _ = call(capsys, monkeypatch, *flags)  # finished already
+  code, again, _ = call(capsys, *flags)  # finished already
   assert code == 0 and again.splitlines()[-3:] == out.splitlines()[-3:]
 
 
@@ -101,7 +99,7 @@ def test_mistakes(capsys, monkeypatch, run_folder, tmp_path, classes, change, sa
   draw(tmp_path / "lights", classes, 5)
   np.savez("big.npz", image=np.zeros((20, 9, 9), np.uint8), label=np.arange(20) % 2)
   flags = {"workdir": run_folder, "data": "lights", "out": "more"} | change
-  code, _, err = call(capsys, monkeypatch, *(f"--{k}={v}" for k, v in flags.items()))
+  code, _, err = call(capsys, *(f"--{k}={v}" for k, v in flags.items()))
   assert code == 2 and says in err and err.count("\n") == 1
   assert not (tmp_path / "more").exists()
 

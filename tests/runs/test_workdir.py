@@ -417,20 +417,18 @@ def test_the_test_split_is_never_seen(whole, digits_config, method_name, monkeyp
   assert noisy["accuracy"] != clean["accuracy"]  # other test images indeed
 
 
-def test_notes_on_the_data_are_logged_once_and_cost_no_event(digits_config, tmp_path):
+def test_notes_on_the_data_are_logged_once_and_cost_no_event(digits_config, tmp_path, monkeypatch):
   """Also where the run is interrupted inside its first task."""
-  config, seen = digits_config("stl", order="0,1", epochs=3), []
-
-  def build(config):
-    benchmark, model, method, _ = experiment.build(config)
-    return benchmark._replace(notes=("12 images were turned",)), model, method
+  config, seen, load = digits_config("stl", order="0,1", epochs=3), [], data.load
+  note = ("12 images were turned",)
+  monkeypatch.setattr(data, "load", lambda config: load(config)._replace(notes=note))
 
   def stop_asked():
     return sum(e["event"] == "epoch" for e in seen) == 1
 
   with pytest.raises(Stopped):
-    experiment.run(config, str(tmp_path), seen.append, stop_asked=stop_asked, builder=build)
-  experiment.run(config, str(tmp_path), builder=build)
+    experiment.run(config, str(tmp_path), seen.append, stop_asked=stop_asked)
+  experiment.run(config, str(tmp_path))
   lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
   events = [json.loads(line)["event"] for line in lines]
   one = ["task", "epoch", "epoch", "epoch", "evaluation"]
