@@ -1,15 +1,15 @@
 """Training steps of this working tree beside those of another revision.
 
   python benchmarks/compare.py b65a6b0 [--rounds=5] [--runs=lenet-stl,lenet-halrp,alexnet-stl]
-      [--json=FILE]
+      [--always_compile] [--json=FILE]
 
 Prints the median seconds of a step and of compiling, for the revision (base) and for the working
 tree (new), and new over base: the median over the rounds of the ratio within a round, and its
 spread. Each round starts a process of `python -m halrp_jax.main` per tree and run, the two trees
 one right after the other and in turn first, on random images in CIFAR-100's format. A step is an
 epoch's time over its steps; the first epoch compiles or loads and does not count. The first two
-rounds compile everything; later ones take the programs of the second, which saves minutes. The
-revision is checked out into a temporary git worktree. Only the command line, metrics.jsonl and
+rounds compile everything; later ones take the programs of the second, which saves minutes, unless
+--always_compile is given. The revision is checked out into a temporary git worktree. Only the command line, metrics.jsonl and
 record.json are used, so the modules of the revisions may have other names.
 """
 
@@ -98,8 +98,11 @@ def measure(tree: pathlib.Path, name: str, data: pathlib.Path, cache: pathlib.Pa
   return {"step": statistics.median(measured) / STEPS} | compiling
 
 
-def compare(trees: dict[str, pathlib.Path], runs: list[str], rounds: int) -> dict:
-  """Measures every run of both trees in every round; returns all numbers by run, tree, quantity."""
+def compare(trees: dict[str, pathlib.Path], runs: list[str], rounds: int, compiled: int) -> dict:
+  """Measures every run of both trees in every round; returns all numbers by run, tree, quantity.
+
+  Every tree compiles in the first `compiled` rounds and loads what the last of them compiled.
+  """
   found = {name: {t: {"step": [], "compile": []} for t in trees} for name in runs}
   with tempfile.TemporaryDirectory(prefix="compare-") as folder:
     data = pathlib.Path(folder)
@@ -107,7 +110,7 @@ def compare(trees: dict[str, pathlib.Path], runs: list[str], rounds: int) -> dic
     for i in range(rounds):
       for name in runs:
         for t in list(trees)[:: 1 if i % 2 == 0 else -1]:
-          cache = data / f"compiled-{name}-{t}-{min(i, 1)}"
+          cache = data / f"compiled-{name}-{t}-{min(i + 1, compiled)}"
           for quantity, seconds in measure(trees[t], name, data, cache).items():
             found[name][t][quantity].append(seconds)
       print(f"round {i + 1} of {rounds} done", file=sys.stderr, flush=True)
@@ -132,6 +135,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("base", help="a revision of git")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--runs", default=",".join(RUNS))
+  parser.add_argument("--always_compile", action="store_true", help="in every round, not in two")
   parser.add_argument("--json", help="file for all numbers")
   args = parser.parse_args(argv)
   runs = args.runs.split(",")
@@ -141,8 +145,9 @@ def main(argv: list[str]) -> int:
     parser.error(f"--rounds={args.rounds}: expected at least 1")
   load = os.getloadavg()[0]
   print(f"load of the machine at the start: {load:.1f}, {os.cpu_count()} cores")
+  compiled = args.rounds if args.always_compile else 2
   with checked_out(args.base) as tree:
-    found = compare({"base": tree, "new": ROOT}, runs, args.rounds)
+    found = compare({"base": tree, "new": ROOT}, runs, args.rounds, compiled)
   rows = summary(found)
   print(f"{'run':12} {'seconds of':10} {'base':>8} {'new':>8} {'new/base':>9}  spread")
   for row in rows:
