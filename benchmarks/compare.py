@@ -9,8 +9,9 @@ spread. Each round starts a process of `python -m halrp_jax.main` per tree and r
 one right after the other and in turn first, on random images in CIFAR-100's format. A step is an
 epoch's time over its steps; the first epoch compiles or loads and does not count. The first two
 rounds compile everything; later ones take the programs of the second, which saves minutes, unless
---always_compile is given. The revision is checked out into a temporary git worktree. Only the command line, metrics.jsonl and
-record.json are used, so the modules of the revisions may have other names.
+--always_compile is given. The revision is checked out into a temporary git worktree. Only the
+command line, metrics.jsonl and record.json are used, so the modules of the revisions may have other
+names.
 """
 
 import argparse
