@@ -1,4 +1,4 @@
-"""Runs a verb: python -m halrp_jax VERB (halrp_jax/commands/). Lists them without importing JAX."""
+"""Runs one verb: python -m halrp_jax VERB. Lists the verbs without importing JAX."""
 
 import sys
 
@@ -14,18 +14,19 @@ from halrp_jax.keys import nearest
 from halrp_jax.types import UserError
 
 _USAGE = """\
-python -m halrp_jax VERB ...         one of the verbs below; VERB --help says more
+python -m halrp_jax VERB ...         runs one of the verbs below; VERB --help explains it
 python -m halrp_jax --version        prints the version
-python -m halrp_jax.main --help      learns a run
+python -m halrp_jax.main --help      explains how to train: learns the tasks of a benchmark
 """
 
 
 def main(argv: list[str]) -> int:
-  """Runs one verb; returns the exit code."""
+  """Runs one verb and returns the exit code. `argv` begins with the program's name."""
   return program.run(lambda: _main(argv))
 
 
 def _main(argv: list[str]) -> int:
+  """Runs the command line as `main` does, but raises errors instead of printing them."""
   verb, *arguments = argv[1:] or ["--help"]
   if verb in ("--help", "-h"):
     print(_USAGE)

@@ -1,11 +1,12 @@
-"""Command lines -> flags and config. Every mistake is a UserError."""
+"""Reads command lines: flags and configs. Every mistake on them raises UserError."""
 
 import argparse
 import re
 from collections.abc import Iterable
+from typing import NoReturn
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from halrp_jax import keys, methods
 from halrp_jax.types import UserError
@@ -18,25 +19,30 @@ def parse_config(
   required: tuple[str, ...] = (),
   example: str = "",
 ) -> flags.FlagValues:
-  """Flags of a command line with a config.
+  """Reads a command line that may have a config.
 
   Args:
-    argv: program name first.
-    texts: flags with a value: name -> help.
-    switches: flags without: name -> help.
-    required: flags that must be given, unless --help is.
-    example: what stands after the verb in a command line that works, for the error message.
+    argv: the command line, the program's name first.
+    texts: the flags that take a value, {name: help text}.
+    switches: the flags that take none, {name: help text}.
+    required: names of the flags that must be given, except with --help.
+    example: arguments of the verb that work, for the error message.
 
   Returns:
-    The flags; `config` is locked and not yet checked (`config.resolve`), None if not given.
+    The flags. `config` is locked but not yet checked (`config.resolve` does that); it is None if
+    it is not given.
+
+  Raises:
+    UserError: if a flag or a config key is unknown, a required flag is missing, or the config file
+      can't be loaded.
   """
-  # config_flags wants the file before its keys
+  # config_flags expects the file before its keys
   argv = [argv[0], *sorted(argv[1:], key=lambda a: not re.match(r"--?config=", a))]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     "config",
     None,
-    "FILE.py, FILE.py:METHOD or FILE.py:METHOD,KEY=VALUE",
+    "config file, as FILE.py, FILE.py:METHOD or FILE.py:METHOD,KEY=VALUE",
     flag_values=values,
     sys_argv=argv,
   )
@@ -48,37 +54,42 @@ def parse_config(
   try:
     rest = values(argv)[1:]
     if values.config is not None:
-      values.config.to_dict()  # config_flags keeps the error of a bad file until it is used
+      values.config.to_dict()  # config_flags reports a bad file only when the config is used
   except UserError:
     raise
-  except Exception as e:  # absl, config_flags and the user's own file raise whatever they like
+  except Exception as e:  # absl, config_flags and the config file itself can raise anything
     file = next((a for a in argv if re.match(r"--?config=", a)), "arguments")
     raise UserError(f"{file}: {str(e).rpartition('failure to load: ')[2]}") from e
   if rest:
     raise UserError(f"arguments: {rest[0]!r} is not a flag; flags start with --")
   missing = [f"--{name}" for name in required if not getattr(values, name)]
   if missing and not values.help:
-    text = f"the following arguments are required: {', '.join(missing)}"  # argparse's words
+    text = f"the following arguments are required: {', '.join(missing)}"  # as in argparse
     raise UserError(f"{argv[0]}: {text}{_for_example(argv[0], example)}")
   return values
 
 
-def load_config(file: str, method: str = "", overrides: Iterable[str] = ()):
-  """Loads the config of a file.
+def load_config(
+  file: str, method: str = "", overrides: Iterable[str] = ()
+) -> config_dict.ConfigDict:
+  """Loads a config file; the result is not yet checked (`config.resolve`).
 
   Args:
-    file: its path.
-    method: what stands after the colon.
-    overrides: as on a command line, --config.KEY=VALUE.
+    file: path of the config file.
+    method: METHOD or METHOD,KEY=VALUE, the text after the colon on a command line; "": none.
+    overrides: arguments --config.KEY=VALUE.
+
+  Raises:
+    UserError: as `parse_config`.
   """
   name = f"{file}:{method}" if method else file
   return parse_config(["sweep", f"--config={name}", *overrides], {}, {}).config
 
 
 def _check_key_names(argv: list[str]) -> None:
-  """Raises UserError for an unknown key, which config_flags would not name well."""
+  """Raises UserError for an unknown key; the message of config_flags would not name it clearly."""
   arguments = (a.rpartition(":")[2] for a in argv if re.match(r"--?config=.*:", a))
-  name = next(arguments, "").partition(",")[0]  # keys may follow the method
+  name = next(arguments, "").partition(",")[0]  # cut off the keys that follow the method
   known_methods = [methods.METHODS[name]] if name in methods.METHODS else methods.METHODS.values()
   known = {"method.name"}.union(*(keys.keys_of(m.Config) for m in known_methods))
   for arg in argv:
@@ -88,23 +99,27 @@ def _check_key_names(argv: list[str]) -> None:
 
 
 def _for_example(verb: str, example: str) -> str:
+  """Returns the end of an error message: a command line that works, or ""."""
   return f"; for example: python -m halrp_jax {verb} {example}" if example else ""
 
 
 class _Parser(argparse.ArgumentParser):
+  """An argparse parser that raises UserError, with an example of a command line that works."""
+
   example = ""
 
-  def error(self, message):
+  def error(self, message: str) -> NoReturn:
+    """Raises UserError with argparse's message."""
     raise UserError(f"{self.prog}: {message}{_for_example(self.prog, self.example)}")
 
 
 def parser(verb: str, doc: str | None, example: str = "") -> argparse.ArgumentParser:
-  """Returns an argparse parser whose mistakes are UserErrors, for the verbs without a config.
+  """Returns an argparse parser that raises UserError, for a verb that takes no config.
 
   Args:
-    verb: its name.
-    doc: its module's docstring.
-    example: what stands after the verb in a command line that works, for the error messages.
+    verb: name of the verb.
+    doc: docstring of the verb's module, the description in --help.
+    example: arguments of the verb that work, for the error messages.
   """
   made = _Parser(
     prog=verb,
@@ -117,7 +132,11 @@ def parser(verb: str, doc: str | None, example: str = "") -> argparse.ArgumentPa
 
 
 def filled(text: str) -> str:
-  """Returns the text of a required argument; an empty one, as of an unset variable, is refused."""
+  """Returns a required argument unchanged.
+
+  Raises:
+    argparse.ArgumentTypeError: if it is empty, as an unset shell variable makes it.
+  """
   if not text:
     raise argparse.ArgumentTypeError("a value is missing")
   return text

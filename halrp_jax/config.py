@@ -1,4 +1,8 @@
-"""The config of a run: made from a benchmark's file, completed and checked."""
+"""Makes the config of a run from a config file's values, completes and checks it.
+
+A config file in configs/ calls `make_config`; the command line then changes single keys; `resolve`
+turns the result into a checked, typed `keys.Config`.
+"""
 
 import dataclasses
 import importlib.util
@@ -6,20 +10,22 @@ import pathlib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import config_dict
 
 from halrp_jax import data, keys, methods, models
-from halrp_jax.keys import Config
+from halrp_jax.keys import Config, Key
 from halrp_jax.reports import records
-from halrp_jax.types import UserError
+from halrp_jax.types import Json, UserError
 
-# Not part of a setting. The variant is spelled out by its switches.
-_FREE = {"order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"}
-_FREE |= set(keys.NEUTRAL_KEYS)
-# What programs did before the key existed, where that is not its default.
-_BEFORE = {
+# The keys in which runs of one setting may differ. `method.variant` is among them because the
+# switches that it stands for are part of the setting.
+_NOT_IN_SETTING = {"order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"}
+_NOT_IN_SETTING |= set(keys.NEUTRAL_KEYS)
+# The values that stand for what the program did in versions without the key, where that is not the
+# key's default.
+_VALUES_BEFORE_KEY = {
   "protocol.fraction_per_class": False,
   "method.batch_norm": "own",
   "method.prune_scope": "all",
@@ -29,61 +35,71 @@ _BEFORE = {
 def make_config(
   method: str,
   *,
-  protocol: dict,
-  every_method: dict | None = None,
-  methods_: dict[str, dict] | None = None,
-  data_: dict | None = None,
-  **top,
+  protocol: Mapping[str, object],
+  every_method: Mapping[str, object] | None = None,
+  methods_: Mapping[str, Mapping[str, object]] | None = None,
+  data_: Mapping[str, object] | None = None,
+  **top: object,
 ) -> config_dict.ConfigDict:
-  """Returns a locked config: defaults of every key, then what a benchmark's file chooses.
+  """Returns a locked config with the values of a config file, and defaults for all other keys.
 
   Args:
-    method: what stands after the colon of --config=FILE.py:METHOD,KEY=VALUE (`parse`); its keys
-      go before those of the file.
-    protocol: values of protocol.*.
-    every_method: values of method.* for all methods that have the key.
-    methods_: values for one method each: {method: {key: value}}.
-    data_: values of data.*.
-    **top: values of the other keys.
+    method: the text after the colon of --config=FILE.py:METHOD,KEY=VALUE (see `parse`). The values
+      given there take precedence over those of the file.
+    protocol: values of the keys `protocol.*`.
+    every_method: values of keys `method.*`, used for every method that has the key.
+    methods_: values of the keys `method.*` of single methods, {method: {key: value}}. They take
+      precedence over `every_method`.
+    data_: values of the keys `data.*`.
+    **top: values of the keys without a section, such as `epochs`.
 
   Raises:
-    UserError: if there is no such method, or no such key.
+    UserError: if there is no such method, or a key does not exist.
   """
   method, asked = parse(method)
   specs = {name: keys.spec(module.Config) for name, module in methods.METHODS.items()}
-
-  def values(spec, chosen):
-    if unknown := set(chosen) - set(spec):
-      raise UserError(f"config file: unknown keys {', '.join(sorted(unknown))}")
-    filled = {name: chosen.get(name, key.default) for name, key in spec.items()}
-    # Texts are typed; the type object takes any literal from the command line: `resolve` checks.
-    return {
-      k: v if isinstance(v, str) else config_dict.FieldReference(v, field_type=object)
-      for k, v in filled.items()
-    }
-
-  chosen = {"protocol": protocol, "data": data_ or {}, "checkpoint": {}}
-  config = values(keys.spec(Config), top)
-  config |= {name: values(keys.spec(cls), chosen[name]) for name, cls in keys.SECTIONS.items()}
-  if unknown := set(every_method or ()) - set().union(*specs.values()):
+  sections = {"protocol": protocol, "data": data_ or {}, "checkpoint": {}}
+  config = _values(keys.spec(Config), top)
+  config |= {name: _values(keys.spec(cls), sections[name]) for name, cls in keys.SECTIONS.items()}
+  if unknown := set(every_method or ()) - set[str]().union(*specs.values()):
     raise UserError(f"config file: no method has the keys {', '.join(sorted(unknown))}")
   common = {k: v for k, v in (every_method or {}).items() if k in specs[method]}
   own = (methods_ or {}).get(method, {})
-  config["method"] = {"name": method} | values(specs[method], common | own | asked)
+  config["method"] = {"name": method} | _values(specs[method], {**common, **own, **asked})
   return config_dict.ConfigDict(config).lock()
 
 
-def resolve(config: config_dict.ConfigDict | Config | Mapping) -> Config:
-  """Returns the config with the switches left None filled in, every key checked.
-
-  Args:
-    config: from `make_config` or a command line; or one that is resolved, or its `to_dict()`.
+def _values(spec: Mapping[str, Key], chosen: Mapping[str, object]) -> dict[str, Any]:
+  """Returns a value for every key of `spec`: the chosen one, or else the default.
 
   Raises:
-    UserError: one line that names every key that is wrong.
+    UserError: if a chosen key is not in `spec`.
   """
-  values = dict(config) if isinstance(config, Mapping) else config.to_dict()
-  values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+  if unknown := set(chosen) - set(spec):
+    raise UserError(f"config file: unknown keys {', '.join(sorted(unknown))}")
+  values = {name: chosen.get(name, key.default) for name, key in spec.items()}
+  # ConfigDict would fix the type of every value. The type `object` lets the command line set any
+  # literal, which `resolve` checks with better error messages. Texts need no such reference.
+  return {
+    k: v if isinstance(v, str) else config_dict.FieldReference(v, field_type=object)
+    for k, v in values.items()
+  }
+
+
+def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> Config:
+  """Checks every key of a config and returns it with types.
+
+  Keys whose value is None take the value that `method.variant` stands for.
+
+  Args:
+    config: a config of `make_config` or of the command line; a resolved config, or its
+      `to_dict()`.
+
+  Raises:
+    UserError: if a key is unknown, missing or out of range; one line names all such keys.
+  """
+  values: dict[str, Any] = dict(config) if isinstance(config, Mapping) else config.to_dict()
+  values = {k: _plain_dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
   chosen = values.get("method")
   name = chosen.get("name") if isinstance(chosen, dict) else None
   if not isinstance(name, str) or name not in methods.METHODS:
@@ -107,40 +123,53 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping) -> Config:
   return resolved
 
 
-def with_keys(config: config_dict.ConfigDict, **top) -> config_dict.ConfigDict:
-  """Returns a copy with other values of top-level keys."""
+def _plain_dict(section: object) -> dict[str, Any]:
+  """Returns a section of a config as a new dict."""
+  return dict(cast("Mapping[str, Any]", section))
+
+
+def with_keys(config: config_dict.ConfigDict, **top: object) -> config_dict.ConfigDict:
+  """Returns a copy of a config with other values of keys without a section."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.update(top)
   return config
 
 
-def setting_of(config: dict) -> dict:
-  """Returns what makes a setting: dotted key -> value. `config`: resolved, of any version."""
+def setting_of(config: Json) -> Json:
+  """Returns the setting of a run: the keys that runs to be averaged have in common.
+
+  Args:
+    config: a resolved config, written by any version of the program.
+
+  Returns:
+    {dotted key: value}, without the keys that may differ, such as order and seed. Keys that the
+    config does not have yet get the value that stands for what the program did then.
+  """
   flat = keys.flat(config)
   if (name := flat["method.name"]) in methods.METHODS:
     known = keys.keys_of(methods.METHODS[name].Config)
     switches = methods.variant_defaults(config["method"])
-    before = {k: v for k, v in _BEFORE.items() if k in known}
+    before = {k: v for k, v in _VALUES_BEFORE_KEY.items() if k in known}
     flat = {k: key.default for k, key in known.items()} | before | flat
     for key, value in switches.items():
       if flat.get(f"method.{key}") is None:
         flat[f"method.{key}"] = value
-  setting = {k: v for k, v in flat.items() if k not in _FREE}
+  setting = {k: v for k, v in flat.items() if k not in _NOT_IN_SETTING}
   return setting | {"method.batch_norm": records.KINDS[records.statistics(setting)]}
 
 
-# --- what config files use beside `make_config` ----------------------------------------
+# --- further functions for config files -------------------------------------------------
 
 
-def parse(argument: str) -> tuple[str, dict[str, Any]]:
-  """Splits what stands after the colon of --config=FILE.py:METHOD,KEY=VALUE,KEY=VALUE.
+def parse(argument: str) -> tuple[str, dict[str, object]]:
+  """Splits METHOD,KEY=VALUE,KEY=VALUE, the text after the colon of --config=FILE.py:TEXT.
 
   Returns:
-    The name of the method, and the values of its keys that were given.
+    The name of the method, and {key: value} of its keys that are given.
 
   Raises:
-    UserError: one line that names the method, or every key, that is wrong.
+    UserError: if the method or a key is unknown, or a value is out of range; one line names all.
   """
   name, *settings = argument.split(",")
   if name not in methods.METHODS:
@@ -148,8 +177,11 @@ def parse(argument: str) -> tuple[str, dict[str, Any]]:
       f"unknown method {name!r}{keys.nearest(name, methods.METHODS)}; "
       f"known: {', '.join(methods.METHODS)}"
     )
-  fields = {f.name: f.type for f in dataclasses.fields(methods.METHODS[name].Config)}
-  known, found, lines = keys.spec(methods.METHODS[name].Config), {}, []
+  method_config = methods.METHODS[name].Config
+  types_of = {f.name: f.type for f in dataclasses.fields(method_config)}
+  known = keys.spec(method_config)
+  found: dict[str, object] = {}
+  lines: list[str] = []
   for setting in settings:
     key, is_setting, text = setting.partition("=")
     if not is_setting:
@@ -159,16 +191,17 @@ def parse(argument: str) -> tuple[str, dict[str, Any]]:
     elif key in found:
       lines.append(f"{argument}: {key} is given twice")
     else:
-      found[key] = _typed(text, fields[key])
+      found[key] = _typed(text, types_of[key])
       if not known[key].accepts(found[key]):
         lines.append(f"{argument}: {key} must be {known[key].expected}, got {text!r}")
   keys.require(lines)
   return name, found
 
 
-def _typed(text: str, kind: Any) -> Any:
-  """Returns a text as a value of a field's type, or as it is where it is no such value."""
-  for cls in typing.get_args(kind) or (kind,):
+def _typed(text: str, field_type: object) -> bool | int | float | str:
+  """Returns a text as a value of a field's type, or unchanged if it is no such value."""
+  kinds: tuple[Any, ...] = typing.get_args(field_type) or (field_type,)
+  for cls in kinds:
     try:
       return {"true": True, "false": False}[text.lower()] if cls is bool else cls(text)
     except (KeyError, ValueError):
@@ -177,21 +210,23 @@ def _typed(text: str, kind: Any) -> Any:
 
 
 def sibling(file: str, name: str) -> types.ModuleType:
-  """Loads another config file of the same folder, for what two files share.
+  """Loads another config file of the same folder, so that two files can share values.
 
-  Config files are loaded by their path and are in no package: they can't import one another.
+  Config files are loaded by path and belong to no package, so they can't import each other.
 
   Args:
-    file: `__file__` of the config file that asks.
-    name: of the other one, without .py.
+    file: `__file__` of the config file that calls this function.
+    name: the other file's name without ".py".
 
   Raises:
-    UserError: if it is missing.
+    UserError: if there is no such file.
   """
   path = pathlib.Path(file).with_name(f"{name}.py")
   if not path.is_file():
     raise UserError(f"{file} is made from {path}, which is missing")
   spec = importlib.util.spec_from_file_location(name, path)
+  if spec is None or spec.loader is None:  # impossible for a name that ends in .py
+    raise UserError(f"{path}: can't be loaded as a config file")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module

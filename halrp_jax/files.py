@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON that is read or refused, the cache's folder."""
+"""Writes files completely or not at all, reads JSON with clear errors, finds the cache folder."""
 
 import contextlib
 import json
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import platformdirs
 
-from halrp_jax.types import UserError
+from halrp_jax.types import Json, UserError
 
-_TEMPORARY = ".halrp-tmp"  # suffix of the files that are being written
-_DAY = 24 * 3600.0
+_TEMPORARY = ".halrp-tmp"  # suffix of files that are being written
+_DAY = 24 * 3600.0  # seconds
 
 
 # --- writing --------------------------------------------------------------------------
@@ -23,17 +23,17 @@ _DAY = 24 * 3600.0
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields the path of a temporary file that becomes `path` when the block ends.
 
-  If the block fails, the temporary file is deleted and what was at `path` stays. Several processes
-  may write the same path at once: the last one wins. A device or a pipe, such as /dev/stdout, is
-  not replaced but written directly.
+  If the block raises, the temporary file is deleted and the old file at `path` stays. If several
+  processes write the same path at once, the last one wins. A device or a pipe, such as /dev/stdout,
+  is written directly.
 
   Raises:
-    OSError: names `path`, not the temporary file.
+    OSError: if the file can't be written; the error names `path`, not the temporary file.
   """
   if path.exists() and not path.is_file():
     yield path
     return
-  # a process id would be the same in many containers that share a folder
+  # random, because processes in different containers can have the same id and share a folder
   temporary = path.with_name(f".{secrets.token_hex(8)}{_TEMPORARY}")
   try:
     yield temporary
@@ -49,25 +49,30 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
-  """Writes bytes, whole or not at all."""
+  """Writes bytes to a file, completely or not at all."""
   with replacing(path) as temporary:
     temporary.write_bytes(content)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes UTF-8, whole or not at all. Bytes of a path that are no text are escaped."""
+  """Writes text as UTF-8, completely or not at all. Undecodable bytes of paths are escaped."""
   write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
-def write_json(path: pathlib.Path, content) -> None:
-  """Writes JSON, whole or not at all."""
+def write_json(path: pathlib.Path, content: object) -> None:
+  """Writes an object as JSON, completely or not at all.
+
+  Raises:
+    ValueError: if it holds NaN or infinite numbers.
+    OSError: if the file can't be written.
+  """
   write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def delete_left_behind(folder: pathlib.Path) -> None:
-  """Deletes temporary files of a folder older than a day, left by killed processes."""
+  """Deletes temporary files older than a day in a folder, which killed processes have left."""
   for old in folder.glob(f".*{_TEMPORARY}"):
-    with contextlib.suppress(OSError):  # another process may do the same
+    with contextlib.suppress(OSError):  # another process may delete it first
       if old.stat().st_mtime < time.time() - _DAY:
         old.unlink()
 
@@ -75,31 +80,32 @@ def delete_left_behind(folder: pathlib.Path) -> None:
 # --- reading --------------------------------------------------------------------------
 
 
-def load_json(path: pathlib.Path) -> dict:
-  """Returns the JSON object that a file holds.
+def load_json(path: pathlib.Path) -> Json:
+  """Returns the JSON object in a file.
 
   Raises:
-    OSError: if the file can't be read. ValueError: if it holds something else.
+    OSError: if the file can't be read.
+    ValueError: if it does not hold a JSON object.
   """
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except RecursionError as e:
     raise ValueError("nested too deeply") from e
   if not isinstance(content, dict):
-    raise ValueError("no JSON object")
+    raise ValueError("not a JSON object")
   return content
 
 
-def read_json(path: pathlib.Path, missing: str = "", remedy: str = "") -> dict:
-  """Returns the JSON object that a file holds.
+def read_json(path: pathlib.Path, missing: str = "", remedy: str = "") -> Json:
+  """Returns the JSON object in a file.
 
   Args:
     path: the file.
-    missing: the error message if there is no such file; "": as for every file that can't be read.
-    remedy: what to do about a file that can't be read.
+    missing: the error message if there is no such file; "": the message of an unreadable file.
+    remedy: what the user can do about an unreadable file, appended to the message.
 
   Raises:
-    UserError: names the file and what is wrong with it.
+    UserError: if the file can't be read or does not hold a JSON object.
   """
   try:
     return load_json(path)
@@ -114,12 +120,13 @@ def read_json(path: pathlib.Path, missing: str = "", remedy: str = "") -> dict:
 
 
 def cache_folder() -> pathlib.Path | None:
-  """Returns the user's folder for what can be made again; it need not exist.
+  """Returns the user's cache folder for this program, which may not exist yet.
 
-  On Linux it is halrp_jax in $XDG_CACHE_HOME or ~/.cache. None for a user without a home.
+  On Linux it is halrp_jax in $XDG_CACHE_HOME or ~/.cache. A user without a home folder has none:
+  then the result is None.
   """
   try:
     path = platformdirs.user_cache_path("halrp_jax", appauthor=False)
   except RuntimeError:
     return None
-  return path if path.is_absolute() else None  # older versions of platformdirs leave the ~
+  return path if path.is_absolute() else None  # older platformdirs do not expand ~

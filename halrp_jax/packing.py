@@ -1,4 +1,4 @@
-"""Pytrees as JSON and arrays, for the disk (`checkpoint`) and for other processes. No pickle."""
+"""Converts pytrees to JSON and arrays and back, for checkpoints and other processes. No pickle."""
 
 import importlib
 import json
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halrp_jax.types import Params
+from halrp_jax.types import Json, Params
 
-# Types whose values are written to the disk: the name in the file, and where the type is. A name
-# never changes; its type may move.
+# The named tuples that may be written to disk: {name in the file: import path}. The names must
+# never change, because finished runs contain them; the types may move.
 TYPES = {
   "State": "halrp_jax.types:State",
   "Perturbation": "halrp_jax.weights.lowrank:Perturbation",
-  # `TaskState` of each method's file
+  # the class `TaskState` of each method's module
   "anchored": "halrp_jax.methods.anchored:TaskState",
   "apd": "halrp_jax.methods.apd:TaskState",
   "apdfix": "halrp_jax.methods.apdfix:TaskState",
@@ -30,7 +30,7 @@ TYPES = {
   "stl": "halrp_jax.methods.stl:TaskState",
   "wsn": "halrp_jax.methods.wsn:TaskState",
 }
-# names in files of versions that wrote where the type was then
+# Older versions of the program wrote import paths instead of names.
 _ALIASES = {
   "halrp_jax.types:State": "State",
   "halrp_jax.lowrank:Perturbation": "Perturbation",
@@ -38,36 +38,43 @@ _ALIASES = {
 
 
 class Packed(NamedTuple):
-  """A pytree on the host, ready to be written."""
+  """A pytree on the host, ready to be written to disk."""
 
-  structure: dict
+  structure: Json  # the pytree with the index into `arrays` in place of each array
   arrays: list[np.ndarray]
 
 
 def pack(tree: Params) -> Packed:
-  """Copies a pytree to the host: the device may then use its buffers for something else.
+  """Copies a pytree to the host, so that the device may reuse its buffers.
 
   Args:
-    tree: dicts, lists, tuples and the NamedTuples in `TYPES`, with arrays, numbers, texts and None.
+    tree: a pytree of dicts, lists, tuples and the named tuples in `TYPES`, whose leaves are arrays,
+      numbers, texts or None.
 
   Raises:
-    TypeError: for a NamedTuple that has no name in `TYPES`.
+    TypeError: if a named tuple is not in `TYPES`.
   """
-  arrays = []
+  arrays: list[np.ndarray] = []
   return Packed(_encode(tree, arrays), arrays)
 
 
-def unpack(structure: dict, arrays: Sequence[np.ndarray]) -> Params:
-  """The pytree again, with numpy arrays.
+def unpack(structure: Json, arrays: Sequence[np.ndarray]) -> Params:
+  """Returns the pytree of a `Packed`, with numpy arrays as leaves.
 
   Raises:
-    ValueError, KeyError, ...: whatever a structure that was not made by `pack` leads to.
+    ValueError, KeyError, TypeError or AttributeError: if the structure was not made by `pack`.
   """
   return _decode(structure, dict(enumerate(arrays)))
 
 
 def to_bytes(tree: Params) -> bytes:
-  """What `from_bytes` makes the pytree of: length of the JSON, the JSON, the arrays."""
+  """Returns a pytree as bytes that `from_bytes` reads.
+
+  They are the length of a JSON text (8 bytes, little endian), the JSON text, and the arrays.
+
+  Raises:
+    TypeError: as `pack`.
+  """
   structure, arrays = pack(tree)
   leaves = [[list(x.shape), str(x.dtype)] for x in arrays]
   head = json.dumps({"structure": structure, "leaves": leaves}).encode()
@@ -75,7 +82,7 @@ def to_bytes(tree: Params) -> bytes:
 
 
 def from_bytes(data: bytes) -> Params:
-  """The pytree, with numpy arrays; what follows its end is ignored."""
+  """Returns the pytree that `to_bytes` has written, with numpy arrays; ignores bytes after it."""
   begin = 8 + int.from_bytes(data[:8], "little")
   head, arrays = json.loads(data[8:begin]), []
   for shape, dtype in head["leaves"]:
@@ -86,9 +93,9 @@ def from_bytes(data: bytes) -> Params:
   return unpack(head["structure"], arrays)
 
 
-def _encode(tree: Params, arrays: list) -> dict:
-  """The structure of a pytree as JSON; its arrays are appended to `arrays` as host copies."""
-  if tree is None or type(tree) in (bool, int, float, str):  # numpy's float64 is a float, too
+def _encode(tree: Params, arrays: list[np.ndarray]) -> Json:
+  """Returns the structure of a pytree as JSON; appends host copies of its arrays to `arrays`."""
+  if tree is None or type(tree) in (bool, int, float, str):  # not isinstance: np.float64 is a float
     return {"value": tree}
   if isinstance(tree, dict):
     return {"dict": [[k, _encode(v, arrays)] for k, v in tree.items()]}
@@ -101,7 +108,8 @@ def _encode(tree: Params, arrays: list) -> dict:
   return {"array": len(arrays) - 1}
 
 
-def _decode(node: dict, arrays: dict[int, np.ndarray]) -> Params:
+def _decode(node: Json, arrays: dict[int, np.ndarray]) -> Params:
+  """Returns the pytree of a structure that `_encode` has made."""
   if "value" in node:
     return node["value"]
   if "dict" in node:
@@ -116,6 +124,7 @@ def _decode(node: dict, arrays: dict[int, np.ndarray]) -> Params:
 
 
 def _name_of(kind: type) -> str:
+  """Returns the name of a type in `TYPES`; raises TypeError if it has none."""
   path = f"{kind.__module__}:{kind.__qualname__}"
   for name, known in TYPES.items():
     if known == path:
@@ -124,8 +133,9 @@ def _name_of(kind: type) -> str:
 
 
 def _named(name: str) -> type:
+  """Imports the type with a name in `TYPES`; raises ValueError if there is none."""
   name = _ALIASES.get(name, name)
   if name not in TYPES:
-    raise ValueError(f"{name} is no type of ours")
+    raise ValueError(f"{name} is not in halrp_jax.packing.TYPES")
   module, _, kind_name = TYPES[name].partition(":")
   return getattr(importlib.import_module(module), kind_name)

@@ -1,22 +1,27 @@
-"""The nouns of the project: data, method, size, state. Imports nothing of ours.
+"""The types that all parts share: tasks and their images, methods, states, sizes, errors.
 
-An experiment folds `Method.learn` over a tuple of tasks; everything else is bookkeeping.
+A run calls `Method.learn` once per group of tasks and hands the state from call to call. This
+module imports no other module of the package.
 """
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-if TYPE_CHECKING:  # reports are drawn without JAX
+if TYPE_CHECKING:  # reports are drawn without JAX, and devices is above this module
   import jax
   import numpy as np
+
+  from halrp_jax.devices.replicas import Gang
 
   Array = jax.Array | np.ndarray
 else:
   Array = Any
 Params = Any  # a pytree of arrays
+Json = dict[str, Any]  # a JSON object
+_T = TypeVar("_T")
 
-# The files of a run's folder, and the version of the first.
+# The files and folders in a run's folder. SCHEMA is the version of record.json.
 RECORD, METRICS, CONFIG, TASKS, STANDING, LOCK, CHECKPOINTS = (
   "record.json",
   "metrics.jsonl",
@@ -27,7 +32,7 @@ RECORD, METRICS, CONFIG, TASKS, STANDING, LOCK, CHECKPOINTS = (
   "checkpoints",
 )
 SCHEMA = 1
-# JAX flags that change numbers, with the values JAX has by default
+# The JAX flags that change numbers, with JAX's default values.
 JAX_FLAGS = {
   "jax_enable_x64": False,
   "jax_default_prng_impl": "threefry2x32",
@@ -39,24 +44,24 @@ JAX_FLAGS = {
 
 
 class UserError(Exception):
-  """Something the user can mend: config, data, arguments. Shown as one line, exit code 2."""
+  """A mistake in config, data, arguments or environment. Shown as one line; exit code 2."""
 
 
 class UserErrors(UserError):
-  """Several of them, found at once: the text is the first one, `lines` has all."""
+  """Several mistakes found at once. The text is the first one; `lines` holds all of them."""
 
-  def __init__(self, lines):
+  def __init__(self, lines: Iterable[str]) -> None:
     self.lines = tuple(lines)
     more = len(self.lines) - 1
     super().__init__(self.lines[0] + (f" (and {more} more; check_data lists them)" if more else ""))
 
 
 class InUse(UserError):
-  """A run's folder in which another process is at work: nothing is wrong, it is not free now."""
+  """Another process is working in the run's folder. Not a mistake: the folder is busy."""
 
 
-def one_line(text) -> str:
-  """Returns a text on one line; what can't be printed, as a terminal's commands, is escaped."""
+def one_line(text: object) -> str:
+  """Returns str(text) on one line, with unprintable characters (terminal commands) escaped."""
   line = " ".join(str(text).split())
   return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
@@ -69,74 +74,81 @@ def brief(error: BaseException) -> str:
 
 
 class Split(NamedTuple):
-  """Index set over the images that all splits of a benchmark share."""
+  """Images of one task for training, validation or testing, as rows of a shared array."""
 
   image: Array  # uint8 [N, H, W, C], the same array object in every split of a benchmark
-  index: Array  # int32 [n] rows of `image`
-  label: Array  # int32 [n] class within the task, 0..K-1
-  owner: Array | None = None  # int32 [n] which of several tasks learned at once; None: one task
+  index: Array  # int32 [n], rows of `image`
+  label: Array  # int32 [n], class within the task, 0..K-1
+  # int32 [n], which task an image belongs to if several are learned jointly; None: a single task
+  owner: Array | None = None
 
 
 class Inputs(NamedTuple):
-  """How stored uint8 images become network inputs: x / 255, permute, (x - mean) / std.
+  """Turns stored uint8 images into network inputs: x / 255, permute, (x - mean) / std.
 
-  C is the number of channels of the input. The stored image may have fewer: a permutation can name
-  a value several times.
+  C is the number of channels of the input. The stored image may have fewer channels, because a
+  permutation can name the same value several times.
   """
 
   mean: Array  # float32 [C]
   std: Array  # float32 [C]
-  permutation: Array | None  # int32 [H*W*C], rows of the flattened image; None: no permutation
+  permutation: Array | None  # int32 [H*W*C], indices into the flattened image; None: no permutation
 
 
 class Task(NamedTuple):
-  id: int  # the benchmark's own number for the task, whatever the order of training
+  """One task of a benchmark: its classes, images and splits."""
+
+  id: int  # the benchmark's own number of the task, independent of the order of training
   name: str
   class_names: tuple[str, ...]
   inputs: Inputs
   train: Split
   valid: Split
   test: Split
-  own_test: bool = True  # the data set itself says which images are for testing
-  data_hash: str = ""  # of all images and labels before any draw (data/content.py)
-  split_hash: str = ""  # of the three splits, in their order
+  own_test: bool = True  # whether the data set itself defines the test images
+  data_hash: str = ""  # hash of all images and labels, before anything is drawn (data/content.py)
+  split_hash: str = ""  # hash of the splits train, valid and test, in this order
 
   @property
   def num_classes(self) -> int:
+    """Returns the number of classes of the task."""
     return len(self.class_names)
 
 
 class Benchmark(NamedTuple):
+  """A sequence of tasks in the order of training."""
+
   name: str
-  tasks: tuple[Task, ...]  # in the order of training
-  split_hash: str  # SHA-256 of images, index sets and labels; the same for all orders
-  partial: bool  # True if images or tasks are fewer than the protocol asks for
-  notes: tuple[str, ...] = ()  # what was converted or left out, for people
+  tasks: tuple[Task, ...]
+  split_hash: str  # SHA-256 of images, indices and labels; the same for every order of the tasks
+  partial: bool  # whether there are fewer images or tasks than the protocol asks for
+  notes: tuple[str, ...] = ()  # messages for the user: what was converted or left out
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """Returns [H, W, C] of the network's input."""
+    """Returns the shape [H, W, C] of one network input."""
     height, width, _ = self.tasks[0].train.image.shape[1:]
     return height, width, len(self.tasks[0].inputs.mean)
 
   @property
   def max_classes(self) -> int:
+    """Returns the number of classes of the task that has the most."""
     return max(task.num_classes for task in self.tasks)
 
 
 class Size(NamedTuple):
-  """Model size after the tasks learned so far, in numbers (mask_bits: in bits)."""
+  """The size of the model after the tasks learned so far: counts of numbers, not bytes."""
 
-  base: int  # parameters of the network of the first task with its head; the unit of `increment`
-  dense: int  # every number needed to predict for all tasks: also biases and running statistics
+  base: int  # parameters of the first task's network with its head: the unit of `increment`
+  dense: int  # all numbers needed to predict for all tasks, biases and BatchNorm statistics too
   nonzero: int  # those of `dense` that are not zero
-  mask_bits: int  # bits that say where the non-zeros are
-  training_only: int  # numbers kept for training alone: Fisher, bases, teachers
-  paper: int  # the paper's count (spec a.9): no biases and no running statistics of later tasks
+  mask_bits: int  # bits needed to say which numbers of `dense` are not zero
+  training_only: int  # numbers needed for training alone: Fisher information, bases, teachers
+  paper: int  # the paper's count: without biases and BatchNorm statistics of later tasks
 
   @property
   def increment(self) -> float:
-    """Returns the growth over the base as the paper counts it, a fraction."""
+    """Returns the growth over the base by the paper's count, as a fraction of the base."""
     return self.paper / self.base - 1
 
 
@@ -144,30 +156,44 @@ class State(NamedTuple):
   """The state of a method: one pytree shared by all tasks, and the state of each task."""
 
   shared: dict[str, Params]
-  tasks: tuple[Params, ...]  # `TaskState` of the method's file
+  tasks: tuple[Params, ...]  # one `TaskState` of the method's module per task
 
   def append(self, task: Params, **shared: Params) -> "State":
-    """Returns the state with one more task, and with some entries of `shared` renewed."""
+    """Returns the state with one more task, and with the given entries of `shared` replaced."""
     return State(self.shared | shared, (*self.tasks, task))
 
 
 class Stopped(Exception):
-  """The run was asked to stop, at a place where it can go on later."""
+  """The run was asked to stop and can be resumed with the same command."""
 
 
 class Diverged(Exception):
-  """The loss is not a number or infinite; the text says where and what to try."""
+  """The loss became NaN or infinite. The text says where, and what to try."""
+
+
+def _read_nothing(name: str, like: Params = None) -> Params:
+  """Returns None: nothing was stored."""
+
+
+def _write_nothing(name: str, tree: Params) -> str:
+  """Stores nothing and returns no path."""
+  return ""
+
+
+def _never_stop() -> None:
+  """Returns at once: nobody asks this run to stop."""
 
 
 class Keep(NamedTuple):
-  """What survives an interruption inside a task. By default nothing does."""
+  """The progress store of a task: what survives an interruption. The default stores nothing."""
 
-  read: Callable = lambda name, like=None: None  # -> what was written under that name, or None
-  write: Callable = lambda name, tree: ""  # -> where it will be
-  check: Callable = lambda: None  # raises Stopped if the run was asked to stop
+  # (name, like=None) -> the tree that was written under this name, or None
+  read: Callable[..., Params] = _read_nothing
+  write: Callable[[str, Params], str] = _write_nothing  # (name, tree) -> the path it is written to
+  check: Callable[[], None] = _never_stop  # raises Stopped if the run was asked to stop
 
 
-def result_of(value):
+def result_of(value: _T | Exception) -> _T:
   """Returns `value`, or raises it if it is an exception."""
   if isinstance(value, Exception):
     raise value
@@ -175,22 +201,24 @@ def result_of(value):
 
 
 class Store(NamedTuple):
-  """What a method may tell the outside world while it learns. `name` is a path of scopes.
+  """What `Method.learn` uses to log events and to store progress.
 
-  On a restart `learn` runs again from its top: what was kept is returned at once. Hence events that
-  belong to a result are logged where it is made, inside `once`.
+  After an interruption `learn` runs again from its beginning, and results in the progress store are
+  returned at once. Events that belong to a result must therefore be logged where the result is
+  computed, inside `once`.
   """
 
-  name: str  # such as "task03/warmup"
-  log: Callable[[dict], None]  # one event: plain numbers and texts
+  name: str  # a path of scopes, such as "task03/warmup"
+  log: Callable[[dict[str, object]], None]  # takes one event: a dict of plain numbers and texts
   keep: Keep = Keep()
-  gang: Any = None  # the `devices.replicas.Gang` of runs that are learned at once, or None
+  gang: "Gang | None" = None  # the threads of the runs that are learned at once, if there are any
 
   def child(self, name: str) -> "Store":
+    """Returns a store whose name is a scope inside this one."""
     return self._replace(name=f"{self.name}/{name}")
 
   def once(self, name: str, fn: Callable[[], Params]) -> Params:
-    """Returns fn(), or what it returned before the run was interrupted."""
+    """Returns fn(), or its stored result if it was computed before an interruption."""
     path = f"{self.name}/{name}"
     result = self.keep.read(path)
     if result is None:
@@ -199,52 +227,58 @@ class Store(NamedTuple):
     return result
 
 
-def nothing_learned(key, benchmark) -> State:
-  """Returns the state with no task, the default of `Method.init`."""
+def nothing_learned(key: Array, benchmark: Benchmark) -> State:
+  """Returns an empty state: the default of `Method.init`."""
   return State(shared={}, tasks=())
 
 
 def one_at_a_time(num_tasks: int) -> tuple[tuple[int, ...], ...]:
-  """Returns every task alone, in order: the default of `Method.groups`."""
+  """Returns one group per task, in order: the default of `Method.groups`."""
   return tuple((t,) for t in range(num_tasks))
 
 
 class Network(NamedTuple):
-  """A plain network, as `model.apply({"params": params, "batch_stats": stats}, ...)` takes it."""
+  """Variables of a plain network: `model.apply({"params": params, "batch_stats": stats}, ...)`."""
 
-  params: Params  # its head as wide as the widest task's
-  stats: Params  # BatchNorm's statistics, {} if it has none
+  params: Params  # the head is as wide as the widest task's
+  stats: Params  # BatchNorm statistics; {} if the network has none
 
 
 class Learn(Protocol):
-  """Learns one or several tasks, and tells what else it found as plain numbers."""
+  """The function of a method that learns one task, or several tasks jointly."""
 
   def __call__(
     self, state: State, tasks: tuple[Task, ...], key: Array, store: Store
-  ) -> tuple[State, dict]: ...
+  ) -> tuple[State, dict[str, object]]:
+    """Returns the new state, and further results for the record as plain numbers."""
+    ...
 
 
 class Method(NamedTuple):
-  """The only protocol of the project. All functions are pure but for `store`.
+  """One continual-learning system. All functions are pure, except for their use of `store`.
 
-  A method's file gives the first fields; `methods.make` derives the others and wraps `learn`, which
-  then keeps the BatchNorm statistics of each new task (`training.population`). The state of a task
-  is a NamedTuple of the method's file, `TaskState`, with at least `stats` and `num_classes`.
+  A method's module gives the first fields. `methods.make` derives the others and wraps `learn`, so
+  that it also stores the BatchNorm statistics of each new task (`training.population`). The state
+  of a task is a NamedTuple of the method's module, `TaskState`, with at least the fields `stats`
+  and `num_classes`.
   """
 
   learn: Learn
   size: Callable[[State], Size]
-  # (shared, tasks[t]) -> the plain network that predicts what task t does; None: none does
-  network: Callable[[dict, Params], Network] | None = None
-  # (shared, tasks[t], image [B, H, W, C]) -> logits [B, K], in evaluation; K of the widest task.
-  # None: those of `network`
-  logits: Callable[[dict, Params, Array], Array] | None = None
-  serves: tuple[str, ...] = ()  # entries of `State.shared` that `network` and `logits` need
-  init: Callable[..., State] = nothing_learned  # (key, benchmark) -> state with no task learned
-  groups: Callable[[int], tuple[tuple[int, ...], ...]] = one_at_a_time  # learned together
-  extensible: bool = True  # whether tasks can be added that the benchmark does not have
-  predict: Callable[..., Array] | None = None  # (state, t, image) -> logits [B, K_t]; t static
+  # (shared, tasks[t]) -> the plain network that predicts for task t; None: there is no such network
+  network: Callable[[dict[str, Params], Params], Network] | None = None
+  # (shared, tasks[t], image [B, H, W, C]) -> logits [B, K] in evaluation mode, K the classes of the
+  # widest task; None: those of `network`
+  logits: Callable[[dict[str, Params], Params, Array], Array] | None = None
+  serves: tuple[str, ...] = ()  # the entries of `State.shared` that `network` and `logits` need
+  # (key, benchmark) -> the state before the first task
+  init: Callable[..., State] = nothing_learned
+  # number of tasks -> the groups of task indices that are learned jointly, in order
+  groups: Callable[[int], tuple[tuple[int, ...], ...]] = one_at_a_time
+  extensible: bool = True  # whether tasks that the benchmark does not have can be added
+  # (state, t, image [B, H, W, C]) -> logits [B, K_t], with t a static int
+  predict: Callable[..., Array] | None = None
 
-  def served(self, state: State) -> dict:
-    """Returns what of `State.shared` predictions need."""
+  def served(self, state: State) -> dict[str, Params]:
+    """Returns the entries of `State.shared` that predictions need."""
     return {name: state.shared[name] for name in self.serves}

@@ -80,7 +80,7 @@ def test_old_temporary_files_are_deleted(tmp_path):
   ("content", "says"),
   [
     ("{", "can't be read (Expecting property name"),
-    ("[1]", "can't be read (no JSON object)"),
+    ("[1]", "can't be read (not a JSON object)"),
     ("[" * 100_000, "can't be read (nested too deeply)"),
     (b"\xff", "can't be read ('utf-8' codec can't decode"),
     (None, "can't be read (Is a directory)"),

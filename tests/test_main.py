@@ -24,7 +24,7 @@ def run(capsys, *arguments):
   ("arguments", "says"),
   [
     ([], "--config is missing"),
-    ([DIGITS], "--workdir is missing"),
+    ([DIGITS], "--workdir, the folder for the results, is missing"),
     ([f"{DIGITS}:halpr"], "unknown method 'halpr' (did you mean halrp?)"),
     (["--config=configs/nowhere.py"], "nowhere.py"),
     ([f"--config={ROOT}/README.md"], "README.md: "),

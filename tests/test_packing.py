@@ -28,7 +28,7 @@ def test_bytes_hold_the_whole_pytree():
 
 @pytest.mark.parametrize("name", ["os:path", "halrp_jax.types:UserError", "halrp_jax.types"])
 def test_only_types_of_ours_are_made(name):
-  with pytest.raises(ValueError, match="no type of ours"):
+  with pytest.raises(ValueError, match="is not in halrp_jax.packing.TYPES"):
     packing.unpack({"named": name, "items": []}, [])
 
 
