@@ -1,70 +1,81 @@
-"""The records below a folder, and what they say together: means over runs, metrics over orders.
+"""Reads the records of runs, groups runs of one setting, and computes the numbers of a group.
 
-A group is all runs of one setting on the same data, the setting being everything in the config but
-order, seed and what changes no result, and the JAX flags that are not as usual (`config.setting_of`
-makes it, a record holds it). The data are known by the hashes of their images and labels; records
-of older versions have none: there the benchmark,
-the tasks' names and, of equal seeds, the split hash are compared. Means are over all runs of a
-group; a task's accuracy under an order is its mean over the seeds of that order.
+A setting is the config without order, seed and keys that do not change results, together with the
+JAX flags that differ from their defaults. `config.setting_of` makes it, and records hold it. A
+group is all runs of one setting on the same data. Data are compared by the hashes of their images
+and labels. Records of older versions have no such hashes: then the benchmark, the names of the
+tasks and, among runs of one seed, the split hashes are compared.
+
+Means are over all runs of a group. The accuracy of a task under an order is the mean over the seeds
+of that order.
 """
 
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from halrp_jax import metrics
-from halrp_jax.types import CHECKPOINTS, CONFIG, JAX_FLAGS, RECORD, SCHEMA, STANDING, TASKS
+from halrp_jax.types import CHECKPOINTS, CONFIG, JAX_FLAGS, RECORD, SCHEMA, STANDING, TASKS, Json
 
-# JSON files of ours that are no records
-_OURS = {CONFIG, TASKS, STANDING, "tune.json"}
+# JSON files that the program writes beside the records
+_NO_RECORDS = {CONFIG, TASKS, STANDING, "tune.json"}
 
-
-# kinds of BatchNorm statistics that a row of a table says; those that need no word say nothing
+# Variants of a setting that have rows of their own in the tables; "" is the setting itself.
 TEST_BATCH, RUNNING = "test-batch statistics", "running statistics"
 RETROSPECTIVE = "retrospective pruning"
 VARIANTS = ("", TEST_BATCH, RUNNING, RETROSPECTIVE)
-_STATISTICS = {"population": "", "batch": TEST_BATCH, "running": RUNNING}
-KINDS = {word: kind for kind, word in _STATISTICS.items()}  # values of method.batch_norm
-# what batch_norm=own meant, and networks on which it means nothing (a test holds both to models/)
+# value of method.batch_norm -> variant, and back
+_VARIANT_OF = {"population": "", "batch": TEST_BATCH, "running": RUNNING}
+KINDS = {variant: kind for kind, variant in _VARIANT_OF.items()}
+# The networks for which batch_norm=own does not mean running statistics, and those that have no
+# BatchNorm. tests/reports/test_records.py compares both with halrp_jax/models/.
 _OWN = {"alexnet": TEST_BATCH}
 _WITHOUT_BATCH_NORM = ("mlp", "saha_lenet", "saha_lenet_without_lrn")
 
 
 class Run(NamedTuple):
-  place: str  # folder of the run, or the file's name, below the folder that was searched
-  record: dict  # with its `setting`
+  """A record that was read."""
+
+  place: str  # path of the run's folder, or of the file, below the folder that was searched
+  record: Json  # content of record.json, with its `setting`
 
   @property
   def task_ids(self) -> tuple[int, ...]:
+    """Returns the ids of the tasks in the order of training."""
     return tuple(self.record["task_ids"])
 
   @property
   def accuracy(self) -> np.ndarray:
-    """[T, T], NaN where nothing was measured."""
+    """Returns the accuracy matrix [T, T] in percent, NaN where nothing was measured."""
     return np.array(self.record["accuracy"], float)
 
 
 class Skipped(NamedTuple):
-  place: str
+  """A file that was left out of a report."""
+
+  place: str  # as `Run.place`
   reason: str
 
 
 class Group(NamedTuple):
+  """All runs of one setting on the same data."""
+
   method: str
   benchmark: str
   network: str
-  fraction: float  # of the training images
-  partial: bool  # less data than the protocol asks for
-  setting: dict  # dotted key -> value
+  fraction: float  # of the training images that was used
+  partial: bool  # whether there were less data than the protocol asks for
+  setting: Json  # {dotted key: value}
   runs: tuple[Run, ...]
 
   @property
   def num_orders(self) -> int:
+    """Returns the number of different task orders of the runs."""
     return len({run.task_ids for run in self.runs})
 
 
@@ -72,17 +83,18 @@ class Group(NamedTuple):
 
 
 def read(
-  root: str, setting_of: Callable[[dict], dict] | None = None
+  root: str, setting_of: Callable[[Json], Json] | None = None
 ) -> tuple[list[Run], list[Skipped]]:
-  """Reads every record below a folder.
+  """Reads all records below a folder.
 
   Args:
     root: the folder.
-    setting_of: config of a record -> its setting, for records of older versions, that hold none,
-      or lack newer keys (`config.setting_of`). None: the setting is the one in the record.
+    setting_of: computes the setting from a record's config (`config.setting_of`). It is needed for
+      records of older versions, which hold no setting, or none with the newest keys. None: the
+      setting in the record is used.
 
   Returns:
-    The records, and what looked like one but can't be used.
+    The records, and the JSON files that can't be used as records.
   """
   runs, skipped = [], []
   for folder, folders, names in os.walk(root):
@@ -90,7 +102,7 @@ def read(
     place = pathlib.Path(folder).relative_to(root)
     if CONFIG in names and RECORD not in names:
       skipped.append(Skipped(str(place), "not finished: the same command goes on"))
-    for name in sorted(n for n in names if n.endswith(".json") and n not in _OURS):
+    for name in sorted(n for n in names if n.endswith(".json") and n not in _NO_RECORDS):
       where = str(place if name == RECORD else place / name)
       try:
         content = json.loads((pathlib.Path(folder) / name).read_text(encoding="utf-8"))
@@ -102,13 +114,14 @@ def read(
       elif setting_of:
         runs.append(Run(where, content | {"setting": setting_of(content["config"])}))
       elif "network" not in (content.get("setting") or ()):
-        skipped.append(Skipped(where, "is of a version that wrote no setting"))
+        skipped.append(Skipped(where, "was written by a version that stored no setting"))
       else:
         runs.append(Run(where, content))
   return runs, skipped
 
 
 def _brief(error: Exception) -> str:
+  """Returns an error message on one line of at most 100 characters."""
   return " ".join(str(error).split())[:100] or type(error).__name__
 
 
@@ -130,10 +143,10 @@ _TYPES = {
 }
 
 
-def problem(content) -> str:
-  """Why this is no record that we can use; nothing if it is one."""
+def problem(content: object) -> str:
+  """Returns why the content of a JSON file can't be used as a record, or "" if it can."""
   if not isinstance(content, dict) or not {"schema", "accuracy"} <= content.keys():
-    return "is no record of a run"
+    return "is not a record of a run"
   if content["schema"] != SCHEMA:
     return f"has schema {content['schema']!r}; this version reads {SCHEMA}"
   wrong = [k for k, kind in _TYPES.items() if not isinstance(content.get(k), kind)]
@@ -142,50 +155,57 @@ def problem(content) -> str:
   return _problem_of_numbers(content)
 
 
-def _problem_of_numbers(record: dict) -> str:
+def _problem_of_numbers(record: Json) -> str:
+  """Returns what is wrong with the values of a record whose fields have the right types, or ""."""
   ids = record["task_ids"]
   if not ids or not all(type(i) is int for i in ids) or len(set(ids)) != len(ids):
-    return "damaged: task_ids are no list of different numbers"
+    return "damaged: task_ids is not a list of different whole numbers"
   try:
     accuracy = np.array(record["accuracy"], float)
     growth = np.array(record["increment"], float)
     seconds = np.array([sum(s.values()) for s in record["seconds"]], float)
   except (TypeError, ValueError, AttributeError):
-    return "damaged: accuracy, increment or seconds are no numbers"
+    return "damaged: accuracy, increment or seconds are not numbers"
   if accuracy.shape != (len(ids), len(ids)):
-    return f"damaged: accuracy is {accuracy.shape}, not {len(ids)} x {len(ids)}"
+    return f"damaged: accuracy has shape {accuracy.shape}, expected {(len(ids), len(ids))}"
   measured = accuracy[np.isfinite(accuracy)]
   if not np.isfinite(accuracy[-1]).all() or measured.min() < 0 or measured.max() > 100:
-    return "damaged: accuracies after the last task are missing or no percentages"
+    return "damaged: accuracies after the last task are missing or not between 0 and 100"
   if not len(growth) or not np.isfinite(growth).all() or not np.isfinite(seconds).all():
-    return "damaged: increment or seconds are no finite numbers"
+    return "damaged: increment or seconds are missing, NaN or infinite"
   config = record["config"]
   method = config.get("method")
   name = method.get("name") if isinstance(method, dict) else None
   if name != record["method"] or not isinstance(config.get("network"), str):
-    return "damaged: its config does not belong to it"
+    return "damaged: its config is of another method or has no network"
   if not isinstance(config.get("train_fraction"), (int, float)):
     return "damaged: its config has no train_fraction"
   try:
     data_of(record), unusual_flags(record)
   except (KeyError, TypeError, ValueError, AttributeError):
-    return "damaged: standing is not what was written"
+    return "damaged: standing does not have the expected fields"
   return ""
 
 
-def statistics(setting: dict) -> str:
-  """Returns which statistics BatchNorm evaluated with, "" for those of the training images."""
+def statistics(setting: Json) -> str:
+  """Returns which statistics BatchNorm evaluates with in a setting.
+
+  Returns:
+    `TEST_BATCH` or `RUNNING`; "" for those of the training images, and for networks without
+    BatchNorm.
+  """
   network, kind = setting.get("network"), setting.get("method.batch_norm", "own")
   if network in _WITHOUT_BATCH_NORM:
     return ""
-  return _STATISTICS[kind] if kind in _STATISTICS else _OWN.get(network, RUNNING)
+  return _VARIANT_OF[kind] if kind in _VARIANT_OF else _OWN.get(network, RUNNING)
 
 
-def variant(setting: dict, standard: dict) -> str | None:
-  """Returns how a setting differs from a standard one: one of `VARIANTS`; None: otherwise.
+def variant(setting: Json, standard: Json) -> str | None:
+  """Returns how a setting differs from a standard setting.
 
-  With statistics other than those of the training images it makes no difference to the name how
-  HALRP pruned: such runs were made before it could prune each task once.
+  Returns:
+    One of `VARIANTS`; None if other keys differ too. If the BatchNorm statistics differ, pruning is
+    not compared: these are runs of versions whose HALRP could only prune retrospectively.
   """
   odd = {k for k in setting.keys() | standard.keys() if setting.get(k) != standard.get(k)}
   if odd - {"method.batch_norm", "method.prune_scope"}:
@@ -197,7 +217,12 @@ def variant(setting: dict, standard: dict) -> str | None:
 
 
 def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
-  """Groups runs of one setting and data; of two with one order and seed the newer one counts."""
+  """Groups runs by setting and data.
+
+  Returns:
+    The groups, and the runs that were left out because there is a newer one of the same setting,
+    order and seed.
+  """
   found: dict[tuple, dict[tuple, Run]] = {}
   skipped = []
   runs = sorted(runs, key=lambda r: (r.record["date"], r.place))
@@ -217,23 +242,24 @@ def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
 
 
 def _key(run: Run) -> tuple:
-  """Returns the first five fields of `Group`, the tasks, and the setting as a text."""
+  """Returns the first five fields of `Group`, the task ids, and the setting as JSON."""
   record, setting = run.record, _setting(run)
-  # 1 and 1.0 are one value
+  # 1 and 1.0 are the same value
   whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in setting.items()}
   head = (record["method"], record["benchmark"], setting["network"])
   head += (float(record["config"]["train_fraction"]), record["partial"])
   return (*head, tuple(sorted(run.task_ids)), json.dumps(whole, sort_keys=True))
 
 
-def _setting(run: Run) -> dict:
-  """Returns the setting of a run and the JAX flags that are not as usual."""
+def _setting(run: Run) -> Json:
+  """Returns the setting of a run, with the JAX flags that differ from their defaults."""
   return run.record["setting"] | unusual_flags(run.record)
 
 
 def _data(runs: list[Run]) -> list[tuple]:
-  """Returns what tells the data of each run from those of others of its setting."""
-  found, splits = [], {}
+  """Returns a key for the data of each run: runs of one setting have equal keys for equal data."""
+  found: list[tuple] = []
+  splits: dict[tuple, dict[int, set[str]]] = {}  # (setting, names of tasks) -> seed -> split hashes
   for run in runs:
     if hashes := data_of(run.record):
       found.append(tuple(sorted(hashes.items())))
@@ -244,40 +270,45 @@ def _data(runs: list[Run]) -> list[tuple]:
       seeds.setdefault(run.record["seed"], set()).add(run.record["split_hash"])
   for i, run in enumerate(runs):
     seeds = splits.get((_key(run), found[i]), {})
-    if any(len(hashes) > 1 for hashes in seeds.values()):  # draws are equal, so the data differ
+    # runs of one seed draw the same splits, so different split hashes mean different data
+    if any(len(hashes) > 1 for hashes in seeds.values()):
       found[i] = (*found[i], run.record["split_hash"])
   return found
 
 
 def notes(groups: list[Group]) -> list[str]:
-  """Returns sentences that say what the means of a report take for granted."""
+  """Returns sentences on how comparable the runs are over which a report takes means."""
   runs = [run for found in groups for run in found.runs]
   lines = []
   if unknown := sum(data_of(run.record) is None for run in runs):
     lines.append(
-      f"{unknown} of {len(runs)} runs are of versions that recorded no hash of their data: their "
-      "data are told apart by the benchmark and the names of the tasks."
+      f"{unknown} of {len(runs)} runs were made by versions that recorded no hash of the data: "
+      "their data are distinguished by the benchmark and the names of the tasks."
     )
   if mixed := sum(len({_machine(run) for run in found.runs}) > 1 for found in groups):
     lines.append(
-      f"The runs of {mixed} of {len(groups)} settings are of several versions or machines: the "
-      "last bits may differ."
+      f"In {mixed} of {len(groups)} settings the runs were made with several versions or machines: "
+      "the last bits may differ."
     )
   return lines
 
 
 def _machine(run: Run) -> str:
+  """Returns a text that is equal for runs with the same versions on the same kind of machine."""
   return json.dumps([run.record["versions"], run.record["device"]], sort_keys=True)
 
 
-def differences(setting: dict, other: dict) -> list[str]:
-  """`key = value` for each key in which a setting differs from another."""
+def differences(setting: Json, other: Json) -> list[str]:
+  """Returns "key = value" for each key in which a setting differs from another one."""
   keys = sorted(k for k in setting.keys() | other.keys() if setting.get(k) != other.get(k))
   return [f"{k} = {setting.get(k)}" for k in keys]
 
 
-def data_of(record: dict) -> dict[int, str] | None:
-  """Returns the hashes of all images of a record's tasks by id; None of an older version.
+def data_of(record: Json) -> dict[int, str] | None:
+  """Returns the data hashes of a record's tasks, {task id: hash}.
+
+  Returns:
+    None for records of versions that stored no hashes.
 
   Raises:
     ValueError, TypeError, KeyError or AttributeError: if the record is damaged.
@@ -286,20 +317,20 @@ def data_of(record: dict) -> dict[int, str] | None:
     return None
   found = {task["id"]: task["data"] for task in record["standing"]["tasks"]}
   if not all(type(i) is int and isinstance(x, str) for i, x in found.items()):
-    raise ValueError("ids and hashes of tasks")
+    raise ValueError("standing: ids or hashes of tasks have another type")
   return found if all(found.values()) else None
 
 
-def short_data(record: dict) -> str:
-  """Returns eight digits that stand for the data of a record; "-" of an older version."""
+def short_data(record: Json) -> str:
+  """Returns the first eight digits of a hash of a record's data; "-" if they are not known."""
   found = data_of(record)
   return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:8] if found else "-"
 
 
-def unusual_flags(record: dict) -> dict:
-  """Returns the flags of a record that are not JAX's defaults.
+def unusual_flags(record: Json) -> Json:
+  """Returns the JAX flags of a record that differ from JAX's defaults, {name: value}.
 
-  Float32 products in float32 are no difference: they are what a CPU computes by default.
+  A matrix product precision of float32 is not counted, because CPUs have it by default.
   """
   found = record.get("standing", {}).get("flags", {})
   return {
@@ -314,41 +345,56 @@ def unusual_flags(record: dict) -> dict:
 
 
 class Number(NamedTuple):
+  """A number with its standard error."""
+
   value: float
-  error: float | None  # standard error of the mean over runs; None where there is none
+  error: float | None  # standard error of the mean over runs; None: not known
 
 
-def mean(values) -> Number:
-  """Mean and standard error (sample deviation / sqrt(n)); no error for one value."""
+def mean(values: Sequence[float] | np.ndarray) -> Number:
+  """Returns mean and standard error (sample deviation / sqrt(n)); no error for a single value."""
   values = np.asarray(values, float)
   error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
   return Number(float(values.mean()), error)
 
 
 def by_order(found: Group) -> np.ndarray:
-  """Final accuracies [num_orders, T], columns by original id, each the mean over its seeds."""
-  place = {i: k for k, i in enumerate(sorted(found.runs[0].task_ids))}  # ids may have gaps
+  """Returns the final accuracies of a group by task order.
+
+  Returns:
+    [num_orders, T] in percent, a row per order and a column per task by increasing task id, each
+    value the mean over the seeds of the order.
+  """
+  column = {i: k for k, i in enumerate(sorted(found.runs[0].task_ids))}  # ids may have gaps
   rows: dict[tuple, list] = {}
   for run in found.runs:
-    final = metrics.by_task_id(run.accuracy[-1], [place[i] for i in run.task_ids])
+    final = metrics.by_task_id(run.accuracy[-1], [column[i] for i in run.task_ids])
     rows.setdefault(run.task_ids, []).append(final)
   return np.array([np.mean(finals, 0) for finals in rows.values()])
 
 
 def number(found: Group, metric: str) -> Number | None:
-  """One of `accuracy`, `increment`, `bwt`, `seconds`, `mopd`, `aopd`; None where it has no meaning.
+  """Returns a metric of a group.
 
-  The order metrics have none for fewer than two orders.
+  Args:
+    found: the group.
+    metric: "accuracy" (percent), "increment" (growth as a fraction of the base), "bwt" (points),
+      "seconds" (of the whole run), "mopd" or "aopd" (points).
+
+  Returns:
+    The mean over the runs; for "mopd" and "aopd" the number without an error. None where the metric
+    is not defined: "mopd" and "aopd" need two orders, and "bwt" more than one task.
   """
   if metric in ("mopd", "aopd"):
     if found.num_orders < 2:
       return None
     return Number(getattr(metrics, metric)(by_order(found)), None)
-  values = [_of_run(run, metric) for run in found.runs]
-  return None if None in values else mean(values)
+  values = [value for run in found.runs if (value := _of_run(run, metric)) is not None]
+  return mean(values) if len(values) == len(found.runs) else None
 
 
 def _of_run(run: Run, metric: str) -> float | None:
+  """Returns a metric of a single run (see `number`)."""
   if metric == "accuracy":
     return metrics.average_accuracy(run.accuracy)
   if metric == "bwt":
@@ -359,5 +405,8 @@ def _of_run(run: Run, metric: str) -> float | None:
 
 
 def training_seconds(run: Run) -> list[float]:
-  """Per group of tasks: training and selection, without compilation and evaluation."""
+  """Returns the seconds of training and rank selection for each group of tasks learned jointly.
+
+  Compilation and evaluation are not included.
+  """
   return [s.get("train", 0.0) + s.get("select", 0.0) for s in run.record["seconds"]]

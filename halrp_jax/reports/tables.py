@@ -1,6 +1,6 @@
-"""Groups of runs against the paper's tables; the same table as CSV and Markdown (LaTeX: latex.py).
+"""Compares groups of runs with the paper's tables and writes tables as CSV and Markdown.
 
-Every number of every form is written by `Cell`, so that they agree.
+latex.py writes them as LaTeX. In all forms `Cell` turns the numbers into text, so that they agree.
 """
 
 import collections
@@ -13,8 +13,9 @@ from typing import NamedTuple
 from halrp_jax.reports import paper, records
 from halrp_jax.reports.paper import Catalogue, Column, Target
 from halrp_jax.reports.records import Group, Number, Run
+from halrp_jax.types import Json
 
-METRICS = {  # name -> head, unit, decimals
+METRICS = {  # name -> (head of the column, unit, decimals)
   "accuracy": ("ACC", "%", 2),
   "mopd": ("MOPD", "points", 2),
   "aopd": ("AOPD", "points", 2),
@@ -24,24 +25,28 @@ NOT_RUN = "not run"
 
 
 class Cell(NamedTuple):
-  row: str  # as the paper calls it
+  """One cell of a table: our number beside the paper's."""
+
+  row: str  # the paper's label of the row
   column: Column
   ours: Number | None
   paper: Number | None
-  group: Group | None  # the runs behind `ours`
-  variant: str = ""  # of the runs: one of `records.VARIANTS`
+  group: Group | None  # the runs from which `ours` is computed
+  variant: str = ""  # of the runs' setting: one of `records.VARIANTS`
 
   @property
   def runs(self) -> tuple[Run, ...]:
+    """Returns the runs from which our number is computed."""
     return self.group.runs if self.group else ()
 
   @property
   def label(self) -> str:
+    """Returns the label of the row, with the variant."""
     return _label(self.row, self.variant)
 
   @property
   def flags(self) -> tuple[str, ...]:
-    """Why it can't be compared with the paper's."""
+    """Returns the reasons why our number can't be compared with the paper's."""
     if not self.group:
       return ()
     wanted = self.column.fraction or 1.0
@@ -52,30 +57,33 @@ class Cell(NamedTuple):
 
   @property
   def difference(self) -> float | None:
-    """Of the numbers as they are written."""
+    """Returns our number minus the paper's, both rounded as they are printed."""
     if not self.ours or not self.paper:
       return None
     decimals = METRICS[self.column.metric][2]
     return round(round(self.ours.value, decimals) - round(self.paper.value, decimals), decimals)
 
   def text(self, number: Number | None) -> str:
-    """67.32 ± 0.10"""
+    """Returns a number with its error, such as "67.32 ± 0.10"; "" for None."""
     if number is None:
       return ""
     mean = self.write(number.value)
     return mean if number.error is None else f"{mean} ± {self.write(number.error)}"
 
   def write(self, x: float | None, sign: str = "") -> str:
+    """Returns a value with the decimals of the column's metric; sign="+" adds a plus sign."""
     return "" if x is None else f"{x:{sign}z.{METRICS[self.column.metric][2]}f}"
 
   @property
   def ours_text(self) -> str:
+    """Returns our number as text, or why there is none."""
     if self.group and not self.ours:
       return "needs two orders"
     return self.text(self.ours) or NOT_RUN
 
   @property
   def count(self) -> str:
+    """Returns how many runs our number is computed from; "" if there are none."""
     return count(self.group) if self.group else ""
 
   def status(self, reasons: dict) -> str:
@@ -94,27 +102,33 @@ class Cell(NamedTuple):
 
 
 def count(group: Group) -> str:
-  """5 x 1: orders x seeds."""
+  """Returns the number of runs of a group as orders x seeds, such as "5 x 1"."""
   orders, runs = group.num_orders, len(group.runs)
   return f"{orders} x {runs // orders}" if runs % orders == 0 else f"{runs} in {orders} orders"
 
 
 class Table(NamedTuple):
+  """A table of the paper with our numbers."""
+
   target: Target
-  rows: dict[str, tuple[Cell, ...]]  # `Cell.label` -> cells as target.columns
+  rows: dict[str, tuple[Cell, ...]]  # `Cell.label` -> a cell for each of target.columns
 
   @property
   def cells(self) -> Iterable[Cell]:
+    """Returns all cells, row by row."""
     return (cell for row in self.rows.values() for cell in row)
 
   @property
   def runs(self) -> tuple[Run, ...]:
-    """Behind any of its numbers, each once."""
+    """Returns the runs from which the table's numbers are computed, each once."""
     return tuple({run.place: run for cell in self.cells for run in cell.runs}.values())
 
 
 def build(target: Target, groups: list[Group], catalogue: Catalogue) -> Table:
-  """Returns a table of the paper from groups of runs."""
+  """Builds a table of the paper from groups of runs.
+
+  Rows of variants of a setting are added where such runs exist.
+  """
   rows = {}
   for row, argument in target.rows.items():
     for variant in records.VARIANTS:
@@ -128,23 +142,40 @@ def build(target: Target, groups: list[Group], catalogue: Catalogue) -> Table:
 
 
 def _label(row: str, variant: str) -> str:
+  """Returns the label of a row with its variant."""
   return f"{row}, {variant}" if variant else row
 
 
-def _cell(target, row, argument, column, groups, catalogue, variant) -> Cell:
+def _cell(
+  target: Target,
+  row: str,
+  argument: str,
+  column: Column,
+  groups: list[Group],
+  catalogue: Catalogue,
+  variant: str,
+) -> Cell:
+  """Builds a cell. `argument`: the row's text after the colon of a config file."""
   setting = paper.Setting(column.config, argument, 1.0)
   fraction = None if catalogue.any_share else column.fraction
   group = find(catalogue.wanted(setting), fraction, groups, variant)
-  ours = group and records.number(group, column.metric)
+  ours = records.number(group, column.metric) if group else None
   return Cell(row, column, ours, paper.number(target, row, column), group, variant)
 
 
 def find(
-  setting: dict | None, fraction: float | None, groups: list[Group], variant: str = ""
+  setting: Json | None, fraction: float | None, groups: list[Group], variant: str = ""
 ) -> Group | None:
-  """Returns the group of a setting, or of a variant of it.
+  """Returns the group of a setting, or of a variant of the setting.
 
-  Whole data come before partial; the largest share of the images if none is asked for.
+  Args:
+    setting: the setting; None: there is none, and the result is None.
+    fraction: share of the training images; None: the largest share that was run.
+    groups: all groups.
+    variant: one of `records.VARIANTS`.
+
+  Returns:
+    If several groups match, one on complete data rather than on partial data. None if none matches.
   """
   if setting is None:
     return None
@@ -158,15 +189,16 @@ def find(
 
 
 class Coverage(NamedTuple):
-  """How much of a figure of the paper was run."""
+  """How many settings of a figure of the paper were run."""
 
   target: Target
-  run: int  # settings of it
-  flagged: int  # of these: on a part of the images or of the data
-  total: int
+  run: int  # settings that were run
+  flagged: int  # those of `run` that used only a part of the images or of the data
+  total: int  # all settings of the figure
 
   @property
   def text(self) -> str:
+    """Returns the counts as a sentence."""
     if not self.run:
       return NOT_RUN
     less = f" ({self.flagged} of them on less data)" if self.flagged else ""
@@ -174,7 +206,7 @@ class Coverage(NamedTuple):
 
 
 def coverage(target: Target, groups: list[Group], catalogue: Catalogue) -> Coverage:
-  """Returns how much of a figure of the paper was run."""
+  """Counts the settings of a figure of the paper that were run."""
   cells = list(build(target._replace(columns=_per_config(target)), groups, catalogue).cells)
   settings = {(cell.row, cell.column) for cell in cells}
   run = {(cell.row, cell.column): cell for cell in reversed(cells) if cell.group}
@@ -182,13 +214,14 @@ def coverage(target: Target, groups: list[Group], catalogue: Catalogue) -> Cover
 
 
 def _per_config(target: Target) -> tuple[Column, ...]:
-  """One column per config and share of the images, whatever is drawn of it."""
+  """Returns one column per config and share of the images, whatever metrics the figure shows."""
   return tuple(
     {(c.config, c.fraction): c._replace(metric="accuracy") for c in target.columns}.values()
   )
 
 
 def command(target: Target) -> str:
+  """Returns the command that runs everything a table or figure needs."""
   kind, name = target.name.split()
   return (
     f"python -m halrp_jax reproduce --{kind}={name} --budget=full --data_dir=DIR --workdir=RUNS"
@@ -204,7 +237,7 @@ _FIELDS = (
 
 
 def to_csv(table: Table) -> str:
-  """A line per cell, those that were not run with nothing in `ours`."""
+  """Returns a table as CSV, one line per cell. `ours` is empty in cells that were not run."""
   stream = io.StringIO()
   writer = csv.writer(stream, lineterminator="\n")
   writer.writerow(_FIELDS)
@@ -224,7 +257,7 @@ def to_csv(table: Table) -> str:
 
 
 def short(cell: Cell) -> str:
-  """One cell on one line: ours, n; the paper's, the difference."""
+  """Returns a cell on one line: our number with the count of runs, the paper's, the difference."""
   ours = cell.ours_text + (f" (n {cell.count})" if cell.ours else "")
   parts = [ours, *cell.flags]
   if cell.paper:
@@ -235,21 +268,23 @@ def short(cell: Cell) -> str:
 
 
 def head(column: Column) -> str:
+  """Returns the head of a column with its metric and unit."""
   name, unit, _ = METRICS[column.metric]
   return f"{column.head}, {name} ({unit})"
 
 
-def markdown(text) -> str:
-  """Returns a text whose characters Markdown shows as they are, also in a table."""
+def markdown(text: object) -> str:
+  """Returns str(text) with Markdown's special characters escaped, on one line for a table."""
   return re.sub(r"[\\|<`*\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split()))
 
 
 def plain_cell(text: str) -> str:
-  """Returns a name for a CSV file: one that a spreadsheet would compute begins with a quote."""
+  """Returns a name for a CSV file, with a quote before names that spreadsheets take for formulas."""
   return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def to_markdown(table: Table) -> str:
+  """Returns a table as Markdown."""
   lines = [f"| | {' | '.join(head(c) for c in table.target.columns)} |"]
   lines.append("|---" * (len(table.target.columns) + 1) + "|")
   for label, cells in table.rows.items():
@@ -289,18 +324,18 @@ def _not_run(table: Table) -> str:
 
 
 class Row(NamedTuple):
-  """One group in plain texts, for the overview."""
+  """A group of runs as texts, a row of the overview."""
 
-  label: str
+  label: str  # name of the method
   where: str  # benchmark and network
-  share: str  # of the images; also if the data are partial
-  difference: str  # from the config of the benchmark
-  count: str
-  numbers: tuple[str, ...]  # as OVERVIEW
+  share: str  # share of the images, and whether the data are partial
+  difference: str  # the keys that differ from the benchmark's config file
+  count: str  # orders x seeds
+  numbers: tuple[str, ...]  # one for each metric of OVERVIEW
   group: Group
 
 
-OVERVIEW = {
+OVERVIEW = {  # head of the column -> (metric, decimals)
   "ACC (%)": ("accuracy", 2),
   "BWT (points)": ("bwt", 2),
   "MOPD (points)": ("mopd", 2),
@@ -311,22 +346,22 @@ OVERVIEW = {
 
 
 def overview(groups: list[Group], catalogue: Catalogue) -> list[Row]:
-  """Every group, also those that no table of the paper has."""
+  """Returns a row for each group, also for those that are in no table of the paper."""
   rows = [_overview_row(group, catalogue) for group in groups]
-  alike = collections.Counter(_texts(row) for row in rows)
+  count = collections.Counter(_distinction(row) for row in rows)
   return [
-    row._replace(where=f"{row.where}; {_data(row.group)}") if alike[_texts(row)] > 1 else row
+    row._replace(where=f"{row.where}; {_data(row.group)}") if count[_distinction(row)] > 1 else row
     for row in rows
   ]
 
 
-def _texts(row: Row) -> tuple[str, ...]:
-  """Returns what tells a row from the others, but for its data."""
+def _distinction(row: Row) -> tuple[str, ...]:
+  """Returns the texts that distinguish a row from others. Rows that agree in them differ in data."""
   return row.label, row.where, row.share, row.difference
 
 
 def _data(group: Group) -> str:
-  """Returns names of the first tasks, and digits that stand for their data where they are known."""
+  """Returns the names of the first tasks and the first digits of the data's hash."""
   record = group.runs[0].record
   names = sorted(map(str, record.get("task_names", ())))
   more = ", ..." if len(names) > 3 else ""
@@ -334,7 +369,8 @@ def _data(group: Group) -> str:
 
 
 def _overview_row(group: Group, catalogue: Catalogue) -> Row:
-  numbers = []
+  """Returns the row of a group."""
+  numbers: list[str] = []
   for metric, decimals in OVERVIEW.values():
     found = records.number(group, metric)
     text = "-" if found is None else f"{found.value:z.{decimals}f}"
@@ -349,10 +385,10 @@ def _overview_row(group: Group, catalogue: Catalogue) -> Row:
 
 
 def difference(group: Group, catalogue: Catalogue) -> str:
-  """The keys in which a group differs from the config of its benchmark."""
+  """Returns the keys in which a group differs from its benchmark's config file, as text."""
   standard = catalogue.standard(group.benchmark, group.network, group.method)
   if standard is None:
-    return "no config of that benchmark and network"
+    return "no config file of this benchmark and network"
   if (variant := records.variant(group.setting, standard)) is not None:
     return variant
   named = f"method.batch_norm = {group.setting.get('method.batch_norm')}"

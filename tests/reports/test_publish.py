@@ -235,7 +235,7 @@ def test_the_page_needs_nothing_else_and_says_where_numbers_are_from(written):
   assert "@import" not in page and "url(" not in page
   targets = set(re.findall(r'id="([^"]+)"', page))
   assert set(re.findall(r'href="#([^"]+)"', page)) <= targets
-  assert "foreign &lt;b&gt;.json</b>: is no record of a run" in page
+  assert "foreign &lt;b&gt;.json</b>: is not a record of a run" in page
   record = json.loads((RECORDS / "split05_A_batch.json").read_text())
   for part in ("A.json", "jax 0.10.2", record["device"], record["date"], "prune_bound"):
     assert part in page

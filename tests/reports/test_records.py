@@ -70,8 +70,8 @@ def test_what_is_no_good_record_is_named_and_left_out(make, tmp_path):
   }
   assert "schema 2; this version reads 1" in said["schema"]
   assert "can't be read" in said["cut"] and "not finished" in said["unfinished"]
-  assert said["foreign.json"] == "is no record of a run"
-  assert "(1, 1), not 3 x 3" in said["matrix"] and "config does not belong" in said["other"]
+  assert said["foreign.json"] == "is not a record of a run"
+  assert "(1, 1), expected (3, 3)" in said["matrix"] and "of another method" in said["other"]
   for name in ("hole", "percent", "ids", "growth", "keys"):
     assert said[name].startswith("damaged: "), name
 
@@ -89,7 +89,7 @@ def test_a_record_of_an_older_version_gets_its_setting_from_its_config(make, tmp
   put(tmp_path / "older", older)
   assert records.read(str(tmp_path)) == (
     [],
-    [records.Skipped("older", "is of a version that wrote no setting")],
+    [records.Skipped("older", "was written by a version that stored no setting")],
   )
   (run,), skipped = records.read(str(tmp_path), setting_of)
   assert run.record["setting"] == setting and not skipped
@@ -180,8 +180,8 @@ def test_what_a_report_takes_for_granted_is_said(make):
   older, newer = make(), make(seed=1, versions={"jax": "9"}, **standing_of("abc"))
   groups, _ = records.group([run(older), run(newer), run(make(seed=2, **standing_of("abc")))])
   unknown, mixed = records.notes(groups)
-  assert unknown.startswith("1 of 3 runs are of versions that recorded no hash of their data")
-  assert mixed.startswith("The runs of 1 of 2 settings are of several versions or machines")
+  assert unknown.startswith("1 of 3 runs were made by versions that recorded no hash of the data")
+  assert mixed.startswith("In 1 of 2 settings the runs were made with several versions or machines")
   assert records.notes([g for g in groups if len(g.runs) == 0]) == []
 
 
@@ -189,7 +189,9 @@ def test_what_a_report_takes_for_granted_is_said(make):
   "wrong", [5, {}, {"tasks": 3}, {"tasks": [{"id": 0}]}, {"tasks": [], "flags": 1}]
 )
 def test_a_damaged_standing_is_named(make, wrong):
-  assert records.problem(make(standing=wrong)) == "damaged: standing is not what was written"
+  assert (
+    records.problem(make(standing=wrong)) == "damaged: standing does not have the expected fields"
+  )
 
 
 def test_keys_that_a_record_is_too_old_for_count_as_what_was_done_then(make):
