@@ -1,4 +1,4 @@
-"""Tables and pictures -> one HTML page that needs nothing else. Its text is in page.html."""
+"""Makes one self-contained HTML page of tables and pictures. The template is page.html."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from halrp_jax.reports.tables import Coverage, Row, Table
 
 _ENVIRONMENT = jinja2.Environment(
   loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-  autoescape=True,  # names of folders, classes and methods are anybody's
+  autoescape=True,  # names of folders, classes and methods are the user's and may hold markup
   undefined=jinja2.StrictUndefined,
   trim_blocks=True,
   lstrip_blocks=True,
@@ -30,7 +30,16 @@ def page(
   pictures: list[Picture],
   skipped: list[Skipped],
 ) -> str:
-  """Returns the whole page. rows: every group, from `tables.overview`."""
+  """Returns the page as HTML.
+
+  Args:
+    title: title of the page.
+    found: the paper's tables with our numbers.
+    covered: how much of the paper's figures was run.
+    rows: one row for each group of runs, from `tables.overview`.
+    pictures: the pictures to embed.
+    skipped: the files that were left out.
+  """
   runs = [run for row in rows for run in row.group.runs]
   anchors = {id(row.group): f"group-{i + 1}" for i, row in enumerate(rows)}
   return _ENVIRONMENT.get_template("page.html").render(
@@ -54,7 +63,7 @@ def page(
 
 
 def svg(picture: Picture) -> bytes:
-  """Returns a picture as the contents of an SVG file, the same bytes every time."""
+  """Returns a picture as the content of an SVG file. Equal pictures give equal bytes."""
   stream = io.BytesIO()
   picture.figure.savefig(stream, format="svg", metadata={"Date": None})
   return stream.getvalue()

@@ -242,14 +242,15 @@ def to_csv(table: Table) -> str:
   writer = csv.writer(stream, lineterminator="\n")
   writer.writerow(_FIELDS)
   for cell in table.cells:
-    ours, theirs = cell.ours or Number(None, None), cell.paper or Number(None, None)
+    ours, our_error = cell.ours or (None, None)
+    theirs, their_error = cell.paper or (None, None)
     head, unit, _ = METRICS[cell.column.metric]
     writer.writerow(
       [
         *(table.target.name, cell.label, cell.column.head, head, unit),
-        *(cell.write(ours.value), cell.write(ours.error)),
+        *(cell.write(ours), cell.write(our_error)),
         *((cell.group.num_orders, len(cell.runs)) if cell.group else ("", "")),
-        *(cell.write(theirs.value), cell.write(theirs.error), cell.write(cell.difference, "+")),
+        *(cell.write(theirs), cell.write(their_error), cell.write(cell.difference, "+")),
         *("; ".join(cell.flags), plain_cell(" ".join(run.place for run in cell.runs))),
       ]
     )
@@ -279,7 +280,7 @@ def markdown(text: object) -> str:
 
 
 def plain_cell(text: str) -> str:
-  """Returns a name for a CSV file, with a quote before names that spreadsheets take for formulas."""
+  """Returns a name for a CSV file; a name that looks like a formula gets a quote in front."""
   return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
@@ -348,15 +349,15 @@ OVERVIEW = {  # head of the column -> (metric, decimals)
 def overview(groups: list[Group], catalogue: Catalogue) -> list[Row]:
   """Returns a row for each group, also for those that are in no table of the paper."""
   rows = [_overview_row(group, catalogue) for group in groups]
-  count = collections.Counter(_distinction(row) for row in rows)
+  times = collections.Counter(_distinction(row) for row in rows)
   return [
-    row._replace(where=f"{row.where}; {_data(row.group)}") if count[_distinction(row)] > 1 else row
+    row._replace(where=f"{row.where}; {_data(row.group)}") if times[_distinction(row)] > 1 else row
     for row in rows
   ]
 
 
 def _distinction(row: Row) -> tuple[str, ...]:
-  """Returns the texts that distinguish a row from others. Rows that agree in them differ in data."""
+  """Returns the texts that distinguish a row from others, except for the data."""
   return row.label, row.where, row.share, row.difference
 
 
