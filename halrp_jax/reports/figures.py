@@ -1,13 +1,15 @@
-"""Groups of runs -> matplotlib figures. Nothing is written here."""
+"""Draws groups of runs as matplotlib figures. Nothing is written to disk here."""
 
 import collections
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from halrp_jax import metrics
@@ -16,12 +18,14 @@ from halrp_jax.reports.records import Group, Run
 
 _MARKERS = "osD^v<>Pp*Xhd8H"
 _HALRP = "black"
-_PER_ROW = 4  # panels
-_READABLE = 12  # tasks whose accuracies are written into the squares
+_PER_ROW = 4  # axes in a row of a figure
+_READABLE = 12  # most tasks for which the accuracies are written into the squares
 
 
 class Picture(NamedTuple):
-  name: str  # of its file
+  """A figure with its caption."""
+
+  name: str  # name of its file without the suffix
   caption: str
   figure: Figure
 
@@ -29,14 +33,14 @@ class Picture(NamedTuple):
 class Panel(NamedTuple):
   """The groups that are drawn together: one per method."""
 
-  name: str
+  name: str  # part of the names of its pictures' files
   title: str
   groups: dict[str, Group]  # label -> group
 
 
 def draw(groups: list[Group], catalogue: paper.Catalogue) -> list[Picture]:
-  """Returns all pictures that the groups give."""
-  pictures = []
+  """Draws all pictures for which the groups have the numbers."""
+  pictures: list[Picture] = []
   for panel in panels(groups, catalogue):
     for make in (matrices, growth, tradeoff, by_task, forgetting_by_order, ranks, time, memory):
       if (figure := make(panel)) is not None:
@@ -58,24 +62,27 @@ _CAPTIONS = {
 
 
 def panels(groups: list[Group], catalogue: paper.Catalogue) -> list[Panel]:
-  """Per benchmark, network and share of the images: each method in the setting of its config.
+  """Chooses the groups that are drawn together.
 
-  Of the kinds of BatchNorm statistics that with most runs is drawn; where no such setting was run,
-  the one with most runs. The label says what is different from the config.
+  There is one panel per benchmark, network and share of the images, with one group per method. The
+  setting of the config file and its variants (`records.VARIANTS`) come first, then other settings.
+  Among several, the one with most runs is chosen. The labels name what differs from the config
+  file.
   """
-  found = collections.defaultdict(dict)
+  found: dict[tuple[str, str, float, bool], dict[str, list[Group]]] = {}
   for group in groups:
-    found[group[1:5]].setdefault(group.method, []).append(group)
-  result = []
+    key = (group.benchmark, group.network, group.fraction, group.partial)
+    found.setdefault(key, {}).setdefault(group.method, []).append(group)
+  result: list[Panel] = []
   for (benchmark, network, fraction, partial), by_method in sorted(found.items()):
-    chosen = {}
+    chosen: dict[str, Group] = {}
     for method in _in_order(by_method):
-      told = [(tables.difference(g, catalogue), g) for g in by_method[method]]
-      other, group = min(
-        told,
+      candidates = [(tables.difference(g, catalogue), g) for g in by_method[method]]
+      difference, group = min(
+        candidates,
         key=lambda x: (x[0] not in records.VARIANTS, -len(x[1].runs), x[0] != "", len(x[0])),
       )
-      chosen[_label(method, other)] = group
+      chosen[_label(method, difference)] = group
     title = f"{benchmark}, {network}, {100 * fraction:g} % of the images"
     name = f"{benchmark}-{network}-{100 * fraction:g}"
     if partial:
@@ -85,7 +92,7 @@ def panels(groups: list[Group], catalogue: paper.Catalogue) -> list[Panel]:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-  """The paper's order, then the others."""
+  """Returns names of methods sorted: the paper's methods in its order, then others by name."""
   known = list(paper.LABELS)
   return sorted(names, key=lambda n: (known.index(n) if n in known else len(known), n))
 
@@ -93,8 +100,8 @@ def _in_order(names: Iterable[str]) -> list[str]:
 # --- drawing --------------------------------------------------------------------------
 
 
-def _style(group: Group) -> dict:
-  """The same colour and marker for a method in all pictures."""
+def _style(group: Group) -> dict[str, Any]:
+  """Returns colour and marker of a method, which are the same in all pictures."""
   known = list(paper.LABELS)
   i = known.index(group.method) if group.method in known else len(known)
   color = _HALRP if group.method == "halrp" else colormaps["tab20"](i % 20)
@@ -102,12 +109,13 @@ def _style(group: Group) -> dict:
 
 
 def _single(width: float = 7.5, height: float = 4.2) -> tuple[Figure, Axes]:
+  """Makes a figure with a single set of axes. Sizes are in inches."""
   figure = Figure((width, height), layout="constrained")
   return figure, figure.subplots()
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-  """Beside the axes; the figure is as high as it needs."""
+  """Draws the legend beside the axes and makes the figure high enough for it."""
   handles, labels = axes.get_legend_handles_labels()
   lines = sum(label.count("\n") + 1 for label in labels)
   figure.set_figheight(max(figure.get_figheight(), 0.3 + 0.14 * lines + 0.06 * len(labels)))
@@ -115,7 +123,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-  """`count` axes in rows; the rest is left empty."""
+  """Makes a figure with `count` axes in rows. Sizes of one set of axes are in inches."""
   columns = min(count, _PER_ROW)
   rows = -(-count // columns)
   figure = Figure((width * columns + 0.8, height * rows + 0.4), layout="constrained")
@@ -125,9 +133,29 @@ def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
   return figure, axes[:count]
 
 
-def _heat(axes: Axes, values, decimals: int, write: bool, **kwargs):
-  """Squares, NaN white, with the numbers in them."""
-  image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", **kwargs)
+def _heat(
+  axes: Axes,
+  values: np.ndarray,
+  decimals: int,
+  write: bool,
+  *,
+  vmin: float | None = None,
+  vmax: float | None = None,
+  cmap: str | None = None,
+) -> AxesImage:
+  """Draws a matrix as coloured squares, NaN white.
+
+  Args:
+    axes: where to draw.
+    values: the matrix.
+    decimals: decimals of the numbers in the squares.
+    write: whether the numbers are written into the squares.
+    vmin: value of the first colour; None: the smallest one of the matrix.
+    vmax: value of the last colour; None: the largest one of the matrix.
+    cmap: name of matplotlib's colour map; None: its default.
+  """
+  shown = np.ma.masked_invalid(values)
+  image = axes.imshow(shown, aspect="auto", vmin=vmin, vmax=vmax, cmap=cmap)
   if write:
     for (y, x), value in np.ndenumerate(values):
       if np.isfinite(value):
@@ -140,12 +168,12 @@ def _heat(axes: Axes, values, decimals: int, write: bool, **kwargs):
 
 
 def _ticks(count: int) -> list[int]:
-  """Positions of at most ten ticks."""
+  """Returns the indices, out of `count`, of at most ten ticks."""
   return list(range(0, count, -(-count // 10)))
 
 
-def _scale_sizes(axis) -> None:
-  """Model sizes: logarithmic, with plain numbers, where they differ much."""
+def _scale_sizes(axis: XAxis | YAxis) -> None:
+  """Makes the axis of model sizes logarithmic if they differ by a factor of 3 or more."""
   low, high = axis.get_data_interval()
   if high < 3 * low:
     return
@@ -156,47 +184,49 @@ def _scale_sizes(axis) -> None:
 
 
 def _count_tasks(axes: Axes) -> None:
+  """Labels the x axis as the number of tasks learned."""
   axes.set_xlabel("tasks learned")
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _label(method: str, other: str) -> str:
-  """The method, and in short lines what is not as in its config."""
+def _label(method: str, difference: str) -> str:
+  """Returns the name of a method with short lines for what differs from its config file."""
   label = paper.LABELS.get(method, method)
-  keys = [key.removeprefix("method.") for key in other.split(", ") if key]
+  keys = [key.removeprefix("method.") for key in difference.split(", ") if key]
   keys = keys if len(keys) <= 2 else [f"{len(keys)} other keys"]
   return "\n".join([label, *(f"({k})" for k in keys)])
 
 
-# --- one panel each -------------------------------------------------------------------
+# --- pictures of one panel ------------------------------------------------------------
 
 
 def matrices(panel: Panel) -> Figure:
-  """Accuracy matrix of one run per method."""
+  """Draws the accuracy matrix of one run per method."""
   figure, axes = _grid(len(panel.groups), 3.0, 2.9)
   runs = {label: group.runs[0] for label, group in panel.groups.items()}
   top = np.nanmax([np.nanmax(run.accuracy) for run in runs.values()])
   low = np.nanmin([np.nanmin(run.accuracy) for run in runs.values()])
   image = None
-  for place, (label, run) in zip(axes, runs.items(), strict=True):
+  for ax, (label, run) in zip(axes, runs.items(), strict=True):
     count = len(run.task_ids)
-    image = _heat(place, run.accuracy, 0, count <= _READABLE, vmin=low, vmax=top)
-    place.set_title(f"{label}, order {_short_order(run)}", fontsize=8)
-    place.set_xticks(_ticks(count), [str(i + 1) for i in _ticks(count)], fontsize=7)
-    place.set_yticks(_ticks(count), [str(i + 1) for i in _ticks(count)], fontsize=7)
-    place.set_xlabel("tested on task (as trained)", fontsize=7)
-    place.set_ylabel("after task", fontsize=7)
+    image = _heat(ax, run.accuracy, 0, count <= _READABLE, vmin=low, vmax=top)
+    ax.set_title(f"{label}, order {_short_order(run)}", fontsize=8)
+    ax.set_xticks(_ticks(count), [str(i + 1) for i in _ticks(count)], fontsize=7)
+    ax.set_yticks(_ticks(count), [str(i + 1) for i in _ticks(count)], fontsize=7)
+    ax.set_xlabel("tested on task (as trained)", fontsize=7)
+    ax.set_ylabel("after task", fontsize=7)
   figure.colorbar(image, ax=axes, label="accuracy (%)")
   return figure
 
 
 def _short_order(run: Run) -> str:
+  """Returns the task order of a run as a short text."""
   order = run.record["order"]
   return order if len(order) < 12 else "as listed"
 
 
 def growth(panel: Panel) -> Figure:
-  """Model size over tasks."""
+  """Draws the model size over the number of tasks learned."""
   figure, axes = _single()
   for label, group in panel.groups.items():
     curves = [1 + np.array(run.record["increment"]) for run in group.runs]
@@ -209,8 +239,8 @@ def growth(panel: Panel) -> Figure:
   return figure
 
 
-def _line(axes: Axes, group: Group, label: str, values) -> None:
-  """Over the tasks; a single point at the last for what learns all at once."""
+def _line(axes: Axes, group: Group, label: str, values: np.ndarray) -> None:
+  """Draws values over the tasks, or a single value (of joint training) at the last task."""
   count = len(group.runs[0].task_ids)
   x = range(1, count + 1) if len(values) == count else [count]
   every = -(-count // 20)
@@ -218,11 +248,12 @@ def _line(axes: Axes, group: Group, label: str, values) -> None:
 
 
 def tradeoff(panel: Panel) -> Figure:
-  """Accuracy against model size."""
+  """Draws the average accuracy over the model size, a point per method."""
   figure, axes = _single()
   for label, group in panel.groups.items():
     accuracy = records.number(group, "accuracy")
     size = records.number(group, "increment")
+    assert accuracy is not None and size is not None  # every record has them
     axes.errorbar(
       1 + size.value,
       accuracy.value,
@@ -242,7 +273,7 @@ def tradeoff(panel: Panel) -> Figure:
 
 
 def by_task(panel: Panel) -> Figure | None:
-  """Accuracy per original task id over orders."""
+  """Draws mean and range of each task's accuracy over the orders; None for a single order."""
   groups = {label: g for label, g in panel.groups.items() if g.num_orders > 1}
   if not groups:
     return None
@@ -252,9 +283,9 @@ def by_task(panel: Panel) -> Figure | None:
     final = records.by_order(group)
     mean = final.mean(0)
     x = np.arange(len(mean)) + 0.7 * ((i + 0.5) / len(groups) - 0.5)
-    spread = [mean - final.min(0), final.max(0) - mean]
-    told = f"{label}\nMOPD {metrics.mopd(final):.2f}, AOPD {metrics.aopd(final):.2f}"
-    axes.errorbar(x, mean, spread, label=told, linestyle="none", markersize=4, **_style(group))
+    errors = [mean - final.min(0), final.max(0) - mean]
+    text = f"{label}\nMOPD {metrics.mopd(final):.2f}, AOPD {metrics.aopd(final):.2f}"
+    axes.errorbar(x, mean, errors, label=text, linestyle="none", markersize=4, **_style(group))
   ids = sorted(next(iter(groups.values())).runs[0].task_ids)
   axes.set_xticks(_ticks(count), [str(ids[i]) for i in _ticks(count)])
   axes.set_xlabel("task (original id)")
@@ -265,35 +296,40 @@ def by_task(panel: Panel) -> Figure | None:
 
 
 def forgetting_by_order(panel: Panel) -> Figure | None:
-  """Backward transfer, methods x orders."""
+  """Draws the backward transfer of each method and order; None for a single order."""
   names = {run.task_ids: _short_order(run) for g in panel.groups.values() for run in g.runs}
-  ids = sorted(names, key=lambda i: names[i])
-  rows = {label: _bwt_row(group, ids) for label, group in panel.groups.items()}
+  orders = sorted(names, key=lambda order: names[order])
+  rows = {label: _bwt_row(group, orders) for label, group in panel.groups.items()}
   rows = {label: row for label, row in rows.items() if np.isfinite(row).any()}
-  if len(ids) < 2 or not rows:
+  if len(orders) < 2 or not rows:
     return None
   values = np.array(list(rows.values()))
-  figure, axes = _single(1.1 * len(ids) + 4.5, 0.4 * len(rows) + 1.5)
+  figure, axes = _single(1.1 * len(orders) + 4.5, 0.4 * len(rows) + 1.5)
   limit = max(np.nanmax(np.abs(values)), 0.5)
   image = _heat(axes, values, 2, True, cmap="RdBu", vmin=-limit, vmax=limit)
-  axes.set_xticks(range(len(ids)), [names[i] for i in ids])
+  axes.set_xticks(range(len(orders)), [names[order] for order in orders])
   axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
   axes.set_xlabel("order")
   figure.colorbar(image, ax=axes, label="BWT (points)")
   return figure
 
 
-def _bwt_row(group: Group, ids: list[tuple]) -> list[float]:
-  """Mean over seeds for each order, NaN where it was not run or has no meaning."""
-  row = []
-  for order in ids:
-    values = [metrics.bwt(run.accuracy) for run in group.runs if run.task_ids == order]
-    row.append(np.nan if not values or None in values else float(np.mean(values)))
+def _bwt_row(group: Group, orders: list[tuple[int, ...]]) -> list[float]:
+  """Returns the mean backward transfer over the seeds of each order.
+
+  It is NaN where the order was not run or the backward transfer is not defined.
+  """
+  row: list[float] = []
+  for order in orders:
+    runs = [run for run in group.runs if run.task_ids == order]
+    values = [value for run in runs if (value := metrics.bwt(run.accuracy)) is not None]
+    is_known = bool(values) and len(values) == len(runs)
+    row.append(float(np.mean(values)) if is_known else np.nan)
   return row
 
 
 def ranks(panel: Panel) -> Figure | None:
-  """Ranks, layers x tasks, for the methods that choose some."""
+  """Draws the ranks by layer and task for the methods that choose ranks; None if none does."""
   runs = {label: group.runs[0] for label, group in panel.groups.items()}
   chosen = {label: run for label, run in runs.items() if any(run.record.get("ranks") or [])}
   if not chosen:
@@ -301,20 +337,23 @@ def ranks(panel: Panel) -> Figure | None:
   layers = {label: list(next(filter(None, run.record["ranks"]))) for label, run in chosen.items()}
   rows = max(map(len, layers.values()))
   figure, axes = _grid(len(chosen), 5.5, 0.35 * rows + 1.4)
-  for place, (label, run) in zip(axes, chosen.items(), strict=True):
+  for ax, (label, run) in zip(axes, chosen.items(), strict=True):
     found = [r or {} for r in run.record["ranks"]]
     values = np.array([[r.get(name, np.nan) for r in found] for name in layers[label]], float)
-    image = _heat(place, values, 0, len(found) <= 20, cmap="viridis", vmin=0)
-    place.set_yticks(range(len(layers[label])), layers[label], fontsize=7)
-    place.set_xticks(_ticks(len(found)), [str(i + 1) for i in _ticks(len(found))])
-    place.set_xlabel("task (as trained)")
-    place.set_title(f"{label}, order {_short_order(run)}", fontsize=8)
-    figure.colorbar(image, ax=place, label="rank")
+    image = _heat(ax, values, 0, len(found) <= 20, cmap="viridis", vmin=0)
+    ax.set_yticks(range(len(layers[label])), layers[label], fontsize=7)
+    ax.set_xticks(_ticks(len(found)), [str(i + 1) for i in _ticks(len(found))])
+    ax.set_xlabel("task (as trained)")
+    ax.set_title(f"{label}, order {_short_order(run)}", fontsize=8)
+    figure.colorbar(image, ax=ax, label="rank")
   return figure
 
 
 def time(panel: Panel) -> Figure | None:
-  """Accumulated time over STL's first task, on one device alone."""
+  """Draws the accumulated training time in units of STL's first task.
+
+  Only runs on the same kind of device as STL's are drawn; None if STL was not run.
+  """
   base = next((g for g in panel.groups.values() if g.method == "stl"), None)
   if base is None:
     return None
@@ -338,7 +377,7 @@ def time(panel: Panel) -> Figure | None:
 
 
 def memory(panel: Panel) -> Figure | None:
-  """Peak memory per task, of the runs that have measured it."""
+  """Draws the peak memory of each task for the runs that measured it; None if none did."""
   figure, axes = _single()
   for label, group in panel.groups.items():
     curves = [run.record["memory_bytes"] for run in group.runs if "memory_bytes" in run.record]
@@ -354,12 +393,17 @@ def memory(panel: Panel) -> Figure | None:
   return figure
 
 
-# --- several panels -------------------------------------------------------------------
+# --- pictures of several panels -------------------------------------------------------
 
 
 def forgetting(groups: list[Group], catalogue: paper.Catalogue) -> list[Picture]:
-  """Backward transfer per method and share of the images (paper Fig. 2), per benchmark."""
-  bars = collections.defaultdict(dict)
+  """Draws backward transfer by method and share of the images, a picture per benchmark.
+
+  Source: paper, Fig. 2.
+  """
+  bars: dict[tuple[str, str], dict[tuple[float, str], records.Number]] = collections.defaultdict(
+    dict
+  )
   for panel in panels(groups, catalogue):
     for label, group in panel.groups.items():
       if (number := records.number(group, "bwt")) is not None and not group.partial:
@@ -374,6 +418,7 @@ def forgetting(groups: list[Group], catalogue: paper.Catalogue) -> list[Picture]
 
 
 def _bars(found: dict[tuple[float, str], records.Number]) -> Figure:
+  """Draws bars from {(share of the images, label of the method): number}."""
   labels = list(dict.fromkeys(label for _, label in found))
   fractions = sorted({fraction for fraction, _ in found})
   figure, axes = _single(max(7.5, 0.55 * len(labels) + 3))
@@ -398,8 +443,8 @@ def _bars(found: dict[tuple[float, str], records.Number]) -> Figure:
 
 
 def lambdas(groups: list[Group]) -> list[Picture]:
-  """HALRP over lambda_0 and lambda_1 (paper Fig. 4), where both were changed."""
-  families = collections.defaultdict(list)
+  """Draws HALRP's metrics over lambda_0 and lambda_1 where both were varied (paper, Fig. 4)."""
+  families: dict[tuple, list[Group]] = collections.defaultdict(list)
   for group in groups:
     if group.method == "halrp":
       rest = {k: v for k, v in group.setting.items() if k not in ("method.l1", "method.l2")}
@@ -418,20 +463,21 @@ def lambdas(groups: list[Group]) -> list[Picture]:
 
 
 def _surfaces(groups: list[Group], l1: list[float], l2: list[float]) -> Figure:
+  """Draws ACC, MOPD and AOPD of runs with the given values of lambda_0 (l1) and lambda_1 (l2)."""
   figure, axes = _grid(3, 3.6, 2.8)
   titles = {"accuracy": "ACC (%)", "mopd": "MOPD (points)", "aopd": "AOPD (points)"}
-  for place, (metric, title) in zip(axes, titles.items(), strict=True):
+  for ax, (metric, title) in zip(axes, titles.items(), strict=True):
     values = np.full((len(l2), len(l1)), np.nan)
     for group in groups:
       if (number := records.number(group, metric)) is not None:
         y, x = l2.index(group.setting["method.l2"]), l1.index(group.setting["method.l1"])
         values[y, x] = number.value
-    place.set_title(title if np.isfinite(values).any() else f"{title}: needs two orders")
-    image = _heat(place, values, 2, True, cmap="viridis" if metric == "accuracy" else "viridis_r")
-    place.set_xticks(range(len(l1)), [f"{x:g}" for x in l1], fontsize=7)
-    place.set_yticks(range(len(l2)), [f"{x:g}" for x in l2], fontsize=7)
-    place.set_xlabel("lambda_0 (L1)")
-    place.set_ylabel("lambda_1 (L2)")
+    ax.set_title(title if np.isfinite(values).any() else f"{title}: needs two orders")
+    image = _heat(ax, values, 2, True, cmap="viridis" if metric == "accuracy" else "viridis_r")
+    ax.set_xticks(range(len(l1)), [f"{x:g}" for x in l1], fontsize=7)
+    ax.set_yticks(range(len(l2)), [f"{x:g}" for x in l2], fontsize=7)
+    ax.set_xlabel("lambda_0 (L1)")
+    ax.set_ylabel("lambda_1 (L2)")
     if np.isfinite(values).any():
-      figure.colorbar(image, ax=place)
+      figure.colorbar(image, ax=ax)
   return figure

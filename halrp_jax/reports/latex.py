@@ -11,8 +11,8 @@ from halrp_jax.reports.tables import METRICS, Cell, Table
 TEXT_WIDTH = 345.0  # points: \textwidth of the class article at 10 points, its smallest
 _COLUMN_SEP = 3.0  # points on each side of a column
 MOST_ROWS = 22  # rows of two lines that fit on a page
-# Upper bounds of the widths of characters in points, in cmr8, the font of \footnotesize: (characters,
-# width), _LOWER for all other lower-case letters, _OTHER for everything else.
+# (characters, upper bound of their width in points) in cmr8, the font of \footnotesize. _LOWER is
+# the bound of all other lower-case letters, _OTHER that of all other characters.
 _WIDTHS = (("MW", 8.8), ("mw%", 7.2), (".,;: ", 3.0), ("()[]-", 3.5), ("0123456789", 4.4))
 _LOWER, _OTHER = 4.9, 7.2
 _SPECIAL = {

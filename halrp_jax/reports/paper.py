@@ -1,7 +1,7 @@
-"""What the paper reports: its tables and figures as settings to run, its numbers (paper.json).
+"""The tables and figures of the HALRP paper: the settings to run for them, and the paper's numbers.
 
-A target is a table or figure. Each of its cells is a setting: a file of configs/, what stands after
-its colon, and the share of the training images.
+A target is a table or a figure. Each of its cells is a setting: a config file, the text after the
+colon in --config=FILE.py:TEXT, and a share of the training images. The numbers are in paper.json.
 """
 
 import functools
@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from halrp_jax.reports import records
+from halrp_jax.types import Json
 
-SYSTEMS = {  # as the paper calls them -> here
+SYSTEMS = {  # the paper's name of a method -> its name in `methods.METHODS`
   "STL": "stl",
   "MTL": "mtl",
   "L2": "l2",
@@ -33,6 +34,7 @@ SYSTEMS = {  # as the paper calls them -> here
 LABELS = {name: label for label, name in SYSTEMS.items()}
 LAMBDA_0 = ("0", "1e-6", "1e-5", "1e-4", "1e-3")
 LAMBDA_1 = ("5e-5", "1e-4", "5e-4")
+# largest difference from the paper's number that counts as reproduced
 ONE_POINT = {"accuracy": 1.0, "mopd": 1.0, "aopd": 1.0, "increment": 0.01}
 
 _FRACTIONS = (0.05, 0.25, 0.5, 1.0)
@@ -52,56 +54,66 @@ _GRID = {f"{a}, {b}": f"{a}_{b}" for a in LAMBDA_0 for b in LAMBDA_1}
 
 
 class Setting(NamedTuple):
-  config: str  # file in configs/, without .py
-  argument: str  # what stands after its colon
-  fraction: float  # of the training images
+  """What is run for a cell of a table or figure."""
+
+  config: str  # name of a file in configs/, without .py
+  argument: str  # the text after the colon in --config=FILE.py:TEXT
+  fraction: float  # share of the training images
 
 
 class Catalogue(NamedTuple):
-  """What the settings of records are compared with (`runs.reproduce.catalogue`)."""
+  """The settings with which those of records are compared (`runs.reproduce.catalogue` makes it)."""
 
-  # what the setting of a record must be to count for a cell; None for a system that isn't here
-  wanted: Callable[[Setting], dict | None]
-  # (benchmark, network, method) -> the setting of configs/; None if there is none
-  standard: Callable[[str, str, str], dict | None]
-  # config of a record -> its setting, which records of older versions don't hold or not in full;
-  # None: the setting is the one in the record
-  setting_of: Callable[[dict], dict] | None = None
-  any_share: bool = False  # runs on any share of the training images count for a cell
+  # returns the setting that records must have to count for a cell; None: the method is missing here
+  wanted: Callable[[Setting], Json | None]
+  # (benchmark, network, method) -> the setting of the file in configs/; None: there is no file
+  standard: Callable[[str, str, str], Json | None]
+  # config of a record -> its setting, for records of older versions, which hold none or not all of
+  # it; None: the setting in the record is used
+  setting_of: Callable[[Json], Json] | None = None
+  any_share: bool = False  # whether runs on any share of the training images count for a cell
 
 
 class Column(NamedTuple):
+  """A column of a table, or one of the quantities that a figure shows."""
+
   head: str
-  metric: str  # accuracy, mopd, aopd or increment
-  config: str
-  fraction: float | None = None  # None: the paper's is 1, any is shown
+  metric: str  # accuracy, mopd, aopd or increment; in figures also bwt, seconds or memory
+  config: str  # name of a file in configs/, without .py
+  # share of the training images; None: 1 in the paper, and runs on any share are shown
+  fraction: float | None = None
 
 
 class Target(NamedTuple):
-  name: str  # "table 2"
+  """A table or figure of the paper."""
+
+  name: str  # such as "table 2"
   title: str
   columns: tuple[Column, ...]
-  rows: dict[str, str] = SYSTEMS  # label -> argument
-  orders: int = 5  # how many of the benchmark's list
-  small_fraction: float = 0.05
-  small_orders: int = 3
-  small_rows: tuple[str, ...] = ()  # of budget small; (): all
+  rows: dict[str, str] = SYSTEMS  # label of the row -> text after the colon of the config file
+  orders: int = 5  # number of task orders, the first ones of the benchmark's list
+  small_fraction: float = 0.05  # share of the training images with --budget=small
+  small_orders: int = 3  # number of task orders with --budget=small
+  small_rows: tuple[str, ...] = ()  # rows with --budget=small; (): all
 
   @property
   def is_table(self) -> bool:
+    """Returns whether this is a table."""
     return self.name.startswith("table")
 
   @property
   def slug(self) -> str:
+    """Returns the name without a space, for the names of files."""
     return self.name.replace(" ", "")
 
 
-def _columns(heads: dict[str, str], *names: str) -> tuple[Column, ...]:
-  """heads: head -> config."""
-  return tuple(Column(head, metric, config) for head, config in heads.items() for metric in names)
+def _columns(configs: dict[str, str], *names: str) -> tuple[Column, ...]:
+  """Returns a column per config and metric. `configs`: {head: config}; `names`: the metrics."""
+  return tuple(Column(head, metric, config) for head, config in configs.items() for metric in names)
 
 
-def _cifar(*names: str, split=True, superclass=True) -> tuple[Column, ...]:
+def _cifar(*names: str, split: bool = True, superclass: bool = True) -> tuple[Column, ...]:
+  """Returns a column per CIFAR-100 benchmark, share of the images and metric."""
   chosen = {"cifar100_split": split, "cifar100_superclass": superclass}
   heads = {"cifar100_split": "CIFAR100-Split", "cifar100_superclass": "CIFAR100-SuperClass"}
   return tuple(
@@ -194,23 +206,28 @@ TARGETS = {
     ),
   )
 }
-STANDARD = (  # one config per benchmark and network
+STANDARD = (  # the config file of each combination of benchmark and network
   *("cifar100_split", "cifar100_superclass", "pmnist", "omniglot_rotation", "digits"),
   *_FIVE.values(),
   *_TINY.values(),
   *_IRU.values(),
 )
 
-
 BUDGETS = ("smoke", "small", "full")
-_SMOKE_FRACTION = 0.01
+_SMOKE_FRACTION = 0.01  # share of the training images with --budget=smoke
 
 
 def settings(target: Target, budget: str, only: tuple[str, ...] = ()) -> list[Setting]:
-  """The settings of a target under a budget, each once. `only`: arguments, (): all."""
+  """Returns the settings of a target under a budget, each once.
+
+  Args:
+    target: the table or figure.
+    budget: one of `BUDGETS`.
+    only: the rows that are wanted, by their text after the colon; (): all.
+  """
   small_rows = target.small_rows if budget != "full" else ()
   rows = [a for label, a in target.rows.items() if not small_rows or label in small_rows]
-  found = {}
+  found: dict[Setting, bool] = {}  # a dict keeps the order
   for column in target.columns:
     for argument in rows:
       if only and argument not in only:
@@ -225,13 +242,17 @@ def settings(target: Target, budget: str, only: tuple[str, ...] = ()) -> list[Se
 
 
 @functools.cache
-def numbers() -> dict:
-  """{"2": {row: {head: {metric: [value, standard error]}}}}, percent; increments are fractions."""
+def numbers() -> Json:
+  """Returns the paper's numbers, {"2": {row: {head: {metric: [value, standard error]}}}}.
+
+  The outer keys are the numbers of the tables. Accuracies are in percent, MOPD and AOPD in points,
+  increments are fractions of the base.
+  """
   return json.loads(pathlib.Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 
 
 def number(target: Target, row: str, column: Column) -> records.Number | None:
-  """What the paper has in a cell."""
+  """Returns the paper's number in a cell; None if it gives none."""
   table = numbers().get(target.name.removeprefix("table "), {})
   found = table.get(row, {}).get(column.head, {}).get(column.metric)
   return records.Number(found[0], found[1] if len(found) > 1 else None) if found else None
