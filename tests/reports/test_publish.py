@@ -197,12 +197,18 @@ def test_every_text_of_the_page_is_escaped(published):
   )
   shown = page.page(bad, *made)
   assert "<script" not in shown and shown.count("&lt;/td&gt;&lt;script&gt;&#39;&#34;&amp;") == 7
-  assert "<p>Nothing.</p>" in shown and "\n<p>None has these runs.</p>" not in shown
+  assert (
+    "<p>Nothing.</p>" in shown
+    and "\n<p>No table of the paper contains these runs.</p>" not in shown
+  )
 
 
 def test_an_empty_report_is_a_page():
   shown = page.page("none", [], [], [], [], [])
-  assert "<p>None has these runs.</p>" in shown and "<p>0 runs of 0 settings; 0 files" in shown
+  assert (
+    "<p>No table of the paper contains these runs.</p>" in shown
+    and "<p>0 runs of 0 settings; 0 files" in shown
+  )
 
 
 def test_what_the_package_reads_is_installed_with_it():
