@@ -1,15 +1,15 @@
-r"""CIFAR100-Split with other regularisation of HALRP (paper Fig. 4).
+r"""CIFAR100-Split with other regularisation coefficients of HALRP (paper, Fig. 4).
 
   python -m halrp_jax.main --config=configs/ablation_lambda_split.py:1e-5_5e-4 \
       --config.data_dir=DIR --workdir=RUN
 
-After the colon: lambda_0 (L1 on U and V) and lambda_1 (L2). The paper's grid is
-{0, 1e-6, 1e-5, 1e-4, 1e-3} x {5e-5, 1e-4, 5e-4}:
+The text after the colon is lambda_0 (L1 on U and V) and lambda_1 (L2). The paper's grid is
+{0, 1e-6, 1e-5, 1e-4, 1e-3} x {5e-5, 1e-4, 5e-4}. This command runs all of it:
 
   python -m halrp_jax reproduce --figure=4 --budget=small --data_dir=DIR --workdir=RUNS
 
-Everything else is configs/cifar100_split.py's. The paper gives no numbers. Ours:
-docs/reproduction.md.
+All other keys are those of configs/cifar100_split.py. Expected: not run, except for
+1e-4_1e-4, which is configs/cifar100_split.py itself. The paper gives no numbers.
 """
 
 import re
@@ -26,9 +26,11 @@ def get_config(setting: str = "1e-4_1e-4"):
 
 
 def halrp_with(setting: str) -> str:
-  """Returns LAMBDA0_LAMBDA1 as the method HALRP and its keys."""
+  """Turns LAMBDA0_LAMBDA1 into the method HALRP with its keys."""
   lambdas, *more = setting.split(",")
   match = re.fullmatch(f"{_NUMBER}_{_NUMBER}", lambdas)
   if not match:
-    raise UserError(f"{setting!r} is not LAMBDA0_LAMBDA1, such as 1e-5_5e-4")
+    raise UserError(
+      f"config file: expected LAMBDA0_LAMBDA1 after the colon, such as 1e-5_5e-4, got {setting!r}"
+    )
   return ",".join(("halrp", f"l1={match[1]}", f"l2={match[2]}", *more))

@@ -1,10 +1,12 @@
-r"""CIFAR100-20: 20 tasks of 5 classes by chance, MLP of 256 (paper Table 4, the setting of IRU).
+"""CIFAR100-20: 20 tasks of 5 random classes of CIFAR-100, MLP of width 256 (paper, Table 4).
 
   python -m halrp_jax.main --config=configs/cifar100_20_mlp.py --config.data_dir=DIR --workdir=RUN
 
-The method stands after the config's name: configs/cifar100_20_mlp.py:stl. DIR holds
-cifar-100-binary/ or cifar-100-binary.tar.gz. The paper's ACC: HALRP 67.21, IRU 65.90. Ours:
-docs/measurements.md.
+Another method stands after the colon: --config=configs/cifar100_20_mlp.py:stl. DIR holds
+cifar-100-binary/ or cifar-100-binary.tar.gz. The setting is that of the IRU paper (incremental
+rank updates).
+
+Expected: not run. The paper's ACC: HALRP 67.21 %, IRU 65.90 %.
 """
 
 from halrp_jax.config import make_config
@@ -19,7 +21,7 @@ def get_config(method: str = "halrp"):
     epochs=20,
     batch_size=128,
     learning_rate=1e-3,
-    # the paper gives no hyper-parameters here: these are ours, after CIFAR100-SuperClass
+    # The paper gives no hyper-parameters for this setting. These follow CIFAR100-SuperClass.
     protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.2},
     every_method={"l2": 1e-4},
     methods_={

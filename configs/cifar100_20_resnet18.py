@@ -1,11 +1,13 @@
-r"""CIFAR100-20: 20 tasks of 5 classes by chance, ResNet18 (paper Table 4, the setting of IRU).
+r"""CIFAR100-20: 20 tasks of 5 random classes of CIFAR-100, ResNet18 (paper, Table 4).
 
   python -m halrp_jax.main --config=configs/cifar100_20_resnet18.py \
       --config.data_dir=DIR --workdir=RUN
 
-The method stands after the config's name: configs/cifar100_20_resnet18.py:stl. DIR holds
-cifar-100-binary/ or cifar-100-binary.tar.gz. The paper's ACC: HALRP 73.71, IRU 68.46. Ours:
-docs/measurements.md.
+Another method stands after the colon: --config=configs/cifar100_20_resnet18.py:stl. DIR holds
+cifar-100-binary/ or cifar-100-binary.tar.gz. The setting is that of the IRU paper (incremental
+rank updates).
+
+Expected: not run. The paper's ACC: HALRP 73.71 %, IRU 68.46 %.
 """
 
 from halrp_jax.config import make_config
@@ -20,7 +22,7 @@ def get_config(method: str = "halrp"):
     epochs=20,
     batch_size=128,
     learning_rate=1e-3,
-    # the paper gives no hyper-parameters here: these are ours, after CIFAR100-SuperClass
+    # The paper gives no hyper-parameters for this setting. These follow CIFAR100-SuperClass.
     protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.2},
     every_method={"l2": 1e-4},
     methods_={

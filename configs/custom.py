@@ -1,12 +1,15 @@
-r"""Your own images: a folder per task, an .npz per task, or TFDS sets (halrp_jax/data/custom.py).
+r"""Your own images: a folder per task, an .npz file per task, or data sets of TFDS.
 
   python -m halrp_jax check_data --config=configs/custom.py --config.data_dir=DIR
   python -m halrp_jax.main --config=configs/custom.py --config.data_dir=DIR --workdir=RUN \
       [--config.network=resnet18] [--config.data.image_size=64]
 
-DIR holds TASK/CLASS/IMAGE, or TASK/train/CLASS/IMAGE with TASK/val/... and TASK/test/..., or
-TASK.npz; check_data says what is read, converted, not used, and wrong.
-The hyper-parameters are those of CIFAR100-Split with the images shuffled: a start, not a result.
+DIR holds TASK/CLASS/IMAGE; or TASK/train/CLASS/IMAGE with TASK/val/... and TASK/test/...; or
+TASK.npz. halrp_jax/data/custom.py describes all layouts. check_data prints what is read, converted,
+left out, and wrong.
+
+The hyper-parameters are those of configs/cifar100_split.py with shuffled images: a starting point
+for your own. Expected ACC, growth and time depend on your images.
 """
 
 from halrp_jax.config import make_config

@@ -1,11 +1,12 @@
-r"""Five-dataset: CIFAR-10, MNIST, SVHN, FashionMNIST, notMNIST; AlexNet (paper Table 3b, Table 8).
+r"""Five-dataset: CIFAR-10, MNIST, SVHN, FashionMNIST, notMNIST; AlexNet (paper, Tables 3b and 8).
 
   python -m halrp_jax.main --config=configs/five_datasets_alexnet.py \
       --config.data_dir=DIR --workdir=RUN
 
-The method stands after the config's name: configs/five_datasets_alexnet.py:stl. DIR holds
-cifar-10-batches-bin/, mnist/, svhn/, fashion_mnist/ and notMNIST_small/ (or their archives). The
-paper's ACC over five orders: HALRP 88.81, STL 89.32. Ours: docs/measurements.md.
+Another method stands after the colon: --config=configs/five_datasets_alexnet.py:stl. DIR holds
+cifar-10-batches-bin/, mnist/, svhn/, fashion_mnist/ and notMNIST_small/, or their archives.
+
+Expected: not run. The paper's ACC, the mean over five orders: HALRP 88.81 %, STL 89.32 %.
 """
 
 from halrp_jax.config import make_config
@@ -34,6 +35,6 @@ def get_config(method: str = "halrp"):
         "l1": 1e-6,
         "prune_bound": 0.6,
       },
-      "prd": {"momentum": 0.0},  # the authors' scripts leave it out here
+      "prd": {"momentum": 0.0},  # as in the authors' scripts for this benchmark
     },
   )

@@ -1,13 +1,12 @@
-r"""Five-dataset: CIFAR-10, MNIST, SVHN, FashionMNIST, notMNIST; ResNet18.
-
-Paper Table 3b, Table 8.
+r"""Five-dataset: CIFAR-10, MNIST, SVHN, FashionMNIST, notMNIST; ResNet18 (paper, Tables 3b and 8).
 
   python -m halrp_jax.main --config=configs/five_datasets_resnet18.py \
       --config.data_dir=DIR --workdir=RUN
 
-The method stands after the config's name: configs/five_datasets_resnet18.py:stl. DIR holds
-cifar-10-batches-bin/, mnist/, svhn/, fashion_mnist/ and notMNIST_small/ (or their archives). The
-paper's ACC over five orders: HALRP 93.39, STL 94.24. Ours: docs/measurements.md.
+Another method stands after the colon: --config=configs/five_datasets_resnet18.py:stl. DIR holds
+cifar-10-batches-bin/, mnist/, svhn/, fashion_mnist/ and notMNIST_small/, or their archives.
+
+Expected: not run. The paper's ACC, the mean over five orders: HALRP 93.39 %, STL 94.24 %.
 """
 
 from halrp_jax.config import make_config
@@ -37,6 +36,6 @@ def get_config(method: str = "halrp"):
         "prune_bound": 0.6,
         "upper_rank": 120,
       },
-      "prd": {"momentum": 0.0},  # the authors' scripts leave it out here
+      "prd": {"momentum": 0.0},  # as in the authors' scripts for this benchmark
     },
   )

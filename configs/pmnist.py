@@ -1,9 +1,17 @@
-r"""P-MNIST: 10 permutations of MNIST, LeNet (paper Table 3a and Table 8).
+"""P-MNIST: 10 permutations of MNIST, LeNet (paper, Tables 3a and 8).
 
   python -m halrp_jax.main --config=configs/pmnist.py --config.data_dir=DIR --workdir=RUN
 
-The method stands after the config's name: configs/pmnist.py:stl. DIR holds mnist/ with the four idx
-files. The paper's ACC over five orders: HALRP 98.10, STL 98.24. Ours: docs/measurements.md.
+Another method stands after the colon: --config=configs/pmnist.py:stl. DIR holds mnist/ with the
+four idx files.
+
+Expected: not run with these keys. With train_fraction=0.2, method.batch_norm=running and
+method.prune_scope=all (HALRP alone), order 0 and seed 0, on a CPU with 4 cores:
+
+  HALRP  ACC 96.54 %, growth 0.621, 909 s  docs/records/pmnist_fraction20_0.json
+  STL    ACC 96.96 %, growth 9,     961 s  docs/records/pmnist_fraction20_0_stl.json
+
+The paper's ACC, the mean over five orders: HALRP 98.10 %, STL 98.24 %.
 """
 
 from halrp_jax.config import make_config
@@ -32,6 +40,6 @@ def get_config(method: str = "halrp"):
         "l1": 1e-6,
         "prune_bound": 0.6,
       },
-      "prd": {"augment": "none"},  # permuted pixels have no neighbours
+      "prd": {"augment": "none"},  # cropping makes no sense for permuted pixels
     },
   )

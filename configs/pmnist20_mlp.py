@@ -1,9 +1,11 @@
-r"""PMNIST-20: 20 permutations of MNIST, MLP of 256 (paper Table 4, the setting of IRU).
+"""PMNIST-20: 20 permutations of MNIST, MLP of width 256 (paper, Table 4).
 
   python -m halrp_jax.main --config=configs/pmnist20_mlp.py --config.data_dir=DIR --workdir=RUN
 
-The method stands after the config's name: configs/pmnist20_mlp.py:stl. DIR holds mnist/ with the
-four idx files. The paper's ACC: HALRP 92.02, IRU 85.60. Ours: docs/measurements.md.
+Another method stands after the colon: --config=configs/pmnist20_mlp.py:stl. DIR holds mnist/ with
+the four idx files. The setting is that of the IRU paper (incremental rank updates).
+
+Expected: not run. The paper's ACC: HALRP 92.02 %, IRU 85.60 %.
 """
 
 from halrp_jax.config import make_config
@@ -18,7 +20,7 @@ def get_config(method: str = "halrp"):
     epochs=12,
     batch_size=128,
     learning_rate=1e-3,
-    # the paper gives no hyper-parameters for this setting: these are ours, after P-MNIST
+    # The paper gives no hyper-parameters for this setting. These follow P-MNIST.
     protocol={
       "shuffle": True,
       "schedule": "epoch",
@@ -33,6 +35,6 @@ def get_config(method: str = "halrp"):
         "l1": 1e-6,
         "prune_bound": 0.6,
       },
-      "prd": {"augment": "none"},  # permuted pixels have no neighbours
+      "prd": {"augment": "none"},  # cropping makes no sense for permuted pixels
     },
   )

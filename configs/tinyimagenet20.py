@@ -1,4 +1,4 @@
-"""TinyImageNet, 20 tasks of 10 classes: configs/tinyimagenet20_resnet18.py by its short name."""
+"""TinyImageNet in 20 tasks of 10 classes: a short name of configs/tinyimagenet20_resnet18.py."""
 
 from halrp_jax.config import sibling
 

@@ -1,11 +1,12 @@
-r"""TinyImageNet, 20 tasks of 10 classes, AlexNet (paper Table 3d and Table 8).
+r"""TinyImageNet in 20 tasks of 10 classes, AlexNet (paper, Tables 3d and 8).
 
   python -m halrp_jax.main --config=configs/tinyimagenet20_alexnet.py \
       --config.data_dir=DIR --workdir=RUN
 
-The method stands after the config's name: configs/tinyimagenet20_alexnet.py:stl. DIR holds tiny-
-imagenet-200/ or tiny-imagenet-200.zip. The paper's ACC over five orders: HALRP 66.68, STL 66.78.
-Ours, on a part of the images: docs/measurements.md.
+Another method stands after the colon: --config=configs/tinyimagenet20_alexnet.py:stl. DIR holds
+tiny-imagenet-200/ or tiny-imagenet-200.zip.
+
+Expected: not run. The paper's ACC, the mean over five orders: HALRP 66.68 %, STL 66.78 %.
 """
 
 from halrp_jax.config import sibling

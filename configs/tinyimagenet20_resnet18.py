@@ -1,11 +1,12 @@
-r"""TinyImageNet, 20 tasks of 10 classes, ResNet18 (paper Table 3d and Table 8).
+r"""TinyImageNet in 20 tasks of 10 classes, ResNet18 (paper, Tables 3d and 8).
 
   python -m halrp_jax.main --config=configs/tinyimagenet20_resnet18.py \
       --config.data_dir=DIR --workdir=RUN
 
-The method stands after the config's name: configs/tinyimagenet20_resnet18.py:stl. DIR holds tiny-
-imagenet-200/ or tiny-imagenet-200.zip. The paper's ACC over five orders: HALRP 70.09, STL 67.00.
-Ours, on a part of the images: docs/measurements.md.
+Another method stands after the colon: --config=configs/tinyimagenet20_resnet18.py:stl. DIR holds
+tiny-imagenet-200/ or tiny-imagenet-200.zip.
+
+Expected: not run. The paper's ACC, the mean over five orders: HALRP 70.09 %, STL 67.00 %.
 """
 
 from halrp_jax.config import make_config
@@ -23,13 +24,13 @@ def get_config(method: str = "halrp"):
 
 
 def tiny_imagenet(method: str, *, l2: float, halrp: dict, **top):
-  """Returns what the settings on TinyImageNet have in common, with the values of one.
+  """Returns the config of one of the four settings on TinyImageNet.
 
   Args:
-    method: what stands after the colon.
+    method: the text after the colon.
     l2: `method.l2` of all methods.
-    halrp: its keys `method.*` that differ between the settings.
-    **top: top-level keys that do.
+    halrp: HALRP's keys `method.*` whose values are those of this setting alone.
+    **top: other keys whose values are those of this setting alone.
   """
   return make_config(
     method,

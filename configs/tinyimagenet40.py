@@ -1,4 +1,4 @@
-"""TinyImageNet, 40 tasks of 5 classes: configs/tinyimagenet40_resnet18.py by its short name."""
+"""TinyImageNet in 40 tasks of 5 classes: a short name of configs/tinyimagenet40_resnet18.py."""
 
 from halrp_jax.config import sibling
 

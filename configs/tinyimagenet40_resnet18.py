@@ -1,11 +1,12 @@
-r"""TinyImageNet, 40 tasks of 5 classes, ResNet18 (paper Table 3d and Table 8).
+r"""TinyImageNet in 40 tasks of 5 classes, ResNet18 (paper, Tables 3d and 8).
 
   python -m halrp_jax.main --config=configs/tinyimagenet40_resnet18.py \
       --config.data_dir=DIR --workdir=RUN
 
-The method stands after the config's name: configs/tinyimagenet40_resnet18.py:stl. DIR holds tiny-
-imagenet-200/ or tiny-imagenet-200.zip. The paper's ACC over five orders: HALRP 75.53, STL 74.08.
-Ours, on a part of the images: docs/measurements.md.
+Another method stands after the colon: --config=configs/tinyimagenet40_resnet18.py:stl. DIR holds
+tiny-imagenet-200/ or tiny-imagenet-200.zip.
+
+Expected: not run. The paper's ACC, the mean over five orders: HALRP 75.53 %, STL 74.08 %.
 """
 
 from halrp_jax.config import sibling
