@@ -3,8 +3,8 @@
   python -m halrp_jax.main --config=configs/cifar100_20_mlp.py --config.data_dir=DIR --workdir=RUN
 
 Another method stands after the colon: --config=configs/cifar100_20_mlp.py:stl. DIR holds
-cifar-100-binary/ or cifar-100-binary.tar.gz. The setting is that of the IRU paper (incremental
-rank updates).
+cifar-100-binary/ or cifar-100-binary.tar.gz. The setting is that of the IRU paper (arXiv
+2207.09074).
 
 Expected: not run. The paper's ACC: HALRP 67.21 %, IRU 65.90 %.
 """

@@ -4,8 +4,8 @@ r"""CIFAR100-20: 20 tasks of 5 random classes of CIFAR-100, ResNet18 (paper, Tab
       --config.data_dir=DIR --workdir=RUN
 
 Another method stands after the colon: --config=configs/cifar100_20_resnet18.py:stl. DIR holds
-cifar-100-binary/ or cifar-100-binary.tar.gz. The setting is that of the IRU paper (incremental
-rank updates).
+cifar-100-binary/ or cifar-100-binary.tar.gz. The setting is that of the IRU paper (arXiv
+2207.09074).
 
 Expected: not run. The paper's ACC: HALRP 73.71 %, IRU 68.46 %.
 """

@@ -3,7 +3,7 @@
   python -m halrp_jax.main --config=configs/pmnist20_mlp.py --config.data_dir=DIR --workdir=RUN
 
 Another method stands after the colon: --config=configs/pmnist20_mlp.py:stl. DIR holds mnist/ with
-the four idx files. The setting is that of the IRU paper (incremental rank updates).
+the four idx files. The setting is that of the IRU paper (arXiv 2207.09074).
 
 Expected: not run. The paper's ACC: HALRP 92.02 %, IRU 85.60 %.
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A sweep, or one run, on this machine's cores: N processes, each with its own cores if there are two
-# for each (shards: one).
+# Runs a sweep as N shards, or a single run as N processes, on the cores of this machine. Each shard
+# has cores of its own, and so has each process if there are at least two cores for each.
 #
 #   launch/local.sh --shards=N [--python=PATH] [--dry_run] -- ARGUMENTS OF SWEEP
 #   launch/local.sh --shards=2 -- --config=configs/digits.py --methods=halrp,stl --seeds=0,1 \
@@ -9,9 +9,10 @@
 #   launch/local.sh --processes=N [--python=PATH] [--dry_run] -- ARGUMENTS OF halrp_jax.main
 #   launch/local.sh --processes=2 -- --config=configs/digits.py --workdir=runs/digits
 #
-# Shards have cells of their own, processes share every batch of one run. SIGTERM and Ctrl-C stop all
-# of them; the same command goes on. Exit codes: 0 all ended well, 75 one was stopped, otherwise that
-# of one that failed; of processes, where those that are left have to stop, 1 and 2 come before 75.
+# Each shard does some runs of the sweep; processes share every batch of one run. SIGTERM and Ctrl-C
+# stop all of them, and the same command goes on. Exit codes: 0 if all succeeded; 75 if one was
+# stopped; otherwise the exit code of one that failed. If one of several processes fails, the others
+# have to stop: then the exit code is 1 or 2 rather than 75.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -22,7 +23,7 @@ parse_arguments launch/local.sh "$@"
 [ ${#flags[@]} = 0 ] ||
   die "'${flags[0]}' is not a flag of launch/local.sh; the arguments of the program stand after --"
 [ -n "$shards$processes" ] || die "--shards=N or --processes=N is missing; launch/local.sh --help"
-[ -z "$shards" ] || [ -z "$processes" ] || die "--shards or --processes, not both"
+[ -z "$shards" ] || [ -z "$processes" ] || die "expected --shards or --processes, not both"
 if [ -n "$shards" ]; then
   kind=shards count=$shards program=(halrp_jax sweep)
 else
@@ -31,7 +32,7 @@ fi
 require_count "--$kind" "$count"
 [ ${#arguments[@]} -gt 0 ] || die "no arguments of ${program[*]} after --; launch/local.sh --help"
 
-# The cores this process may use, one a line: "0-1,4" -> 0 1 4
+# Prints the numbers of the cores that this process may use, one per line: "0-1,4" -> 0 1 4
 allowed_cores() {
   local ranges range
   IFS=, read -ra ranges < <(awk '/^Cpus_allowed_list/ {print $2}' /proc/self/status)
@@ -40,14 +41,15 @@ allowed_cores() {
   done
 }
 
+# Prints the number of a port on which nothing listens.
 free_port() {
   local port
   while port=$((20000 + RANDOM % 12000)) && (exec 3<>"/dev/tcp/localhost/$port") 2>/dev/null; do :; done
   echo "$port"
 }
 
-# Flags that tell one of them from the others, a line each.
-place_of() { # NUMBER
+# Prints the flags that make one shard or process differ from the others, one per line.
+own_flags() { # NUMBER
   if [ "$kind" = shards ]; then
     echo "--shard=$1/$count"
   else
@@ -57,7 +59,7 @@ place_of() { # NUMBER
 
 mapfile -t cores < <(allowed_cores)
 each=$((${#cores[@]} / count))
-((each > 0)) || die "--$kind=$count: there are ${#cores[@]} cores for them"
+((each > 0)) || die "--$kind=$count: there are only ${#cores[@]} cores; choose a smaller number"
 [ -n "$dry_run" ] || require_python "$python"
 port=$(free_port)
 
@@ -65,14 +67,15 @@ pids=()
 for ((i = 0; i < count; i++)); do
   mine=$(IFS=, && echo "${cores[*]:i*each:each}")
   if [ "$kind" = processes ] && [ "$each" = 1 ]; then
-    mine=$(IFS=, && echo "${cores[*]}") # with one core the sums wait for its scheduler
+    # With a single core each, a process would wait for the scheduler at every sum over processes.
+    mine=$(IFS=, && echo "${cores[*]}")
   fi
-  mapfile -t place < <(place_of "$i")
-  one=(taskset -c "$mine" "$python" -m "${program[@]}" "${arguments[@]}" "${place[@]}")
+  mapfile -t own < <(own_flags "$i")
+  command=(taskset -c "$mine" "$python" -m "${program[@]}" "${arguments[@]}" "${own[@]}")
   if [ -n "$dry_run" ]; then
-    print_command "${one[@]}"
+    print_command "${command[@]}"
   else
-    "${one[@]}" > >(trap '' INT TERM && exec sed -u "s/^/[$i] /") 2>&1 &
+    "${command[@]}" > >(trap '' INT TERM && exec sed -u "s/^/[$i] /") 2>&1 &
     pids+=($!)
   fi
 done
@@ -82,7 +85,7 @@ result=0
 for pid in "${pids[@]}"; do
   await "$pid"
   if [ "$kind" = processes ] && [ "$code" -gt 2 ]; then
-    code=$STOPPED # what ends the others is one that was killed
+    code=$STOPPED # killed, because another process has ended
   fi
   if [ "$result" = 0 ] || { [ "$kind" = shards ] && [ "$code" = "$STOPPED" ]; } ||
     { [ "$kind" = processes ] && [ "$result" = "$STOPPED" ] && [ "$code" != 0 ]; }; then

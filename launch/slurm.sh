@@ -4,20 +4,20 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
-# A sweep as a Slurm array: every task of the array does its shard. Submits itself.
+# Runs a sweep as a Slurm job array, one shard per task of the array. The script submits itself.
 #
 #   launch/slurm.sh --shards=N [--python=PATH] [--dry_run] [SBATCH FLAGS] -- ARGUMENTS OF SWEEP
 #   launch/slurm.sh --shards=8 --gres=gpu:1 --time=4:00:00 -- --config=configs/cifar100_split.py \
 #     --config.data_dir=/data --methods=halrp,stl --orders=all --workdir=/shared/split
 #
-# All nodes must share the workdir. Two minutes before its time is up a task stops (exit code 75) and
-# is put back into the queue, where it goes on. One that is preempted stops the same way, and Slurm
-# itself puts it back; one that is cancelled stays away. Among the flags, --array=... does some of
-# the shards only.
+# All nodes must share the workdir. Two minutes before its time limit a task stops with exit code 75
+# and is requeued; it then goes on where it stopped. A preempted task stops in the same way and is
+# requeued by Slurm itself. A cancelled task is not requeued. With --array=... among the flags only
+# some of the shards are run.
 set -euo pipefail
 
 in_job=""
-if [ "${1:-}" = in_job ]; then # Slurm runs a copy of this file, which lies elsewhere
+if [ "${1:-}" = in_job ]; then # Slurm runs a copy of this file from another folder
   in_job=yes ROOT=$2
   shift 2
 else
@@ -27,7 +27,8 @@ fi
 source "$ROOT/launch/common.sh"
 
 parse_arguments launch/slurm.sh "$@"
-[ -z "$processes" ] || die "--processes=$processes: not here; srun and --coordinator=auto (BUILD.md)"
+[ -z "$processes" ] ||
+  die "--processes=$processes is not supported; use srun and --coordinator=auto (BUILD.md)"
 [ -n "$shards" ] || die "--shards=N is missing; launch/slurm.sh --help"
 require_count --shards "$shards"
 [ ${#arguments[@]} -gt 0 ] || die "no arguments of sweep after --; launch/slurm.sh --help"
@@ -39,7 +40,8 @@ if [ -z "$in_job" ]; then
     print_command "${submit[@]}"
     exit 0
   fi
-  type -P sbatch >/dev/null || die "sbatch is not installed: this is no machine of a Slurm cluster"
+  type -P sbatch >/dev/null ||
+    die "sbatch is not installed; start this script on a login node of a Slurm cluster"
   require_python "$python"
   exec "${submit[@]}"
 fi

@@ -1,27 +1,34 @@
 #!/usr/bin/env bash
-# Cloud TPU VMs, from create to delete. The Google Cloud CLI must be installed and logged in.
+# Manages Cloud TPU VMs and runs the program on them. The Google Cloud CLI must be installed and
+# logged in.
 #
 #   launch/tpu.sh VERB --name=NAME --zone=ZONE [FLAGS] [-- MODULE ARGUMENTS]
 #
-#   create   a TPU VM: --type= --version= [--spot] [--queued: as a queued resource, and wait for it]
-#   install  this working tree, Python and JAX onto it [--data=gs://...: its folder data/]
-#   run      python -m MODULE ARGUMENTS there, with --workdir=runs/NAME; shows what it prints.
-#            It goes on without the connection; the same command shows it again.
-#   resume   create, install and run, as far as each is still to do, and again whenever the VM is
-#            taken away, with the same workdir out of --bucket
-#   fetch    the workdir of NAME into --to=DIR, out of --bucket or else from the VM
-#   status   the state of the VM
-#   delete   the VM; what is in the bucket stays
+#   create   creates a TPU VM of --type= and --version= [--spot] [--queued: as a queued resource; waits
+#            for it]
+#   install  copies this working tree to the VM and installs Python and JAX [--data=gs://...: the
+#            folder to copy to data/]
+#   run      runs python -m MODULE ARGUMENTS on the VM with --workdir=runs/NAME, shows the output.
+#            The run goes on if the connection ends; the same command shows it again.
+#   resume   creates, installs and runs as far as necessary, and again whenever the VM is taken
+#            away; the workdir then comes from --bucket
+#   fetch    copies the workdir of NAME to --to=DIR, from --bucket or else from the VM
+#   status   prints the state of the VM
+#   delete   deletes the VM; the bucket is not changed
 #
-#   --bucket=gs://BUCKET/FOLDER  a copy of the workdir is kept in its NAME/ while the run is at work
-#   --shards=N  the verb for NAME-0 to NAME-(N-1); run and resume all at once, with --shard=I/N
-#   --all_hosts  install, run, resume: on every host of a larger slice, which share the batches of a
-#               run of halrp_jax.main
-#   --project=P  --attempts=20 (resume)  --wait=60 (seconds between looks)
-#   --dry_run    prints the commands, runs none
+#   --bucket=gs://BUCKET/FOLDER  while the run is working, its workdir is copied to FOLDER/NAME
+#   --shards=N   applies the verb to NAME-0 ... NAME-(N-1); run and resume work on all at once, with
+#                --shard=I/N
+#   --all_hosts  install, run, resume: uses all hosts of a larger slice, which share the batches of
+#                a run of halrp_jax.main
+#   --project=P  Google Cloud project
+#   --attempts=20  resume: how often a VM is created or looked for
+#   --wait=60    seconds between two looks at the VM
+#   --dry_run    prints the commands without running them
 #
-# One host: v5litepod-1 to -8, v6e-1 to -8, v4-8. Exit codes: the run's (0, 1, 2, 75); 2 for a mistake
-# in the arguments; 75 also if the attempts are used up. Needs bash 4.4 or newer.
+# Types with one host: v5litepod-1 to -8, v6e-1 to -8, v4-8. Exit codes: those of the run (0, 1, 2,
+# 75); 2 for a mistake in the arguments; 75 also if all attempts are used up. Needs bash 4.4 or
+# newer.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -29,8 +36,10 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 source "$ROOT/launch/common.sh"
 VERBS="create install run resume fetch status delete"
 
+# Prints a message to the user.
 say() { echo "$*" >&2; }
 
+# Runs a command, or prints it with --dry_run.
 call() { # COMMAND
   if [ -n "$dry_run" ]; then
     print_command "$@"
@@ -39,13 +48,18 @@ call() { # COMMAND
   fi
 }
 
-tpu() { call gcloud compute tpus "$@" "--zone=$zone" ${project:+"--project=$project"}; }
+# Runs gcloud compute tpus in the zone and project.
+tpu() { # ARGUMENTS
+  call gcloud compute tpus "$@" "--zone=$zone" ${project:+"--project=$project"}
+}
 
-on_vm() { # a text for the VM's shell
+# Runs a command in the shell of the VM.
+on_vm() { # TEXT
   tpu tpu-vm ssh "$name" "--command=$1" ${all_hosts:+--worker=all}
 }
 
-quoted() { # WORDS, for on_vm
+# Prints words quoted for the shell of the VM.
+quoted() { # WORDS
   printf ' %q' "$@"
 }
 
@@ -61,6 +75,7 @@ create() {
   fi
 }
 
+# Waits for a queued resource; fails if it will not become active.
 await_queue() {
   local now
   while now=$(state) && [ "$now" != ACTIVE ]; do
@@ -72,7 +87,8 @@ await_queue() {
   done
 }
 
-# READY (in the queue: ACTIVE), PREEMPTED, SUSPENDED, ...; MISSING if there is none.
+# Prints the state of the VM: READY (of a queued resource: ACTIVE), PREEMPTED, SUSPENDED, ...; or
+# MISSING if there is no VM.
 state() {
   local kind=tpu-vm field=state
   if [ -n "$queued" ]; then
@@ -102,7 +118,7 @@ run() {
 
 resume() {
   if [ -n "$dry_run" ]; then
-    say "# what is still to do of this, and all of it when the VM is taken away:"
+    say "# resume runs those of these commands that are necessary, all if the VM was taken away:"
     delete && create && install && run
     return
   fi
@@ -122,7 +138,8 @@ resume() {
   return "$STOPPED"
 }
 
-# A VM with the program on it. One that was taken away is deleted first: its name is still in use.
+# Makes sure that there is a VM with the program on it. A VM that was taken away is deleted first,
+# because its name is still in use.
 make_ready() { # STATE
   case $1 in
     MISSING) create || return ;;
@@ -137,8 +154,8 @@ make_ready() { # STATE
   on_vm "test -e halrp_jax/.venv/installed" || install
 }
 
-# Whether the run came to an end, its exit code in `code`. That of ssh may be the connection's, so a
-# failure counts only if it is written down on the VM.
+# Runs the program; succeeds if the run came to an end, with its exit code in `code`. An exit code
+# of ssh can mean that the connection failed, so a failure counts only if the VM has its exit code.
 finished() {
   code=0
   run && return
@@ -186,6 +203,7 @@ do_verb() {
 
 # --- the command line -----------------------------------------------------------------
 
+# Stops the script if one of the flags is not given.
 need() { # FLAGS
   local flag
   for flag in "$@"; do
@@ -193,18 +211,19 @@ need() { # FLAGS
   done
 }
 
+# Stops the script if the command after -- does not fit the verb.
 check_command() {
   local argument
   if [ "$verb" != run ] && [ "$verb" != resume ]; then
-    [ ${#command[@]} = 0 ] || die "$verb: takes no command after --"
+    [ ${#command[@]} = 0 ] || die "$verb: takes no command after --; only run and resume do"
     return
   fi
   [ ${#command[@]} -gt 0 ] ||
     die "$verb: nothing to run; for example -- halrp_jax.main --config=configs/digits.py"
   for argument in "${command[@]}"; do
     case $argument in
-      --workdir*) die "$verb: leave $argument out, the workdir is runs/NAME" ;;
-      --overwrite*) die "$verb: $argument would start anew each time; take another --name" ;;
+      --workdir*) die "$verb: leave $argument out; the workdir is always runs/NAME" ;;
+      --overwrite*) die "$verb: $argument would start again each time; choose another --name" ;;
     esac
   done
   [[ -z $all_hosts || ${command[0]} == halrp_jax.main ]] ||
@@ -213,7 +232,7 @@ check_command() {
     die "$verb: --shards divides a sweep; for example -- halrp_jax sweep --config=..."
 }
 
-# The verb for every shard, run and resume in the background.
+# Applies the verb to every shard; run and resume work in the background.
 for_shards() {
   local base=$name whole=("${command[@]}") pids=() worst=0 i pid
   for ((i = 0; i < shards; i++)); do
@@ -256,7 +275,7 @@ while [ $# -gt 0 ]; do
       command=("$@")
       break
       ;;
-    -*) die "$1 is not a flag of launch/tpu.sh; a value follows after =; --help" ;;
+    -*) die "$1 is not a flag of launch/tpu.sh; values are given as --FLAG=VALUE; see --help" ;;
     *)
       [ -z "$verb" ] || die "more than one verb: $verb, $1; the command of a run stands after --"
       verb=$1
@@ -264,7 +283,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -n "$verb" ] || die "no verb; known: $VERBS"
+[ -n "$verb" ] || die "the verb is missing; known: $VERBS"
 [[ " $VERBS " == *" $verb "* ]] || die "unknown verb '$verb'; known: $VERBS"
 need name zone
 case $verb in
@@ -273,12 +292,13 @@ case $verb in
   fetch) need to ;;
 esac
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-  die "--name=$name: small letters, digits and hyphens, a letter first"
+  die "--name=$name: expected small letters, digits and hyphens, with a letter first"
 bucket=${bucket%/}
-[[ -z $bucket || $bucket == gs://?* ]] || die "--bucket=$bucket: gs://BUCKET or gs://BUCKET/FOLDER"
+[[ -z $bucket || $bucket == gs://?* ]] ||
+  die "--bucket=$bucket: expected gs://BUCKET or gs://BUCKET/FOLDER"
 [ -z "$shards" ] || require_count --shards "$shards"
 require_count --attempts "$attempts"
-[[ $wait =~ ^[0-9]+$ ]] || die "--wait=$wait: seconds"
+[[ $wait =~ ^[0-9]+$ ]] || die "--wait=$wait: expected a number of seconds"
 check_command
 if [ -z "$dry_run" ] && ! type -P gcloud >/dev/null; then
   die "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
