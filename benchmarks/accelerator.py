@@ -1,19 +1,20 @@
-r"""Everything worth knowing about an accelerator in one command that ends within its budget.
+r"""Measures an accelerator with one command that ends within its budget of seconds.
 
   python benchmarks/accelerator.py --budget=360 --out=DIR [--parts=steps,torch] [--rest] [--smoke]
       [--networks=lenet,resnet18_64] [--data_dir=PATH]
   python benchmarks/accelerator.py --pack=DATA_DIR:FILE
 
-Every part is a process of its own (accelerator_parts.py) with a limit on its time; one that fails
-or overruns is reported, the next one runs. DIR/accelerator.json has every result as soon as it is
-there, DIR/accelerator.log what the processes said; a table comes last. The most valuable come
-first; what the budget has no room for is named. --rest begins with those. --smoke: small shapes,
-for a machine without an accelerator. --networks: of the parts steps and torch.
+Each part runs in a process of its own (accelerator_parts.py) with a time limit. If a part fails or
+takes too long, this is reported and the next part runs. DIR/accelerator.json gets every result as
+soon as it is known, DIR/accelerator.log the output of the processes; a table is printed at the end.
+The most useful parts come first, and parts that do not fit into the budget are named. --rest starts
+with these. --smoke uses small shapes, for a machine without an accelerator. --networks chooses the
+networks of the parts steps and torch.
 
---data_dir (or the environment variable HALRP_ACCELERATOR_DATA): a folder with CIFAR-100's original
-files, or a file that --pack has made of them: it is lossy, so that all images take 20 MiB, and the
-accuracies are on these images. Without it images are drawn, and there is no accuracy. PyTorch is
-needed for the part torch alone.
+--data_dir (or the environment variable HALRP_ACCELERATOR_DATA) is a folder with CIFAR-100's
+original files, or a file that --pack has made from them. Packing is lossy, so that all images take
+20 MiB, and the accuracies are those on the packed images. Without it the images are random and
+there are no accuracies. PyTorch is needed for the part torch only.
 """
 
 import argparse
@@ -35,7 +36,8 @@ import zipfile
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# (part, target, most seconds of a budget of 360). A target of steps and torch: network:precision.
+# (part, target, time limit in seconds for a budget of 360 seconds). The targets of the parts steps
+# and torch are network:precision.
 FIRST = (
   ("device", "-", 90),
   ("steps", "lenet:float32", 80),
@@ -73,25 +75,25 @@ REST = (
   ("steps", "mlp:bfloat16", 40),
 )
 PARTS = tuple(dict.fromkeys(part for part, *_ in FIRST))
-LEAST = 8  # seconds without which no part is begun
+LEAST = 8  # no part is started with fewer seconds left
 
 
 # --- the processes ----------------------------------------------------------------------
 
 
 class Worker:
-  """A part's process: it imports what it needs, then waits for `go`."""
+  """The process of a part. It imports its modules and then waits for `go`."""
 
   def __init__(self, unit, options, environment):
     self.part, self.target, self.limit = unit
-    self.said = tempfile.TemporaryFile()  # noqa: SIM115
+    self.output = tempfile.TemporaryFile()  # noqa: SIM115
     script = str(ROOT / "benchmarks/accelerator_parts.py")
     command = [sys.executable, script, self.part, self.target, f"--data_dir={options.data_dir}"]
     self.process = subprocess.Popen(
       command + ["--smoke"] * options.smoke,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      stderr=self.said,
+      stderr=self.output,
       text=True,
       encoding="utf-8",
       env=environment,
@@ -101,48 +103,51 @@ class Worker:
     threading.Thread(target=self._read, daemon=True).start()
 
   def _read(self):
+    """Puts the lines of the process into a queue, and None at their end."""
     for line in self.process.stdout:
       self.lines.put(line)
     self.lines.put(None)
 
   def go(self, seconds: float):
-    """Yields its rows; whatever goes wrong is one, too."""
+    """Starts the measurement and yields its rows; a failure is a row with an error."""
     stop, name = time.monotonic() + seconds, self.target
     try:
       print("go", file=self.process.stdin, flush=True)
       while (line := self.lines.get(timeout=max(stop - time.monotonic(), 0.01))) is not None:
         yield json.loads(line)
       if self.process.wait(timeout=max(stop - time.monotonic(), 0.01)):
-        yield {"name": name, "error": f"exit code {self.process.returncode}: {self.last_words()}"}
+        yield {"name": name, "error": f"exit code {self.process.returncode}: {self.last_lines()}"}
     except (queue.Empty, subprocess.TimeoutExpired):
       yield {"name": name, "error": f"stopped after {seconds:.0f} s"}
     except (OSError, ValueError) as e:
-      yield {"name": name, "error": f"{type(e).__name__}: {e}; {self.last_words()}"}
+      yield {"name": name, "error": f"{type(e).__name__}: {e}; {self.last_lines()}"}
     finally:
       self.end()
 
   def end(self):
-    """Ends it with all that it has started."""
+    """Kills the process and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
       os.killpg(self.process.pid, signal.SIGKILL)
     self.process.wait()
 
-  def words(self, most: int) -> str:
-    self.said.seek(max(0, self.said.seek(0, os.SEEK_END) - most))
-    return self.said.read().decode(errors="replace")
+  def tail(self, most: int) -> str:
+    """Returns the last `most` bytes of the output."""
+    self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - most))
+    return self.output.read().decode(errors="replace")
 
-  def last_words(self) -> str:
-    return " | ".join(line.strip() for line in self.words(1500).splitlines()[-4:])
+  def last_lines(self) -> str:
+    """Returns the last lines of the output on one line."""
+    return " | ".join(line.strip() for line in self.tail(1500).splitlines()[-4:])
 
 
 def measure(options) -> int:
-  """Runs the parts; returns how many have failed."""
+  """Runs the parts and returns the number of those that failed."""
   deadline = time.monotonic() + options.budget
   out, cache = pathlib.Path(options.out), tempfile.mkdtemp(prefix="accelerator-cache-")
   out.mkdir(parents=True, exist_ok=True)
   environment = os.environ | {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    "JAX_COMPILATION_CACHE_DIR": cache,  # of this run alone: new compilations are whole ones
+    "JAX_COMPILATION_CACHE_DIR": cache,  # empty, so that compile times are complete
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two processes share the device in part torch
@@ -151,7 +156,7 @@ def measure(options) -> int:
   results |= {"no_room": [], "rows": []}
   units, failed = chosen(options), 0
   scale = options.budget / max(min(360, sum(limit for *_, limit in units)), 1)
-  if results["gpu"] and not options.smoke:  # no silent measuring of the host instead
+  if results["gpu"] and not options.smoke:  # fail rather than measure the CPU by mistake
     environment["JAX_PLATFORMS"] = "cuda,cpu"
 
   def start(unit):
@@ -161,7 +166,7 @@ def measure(options) -> int:
 
   def keep(part, row):
     ceilings = {r["ceiling"]: r["value"] for r in results["rows"] if "ceiling" in r}
-    if row.get("precision") in ceilings:  # float32: of the products as they are by default
+    if row.get("precision") in ceilings:  # float32: the rate of products at the default precision
       row["share"] = row["tflops"] / ceilings[row["precision"]]
     results["rows"].append({"part": part} | rounded(row))
     print(line_of(results["rows"][-1]), flush=True)
@@ -175,7 +180,7 @@ def measure(options) -> int:
         results["no_room"] = [f"{part} {target}" for part, target, _ in units[i:]]
         break
       begin, now = time.monotonic(), worker
-      # what the next one imports is imported meanwhile
+      # the next part imports its modules meanwhile
       worker = start(units[i + 1]) if i + 1 < len(units) else None
       for row in now.go(min(left, max(limit * scale, LEAST))):
         if "about" in row:
@@ -185,7 +190,7 @@ def measure(options) -> int:
         keep(part, row)
       seconds = time.monotonic() - begin
       keep(part, {"name": f"{target} the whole part", "value": seconds, "unit": "s"})
-      print(f"--- {part} {target}\n{now.words(8000)}", file=log, flush=True)
+      print(f"--- {part} {target}\n{now.tail(8000)}", file=log, flush=True)
   if worker:
     worker.end()
   write(out / "accelerator.json", results)
@@ -195,7 +200,7 @@ def measure(options) -> int:
 
 
 def chosen(options) -> list[tuple]:
-  """The units of the parts and networks asked for, in their order."""
+  """Returns the (part, target, limit) of the parts and networks that were asked for, in order."""
   parts = options.parts.split(",") if options.parts else PARTS
   units = REST if options.rest else FIRST + REST
   if options.smoke and not options.rest:  # small networks first
@@ -215,6 +220,7 @@ def chosen(options) -> list[tuple]:
 
 
 def nvidia_smi() -> str:
+  """Returns what nvidia-smi says about the GPU; "" if there is none."""
   fields = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
   command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
   try:
@@ -226,7 +232,7 @@ def nvidia_smi() -> str:
 
 
 def rounded(x):
-  """Six digits of every number."""
+  """Returns a JSON value with all numbers rounded to six digits."""
   if isinstance(x, dict):
     return {k: rounded(v) for k, v in x.items()}
   if isinstance(x, list):
@@ -235,12 +241,14 @@ def rounded(x):
 
 
 def write(path: pathlib.Path, results: dict) -> None:
+  """Writes the results as JSON, completely or not at all."""
   temporary = path.with_suffix(".tmp")
   temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
   temporary.replace(path)
 
 
 def line_of(row: dict) -> str:
+  """Returns a row as a line of a table."""
   hidden = ("part", "name", "value", "unit", "said", "precision", "ceiling")
   more = " ".join(
     f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={str(v)[:150]}"
@@ -253,7 +261,7 @@ def line_of(row: dict) -> str:
 
 
 def table(results: dict) -> str:
-  """The figures alone, for a terminal."""
+  """Returns the most important numbers as a table for the terminal."""
   head = [f"device: {results.get('device', 'none answered')}", str(results.get("versions", ""))]
   keys = ("share", "ratio", "compile_seconds", "acc", "times_one", "loop", "kind", "error")
   lines = []
@@ -274,12 +282,12 @@ _MOST = 20 * 2**20  # bytes of a packed file
 
 
 def pack(data_dir: str, path: str) -> str:
-  """Writes the images as mosaics in AVIF, as good as 20 MiB allow. -> what it did"""
+  """Packs CIFAR-100 into mosaics in AVIF of at most 20 MiB; returns a description."""
   from PIL import Image
 
-  place = pathlib.Path(data_dir) / "cifar-100-binary"
+  folder = pathlib.Path(data_dir) / "cifar-100-binary"
   records = np.concatenate(
-    [np.fromfile(place / f"{name}.bin", np.uint8).reshape(-1, 3074) for name in ("train", "test")]
+    [np.fromfile(folder / f"{name}.bin", np.uint8).reshape(-1, 3074) for name in ("train", "test")]
   )
   image = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
   mosaics = image.reshape(-1, _SIDE, _SIDE, 32, 32, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -301,18 +309,24 @@ def pack(data_dir: str, path: str) -> str:
       archive.writestr(f"{i:02d}.avif", part)
     archive.writestr("labels", records[:, :2].tobytes(), zipfile.ZIP_DEFLATED)
     for name in ("fine_label_names.txt", "coarse_label_names.txt"):
-      archive.write(place / name, name)
+      archive.write(folder / name, name)
     archive.writestr("about", about)
   return f"{path}: {pathlib.Path(path).stat().st_size:,} bytes, {about}"
 
 
 def originals(source: str, folder: str, smoke: bool) -> str:
-  """Puts CIFAR-100's files into a folder: original, unpacked or drawn. -> what they are"""
-  place = pathlib.Path(folder) / "cifar-100-binary"
+  """Writes CIFAR-100's files into a folder and returns a description of the images.
+
+  Args:
+    source: folder with the original files, or a packed file, or "" for random images.
+    folder: where to write.
+    smoke: whether a few random images are enough.
+  """
+  target = pathlib.Path(folder) / "cifar-100-binary"
   if source and pathlib.Path(source).is_dir():
-    place.symlink_to(pathlib.Path(source).resolve() / "cifar-100-binary")
+    target.symlink_to(pathlib.Path(source).resolve() / "cifar-100-binary")
     return "the original images"
-  place.mkdir()
+  target.mkdir()
   if source:
     from PIL import Image
 
@@ -321,7 +335,7 @@ def originals(source: str, folder: str, smoke: bool) -> str:
       label = np.frombuffer(label, np.uint8).reshape(-1, 2)
       names = sorted(name for name in archive.namelist() if name.endswith(".avif"))
       mosaics = [np.asarray(Image.open(io.BytesIO(archive.read(n))).convert("RGB")) for n in names]
-      archive.extractall(place, ["fine_label_names.txt", "coarse_label_names.txt"])
+      archive.extractall(target, ["fine_label_names.txt", "coarse_label_names.txt"])
     image = np.stack(mosaics).reshape(-1, _SIDE, 32, _SIDE, 32, 3).transpose(0, 1, 3, 5, 2, 4)
     image = image.reshape(len(label), -1)
     num_test = 10000
@@ -330,17 +344,18 @@ def originals(source: str, folder: str, smoke: bool) -> str:
     fine = np.tile(np.arange(100, dtype=np.uint8), (num_test + num_train) // 100)
     label = np.stack([fine // 5, fine], 1)
     image = np.random.default_rng(0).integers(0, 256, (len(fine), 3072), np.uint8)
-    about = "drawn images"
+    about = "random images"
     for name, count in (("fine", 100), ("coarse", 20)):
       names = "\n".join(f"{name}_{i}" for i in range(count))
-      (place / f"{name}_label_names.txt").write_text(names, encoding="utf-8")
+      (target / f"{name}_label_names.txt").write_text(names, encoding="utf-8")
   records = np.hstack([label, image])
-  records[:-num_test].tofile(place / "train.bin")
-  records[-num_test:].tofile(place / "test.bin")
+  records[:-num_test].tofile(target / "train.bin")
+  records[-num_test:].tofile(target / "test.bin")
   return about
 
 
 def main() -> int:
+  """Measures, or packs data with --pack; returns the exit code."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -357,9 +372,9 @@ def main() -> int:
     print(pack(*options.pack.rsplit(":", 1)))
     return 0
   if unknown := set(options.parts.split(",")) - {*PARTS, ""}:
-    parser.error(f"--parts: no part is called {', '.join(sorted(unknown))}; {', '.join(PARTS)} are")
+    parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
   if not options.out:
-    parser.error("--out is missing: the folder for the results")
+    parser.error("--out, the folder for the results, is missing")
   return 1 if measure(options) else 0
 
 

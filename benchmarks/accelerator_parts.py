@@ -1,9 +1,10 @@
-"""What `accelerator.py` measures: each part is a generator of rows, in a process of its own.
+"""The parts of `accelerator.py`: each is a generator of results and runs in a process of its own.
 
   python benchmarks/accelerator_parts.py PART TARGET [--smoke] [--data_dir=PATH]
 
-Starts when a line comes on the standard input, so that what it imports costs no time of the one
-before. A row is {"name", "value", "unit"} and whatever else is worth knowing, a line of JSON.
+The measurement starts when a line arrives on the standard input, so that importing modules takes no
+time of the measurement. A result, called a row, is a line of JSON on the standard output with
+"name", "value", "unit" and further fields.
 """
 
 import argparse
@@ -48,6 +49,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "numpy", "sci
 
 
 def about() -> dict:
+  """Returns the device and the versions of the packages."""
   versions = {"python": platform.python_version()}
   for name in PACKAGES:
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -61,7 +63,7 @@ def about() -> dict:
 
 
 def device(target, options):
-  """The self-test, what float32 means here, the ceilings, the price of a call."""
+  """Measures the self-test, the precision of float32 products, peak rates, the cost of a call."""
   said = io.StringIO()
   with contextlib.redirect_stdout(said):
     code = doctor.main([])
@@ -106,6 +108,7 @@ def device(target, options):
 
 
 def steps(target, options):
+  """Measures the training steps of a network with both loops."""
   setting, precision = target.split(":")
   clock = compile_clock()
   for loop in ("scan", "steps"):
@@ -113,7 +116,7 @@ def steps(target, options):
 
 
 def torch(target, options):
-  """PyTorch's steps, a round after every epoch of ours."""
+  """Measures PyTorch's steps, one round after every epoch of ours."""
   setting, precision = target.split(":")
   made = make(setting, "stl", options.smoke, precision=precision)
   config, benchmark, _, _ = made
@@ -144,7 +147,7 @@ def torch(target, options):
       1e3 * statistics.median(t["seconds"] for t in theirs),
       "ms",
       ours_ms=1e3 * statistics.median(ours),
-      ratio=statistics.median(ratios),  # above 1: ours takes less time
+      ratio=statistics.median(ratios),  # PyTorch's time / ours: above 1, ours is faster
       spread=[ratios[0], ratios[-1]],
       first_seconds=first["first"],
       torch_peak_mib=peak / 2**20,
@@ -152,7 +155,7 @@ def torch(target, options):
 
 
 def split(target, options):
-  """CIFAR100-Split, whole, as the command line runs it."""
+  """Measures complete runs of CIFAR100-Split as from the command line."""
   with tempfile.TemporaryDirectory() as folder:
     said = accelerator.originals(options.data_dir, folder, options.smoke)
     how = [f"--config.data_dir={folder}"]
@@ -176,16 +179,17 @@ def split(target, options):
 
 
 def svd_(target, options):
-  place = jax.devices("cpu" if target == "host" else None)[0]
+  """Measures the exact and the randomised SVD on the device or on the host."""
+  where = jax.devices("cpu" if target == "host" else None)[0]
   rows, columns, rank = (512, 256, 64) if options.smoke else (9216, 2048, 256)
-  with jax.default_device(place):
+  with jax.default_device(where):
     got = svd.compare(rows, columns, rank)
   for name in ("randomised", "exact"):
     yield row(f"SVD {rows} x {columns} {name}, {target}", got.pop(name), "s", **got)
 
 
 def evaluate(target, options):
-  """`evaluate` on 20 tasks, and what holds it up: the same calls with fewer of its waits."""
+  """Measures `evaluate` on 20 tasks, and what it would gain by waiting less often for results."""
   num_tasks = 5 if options.smoke else 20
   network = "mlp" if options.smoke else "lenet"
   made = make(network, "halrp", options.smoke, num_tasks)
@@ -238,7 +242,7 @@ def evaluate(target, options):
 
 
 def replicas_(target, options):
-  """25 runs at once, and one alone, both with programs compiled before and without."""
+  """Measures 25 runs at once and a single run, without and with compiled programs in the cache."""
   numbers = "0,1" if options.smoke else "0,1,2,3,4"
   epochs = 2 if options.smoke else 6
   how = [f"--config.epochs={epochs}", "--config.method.warmup_epochs=1"]
@@ -255,6 +259,7 @@ def replicas_(target, options):
 
 
 def predict_many(target, options):
+  """Measures `predict_many` on batches with images of many tasks."""
   rounds = 3 if options.smoke else 15
   for num_tasks in (5,) if options.smoke else (10, 40):
     got = mixed_batches.compare(num_tasks, 64 if options.smoke else 256, [1, 4, 100, 33], rounds)
@@ -262,9 +267,9 @@ def predict_many(target, options):
 
 
 def devices(target, options):
-  """A step on one device and shared out over all."""
+  """Measures a step on one device and sharded over all devices."""
   if jax.device_count() < 2:
-    yield row("several devices", 1, "device", note="nothing to share out")
+    yield row("several devices", 1, "device", note="a single device: nothing to shard")
     return
   clock = compile_clock()
   for setting in ("mlp",) if options.smoke else ("lenet", "resnet18_64"):
@@ -286,7 +291,7 @@ PARTS = {
 
 
 def peer_of(target: str, smoke: bool) -> subprocess.Popen:
-  """The process with PyTorch in it: its libraries and ours are not loaded together."""
+  """Starts a process with PyTorch, whose libraries must not be loaded beside JAX's."""
   setting, precision = target.split(":")
   network, batch, image_shape, num_classes = throughput.SETTINGS[setting]
   asked = {"network": network, "batch": min(batch, 16) if smoke else batch}
@@ -297,6 +302,7 @@ def peer_of(target: str, smoke: bool) -> subprocess.Popen:
 
 
 def main() -> None:
+  """Waits for a line on the standard input, measures, and prints the rows."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("part", choices=PARTS)
   parser.add_argument("target")

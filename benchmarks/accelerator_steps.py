@@ -1,4 +1,4 @@
-"""The product's training as a user gets it, on drawn images, and how long its steps take."""
+"""Trains methods on random images as a run does, and measures how long the steps take."""
 
 import resource
 import statistics
@@ -15,15 +15,16 @@ from halrp_jax.runs import experiment
 from halrp_jax.training import networks
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
-PHASES = {"base": "STL", "warmup": "warm-up", "finetune": "HALRP"}  # STL's program is the base's
+PHASES = {"base": "STL", "warmup": "warm-up", "finetune": "HALRP"}  # the first task trains like STL
 
 
 def row(name: str, value: float | None, unit: str, **more) -> dict:
+  """Returns a result with further fields."""
   return {"name": name, "value": value, "unit": unit} | more
 
 
 def compile_clock():
-  """-> a function that tells the seconds spent on tracing and compiling since this call."""
+  """Returns a function that returns the seconds spent on tracing and compiling since this call."""
   total = [0.0]
 
   def listen(event, seconds, **_):
@@ -34,14 +35,14 @@ def compile_clock():
 
 
 def peak_bytes() -> int:
-  """Of the process so far: the accelerator's memory, on the CPU all of it."""
+  """Returns the largest memory use so far: of the accelerator, or on a CPU of the process."""
   stats = jax.local_devices()[0].memory_stats() or {}
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return stats.get("peak_bytes_in_use") or peak
 
 
 def draw(shape, batch: int, num_tasks: int, num_train: int, num_test: int, num_classes: int):
-  """A benchmark of random images, which all its tasks share."""
+  """Returns a benchmark whose tasks share the same random images."""
   rng = np.random.default_rng(0)
   counts = np.cumsum([0, num_train, batch, num_test])
   image = jax.device_put(rng.integers(0, 256, (counts[-1], *shape), np.uint8))
@@ -60,8 +61,11 @@ def draw(shape, batch: int, num_tasks: int, num_train: int, num_test: int, num_c
 
 
 def make(setting: str, method: str, smoke: bool, num_tasks: int = 2, **keys):
-  """-> config, benchmark, method, network, batch: of a setting of throughput.py, 2 tasks of which
-  are learned in seconds. Ranks are those of the cap, which cost no gradients to choose."""
+  """Returns config, benchmark, method and batch size of a setting of throughput.py.
+
+  Two of its tasks are learned in seconds. All ranks are the largest allowed ones, so that choosing
+  them takes no gradients.
+  """
   network, batch, shape, num_classes = throughput.SETTINGS[setting]
   batch, steps = (min(batch, 16), 3) if smoke else (batch, 60 if shape[0] > 32 else 200)
   config = make_config(
@@ -81,7 +85,7 @@ def make(setting: str, method: str, smoke: bool, num_tasks: int = 2, **keys):
 
 
 def learn(made, num_tasks: int, seen=lambda event: None):
-  """Learns the first tasks as `experiment.run` does, without a folder. -> the state"""
+  """Learns the first tasks as `experiment.run` does, but without a folder; returns the state."""
   _, benchmark, method, _ = made
   state = method.init(jax.random.key(0), benchmark)
   for t in range(num_tasks):
@@ -91,7 +95,7 @@ def learn(made, num_tasks: int, seen=lambda event: None):
 
 
 def operations(setting: str, batch: int) -> float:
-  """Floating point operations of a step: three times those of the plain forward pass."""
+  """Returns the floating-point operations of a step: three times those of a plain forward pass."""
   network, _, shape, num_classes = throughput.SETTINGS[setting]
   plain = plain_networks.NETWORKS[network](num_classes)
   image = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
@@ -100,7 +104,7 @@ def operations(setting: str, batch: int) -> float:
 
 
 def measure_steps(setting: str, precision: str, smoke: bool, clock, **keys):
-  """Rows of the phases of HALRP, from the seconds that the product's own epochs report."""
+  """Yields a row for each phase of HALRP, from the seconds that the training itself reports."""
   made = make(setting, "halrp", smoke, precision=precision, **keys)
   config, benchmark, _, batch = made
   steps = config.steps_per_epoch(len(benchmark.tasks[0].train.index))

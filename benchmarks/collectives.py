@@ -1,10 +1,10 @@
-"""Bytes that a training step sends between devices, read from the compiled programs.
+"""Counts the bytes that a training step sends between devices.
 
   python benchmarks/collectives.py --data_dir=DIR [--devices=4]
 
-Two tasks of CIFAR100-Split with HALRP on devices made of this CPU. Printed is the size of what one
-step reduces over the devices, for every training program: the first task and the warm-up train the
-whole network, fine-tuning the perturbation.
+HALRP learns two tasks of CIFAR100-Split on several virtual devices of this CPU. For each compiled
+training program the script prints the bytes that one step reduces over the devices. The first task
+and the warm-up train the whole network; fine-tuning trains the perturbation.
 """
 
 import argparse
@@ -21,6 +21,7 @@ _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collect
 
 
 def compiled_programs(data_dir: str, num_devices: int, folder: pathlib.Path) -> list[pathlib.Path]:
+  """Trains and returns the files with the compiled training programs."""
   flags = f"--xla_force_host_platform_device_count={num_devices}"
   command = [sys.executable, "-m", "halrp_jax.main", "--config=configs/cifar100_split.py"]
   keys = {"data_dir": data_dir, "order": "0,1", "train_fraction": 0.05, "epochs": 2}
@@ -39,7 +40,7 @@ def compiled_programs(data_dir: str, num_devices: int, folder: pathlib.Path) -> 
 
 
 def sent(program: pathlib.Path) -> dict[str, int]:
-  """Bytes of all results of each kind of collective operation."""
+  """Returns the bytes of the results of each kind of collective operation in a program."""
   total = {}
   for shapes, kind in _COLLECTIVE.findall(program.read_text(encoding="utf-8")):
     for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
@@ -49,6 +50,7 @@ def sent(program: pathlib.Path) -> dict[str, int]:
 
 
 def main() -> None:
+  """Prints a line for each training program."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--data_dir", required=True)
   parser.add_argument("--devices", type=int, default=4)

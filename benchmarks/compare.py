@@ -1,17 +1,17 @@
-"""Training steps of this working tree beside those of another revision.
+"""Compares the speed of training steps of this working tree with those of another revision.
 
   python benchmarks/compare.py b65a6b0 [--rounds=5] [--runs=lenet-stl,lenet-halrp,alexnet-stl]
       [--always_compile] [--json=FILE]
 
-Prints the median seconds of a step and of compiling, for the revision (base) and for the working
-tree (new), and new over base: the median over the rounds of the ratio within a round, and its
-spread. Each round starts a process of `python -m halrp_jax.main` per tree and run, the two trees
-one right after the other and in turn first, on random images in CIFAR-100's format. A step is an
-epoch's time over its steps; the first epoch compiles or loads and does not count. The first two
-rounds compile everything; later ones take the programs of the second, which saves minutes, unless
---always_compile is given. The revision is checked out into a temporary git worktree. Only the
-command line, metrics.jsonl and record.json are used, so the modules of the revisions may have other
-names.
+Prints the median seconds of a step and of compiling for the revision (base) and for the working
+tree (new), and the ratio new / base: the median over the rounds of the ratio within a round, and
+its spread. Each round starts a process of `python -m halrp_jax.main` per tree and run, on random
+images in CIFAR-100's format. The two trees follow each other directly and take turns in being
+first. The time of a step is the time of an epoch divided by its steps; the first epoch does not
+count, because it compiles or loads programs. The first two rounds compile everything. Later rounds
+load the programs of the second round, which saves minutes, unless --always_compile is given. The
+revision is checked out into a temporary git worktree. Only the command line, metrics.jsonl and
+record.json are used, so the revisions may differ in everything else.
 """
 
 import argparse
@@ -28,8 +28,8 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BATCH, STEPS = 128, 8
-TRAINED, OTHERS = 20, 80  # classes: those of the first two tasks, and the rest
-PER_CLASS = BATCH * STEPS // 8  # training images; 10 classes, of which a fifth validates
+TRAINED, OTHERS = 20, 80  # number of classes of the first two tasks, and of the others
+PER_CLASS = BATCH * STEPS // 8  # images per class: 10 classes, a fifth is held out for validation
 RUNS = {  # name: (method, network, tasks, epochs); the last task is measured
   "lenet-stl": ("stl", "lenet", "0", 6),
   "lenet-halrp": ("halrp", "lenet", "0,1", 6),
@@ -70,7 +70,7 @@ def checked_out(revision: str):
 
 
 def measure(tree: pathlib.Path, name: str, data: pathlib.Path, cache: pathlib.Path) -> dict:
-  """Runs one training in a process; returns seconds of a step, and of compiling if it did."""
+  """Runs one training in a process; returns the seconds of a step and, if it compiles, of that."""
   compiles = not cache.exists()
   method, network, order, epochs = RUNS[name]
   env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
@@ -100,9 +100,10 @@ def measure(tree: pathlib.Path, name: str, data: pathlib.Path, cache: pathlib.Pa
 
 
 def compare(trees: dict[str, pathlib.Path], runs: list[str], rounds: int, compiled: int) -> dict:
-  """Measures every run of both trees in every round; returns all numbers by run, tree, quantity.
+  """Measures all runs of both trees; returns all seconds, {run: {tree: {quantity: [seconds]}}}.
 
-  Every tree compiles in the first `compiled` rounds and loads what the last of them compiled.
+  Every tree compiles in the first `compiled` rounds; later rounds load the programs of the last of
+  these.
   """
   found = {name: {t: {"step": [], "compile": []} for t in trees} for name in runs}
   with tempfile.TemporaryDirectory(prefix="compare-") as folder:
@@ -132,16 +133,19 @@ def summary(found: dict) -> list[dict]:
 
 
 def main(argv: list[str]) -> int:
+  """Measures and prints a table; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("base", help="a revision of git")
+  parser.add_argument("base", help="revision of git to compare with")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--runs", default=",".join(RUNS))
-  parser.add_argument("--always_compile", action="store_true", help="in every round, not in two")
+  parser.add_argument(
+    "--always_compile", action="store_true", help="compile in every round, not in two"
+  )
   parser.add_argument("--json", help="file for all numbers")
   args = parser.parse_args(argv)
   runs = args.runs.split(",")
   if unknown := sorted(set(runs) - RUNS.keys()):
-    parser.error(f"--runs: {unknown[0]} is none of {', '.join(RUNS)}")
+    parser.error(f"--runs: {unknown[0]} is not one of {', '.join(RUNS)}")
   if args.rounds < 1:
     parser.error(f"--rounds={args.rounds}: expected at least 1")
   load = os.getloadavg()[0]

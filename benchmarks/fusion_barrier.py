@@ -1,11 +1,12 @@
-"""Training steps with the fusion barrier of nn/isolate.py, with XLA's own, and with none.
+"""Compares training steps with the fusion barrier of nn/isolate.py, with XLA's own, and with none.
 
   python benchmarks/fusion_barrier.py [--networks=lenet,alexnet32] [--rounds=7] [--repeats=5]
 
-Prints the median milliseconds of a step (wall clock, and CPU time of all threads, which other
-programs disturb less), the seconds of tracing and compiling it, and the step's wall clock over that
-with the barrier of nn/isolate.py. The steps take turns, so that a slow phase of the machine hits
-all of them. On a CPU: no other platform has the barrier.
+Prints the median milliseconds of a step (wall-clock time, and CPU time of all threads, which other
+programs disturb less), the seconds of tracing and compiling it, and the ratio of its wall-clock
+time to that of a step with the barrier of nn/isolate.py. The steps take turns, so that a slow phase
+of the machine affects all of them. Runs on CPUs only, because other platforms do not use the
+barrier.
 """
 
 import argparse
@@ -42,13 +43,13 @@ FORMS = {
 
 
 def compile_step(make_step, setting: str, barrier):
-  """Builds a training step in which `barrier` stands for `isolate.call`; returns it, seconds."""
+  """Compiles a training step with `barrier` in place of `isolate.call`; returns it and seconds."""
   network, batch, image_shape, num_classes = throughput.SETTINGS[setting]
   rng = np.random.default_rng(0)
   image = rng.normal(size=(batch, *image_shape)).astype(np.float32)
   label = rng.integers(0, num_classes, batch).astype(np.int32)
   model = models.make(network, num_classes)
-  jax.clear_caches()  # of functions traced with another barrier
+  jax.clear_caches()  # or else functions traced with another barrier would be used
   with mock.patch.object(isolate, "call", barrier):
     params, stats = networks.initialize(model, jax.random.key(0), image_shape)
     start = time.perf_counter()
@@ -57,7 +58,7 @@ def compile_step(make_step, setting: str, barrier):
 
 
 def measure(step, repeats: int) -> tuple[float, float]:
-  """Returns milliseconds of a step: of the wall clock, and of the CPU."""
+  """Returns the milliseconds of a step: wall-clock time and CPU time."""
   step()
   wall, cpu = time.perf_counter(), time.process_time()
   for _ in range(repeats):
@@ -67,13 +68,14 @@ def measure(step, repeats: int) -> tuple[float, float]:
 
 
 def main() -> int:
+  """Measures and prints a table; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--networks", default="lenet,alexnet32", help=", ".join(throughput.SETTINGS))
   parser.add_argument("--rounds", type=int, default=7)
-  parser.add_argument("--repeats", type=int, default=5, help="steps a round")
+  parser.add_argument("--repeats", type=int, default=5, help="steps per round")
   args = parser.parse_args()
   if jax.default_backend() != "cpu":
-    parser.error("the barrier is for CPUs: set JAX_PLATFORMS=cpu")
+    parser.error("the barrier is used on CPUs only; set JAX_PLATFORMS=cpu")
   print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}")
   print(f"1024^3 float32 matrix product: {throughput.matrix_product_rate():.0f} GFLOP/s")
   print(

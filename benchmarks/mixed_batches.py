@@ -1,12 +1,12 @@
-"""predict_many against a loop over the tasks: LeNet, batches with images of 10 and of 40 tasks.
+"""Compares predict_many with a loop over the tasks, for batches with images of 10 and of 40 tasks.
 
   python benchmarks/mixed_batches.py [--batch=256] [--ranks=1,4,100,33] [--rounds=15]
 
-Prints milliseconds per batch (median over rounds that take turns) and ratios. The loop runs every
-task's images by themselves, once with the factors as they are stored and once with merged weights,
-which are as many networks in memory as there are tasks. The largest difference is between
-probabilities. Ranks: of conv1, conv2, fc1, fc2, in every task; by default what HALRP chooses for
-CIFAR100-Split.
+The network is LeNet. Prints the milliseconds per batch (median over rounds in which the forms take
+turns) and ratios. The loop predicts each task's images separately: once with the stored factors,
+and once with merged weights, which keeps a whole network per task in memory. The largest difference
+is that between probabilities. --ranks are those of conv1, conv2, fc1 and fc2 in every task; the
+default is what HALRP chooses for CIFAR100-Split.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NUM_CLASSES, SHAPE = 10, (32, 32, 3)
 
 
 def make_task(key, kernels, rest, ranks):
-  """Random factors of the given ranks, near the base."""
+  """Returns random factors of the given ranks near the base, and the task's other parameters."""
   perturbation = {}
   for i, (name, kernel) in enumerate(sorted(kernels.items())):
     num_in, num_out = kernel.shape[-2:]
@@ -46,6 +46,7 @@ def make_task(key, kernels, rest, ranks):
 
 
 def median_milliseconds(rounds: int, **calls) -> dict[str, float]:
+  """Returns the median milliseconds of each function, which take turns in every round."""
   seconds = {name: [] for name in calls}
   for call in calls.values():
     call()  # compiles
@@ -58,7 +59,7 @@ def median_milliseconds(rounds: int, **calls) -> dict[str, float]:
 
 
 def compare(num_tasks: int, batch: int, ranks: list[int], rounds: int) -> dict[str, float]:
-  """Milliseconds of many (`predict_many`), loop and loop_merged, and the largest difference."""
+  """Returns the milliseconds of many (`predict_many`), loop and loop_merged, and the difference."""
   model = models.make("lenet", NUM_CLASSES)
   x = jax.random.normal(jax.random.key(1), (batch, *SHAPE))
   variables = model.init(jax.random.key(0), x[:1], train=False)
@@ -67,7 +68,7 @@ def compare(num_tasks: int, batch: int, ranks: list[int], rounds: int) -> dict[s
   keys = jax.random.split(jax.random.key(2), num_tasks)
   tasks = [make_task(key, kernels, rest, ranks) for key in keys]
   t = np.random.default_rng(0).permutation(np.arange(batch) % num_tasks)
-  places = [np.flatnonzero(t == i) for i in range(num_tasks)]
+  rows_of = [np.flatnonzero(t == i) for i in range(num_tasks)]
   stacked = perturb.stack([p for p, _ in tasks])
   others = [{"params": own, "batch_stats": stats} for _, own in tasks]
   all_others = jax.tree.map(lambda *leaves: jnp.stack(leaves), *others)
@@ -87,7 +88,7 @@ def compare(num_tasks: int, batch: int, ranks: list[int], rounds: int) -> dict[s
 
   def scattered(run):
     out = np.empty((batch, NUM_CLASSES), np.float32)
-    parts = [(rows, run(i, x[rows])) for i, rows in enumerate(places)]
+    parts = [(rows, run(i, x[rows])) for i, rows in enumerate(rows_of)]
     for rows, part in parts:
       out[rows] = part
     return out
@@ -106,6 +107,7 @@ def compare(num_tasks: int, batch: int, ranks: list[int], rounds: int) -> dict[s
 
 
 def main() -> int:
+  """Measures and prints a line for 10 and for 40 tasks; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--batch", type=int, default=256)
   parser.add_argument("--ranks", default="1,4,100,33")

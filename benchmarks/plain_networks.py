@@ -1,7 +1,6 @@
-"""The networks of halrp_jax.models written plainly: what a newcomer would write in Flax.
+"""The networks of halrp_jax.models written with the layers of Flax alone, for comparisons.
 
-`from_ours` gives them the same parameters, so that both can be compared
-(tests/models/test_models.py).
+`from_ours` converts parameters, so that tests/models/test_models.py can compare the outputs.
 """
 
 import functools
@@ -12,12 +11,15 @@ from flax import traverse_util
 
 
 class LeNet(nn.Module):
+  """The plain form of halrp_jax.models.lenet."""
+
   num_classes: int
   channels: tuple = (20, 50)
   hidden: tuple = (800, 500)
 
   @nn.compact
   def __call__(self, x, train=False):
+    """Returns the logits of images."""
     norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
     for i, features in enumerate(self.channels, 1):
       x = nn.Conv(features, (5, 5), padding=2, name=f"conv{i}")(x)
@@ -33,10 +35,13 @@ WideLeNet = functools.partial(LeNet, channels=(64, 128), hidden=(2500, 1500))
 
 
 class AlexNet(nn.Module):
+  """The plain form of halrp_jax.models.alexnet."""
+
   num_classes: int
 
   @nn.compact
   def __call__(self, x, train=False):
+    """Returns the logits of images."""
     norm = functools.partial(nn.BatchNorm, use_running_average=False)
     blocks = zip((64, 128, 256), (4, 3, 2), (0.2, 0.2, 0.5), strict=True)
     for i, (features, width, rate) in enumerate(blocks, 1):
@@ -51,11 +56,14 @@ class AlexNet(nn.Module):
 
 
 class _Block(nn.Module):
+  """A residual block of ResNet18."""
+
   features: int
   stride: int
 
   @nn.compact
   def __call__(self, x, train):
+    """Returns the block's output."""
     norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
     strides = (self.stride, self.stride)
     y = nn.Conv(self.features, (3, 3), strides, padding=1, name="conv1")(x)
@@ -68,10 +76,13 @@ class _Block(nn.Module):
 
 
 class ResNet18(nn.Module):
+  """The plain form of halrp_jax.models.resnet."""
+
   num_classes: int
 
   @nn.compact
   def __call__(self, x, train=False):
+    """Returns the logits of images."""
     x = nn.Conv(32, (3, 3), padding=1, name="conv1")(x)
     norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn1")
     x = nn.relu(norm(x))
@@ -84,10 +95,13 @@ class ResNet18(nn.Module):
 
 
 class MLP(nn.Module):
+  """The plain form of halrp_jax.models.mlp."""
+
   num_classes: int
 
   @nn.compact
   def __call__(self, x, train=False):
+    """Returns the logits of images."""
     x = x.reshape(len(x), -1)
     for i in (1, 2):
       x = nn.relu(nn.Dense(256, name=f"fc{i}")(x))
@@ -104,8 +118,10 @@ NETWORKS = {
 
 
 def from_ours(params):
-  """The same parameters under the plain networks' names: the bias that our BatchNorm keeps
-  (bn1/input_bias) belongs to the layer before it (conv1/bias)."""
+  """Returns the parameters of a network of halrp_jax.models under the names of the plain network.
+
+  The bias in our BatchNorm (bn1/input_bias) is that of the layer before it (conv1/bias).
+  """
   flat = {}
   for path, x in traverse_util.flatten_dict(params).items():
     if path[-1] == "input_bias":

@@ -1,8 +1,9 @@
-"""What population statistics of BatchNorm cost: seconds for a task over those of one epoch.
+"""Measures the cost of BatchNorm's population statistics: their time over that of one epoch.
 
   python benchmarks/population.py [--networks=lenet,alexnet,resnet18] [--images=1280] [--rounds=3]
 
-Both on random 32 x 32 images, compiled before, in alternating rounds; the ratio of the medians.
+Both are measured on random 32 x 32 images, compiled beforehand, in alternating rounds. Printed is
+the ratio of the medians.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
 
 def main():
+  """Measures and prints a line per network."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--networks", default="lenet,alexnet,resnet18")
   parser.add_argument("--images", type=int, default=1280)
@@ -40,7 +42,7 @@ def main():
 
 
 def compare(network: str, num_images: int, rounds: int) -> tuple[int, float, float]:
-  """Returns the number of BatchNorm layers, median seconds of an epoch and of taking statistics."""
+  """Returns the number of BatchNorm layers and the median seconds of an epoch and of statistics."""
   config = resolve(
     make_config(
       "stl", protocol={}, network=network, epochs=rounds + 1, batch_size=128, parallel="none"

@@ -1,12 +1,13 @@
-"""A step of one process and of two that share its batch.
+r"""Compares a training step of one process with that of two processes that share its batch.
 
-  python benchmarks/processes.py --config=configs/cifar100_split.py --config.data_dir=DIR \\
-      --config.order=0,1 --config.train_fraction=0.4 --config.epochs=4 \\
+  python benchmarks/processes.py --config=configs/cifar100_split.py --config.data_dir=DIR \
+      --config.order=0,1 --config.train_fraction=0.4 --config.epochs=4 \
       --config.method.warmup_epochs=2
 
-Milliseconds a step of the last epoch, of the first task (the whole network is trained) and of the
-second (HALRP's fine-tuning). What the two wait for one another is what they need beyond a process
-alone with half the batch. Every row is a run of `halrp_jax.main`, started here and one at a time.
+Prints the milliseconds per step in the last epoch, for the first task (which trains the whole
+network) and for the second (HALRP's fine-tuning). The time that two processes wait for each other
+is the difference from a single process with half the batch. Every row is a run of `halrp_jax.main`;
+the runs follow one another.
 """
 
 import json
@@ -25,6 +26,7 @@ PHASES = {"whole network": "task00/base", "fine-tuning": "task01/finetune"}
 
 
 def main(argv: list[str]) -> None:
+  """Measures and prints a line per arrangement. `argv`: flags of halrp_jax.main."""
   cores = sorted(os.sched_getaffinity(0))[:2]
   batch = next((int(a.split("=")[1]) for a in argv if a.startswith("--config.batch_size=")), 128)
   rows = (
@@ -36,8 +38,8 @@ def main(argv: list[str]) -> None:
   )
   found = {}
   print(f"{'ms a step':36}" + "".join(f"{name:>16}" for name in PHASES))
-  for name, places, size in rows:
-    found[name] = times = run([*argv, f"--config.batch_size={size}"], places)
+  for name, cores_of, size in rows:
+    found[name] = times = run([*argv, f"--config.batch_size={size}"], cores_of)
     print(f"{name:36}" + "".join(f"{times[p]:16.1f}" for p in PHASES), flush=True)
   one, half, _, two, _ = found.values()
   for phase in PHASES:
@@ -48,17 +50,17 @@ def main(argv: list[str]) -> None:
     )
 
 
-def run(argv: list[str], places: list[list[int]]) -> dict[str, float]:
-  """Milliseconds a step by phase."""
+def run(argv: list[str], cores_of: list[list[int]]) -> dict[str, float]:
+  """Returns the milliseconds per step of each phase. `cores_of`: the cores of each process."""
   with socket.create_server(("localhost", 0)) as free:
     port = free.getsockname()[1]
   with tempfile.TemporaryDirectory(prefix="processes-") as folder:
     running = []
-    for i, cores in enumerate(places):
+    for i, cores in enumerate(cores_of):
       command = ["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "halrp_jax.main"]
       command += [*argv, f"--workdir={folder}"]
-      if len(places) > 1:
-        command += [f"--coordinator=localhost:{port}", f"--num_processes={len(places)}"]
+      if len(cores_of) > 1:
+        command += [f"--coordinator=localhost:{port}", f"--num_processes={len(cores_of)}"]
         command += [f"--process_id={i}"]
       running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
     if any([process.wait() for process in running]):

@@ -1,12 +1,12 @@
-"""Accuracies of a finished run's model, evaluated in several ways.
+r"""Evaluates the model of a finished run in several ways.
 
-  python benchmarks/reevaluate.py --workdir=RUN --data_dir=DIR [--kinds=population,batch] \\
+  python benchmarks/reevaluate.py --workdir=RUN --data_dir=DIR [--kinds=population,batch] \
       [--images=mixed,sorted] [--batch_sizes=128]
 
 Training does not depend on whether BatchNorm evaluates with population statistics or with those of
-the test batch (but for what validation decides inside it), so one run shows both. `sorted` orders
-each task's test images by class, as a folder of images is; with population statistics this changes
-nothing.
+the test batch, except for decisions based on validation images. Hence one run can be evaluated with
+both kinds. With --images=sorted the test images of each task are sorted by class, as they are in a
+folder of images; this does not change the results with population statistics.
 """
 
 import argparse
@@ -23,13 +23,14 @@ from halrp_jax.training.evaluate import evaluate
 
 
 def main():
+  """Evaluates and prints a line per way."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", required=True)
   parser.add_argument("--data_dir", required=True)
   parser.add_argument("--kinds", default="population,batch")
   parser.add_argument("--images", default="mixed,sorted")
   parser.add_argument("--batch_sizes", default="128")
-  parser.add_argument("--json", help="file that gets the accuracies")
+  parser.add_argument("--json", help="file for the accuracies")
   args = parser.parse_args()
   sizes = [int(size) for size in args.batch_sizes.split(",")]
   found = accuracies(
@@ -40,7 +41,7 @@ def main():
 
 
 def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[str, list[float]]:
-  """Returns accuracies in percent by task, by "KIND IMAGES SIZE"; prints their means."""
+  """Returns {"KIND IMAGES SIZE": accuracies of the tasks in percent} and prints the means."""
   values = _completed(identity.read_config(path), data_dir)
   config = resolve(values)
   benchmark, model, *_ = experiment.build(config)
@@ -49,7 +50,8 @@ def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[st
   state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
   found = {}
   for kind in kinds:
-    stored = "running" if kind == "population" else kind  # what is stored was taken in the run
+    # A model with running statistics evaluates with those that the run has stored.
+    stored = "running" if kind == "population" else kind
     model = models.make(config.network, benchmark.max_classes, stored, config.precision)
     predict = methods.make(config, model, benchmark).predict
     for images in images_orders:
@@ -63,14 +65,14 @@ def accuracies(path: str, data_dir: str, kinds, images_orders, sizes) -> dict[st
 
 
 def _by_class(task):
-  """Returns the task with its test images ordered by class."""
+  """Returns a task with its test images sorted by class."""
   order = np.argsort(np.asarray(task.test.label), kind="stable")
   test = task.test._replace(index=task.test.index[order], label=task.test.label[order])
   return task._replace(test=test)
 
 
 def _completed(values: dict, data_dir: str) -> dict:
-  """Adds keys that came after the run was made, at their defaults."""
+  """Returns a config with defaults for the keys that did not exist when the run was made."""
   for section, known in (("", keys.Config), *keys.SECTIONS.items()):
     target = values[section] if section else values
     for name, key in keys.spec(known).items():

@@ -1,9 +1,9 @@
-"""Runs one after another and all at once: seconds, accuracies, ranks.
+"""Compares runs one after another with all runs at once: seconds, accuracies, ranks.
 
   python benchmarks/replicas.py --config=configs/digits.py --orders=0,1,2,3,4 --seeds=0,1,2,3,4
 
-Both as `python -m halrp_jax sweep` does them, one after the other in this process, with an empty
-cache of compiled programs at first. Any --config.KEY=VALUE holds for all runs.
+The runs are those of `python -m halrp_jax sweep` without and with --vectorize, in this process. The
+cache of compiled programs is empty at the start. Flags --config.KEY=VALUE apply to all runs.
 """
 
 import json
@@ -18,11 +18,15 @@ from halrp_jax import arguments
 from halrp_jax.devices import compile_cache
 from halrp_jax.runs import sweep
 
-FLAGS = {"orders": "with commas", "seeds": "with commas"}
+FLAGS = {"orders": "task orders, separated by commas", "seeds": "seeds, separated by commas"}
 
 
 def run(cells, folder: pathlib.Path, vectorize: bool):
-  """-> seconds, accuracies [R], ranks of every run. Raises RuntimeError where one has failed."""
+  """Runs all cells of a sweep; returns seconds, accuracies [R] and the ranks of every run.
+
+  Raises:
+    RuntimeError: if a run fails.
+  """
   start = time.perf_counter()
   rows = sweep.run(cells, str(folder), lambda rows: None, lambda: False, vectorize)
   seconds = time.perf_counter() - start
@@ -36,6 +40,7 @@ def run(cells, folder: pathlib.Path, vectorize: bool):
 
 
 def main(argv: list[str]) -> None:
+  """Runs both forms and prints their times and differences."""
   args = arguments.parse_config(argv, FLAGS, {})
   cells = sweep.cells({args.config.method.name: args.config}, args.orders, args.seeds)
   root, results = pathlib.Path(tempfile.mkdtemp(prefix="replicas-")), {}

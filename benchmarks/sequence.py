@@ -1,9 +1,10 @@
-"""Seconds of a whole sequence: HALRP and STL on CIFAR100-Split, order A (paper Fig. 3b).
+"""Measures the seconds of a whole sequence of tasks: HALRP and STL on CIFAR100-Split, order A.
 
   python benchmarks/sequence.py --data_dir=DIR --workdir=RUNS [--config.train_fraction=0.05 ...]
 
-Runs both methods one after the other (finished runs in RUNS are read, not run again) and prints the
-accumulated seconds per task over STL's first task, where they went, and whether a step gets slower.
+Runs both methods one after the other; finished runs in RUNS are not run again. Prints the
+accumulated seconds after each task in units of STL's first task (paper, Fig. 3b), the seconds by
+kind of work, and whether epochs get slower from task to task.
 """
 
 import argparse
@@ -17,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def learn(method: str, data_dir: str, folder: pathlib.Path, more: list[str]) -> None:
+  """Runs a method in a folder, unless its record is there. `more`: further flags."""
   if (folder / "record.json").exists():
     return
   config = f"--config={ROOT}/configs/cifar100_split.py:{method}"
@@ -25,11 +27,15 @@ def learn(method: str, data_dir: str, folder: pathlib.Path, more: list[str]) -> 
 
 
 def total(seconds: dict[str, float]) -> float:
+  """Returns the sum of the seconds of all kinds of work."""
   return sum(seconds.values())
 
 
 def step_seconds(folder: pathlib.Path) -> dict[str, float]:
-  """Median seconds of an epoch per phase ("task03/finetune"); the first epoch of each left out."""
+  """Returns the median seconds of an epoch of each phase, such as "task03/finetune".
+
+  The first epoch of each phase is left out.
+  """
   phases = {}
   for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
     event = json.loads(line)
@@ -39,6 +45,7 @@ def step_seconds(folder: pathlib.Path) -> dict[str, float]:
 
 
 def main() -> int:
+  """Runs both methods and prints their times; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--data_dir", required=True)
   parser.add_argument("--workdir", required=True, type=pathlib.Path)

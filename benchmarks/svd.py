@@ -1,9 +1,10 @@
-"""Exact and randomised SVD of one large residual side by side.
+"""Compares the exact with the randomised SVD of one large residual.
 
   python benchmarks/svd.py [--rows=9216] [--columns=2048] [--rank=256]
 
-The residual has a falling spectrum of noise, as after a warm-up. Prints seconds, the largest
-relative error of a singular value, and the energy that is left over.
+The residual is random with falling singular values, as after a warm-up. Prints the seconds, the
+largest relative error of a singular value, and the energy outside the singular values that were
+found.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from halrp_jax.weights import lowrank
 
 
 def seconds_of(fn):
+  """Returns the seconds of fn() after it has been compiled, and its result."""
   jax.block_until_ready(fn())  # compiles
   start = time.perf_counter()
   result = jax.block_until_ready(fn())
@@ -30,7 +32,7 @@ def seconds_of(fn):
 
 
 def compare(rows: int, columns: int, rank: int) -> dict[str, float]:
-  """Seconds of both, and how far the randomised one is from the exact one."""
+  """Returns the seconds of both decompositions and the errors of the randomised one."""
   shape, keys = (rows, columns), jax.random.split(jax.random.key(0), 4)
   base = jax.random.normal(keys[0], shape)
   left, right = (jax.random.normal(k, (n, 400)) for k, n in zip(keys[1:3], shape, strict=True))
@@ -58,6 +60,7 @@ def compare(rows: int, columns: int, rank: int) -> dict[str, float]:
 
 
 def main() -> int:
+  """Compares and prints the results; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--rows", type=int, default=9216)
   parser.add_argument("--columns", type=int, default=2048)

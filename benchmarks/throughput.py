@@ -1,9 +1,9 @@
-"""Training steps side by side in one run: ours, the same network written plainly, PyTorch.
+"""Compares training steps of this package with those of plain Flax networks and of PyTorch.
 
   python benchmarks/throughput.py [--networks=lenet,alexnet] [--rounds=5] [--torch]
 
-Prints milliseconds (median over rounds), images per second, and ratios within the run: the steps
-take turns, so that a slow phase of the machine hits all of them. --torch needs the extra [bench].
+Prints milliseconds (median over the rounds), images per second, and ratios. The steps take turns,
+so that a slow phase of the machine affects all of them. --torch needs the extra [bench].
 """
 
 import argparse
@@ -39,7 +39,7 @@ UPPER_RANK = 100
 
 
 def jax_step(loss_fn, params, stats):
-  """Compiles an Adam step with donated state; returns it as a function without arguments."""
+  """Compiles a step of Adam with donated state; returns it as a function without arguments."""
   tx = optax.adam(1e-3)
 
   def step(state, key):
@@ -60,7 +60,7 @@ def jax_step(loss_fn, params, stats):
 
 
 def plain_step(model, params, stats, image, label):
-  """Single-task learning of a network with the L2 term on its kernels."""
+  """Returns a step of single-task learning with the L2 term on the kernels."""
 
   def loss_fn(params, stats, key):
     logits, stats = networks.apply_model(model, params, stats, image, True, key)
@@ -72,7 +72,7 @@ def plain_step(model, params, stats, image, label):
 
 
 def halrp_step(model, params, stats, image, label):
-  """Fine-tuning of <R, S, U, Sigma, V> at the rank cap."""
+  """Returns a step of fine-tuning <R, S, U, Sigma, V> with the largest ranks allowed."""
   kernels, rest = trees.split(params)
   perturbation = {}
   for name, w in kernels.items():
@@ -101,6 +101,7 @@ def halrp_step(model, params, stats, image, label):
 
 
 def steps_of(name, with_torch):
+  """Returns {name: step} of a setting, its batch size, and the operations of a step."""
   network, batch, image_shape, num_classes = SETTINGS[name]
   rng = np.random.default_rng(0)
   image = rng.normal(size=(batch, *image_shape)).astype(np.float32)
@@ -122,10 +123,10 @@ def steps_of(name, with_torch):
 
 
 def flops_forward(model, params, stats, image) -> float:
-  """Floating point operations of one evaluation of the plain network, by XLA's count.
+  """Returns the floating-point operations of one forward pass of a plain network.
 
-  Of the program as it is written, for the host: one compiled for an accelerator may hide its
-  products in calls of a library. Shapes in the place of arrays will do.
+  XLA counts them in the program for the CPU before it is compiled, because programs compiled for
+  accelerators hide products in library calls. The arguments may be shapes instead of arrays.
   """
 
   def forward(variables, x):
@@ -137,13 +138,14 @@ def flops_forward(model, params, stats, image) -> float:
 
 
 def matrix_product_rate(size: int = 1024, dtype="float32", precision=None) -> float:
-  """GFLOP/s of a product of two square matrices."""
+  """Returns the GFLOP/s of a product of two square matrices."""
   a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
   product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
   return 2 * size**3 / measure(lambda: product(a).block_until_ready(), 10) / 1e9
 
 
 def measure(run, repeats: int) -> float:
+  """Returns the mean seconds of run() after a first call."""
   run()
   start = time.perf_counter()
   for _ in range(repeats):
@@ -152,6 +154,7 @@ def measure(run, repeats: int) -> float:
 
 
 def main() -> int:
+  """Measures and prints a table; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--networks", default=",".join(SETTINGS))
   parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""The same networks in PyTorch, as the authors' repository has them (spec b). Extra [bench]."""
+"""The networks in PyTorch, as in the program of the paper's authors. Needs the extra [bench]."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from torch import nn
 
 
 def _dense_blocks(sizes, dropout):
+  """Returns the layers of a perceptron with BatchNorm, ReLU and dropout."""
   parts = []
   for num_in, num_out in zip(sizes, sizes[1:], strict=False):
     parts += [nn.Linear(num_in, num_out), nn.BatchNorm1d(num_out), nn.ReLU()]
@@ -18,6 +19,7 @@ def _dense_blocks(sizes, dropout):
 
 
 def lenet(num_in, num_classes, channels=(20, 50), hidden=(800, 500)):
+  """Builds LeNet for 32 x 32 images with `num_in` channels."""
   parts = []
   for features in channels:
     parts += [nn.Conv2d(num_in, features, 5, padding=2), nn.BatchNorm2d(features)]
@@ -28,10 +30,12 @@ def lenet(num_in, num_classes, channels=(20, 50), hidden=(800, 500)):
 
 
 def wide_lenet(num_in, num_classes):
+  """Builds the wide LeNet of Omniglot-Rotation."""
   return lenet(num_in, num_classes, (64, 128), (2500, 1500))
 
 
 def alexnet(num_in, num_classes, size=32):
+  """Builds AlexNet for size x size images."""
   parts = []
   for features, width, rate in ((64, 4, 0.2), (128, 3, 0.2), (256, 2, 0.5)):
     parts += [nn.Conv2d(num_in, features, width)]
@@ -43,6 +47,8 @@ def alexnet(num_in, num_classes, size=32):
 
 
 class _Block(nn.Module):
+  """A residual block of ResNet18."""
+
   def __init__(self, num_in, features, stride):
     super().__init__()
     self.body = nn.Sequential(
@@ -59,10 +65,12 @@ class _Block(nn.Module):
       )
 
   def forward(self, x):
+    """Returns the block's output."""
     return torch.relu(self.body(x) + self.shortcut(x))
 
 
 def resnet18(num_in, num_classes, size=32):
+  """Builds ResNet18 for size x size images."""
   parts, features = [nn.Conv2d(num_in, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU()], 32
   for stage in range(4):
     for i in range(2):
@@ -72,6 +80,7 @@ def resnet18(num_in, num_classes, size=32):
 
 
 def mlp(num_in, num_classes):
+  """Builds the multi-layer perceptron for 32 x 32 x 3 images."""
   del num_in
   return nn.Sequential(
     nn.Flatten(),
@@ -84,18 +93,18 @@ def mlp(num_in, num_classes):
 
 
 def make_step(name, image, label, num_classes, device="cpu", mode=None, precision="float32"):
-  """One training step with Adam and the L2 term, as a function without arguments.
+  """Returns a training step with Adam and the L2 term, as a function without arguments.
 
   Args:
-    name: of a network.
-    image: float32 [B, H, W, C], on the device from the start.
-    label: int32 [B]
+    name: name of the network.
+    image: images, float32 [B, H, W, C]; they are moved to the device before the first step.
+    label: classes, int32 [B].
     num_classes: width of the head.
-    device: of PyTorch. It does not wait for a GPU.
-    mode: of torch.compile; None: eager.
-    precision: "float32", or "bfloat16" by autocast.
+    device: PyTorch's device. The step does not wait until a GPU has finished.
+    mode: mode of torch.compile; None: eager execution.
+    precision: "float32", or "bfloat16" with autocast.
   """
-  torch.set_float32_matmul_precision("high")  # as JAX multiplies on a GPU
+  torch.set_float32_matmul_precision("high")  # as JAX does by default on a GPU
   size = {"size": image.shape[1]} if name in ("alexnet", "resnet18") else {}
   model = globals()[name](image.shape[-1], num_classes, **size).train().to(device)
   x = torch.from_numpy(image).permute(0, 3, 1, 2).contiguous().to(device)
@@ -123,8 +132,12 @@ def make_step(name, image, label, num_classes, device="cpu", mode=None, precisio
 
 
 def serve(network, batch, image_shape, num_classes, precision) -> None:
-  """Times steps when asked to on the standard input: a line is [mode, steps], the answer
-  {"seconds": of a step, "first": of the first three, which compile} or {"error": text}."""
+  """Measures steps on request, until the standard input ends.
+
+  A request is a line of JSON [mode, number of steps] on the standard input. The answer is a line of
+  JSON on the standard output: {"seconds": seconds of a step, "first": seconds of the first three
+  steps, which compile, and "peak_bytes" on a GPU}, or {"error": text}.
+  """
   rng = np.random.default_rng(0)
   image = rng.normal(size=(batch, *image_shape)).astype(np.float32)
   label = rng.integers(0, num_classes, batch).astype(np.int32)

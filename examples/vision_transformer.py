@@ -1,10 +1,11 @@
-"""Your own model: a small vision transformer learns digits, then permuted ones by perturbations.
+"""Perturbs your own model: a small vision transformer learns two tasks of handwritten digits.
 
   python examples/vision_transformer.py
 
-The network, attention included, is ordinary Flax. Its weights are trained on the first task and
-frozen; the second task trains <R, S, U, V> of the layers inside the blocks, layer norms and head,
-and is merged into ordinary parameters. Needs no files.
+The network is ordinary Flax and includes attention. Its weights are trained on the first task and
+then frozen. The second task, digits with permuted rows, trains the factors <R, S, U, V> of the
+layers inside the blocks, the layer norms and the head. At the end the factors are merged into
+ordinary parameters. No data files are needed.
 """
 
 import flax.linen as nn
@@ -16,17 +17,17 @@ from sklearn.datasets import load_digits
 
 from halrp_jax.weights import perturb
 
-NUM_TRAIN = 1297
+NUM_TRAIN = 1297  # of 1797 images; the others are for testing
 
 
 class Block(nn.Module):
-  """Attention and a two-layer perceptron, each on normalised inputs and added to them."""
+  """A block of attention and a two-layer perceptron, both with layer norm and a residual sum."""
 
   num_heads: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, N, F] -> [B, N, F]"""
+    """Returns the tokens [B, N, F] after attention and perceptron."""
     features = x.shape[-1]
     attention = nn.MultiHeadDotProductAttention(self.num_heads, name="attention")
     x = x + attention(nn.LayerNorm(name="norm1")(x))
@@ -35,7 +36,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-  """Patches, positions, blocks, mean over the places, head."""
+  """A vision transformer: patches, position embeddings, blocks, mean over the tokens, head."""
 
   num_classes: int
   patch: int = 2
@@ -45,19 +46,28 @@ class VisionTransformer(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """[B, H, W, C] -> logits [B, num_classes]"""
+    """Returns the logits [B, num_classes] of images [B, H, W, C]."""
     window = (self.patch, self.patch)
     x = nn.Conv(self.features, window, window, "VALID", name="patches")(x)
     x = x.reshape(x.shape[0], -1, self.features)  # [B, N, F]
-    places = self.param("places", nn.initializers.normal(0.02), x.shape[1:])
-    x = x + places[None]
+    positions = self.param("places", nn.initializers.normal(0.02), x.shape[1:])
+    x = x + positions[None]
     for i in range(self.num_blocks):
       x = Block(self.num_heads, name=f"block{i}")(x)
     return nn.Dense(self.num_classes, name="head")(nn.LayerNorm(name="norm")(x).mean(1))
 
 
 def fit(logits_fn, params, image, label, steps: int, batch_size: int = 64):
-  """Adam on the cross-entropy of random batches."""
+  """Minimises the cross-entropy on random batches with Adam; returns the parameters.
+
+  Args:
+    logits_fn: (params, image [B, H, W, C]) -> logits [B, num_classes].
+    params: the parameters to start from.
+    image: training images [N, H, W, C].
+    label: their classes, int [N].
+    steps: number of optimizer steps.
+    batch_size: images per step.
+  """
   tx = optax.adam(3e-3)
 
   @jax.jit
@@ -76,11 +86,11 @@ def fit(logits_fn, params, image, label, steps: int, batch_size: int = 64):
 
 
 def main(steps: int = 300) -> dict[str, float]:
-  """-> accuracies in percent"""
+  """Learns both tasks; prints and returns accuracies in percent, {what: accuracy}."""
   digits = load_digits()
   image = jnp.asarray(digits.images[..., None] / 16, jnp.float32)  # [1797, 8, 8, 1]
   label = jnp.asarray(digits.target)
-  # whole rows change places, which a transformer on patches of two rows can't read off
+  # Permuted rows change every patch of two rows, so the first task's weights do not fit.
   turned = image[:, np.random.default_rng(1).permutation(8)]
   model = VisionTransformer(num_classes=10)
 

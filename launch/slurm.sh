@@ -28,7 +28,7 @@ source "$ROOT/launch/common.sh"
 
 parse_arguments launch/slurm.sh "$@"
 [ -z "$processes" ] ||
-  die "--processes=$processes is not supported; use srun and --coordinator=auto (BUILD.md)"
+  die "--processes=$processes is not supported; use srun and --coordinator=auto (docs/clusters.md)"
 [ -n "$shards" ] || die "--shards=N is missing; launch/slurm.sh --help"
 require_count --shards "$shards"
 [ ${#arguments[@]} -gt 0 ] || die "no arguments of sweep after --; launch/slurm.sh --help"
