@@ -46,8 +46,15 @@ def _modules():
 
 
 def _imports(path):
-  """Yields what a file imports of ours, as parts of dotted names."""
-  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+  """Yields what a file imports of ours when it runs, as parts of dotted names."""
+  tree = ast.parse(path.read_text(encoding="utf-8"))
+  for_types = set()  # nodes below `if TYPE_CHECKING:`
+  for block in ast.walk(tree):
+    if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING":
+      for_types.update(node for line in block.body for node in ast.walk(line))
+  for node in ast.walk(tree):
+    if node in for_types:
+      continue
     if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "halrp_jax":
       parts = node.module.split(".")[1:]
       for alias in node.names:
