@@ -104,7 +104,7 @@ def device(target, options):
     ("a call, its number read", float),
   ):
     seconds = throughput.measure(functools.partial(calls, finish), 2)
-    yield row(name, 1e3 * seconds, "us")  # of one of a thousand
+    yield row(name, 1e3 * seconds, "us")  # `seconds` are those of 1,000 calls
 
 
 def steps(target, options):

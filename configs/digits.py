@@ -27,6 +27,6 @@ def get_config(method: str = "halrp"):
         "l1": 1e-5,
         "prune_bound": 0.6,
       },
-      "prd": {"augment": "none"},  # permuted pixels have no neighbours
+      "prd": {"augment": "none"},  # cropping makes no sense for permuted pixels
     },
   )
