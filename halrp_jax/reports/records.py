@@ -96,27 +96,28 @@ def read(
   Returns:
     The records, and the JSON files that can't be used as records.
   """
-  runs, skipped = [], []
+  runs: list[Run] = []
+  skipped: list[Skipped] = []
   for folder, folders, names in os.walk(root):
     folders[:] = sorted(f for f in folders if f != CHECKPOINTS)
-    place = pathlib.Path(folder).relative_to(root)
+    relative = pathlib.Path(folder).relative_to(root)
     if CONFIG in names and RECORD not in names:
-      skipped.append(Skipped(str(place), "not finished: the same command goes on"))
+      skipped.append(Skipped(str(relative), "not finished: the same command goes on"))
     for name in sorted(n for n in names if n.endswith(".json") and n not in _NO_RECORDS):
-      where = str(place if name == RECORD else place / name)
+      path = str(relative if name == RECORD else relative / name)
       try:
         content = json.loads((pathlib.Path(folder) / name).read_text(encoding="utf-8"))
       except (OSError, ValueError, RecursionError) as e:
-        skipped.append(Skipped(where, f"can't be read ({_brief(e)})"))
+        skipped.append(Skipped(path, f"can't be read ({_brief(e)})"))
         continue
       if wrong := problem(content):
-        skipped.append(Skipped(where, wrong))
+        skipped.append(Skipped(path, wrong))
       elif setting_of:
-        runs.append(Run(where, content | {"setting": setting_of(content["config"])}))
+        runs.append(Run(path, content | {"setting": setting_of(content["config"])}))
       elif "network" not in (content.get("setting") or ()):
-        skipped.append(Skipped(where, "was written by a version that stored no setting"))
+        skipped.append(Skipped(path, "was written by a version that stored no setting"))
       else:
-        runs.append(Run(where, content))
+        runs.append(Run(path, content))
   return runs, skipped
 
 
@@ -125,6 +126,7 @@ def _brief(error: Exception) -> str:
   return " ".join(str(error).split())[:100] or type(error).__name__
 
 
+# the fields that a record must have
 _TYPES = {
   "method": str,
   "benchmark": str,
@@ -224,7 +226,7 @@ def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
     order and seed.
   """
   found: dict[tuple, dict[tuple, Run]] = {}
-  skipped = []
+  skipped: list[Skipped] = []
   runs = sorted(runs, key=lambda r: (r.record["date"], r.place))
   for run, data in zip(runs, _data(runs), strict=True):
     *head, setting = _key(run)
