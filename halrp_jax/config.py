@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, cast
 
-from ml_collections import config_dict
+from ml_collections import config_dict  # pyright: ignore[reportMissingTypeStubs] (it has none)
 
 from halrp_jax import data, keys, methods, models
 from halrp_jax.keys import Config, Key
@@ -21,8 +21,10 @@ from halrp_jax.types import Json, UserError
 
 # The keys in which runs of one setting may differ. `method.variant` is among them because the
 # switches that it stands for are part of the setting.
-_NOT_IN_SETTING = {"order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"}
-_NOT_IN_SETTING |= set(keys.NEUTRAL_KEYS)
+_NOT_IN_SETTING = {
+  *("order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"),
+  *keys.NEUTRAL_KEYS,
+}
 # The values that stand for what the program did in versions without the key, where that is not the
 # key's default.
 _VALUES_BEFORE_KEY = {
@@ -98,10 +100,10 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
   Raises:
     UserError: if a key is unknown, missing or out of range; one line names all such keys.
   """
-  values: dict[str, Any] = dict(config) if isinstance(config, Mapping) else config.to_dict()
-  values = {k: _plain_dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-  chosen = values.get("method")
-  name = chosen.get("name") if isinstance(chosen, dict) else None
+  # ConfigDict is not typed
+  values = _copy(config if isinstance(config, Mapping) else cast("Any", config).to_dict())
+  chosen: Json = values["method"] if isinstance(values.get("method"), dict) else {}
+  name = chosen.get("name")
   if not isinstance(name, str) or name not in methods.METHODS:
     raise UserError(f"method.name must be one of {', '.join(methods.METHODS)}, got {name!r}")
   for key, value in methods.variant_defaults(chosen).items():
@@ -116,24 +118,27 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
       hint = keys.nearest(flat[key], known)
       lines.append(f"{key} must be one of {', '.join(known)}, got {flat[key]!r}{hint}")
   keys.require(lines)
-  sections = {section: cls(**values[section]) for section, cls in keys.SECTIONS.items()}
-  resolved = Config(**values | sections | {"method": method.Config(**chosen)})
+  sections: Json = {section: cls(**values[section]) for section, cls in keys.SECTIONS.items()}
+  resolved = Config(**{**values, **sections, "method": method.Config(**chosen)})
   if hasattr(method, "check"):
     keys.require(method.check(resolved))
   return resolved
 
 
-def _plain_dict(section: object) -> dict[str, Any]:
-  """Returns a section of a config as a new dict."""
-  return dict(cast("Mapping[str, Any]", section))
+def _copy(values: Mapping[str, object]) -> Json:
+  """Returns the values of a config and its sections as new dicts."""
+  return {
+    k: dict(cast("Mapping[str, object]", v)) if isinstance(v, Mapping) else v
+    for k, v in values.items()
+  }
 
 
 def with_keys(config: config_dict.ConfigDict, **top: object) -> config_dict.ConfigDict:
   """Returns a copy of a config with other values of keys without a section."""
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.update(top)
-  return config
+  copy = cast("Any", config).copy_and_resolve_references()  # ConfigDict is not typed
+  with copy.unlocked():
+    copy.update(top)
+  return copy
 
 
 def setting_of(config: Json) -> Json:

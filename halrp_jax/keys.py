@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, cast
 
 from halrp_jax.types import Json, UserError
 
@@ -340,8 +340,8 @@ NEUTRAL_KEYS = (
 def flat(config: Mapping[str, object]) -> Json:
   """Returns the values of a config by dotted key: {"epochs": 20, "protocol.keep": "last", ...}."""
   plain = {k: v for k, v in config.items() if not isinstance(v, Mapping)}
-  nested = {k: v for k, v in config.items() if isinstance(v, Mapping)}
-  return plain | {f"{k}.{j}": x for k, section in nested.items() for j, x in section.items()}
+  sections = {k: cast("Json", v) for k, v in config.items() if isinstance(v, Mapping)}
+  return plain | {f"{k}.{j}": x for k, section in sections.items() for j, x in section.items()}
 
 
 def spec(section: type) -> dict[str, Key]:

@@ -77,7 +77,8 @@ class Split(NamedTuple):
   """Images of one task for training, validation or testing, as rows of a shared array."""
 
   image: Array  # uint8 [N, H, W, C], the same array object in every split of a benchmark
-  index: Array  # int32 [n], rows of `image`
+  # int32 [n], rows of `image`; the name hides tuple.index, which nothing uses
+  index: Array  # pyright: ignore[reportIncompatibleMethodOverride]
   label: Array  # int32 [n], class within the task, 0..K-1
   # int32 [n], which task an image belongs to if several are learned jointly; None: a single task
   owner: Array | None = None

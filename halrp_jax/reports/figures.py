@@ -206,7 +206,7 @@ def matrices(panel: Panel) -> Figure:
   runs = {label: group.runs[0] for label, group in panel.groups.items()}
   top = np.nanmax([np.nanmax(run.accuracy) for run in runs.values()])
   low = np.nanmin([np.nanmin(run.accuracy) for run in runs.values()])
-  image = None
+  image: AxesImage | None = None
   for ax, (label, run) in zip(axes, runs.items(), strict=True):
     count = len(run.task_ids)
     image = _heat(ax, run.accuracy, 0, count <= _READABLE, vmin=low, vmax=top)
@@ -215,6 +215,7 @@ def matrices(panel: Panel) -> Figure:
     ax.set_yticks(_ticks(count), [str(i + 1) for i in _ticks(count)], fontsize=7)
     ax.set_xlabel("tested on task (as trained)", fontsize=7)
     ax.set_ylabel("after task", fontsize=7)
+  assert image is not None  # a panel has at least one group
   figure.colorbar(image, ax=axes, label="accuracy (%)")
   return figure
 

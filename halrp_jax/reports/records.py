@@ -183,7 +183,8 @@ def _problem_of_numbers(record: Json) -> str:
   if not isinstance(config.get("train_fraction"), (int, float)):
     return "damaged: its config has no train_fraction"
   try:
-    data_of(record), unusual_flags(record)
+    data_of(record)
+    unusual_flags(record)
   except (KeyError, TypeError, ValueError, AttributeError):
     return "damaged: standing does not have the expected fields"
   return ""
@@ -196,7 +197,7 @@ def statistics(setting: Json) -> str:
     `TEST_BATCH` or `RUNNING`; "" for those of the training images, and for networks without
     BatchNorm.
   """
-  network, kind = setting.get("network"), setting.get("method.batch_norm", "own")
+  network, kind = str(setting.get("network")), setting.get("method.batch_norm", "own")
   if network in _WITHOUT_BATCH_NORM:
     return ""
   return _VARIANT_OF[kind] if kind in _VARIANT_OF else _OWN.get(network, RUNNING)
@@ -234,12 +235,11 @@ def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
     if old := found.setdefault(key, {}).get(cell):
       skipped.append(Skipped(old.place, f"{run.place} is a newer run of the same"))
     found[key][cell] = run
-  groups = [
-    Group(*key[:5], _setting(runs[0]), runs)
-    for key, runs in (
-      (key, tuple(sorted(cells.values(), key=lambda r: r.place))) for key, cells in found.items()
-    )
-  ]
+  groups: list[Group] = []
+  for (method, benchmark, network, fraction, partial, *_), cells in found.items():
+    members = tuple(sorted(cells.values(), key=lambda r: r.place))
+    setting = _setting(members[0])
+    groups.append(Group(method, benchmark, network, fraction, partial, setting, members))
   return sorted(groups, key=lambda g: (g.benchmark, g.network, g.fraction, g.method)), skipped
 
 

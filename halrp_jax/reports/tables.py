@@ -82,7 +82,7 @@ class Cell(NamedTuple):
     return self.text(self.ours) or NOT_RUN
 
   @property
-  def count(self) -> str:
+  def count(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] (not tuple.count)
     """Returns how many runs our number is computed from; "" if there are none."""
     return count(self.group) if self.group else ""
 
@@ -331,7 +331,7 @@ class Row(NamedTuple):
   where: str  # benchmark and network
   share: str  # share of the images, and whether the data are partial
   difference: str  # the keys that differ from the benchmark's config file
-  count: str  # orders x seeds
+  count: str  # pyright: ignore[reportIncompatibleMethodOverride] (not tuple.count); orders x seeds
   numbers: tuple[str, ...]  # one for each metric of OVERVIEW
   group: Group
 
