@@ -1,9 +1,15 @@
-"""Permuted digits: 10 tasks of real 8x8 handwritten digits, MLP. Needs no data files.
+"""Permuted digits: 10 tasks of 8 x 8 handwritten digits with permuted pixels, MLP.
 
   python -m halrp_jax.main --config=configs/digits.py --workdir=runs/digits-halrp
   python -m halrp_jax.main --config=configs/digits.py:stl --workdir=runs/digits-stl
 
-Expected ACC and time: README.md.
+No data files are needed: scikit-learn contains the images.
+
+Expected for order 0 and seed 0, on 2 cores of a CPU, where both runs together take 35 s (no record
+in docs/records/; `make demo` runs both):
+
+  HALRP  ACC 92.26 %, growth 0.774
+  STL    ACC 93.48 %, growth 9
 """
 
 from halrp_jax.config import make_config
