@@ -230,7 +230,7 @@ def extend(
         folder.log(event)
       show(event)
 
-    if said := [*now["changes"], *folder.said]:
+    if said := [*now["changes"], *folder.new_changes]:
       show({"event": "standing", "said": said})
     folder.describe(benchmark)
     start = time.perf_counter()

@@ -151,7 +151,7 @@ def spoil(folder, how):
     ("no base", "base.safetensors: not there"),
     ("cut", "task01.safetensors: can't be read"),
     ("flipped", "was changed after it was written"),
-    ("card", "task01.json: is not what was written"),
+    ("card", "task01.json: was changed or damaged"),
     ("schema", "schema 9, this version reads 1"),
     ("classes", r"params/head/bias is \(10,\), expected \(9,\)"),
     ("-perturbation/fc1/R", "lacks perturbation/fc1/R"),
