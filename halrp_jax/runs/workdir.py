@@ -82,9 +82,7 @@ class Workdir:
     self.folder, self.items, self.strict = folder, folder / CHECKPOINTS, strict
     self.stop_asked: Callable[[], bool] = lambda: False
     self.standing: dict = {}  # of the run (standing.py)
-    self.new_changes: list[
-      str
-    ] = []  # lines: what of the machine changed since the run's last start
+    self.new_changes: list[str] = []  # lines: what of `machine` changed since the last start
     self._writer = ThreadPoolExecutor(1, "checkpoint")
     self._pending: list[Future] = []
     self._num_events = 0  # in metrics.jsonl, without those that will be logged again
