@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
   )
   options = parser.parse_args(argv)
   run = saved.open_run(options.workdir)
-  if line := saved.lacks_statistics(run):
+  if line := saved.missing_statistics(run):
     print(f"note: {line}")
   positions = list(range(len(run.learned)))
   if options.task:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
   stop_asked = stop.listen()
   compile_cache.use(options.compile_cache)
   run = saved.open_run(options.workdir)
-  if line := saved.lacks_statistics(run):
+  if line := saved.missing_statistics(run):
     print(f"note: {line}")
   try:
     with terminal.live_display(sys.stdout) as show:

@@ -34,13 +34,13 @@ _PROGRESS_SECONDS = 5.0  # between two lines of progress
 def main(argv: list[str]) -> int:
   """Writes the table; returns 1 if an image was skipped."""
   parser = arguments.parser("predict", __doc__, _EXAMPLE)
-  parser.add_argument("--task", default="", help="name of a learned task, or id:N; required")
   for name, text in (
     ("--workdir", "folder of a run"),
     ("--images", "a folder of images, or an .npz file"),
     ("--out", "file for the table, in CSV"),
   ):
     parser.add_argument(name, required=True, type=arguments.filled, help=text)
+  parser.add_argument("--task", default="", help="name of a learned task, or id:N; required")
   parser.add_argument(
     "--batch_size", type=int, default=0, help="images per batch; default: as in the run"
   )
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
   batch_size = options.batch_size or run.config.images_per_evaluation
   shape = tuple(run.benchmark.tasks[t].train.image.shape[1:])
   images = incoming.open_images(options.images, shape, batch_size)
-  if line := saved.lacks_statistics(run):
+  if line := saved.missing_statistics(run):
     print(f"note: {line}")
   try:
     skipped = _write(run, t, images, pathlib.Path(options.out))

@@ -87,7 +87,7 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, run_folder, tmp_path):
 @pytest.mark.parametrize(
   ("classes", "change", "says"),
   [
-    (11, {}, "task 'lights' has 11 classes, the heads of "),
+    (11, {}, "task 'lights' has 11 classes, but the heads of "),
     (1, {}, "lights: 1 class folders; a task needs at least 2"),
     (2, {"data": "nowhere"}, "--data=nowhere: no such folder or .npz"),
     (2, {"data": "big.npz"}, "images are (9, 9, 1), the run's (8, 8, 1)"),

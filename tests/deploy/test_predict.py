@@ -121,7 +121,7 @@ def test_mixed_batches_that_can_not_be(run_folder):
   with pytest.raises(UserError, match=r"task ids, whole numbers \[B\], given float64 \[2\]"):
     saved.make_predict_many(run)([3.0, 1.0], image)
   plain = run.state._replace(tasks=(stl.TaskState({}, {}, np.int32(3)),))
-  with pytest.raises(UserError, match="keeps no perturbations of a base"):
+  with pytest.raises(UserError, match="has no perturbations of a base"):
     saved.make_predict_many(run._replace(state=plain))
 
 
