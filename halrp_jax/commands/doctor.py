@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 
 def _versions() -> Iterator[Finding]:
-  """Names the versions of Python and of the packages."""
+  """Lists the versions of Python and of the packages."""
   yield f"halrp_jax {halrp_jax.__version__}, python {platform.python_version()}", ""
   yield ", ".join(f"{n} {importlib.metadata.version(n)}" for n in _PACKAGES), ""
 

@@ -4,10 +4,10 @@
   python -m halrp_jax predict --workdir=runs/digits-halrp --task=3 --images=new --out=pred.csv
 
 RUN is the folder of a run that is finished, or interrupted after the task was learned; the data it
-was trained on are not needed. NAME is the task's name, or id:N; the number alone is enough if no
-task has it as its name. FOLDER holds images (PNG, JPEG, WebP, BMP, GIF, TIFF, PPM); those of
-another size are resized. FILE.npz holds an array `image`, uint8 [N, H, W] or [N, H, W, C], of the
-size that the network was trained on.
+was trained on are not needed. NAME is the task's name, or id:N for the task with id N; the number
+alone is enough unless another task has it as its name. FOLDER holds images (PNG, JPEG, WebP, BMP,
+GIF, TIFF, PPM); those of another size are resized. FILE.npz holds an array `image`, uint8 [N, H, W]
+or [N, H, W, C], of the size that the network was trained on.
 
 FILE.csv gets a row per image: its name, the most probable class, the probability of this class, and
 then the probability of every class. Images that can't be read are listed and skipped; the exit code

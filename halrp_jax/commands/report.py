@@ -9,8 +9,8 @@ and PNG). A run counts for a table if its config is that of a file in configs/, 
 and seed. All other runs are listed in the overview, with the keys that differ. Files that can't be
 used are named and left out.
 
-With --docs, reproduction.md and its figures are written into that folder too; its reasons.json
-holds the explanations for results that differ from the paper.
+With --docs, reproduction.md and its figures are written into that folder too. The explanations for
+results that differ from the paper are read from the file reasons.json there.
 """
 
 from halrp_jax import arguments

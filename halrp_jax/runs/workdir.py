@@ -138,7 +138,7 @@ class Workdir:
   @processes.by_first
   @_explain_disk
   def _read_item(self, name: str, like: Params | None) -> Params | None:
-    """Reads and checks a progress item; None if there is none, or a damaged one."""
+    """Reads and checks a progress item; returns None if it is missing or damaged."""
     folder = self.items / _item(name)
     try:
       tree, about = checkpoint.load(folder)
@@ -167,7 +167,7 @@ class Workdir:
     self._pending.append(self._writer.submit(checkpoint.save, folder, packing.pack(tree), about))
 
   def _raise_errors(self, wait: bool) -> None:
-    """Raises UserError if an item could not be written; `wait`: for the unfinished ones as well."""
+    """Raises UserError if an item could not be written; with `wait` it waits for all items first."""
     done = [f for f in self._pending if wait or f.done()]
     self._pending = [f for f in self._pending if f not in done]
     for future in done:
