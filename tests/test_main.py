@@ -94,7 +94,7 @@ def test_a_run_is_not_overwritten_unasked(capsys, tmp_path):
   assert run(capsys, *short)[0] == 0
   before = (tmp_path / "run" / "record.json").read_text()
   code, out, _ = run(capsys, *short)
-  assert code == 0 and "already finished" in out
+  assert code == 0 and "finished already" in out
   code, _, err = run(capsys, *short, "--config.seed=1")
   assert code == 2 and "seed = 1 (was 0)" in err and "--overwrite" in err
   assert (tmp_path / "run" / "record.json").read_text() == before

@@ -52,7 +52,7 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
         for line in event["said"]:
           progress.console.print(f"note: {line}", soft_wrap=True)
       elif event["event"] == "finished":
-        progress.console.print("this run is already finished; --overwrite starts anew")
+        progress.console.print("this run is finished already; --overwrite starts anew")
 
     yield show
 
@@ -72,7 +72,7 @@ def _print_event(stream: TextIO, event: dict) -> None:
     for line in event["said"]:
       print(f"note: {line}", file=stream, flush=True)
   elif event["event"] == "finished":
-    print("this run is already finished; --overwrite starts anew", file=stream)
+    print("this run is finished already; --overwrite starts anew", file=stream)
 
 
 def task_line(event: dict) -> str:

@@ -167,7 +167,7 @@ class Workdir:
     self._pending.append(self._writer.submit(checkpoint.save, folder, packing.pack(tree), about))
 
   def _raise_errors(self, wait: bool) -> None:
-    """Raises UserError if an item could not be written; with `wait` it waits for all items first."""
+    """Raises UserError if an item could not be written; with `wait` it waits for all of them."""
     done = [f for f in self._pending if wait or f.done()]
     self._pending = [f for f in self._pending if f not in done]
     for future in done:
