@@ -204,8 +204,8 @@ def _run_cell(
     record = experiment.run(
       cell.config, str(folder), show, stop_asked=stop_asked, gang=gang, read=read
     )
-  except (Stopped, sources.Missing, BrokenPipeError):  # concern all cells; pipe: nobody reads on
-    raise
+  except (Stopped, sources.Missing, BrokenPipeError):
+    raise  # these concern all cells; the last: nobody reads the output any more
   except InUse as e:
     row |= {"state": ELSEWHERE, "error": brief(e)}
   except Exception as e:
