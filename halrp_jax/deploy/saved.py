@@ -73,29 +73,29 @@ def open_run(path: str) -> Saved:
   return Saved(path, config, benchmark, model, method, state, results)
 
 
-def find_task(saved: Saved, wanted: str) -> int:
+def find_task(saved: Saved, name: str) -> int:
   """Returns the position of a learned task in the order of training.
 
   Args:
     saved: from `open_run`.
-    wanted: the task's name, or id:N; N alone if no other task has it as its name.
+    name: of the task, or id:N for the task with id N; N alone if it is not the name of another.
 
   Raises:
     UserError: if there is no such task or several, or it is not learned yet.
   """
   tasks = saved.benchmark.tasks
   meant = [
-    t for t, task in enumerate(tasks) if wanted in (task.name, f"id:{task.id}", str(task.id))
+    t for t, task in enumerate(tasks) if name in (task.name, f"id:{task.id}", str(task.id))
   ]
   if len(meant) > 1:
     choice = " or ".join(f"--task=id:{tasks[t].id} (called {tasks[t].name!r})" for t in meant)
-    raise UserError(f"--task={wanted} can mean several tasks: write {choice}")
+    raise UserError(f"--task={name} can mean several tasks: write {choice}")
   if meant and meant[0] < len(saved.learned):
     return meant[0]
   if meant:
-    raise UserError(f"--task={wanted}: {saved.path} has not learned it yet")
+    raise UserError(f"--task={name}: {saved.path} has not learned it yet")
   known = ", ".join(f"{task.id} ({task.name})" for task in saved.learned)
-  problem = f"--task={wanted}: there is no such task" if wanted else "--task is missing"
+  problem = f"--task={name}: there is no such task" if name else "--task is missing"
   raise UserError(f"{problem}; learned: {known}")
 
 

@@ -26,7 +26,7 @@ from halrp_jax.weights import trees
 
 Built = tuple[Benchmark, nn.Module, Method, parallel.Layout]  # from `build`
 
-# --- from a config to what is trained -------------------------------------------------
+# --- what a config names: data, network, method ---------------------------------------
 
 
 def network_of(config: Config, num_classes: int, axis_name: str | None = None) -> nn.Module:
