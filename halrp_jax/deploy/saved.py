@@ -84,9 +84,7 @@ def find_task(saved: Saved, name: str) -> int:
     UserError: if there is no such task or several, or it is not learned yet.
   """
   tasks = saved.benchmark.tasks
-  meant = [
-    t for t, task in enumerate(tasks) if name in (task.name, f"id:{task.id}", str(task.id))
-  ]
+  meant = [t for t, task in enumerate(tasks) if name in (task.name, f"id:{task.id}", str(task.id))]
   if len(meant) > 1:
     choice = " or ".join(f"--task=id:{tasks[t].id} (called {tasks[t].name!r})" for t in meant)
     raise UserError(f"--task={name} can mean several tasks: write {choice}")
