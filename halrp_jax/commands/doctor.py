@@ -86,7 +86,8 @@ def _self_test() -> dict[str, float]:
     )
 
   def ours(x, w):
-    return layers.conv(50, 5, padding=2, name="conv").apply({"params": {"kernel": w}}, x)
+    conv = layers.conv(50, 5, padding=2, name="conv")
+    return jnp.asarray(conv.apply({"params": {"kernel": w}}, x))
 
   def gradients(fn):
     return jax.grad(lambda x, w: jnp.sum(fn(x, w) ** 2), argnums=(0, 1))(image, kernel)
@@ -94,7 +95,7 @@ def _self_test() -> dict[str, float]:
   matrix = jax.random.normal(keys[2], (300, 200))
   u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
   norm = BatchNorm(running=False, relu=True, pool=2)
-  normed = norm.apply(norm.init(keys[0], image, train=False), image, train=False)
+  normed = jnp.asarray(norm.apply(norm.init(keys[0], image, train=False), image, train=False))
   mean, std = image.mean((0, 1, 2)), image.std((0, 1, 2))
   expected = jnp.maximum((image - mean[None, None, None]) / std[None, None, None], 0)
   expected = expected.reshape(8, 8, 2, 8, 2, 20).max((2, 4))

@@ -50,8 +50,7 @@ def main(argv: list[str]) -> int:
   run = saved.open_run(options.workdir)
   t = saved.find_task(run, options.task)
   batch_size = options.batch_size or run.config.images_per_evaluation
-  shape = tuple(run.benchmark.tasks[t].train.image.shape[1:])
-  images = incoming.open_images(options.images, shape, batch_size)
+  images = incoming.open_images(options.images, run.stored_shape, batch_size)
   if line := saved.missing_statistics(run):
     print(f"note: {line}")
   try:

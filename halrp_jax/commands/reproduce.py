@@ -18,6 +18,7 @@ Budgets:
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 from ml_collections import config_dict
 
@@ -153,10 +154,11 @@ def _estimate(cell: sweep.Cell, known: dict[tuple, tuple[float, float]]) -> tupl
 
 def _calibration_config(config: config_dict.ConfigDict, method: str) -> Config:
   """Returns a config for two epochs of the same network with "halrp" or "stl"."""
-  keys = {k: v for k, v in config.to_dict().items() if k not in ("method", "protocol", "data")}
-  keys = {k: v for k, v in keys.items() if k != "checkpoint"} | {"epochs": 2}
-  own = {"batch_norm": config.method.batch_norm} if config.method.batch_norm else {}
+  values: dict[str, Any] = config.to_dict()
+  chosen, protocol = values.pop("method"), values.pop("protocol")
+  top: dict[str, Any] = {k: v for k, v in values.items() if k not in ("data", "checkpoint")}
+  top["epochs"] = 2
+  own = {"batch_norm": chosen["batch_norm"]} if chosen["batch_norm"] else {}
   if method == "halrp":
-    own |= {"svd": config.method.svd, "importance_split": "train"}
-  protocol = config.protocol.to_dict()
-  return resolve(make_config(method, protocol=protocol, methods_={method: own}, **keys))
+    own |= {"svd": chosen["svd"], "importance_split": "train"}
+  return resolve(make_config(method, protocol=protocol, methods_={method: own}, **top))

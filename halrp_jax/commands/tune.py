@@ -15,6 +15,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from ml_collections import config_dict
@@ -108,7 +109,8 @@ def _cell_config(
   with cell.unlocked():
     for key, value in values.items():
       section, _, name = key.rpartition(".")
-      (cell[section] if section else cell)[name] = value
+      target: Any = cell[section] if section else cell
+      target[name] = value
   return cell
 
 

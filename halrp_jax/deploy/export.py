@@ -24,7 +24,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -384,7 +384,8 @@ def _structure(card: Card, file: pathlib.Path) -> _Structure:
   )
   if models.evaluates_with_batch(network):  # files of older versions have no statistics then
     stats = {}
-  shapes = traverse_util.flatten_dict({"params": params, "batch_stats": stats}, sep="/")
+  tree = {"params": params, "batch_stats": stats}
+  shapes: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
   kernels = tuple(f"params/{name}/kernel" for name in trees.layer_names(params))
   return _Structure(network, task, {k: x.shape for k, x in shapes.items()}, kernels)
 

@@ -68,6 +68,7 @@ def require_index(i: object, size: int | None, what: str) -> None:
 
 def _describe(x: object) -> str:
   """Returns dtype and shape of an array, or the name of another type."""
-  if hasattr(x, "shape") and hasattr(x, "dtype"):
-    return f"{x.dtype} [{', '.join(map(str, x.shape))}]"
+  shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+  if shape is not None and dtype is not None:
+    return f"{dtype} [{', '.join(map(str, shape))}]"
   return f"a {type(x).__name__}"

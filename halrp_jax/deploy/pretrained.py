@@ -74,7 +74,8 @@ def _with_head(found: _Flat, expected: _Flat) -> _Flat:
 
 def _flatten(tree: dict[str, Any]) -> _Flat:
   """Returns the leaves of nested dicts by their paths."""
-  return traverse_util.flatten_dict(tree, sep="/")
+  flat: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
+  return flat
 
 
 def _read(path: pathlib.Path) -> _Flat:

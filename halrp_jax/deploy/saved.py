@@ -52,6 +52,12 @@ class Saved(NamedTuple):
     """Returns the tasks that are learned, in the order of training."""
     return self.benchmark.tasks[: len(self.state.tasks)]
 
+  @property
+  def stored_shape(self) -> tuple[int, int, int]:
+    """Returns [H, W, C] of the images as they are stored."""
+    _, height, width, channels = self.benchmark.tasks[0].train.image.shape
+    return height, width, channels
+
 
 def open_run(path: str) -> Saved:
   """Opens the folder of a run.
@@ -135,7 +141,7 @@ def make_classifier(saved: Saved, t: int) -> Callable[[Array], np.ndarray]:
       dtype.
   """
   require_index(t, len(saved.learned), "make_classifier: position of a learned task")
-  shape = ("B", *saved.benchmark.tasks[t].train.image.shape[1:])
+  shape = ("B", *saved.stored_shape)
   inputs = saved.benchmark.tasks[t].inputs
   predict = predict_fn(saved, t)
 
@@ -171,7 +177,6 @@ def make_predict_many(run: Saved) -> Callable[[object, Array], np.ndarray]:
   if line := missing_statistics(run):
     raise UserError(f"predict_many: {line}")
   positions = {task.id: t for t, task in enumerate(run.learned)}
-  shape = run.benchmark.tasks[0].train.image.shape[1:]
   kernels, tasks = run.state.shared["kernels"], run.state.tasks
   perturbation = perturb.stack([task.perturbation for task in tasks])
   others = [(task.rest, task.stats, task.num_classes) for task in tasks]
@@ -200,7 +205,7 @@ def make_predict_many(run: Saved) -> Callable[[object, Array], np.ndarray]:
         f"predict_many: task {unknown[0]} is not learned; known: "
         + ", ".join(map(str, sorted(positions)))
       )
-    require_images(image, (len(ids), *shape), "predict_many")
+    require_images(image, (len(ids), *run.stored_shape), "predict_many")
     t = np.array([positions[i] for i in ids], np.int32)
     return np.asarray(compute(kernels, perturbation, others, inputs, t, np.asarray(image)))
 
@@ -239,7 +244,8 @@ def extend(
     UserError: if the method or the network has no room for the task, or a path can't be used.
     Stopped: if `stop_asked` returned True; the same call goes on from there.
   """
-  config, t, notes = run.config, len(run.learned), []
+  config, t = run.config, len(run.learned)
+  notes: list[str] = []
   task = _load_new_task(run, data_path, notes.append)
   _check_room(run, task)
   benchmark = run.benchmark._replace(tasks=(*run.learned, task))
@@ -269,10 +275,9 @@ def extend(
 
 def _load_new_task(run: Saved, data_path: str, note: Callable[[str], None]) -> Task:
   """Reads the images of the new task as the run's were read; `note` gets lines on the files."""
-  shape = run.benchmark.tasks[0].train.image.shape[1:]
   task_id = 1 + max(task.id for task in run.benchmark.tasks)
   all_images = dataclasses.replace(run.config, train_fraction=1.0)
-  return data.load_task(data_path, all_images, shape, task_id, note)
+  return data.load_task(data_path, all_images, run.stored_shape, task_id, note)
 
 
 def _standing(run: Saved, benchmark: Benchmark) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import datetime
 import functools
 import json
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -108,7 +109,7 @@ def plan(config: config_dict.ConfigDict | Config) -> dict:
     lambda key: networks.initialize(model, key, image_shape), jax.random.key(0)
   )
   perturbed = trees.layer_names(shapes)
-  flat = traverse_util.flatten_dict(shapes, sep="/")
+  flat: dict[str, Any] = traverse_util.flatten_dict(shapes, sep="/")
   layers = {}
   for path, x in flat.items():
     layer = path.rpartition("/")[0]

@@ -15,7 +15,7 @@ EXTENDED = "extended"  # key in the config of a run that `extend` made
 # Keys that older versions did not have, and whose default is what those versions did.
 _LATER_KEYS = (*keys.NEUTRAL_KEYS, "precision")
 # Keys of a method that older versions did not have, with the value for what those versions did.
-_OLDER_VALUES = {"halrp": {"prune_scope": "all"}}
+_OLDER_VALUES: dict[object, dict[str, str]] = {"halrp": {"prune_scope": "all"}}
 
 
 # --- config ---------------------------------------------------------------------------

@@ -37,10 +37,10 @@ def compile_clock() -> Iterator[Callable[[], float]]:
   """Yields a function that returns the seconds spent on tracing and compiling in this block."""
   total = 0.0
 
-  def listen(event: str, seconds: float, **_):
+  def listen(event: str, duration_secs: float, **_):
     nonlocal total
     if event.startswith("/jax/core/compile/"):
-      total += seconds
+      total += duration_secs
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:

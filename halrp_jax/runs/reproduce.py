@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 from ml_collections import config_dict
 
@@ -55,7 +56,7 @@ def config(
 
 def _shortened(found: config_dict.ConfigDict) -> config_dict.ConfigDict:
   """Returns a config with as few epochs as every phase needs, to see whether everything runs."""
-  method = found.method
+  method: Any = found.method
   for key in (k for k in method if k.endswith("epochs") and isinstance(method[k], int)):
     method[key] = min(method[key], 4)
   phases = [method.get(key) or 1 for key in ("warmup_epochs", "fine_tune_epochs")]
@@ -128,7 +129,7 @@ def cells(
       continue
     chosen = with_keys(chosen, **(overrides or {}))
     count = {"full": target.orders, "small": target.small_orders, "smoke": 2}[budget]
-    names = list(orders.PAPER[chosen.benchmark])[: min(count, target.orders)]
+    names = list(orders.PAPER[str(chosen.benchmark)])[: min(count, target.orders)]
     label = f"{setting.config}-{100 * setting.fraction:g}/{setting.argument}"
     found += sweep.cells(
       {label: chosen},

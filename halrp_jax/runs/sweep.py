@@ -56,7 +56,7 @@ def cells(configs: dict[str, config_dict.ConfigDict], order_names: str, seeds: s
   return found
 
 
-def _orders(config: config_dict.ConfigDict, text: str) -> list[str]:
+def _orders(config: config_dict.ConfigDict, text: str) -> list[object]:
   """Parses --orders."""
   if text != "all":
     return [name for name in text.split(",") if name] or [config.order]
@@ -164,7 +164,7 @@ def _waiting(cell: Cell) -> dict:
   """Returns the row of a cell that has not begun."""
   return {
     "name": cell.name,
-    "method": cell.config.method.name,
+    "method": cell.config.to_dict()["method"]["name"],
     "state": "waiting",
     "done": 0,
     "total": 0,
