@@ -149,7 +149,7 @@ runpy.run_module({program!r}, run_name="__main__")
 @pytest.mark.parametrize(
   ("program", "arguments", "code", "says"),
   [
-    ("halrp_jax", [], 0, "  predict     Writes the classes of new images"),
+    ("halrp_jax", [], 0, "  predict     Classifies new images"),
     ("halrp_jax", ["-h"], 0, "  doctor      Checks this machine"),
     ("halrp_jax", ["--help"], 0, "  compare     Prints finished runs"),
     ("halrp_jax", ["--version"], 0, "halrp_jax "),

@@ -1,11 +1,12 @@
-"""Checks the images of a benchmark and draws a contact sheet.
+"""Checks the images of a benchmark and draws a contact sheet of them.
 
   python -m halrp_jax check_data --config=FILE [--config.KEY=VALUE ...] [--sheet=FILE.png]
 
-Prints tasks, classes, counts and image sizes, what is converted or not used, says what is wrong,
-and draws a contact sheet: one row per task, images of its classes in turn, training images left,
-test images right. Files that can't be read are all listed, and nothing is drawn. Exit code 1 if
-something is wrong.
+Prints tasks, classes, numbers of images and image sizes. Lines that begin with "note" say which
+images are converted and which files are not used. Lines that begin with "WRONG" say what is wrong
+with the data; the exit code is then 1. If files can't be read, all of them are listed and no sheet
+is drawn. The contact sheet (default: check_data.png) has a row per task, with an image of every
+class in turn: training images on the left, test images on the right.
 """
 
 import pathlib
@@ -15,25 +16,26 @@ import numpy as np
 from PIL import Image
 
 from halrp_jax import arguments, data, files
+from halrp_jax.commands import terminal
 from halrp_jax.config import resolve
-from halrp_jax.types import Task, UserError, UserErrors
+from halrp_jax.types import Array, Split, Task, UserError, UserErrors
 
-_FLAGS = {"sheet": "where the contact sheet goes; default: check_data.png"}
-_PER_ROW = 16  # images of each split
-_MARGIN = 2  # pixels
-_MOST_LINES = 12
+_FLAGS = {"sheet": "file for the contact sheet; default: check_data.png"}
+_PER_ROW = 16  # training images in a row of the sheet, and as many test images
+_MARGIN = 2  # pixels between images
+_MOST_LINES = 12  # that begin with WRONG
 
 
 def main(argv: list[str]) -> int:
-  """Prints what it finds; 1 if anything is wrong."""
+  """Prints the findings and writes the sheet; returns 1 if anything is wrong."""
   argv, switches = ["check_data", *argv], {"help": "show this text"}
   args = arguments.parse_config(argv, _FLAGS, switches, ("config",), "--config=configs/custom.py")
   if args.help:
-    print(__doc__)
+    print(terminal.verb_help_text(__doc__, _FLAGS | switches))
     return 0
   with args.config.unlocked():
-    complete = args.config.allow_partial
-    args.config.allow_partial = True  # look at what is there, then say what lacks
+    accepts_partial = args.config.allow_partial
+    args.config.allow_partial = True  # reads what there is; what is missing is printed below
   config = resolve(args.config)
   try:
     benchmark = data.load(config)
@@ -49,19 +51,20 @@ def main(argv: list[str]) -> int:
   for task in benchmark.tasks:
     print(_task_line(task))
     wrong += _oddities(task, image)
-  if benchmark.partial:
-    wrong += [] if complete else data.lacking(config)
+  if benchmark.partial and not accepts_partial:
+    wrong += data.lacking(config)
   for line in wrong[:_MOST_LINES]:
     print(f"WRONG  {line}")
   if len(wrong) > _MOST_LINES:
     print(f"WRONG  and {len(wrong) - _MOST_LINES} more of this kind")
-  place = pathlib.Path(args.sheet or "check_data.png")
-  _write(contact_sheet(benchmark.tasks, image), place)
-  print(f"split hash {benchmark.split_hash[:16]}; contact sheet {place}")
+  path = pathlib.Path(args.sheet or "check_data.png")
+  _write(contact_sheet(benchmark.tasks, image), path)
+  print(f"split hash {benchmark.split_hash[:16]}; contact sheet {path}")
   return 1 if wrong else 0
 
 
 def _task_line(task: Task) -> str:
+  """Returns one line with the classes of a task and its images per split."""
   splits = {"train": task.train, "valid": task.valid, "test": task.test}
   counts = ", ".join(
     f"{name} {len(split.index)} ({_range(split.label, task.num_classes)})"
@@ -71,18 +74,18 @@ def _task_line(task: Task) -> str:
   return f"  {task.id} {task.name}: {task.num_classes} classes ({names}); {counts}"
 
 
-def _range(label, num_classes: int) -> str:
-  """Smallest and largest number of images of a class."""
+def _range(label: Array, num_classes: int) -> str:
+  """Returns the smallest and the largest number of images of a class, as a text."""
   counts = np.bincount(np.asarray(label), minlength=num_classes)
   low, high = counts.min(), counts.max()
   return f"{low} a class" if low == high else f"{low} to {high} a class"
 
 
 def _oddities(task: Task, image: np.ndarray) -> list[str]:
-  """What no reader can refuse, but nobody wants."""
+  """Returns lines on images that can be read but are probably a mistake."""
   lines = []
-  *learned, test = (np.asarray(s.index) for s in (task.train, task.valid, task.test))
-  train = np.concatenate(learned)
+  train, valid, test = (np.asarray(s.index) for s in (task.train, task.valid, task.test))
+  train = np.concatenate([train, valid])
   blank = [r for r in np.concatenate([train, test]) if (image[r] == image[r][:1, :1]).all()]
   if blank:
     lines.append(f"task {task.name!r}: {len(blank)} images have one colour only")
@@ -93,7 +96,15 @@ def _oddities(task: Task, image: np.ndarray) -> list[str]:
 
 
 def contact_sheet(tasks: tuple[Task, ...], image: np.ndarray) -> np.ndarray:
-  """uint8 [H, W, 3]: a row per task, its classes in turn, training images left, test right."""
+  """Draws a row per task, its classes in turn: training images left, test images right.
+
+  Args:
+    tasks: of a benchmark.
+    image: uint8 [N, H, W, C], the images of all tasks.
+
+  Returns:
+    uint8 [H, W, 3].
+  """
   size_h, size_w = image.shape[1] + _MARGIN, image.shape[2] + _MARGIN
   sheet = np.full((size_h * len(tasks), size_w * (2 * _PER_ROW + 1), 3), 255, np.uint8)
   for y, task in enumerate(tasks):
@@ -104,18 +115,19 @@ def contact_sheet(tasks: tuple[Task, ...], image: np.ndarray) -> np.ndarray:
   return sheet
 
 
-def _one_of_each(split) -> list[int]:
-  """Rows of images, the classes in turn."""
+def _one_of_each(split: Split) -> list[int]:
+  """Returns the rows of `_PER_ROW` images of a split, the classes in turn."""
   index, label = jax.device_get((split.index, split.label))
-  turn = np.zeros(len(label), int)  # the how many-th image of its class it is
+  rank = np.zeros(len(label), int)  # index of an image within its class
   for c in np.unique(label):
-    turn[label == c] = np.arange((label == c).sum())
-  return list(index[np.lexsort((label, turn))][:_PER_ROW])
+    rank[label == c] = np.arange((label == c).sum())
+  return list(index[np.lexsort((label, rank))][:_PER_ROW])
 
 
-def _write(sheet: np.ndarray, place: pathlib.Path) -> None:
+def _write(sheet: np.ndarray, path: pathlib.Path) -> None:
+  """Writes the sheet as PNG."""
   try:
-    with files.replacing(place) as temporary:
+    with files.replacing(path) as temporary:
       Image.fromarray(sheet).save(temporary, "PNG")
   except OSError as e:
-    raise UserError(f"--sheet={place}: {e.strerror or e}; name a file that can be written") from e
+    raise UserError(f"--sheet={path}: {e.strerror or e}; name a file that can be written") from e

@@ -2,9 +2,10 @@
 
   python -m halrp_jax doctor [--workdir=RUN] [--data_dir=DIR]
 
-Prints versions and devices with a short numerical self-test; for a run its steps, the verification
-of every file, sizes and ranks; for data what is found, counts and hashes. Lines that begin with
-"WRONG" say what to do; exit code 1 if there is one.
+Prints versions and devices, with a short numerical test of each device. For a run, verifies every
+file and prints the sizes and ranks of its tasks. For a data folder, prints which data sets it
+holds, with numbers of images and hashes. Lines that begin with "WRONG" say what is wrong and what
+to do; the exit code is then 1.
 """
 
 import importlib.metadata
@@ -27,16 +28,16 @@ from halrp_jax.runs import checkpoint, states
 from halrp_jax.types import CONFIG, RECORD, UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
-_TOLERANCE = 2e-2  # relative; matrix units of GPUs and TPUs round to 10 bits and fewer
+_TOLERANCE = 2e-2  # relative; the matrix units of GPUs and TPUs may round to as few as 10 bits
 
-Finding = tuple[str, str]  # a line, and what to do if it is wrong or ""
+Finding = tuple[str, str]  # what was checked, and what to do about it ("": nothing, it is right)
 
 
 def main(argv: list[str]) -> int:
-  """Prints what it finds; 1 if anything is wrong."""
+  """Prints the findings; returns 1 if anything is wrong."""
   parser = arguments.parser("doctor", __doc__)
-  parser.add_argument("--workdir", default="", help="the folder of a run")
-  parser.add_argument("--data_dir", default="", help="the folder of the original data")
+  parser.add_argument("--workdir", default="", help="folder of a run to verify")
+  parser.add_argument("--data_dir", default="", help="folder of original data files to check")
   options = parser.parse_args(argv)
   findings = [*_versions(), *_devices()]
   if options.workdir:
@@ -54,11 +55,13 @@ def main(argv: list[str]) -> int:
 
 
 def _versions() -> Iterator[Finding]:
+  """Lists the versions of Python and of the packages."""
   yield f"halrp_jax {halrp_jax.__version__}, python {platform.python_version()}", ""
   yield ", ".join(f"{n} {importlib.metadata.version(n)}" for n in _PACKAGES), ""
 
 
 def _devices() -> Iterator[Finding]:
+  """Tests every device of this process."""
   if line := faults.unusable():
     yield "devices", line
     return
@@ -66,12 +69,13 @@ def _devices() -> Iterator[Finding]:
     with jax.default_device(device):
       for what, error in _self_test().items():
         line = f"{device.device_kind} ({device}): {what}, relative error {error:.1e}"
-        good = np.isfinite(error) and error < _TOLERANCE
-        yield line, "" if good else "do not use this device; check its driver and jaxlib's version"
+        is_right = np.isfinite(error) and error < _TOLERANCE
+        remedy = "do not use this device; check its driver and the version of jaxlib"
+        yield line, "" if is_right else remedy
 
 
 def _self_test() -> dict[str, float]:
-  """Our layers against plain lax, the SVD against what it decomposes."""
+  """Returns the relative errors of this package's layers, against plain lax, and of the SVD."""
   keys = jax.random.split(jax.random.key(0), 3)
   image = jax.random.normal(keys[0], (8, 16, 16, 20))
   kernel = jax.random.normal(keys[1], (5, 5, 20, 50))
@@ -82,7 +86,8 @@ def _self_test() -> dict[str, float]:
     )
 
   def ours(x, w):
-    return layers.conv(50, 5, padding=2, name="conv").apply({"params": {"kernel": w}}, x)
+    conv = layers.conv(50, 5, padding=2, name="conv")
+    return jnp.asarray(conv.apply({"params": {"kernel": w}}, x))
 
   def gradients(fn):
     return jax.grad(lambda x, w: jnp.sum(fn(x, w) ** 2), argnums=(0, 1))(image, kernel)
@@ -90,35 +95,37 @@ def _self_test() -> dict[str, float]:
   matrix = jax.random.normal(keys[2], (300, 200))
   u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
   norm = BatchNorm(running=False, relu=True, pool=2)
-  normed = norm.apply(norm.init(keys[0], image, train=False), image, train=False)
+  normed = jnp.asarray(norm.apply(norm.init(keys[0], image, train=False), image, train=False))
   mean, std = image.mean((0, 1, 2)), image.std((0, 1, 2))
-  wanted = jnp.maximum((image - mean[None, None, None]) / std[None, None, None], 0)
-  wanted = wanted.reshape(8, 8, 2, 8, 2, 20).max((2, 4))
+  expected = jnp.maximum((image - mean[None, None, None]) / std[None, None, None], 0)
+  expected = expected.reshape(8, 8, 2, 8, 2, 20).max((2, 4))
   return {
     "convolution": _error(ours(image, kernel), plain(image, kernel)),
     "its gradients": max(map(_error, gradients(ours), gradients(plain))),
-    "batch normalisation": _error(normed, wanted),
+    "batch normalisation": _error(normed, expected),
     "SVD": _error((u * s[None]) @ vt, matrix),
   }
 
 
-def _error(found, wanted) -> float:
-  return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+def _error(found: jax.Array, expected: jax.Array) -> float:
+  """Returns the norm of the difference relative to the norm of `expected`."""
+  return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
 
 
 # --- a run ----------------------------------------------------------------------------
 
 
 def _run(path: str) -> Iterator[Finding]:
+  """Verifies the files of a run, and compares its model with its record."""
   items, state, results = states.inspect(path)
   folder = pathlib.Path(path)
-  config, broken = _json(folder / CONFIG, "put a copy there; --overwrite starts anew")
+  config, broken = _json(folder / CONFIG, "restore a copy of it, or start anew with --overwrite")
   yield f"{folder / CONFIG}{_summary(config)}", broken
   for item in items:
     line = f"{item['name']}: {item['files']} files, {item['bytes']:,} bytes"
     if strays := item["strays"]:
-      line += f"; not the run's and no harm: {', '.join(strays)}"
-    remedy = f"{item['problem']}; start the run again, it falls back on what is whole"
+      line += f"; with files of other programs, which do no harm: {', '.join(strays)}"
+    remedy = f"{item['problem']}; start the run again: it goes on from the newest complete state"
     yield line, remedy if item["problem"] else ""
   rows = results.get("rows", [])
   for t, row in enumerate(rows):
@@ -126,22 +133,20 @@ def _run(path: str) -> Iterator[Finding]:
     size = f"{row['size']['nonzero']:,} non-zero numbers, growth {100 * row['increment']:+.1f} %"
     yield f"task {t + 1}: {size}" + (f", ranks {ranks}" if ranks else ""), ""
   if not (folder / RECORD).exists():
-    yield f"{len(rows)} tasks learned, not finished: the same command goes on", ""
+    yield f"{len(rows)} tasks learned, not finished; the same command goes on", ""
     return
-  record, broken = _json(folder / RECORD, "delete it, the same command writes it again")
+  record, broken = _json(folder / RECORD, "delete it: the command of the run writes it again")
   yield f"{folder / RECORD}", broken
   if state is None:
-    yield "no state is whole", "the model is lost; --overwrite learns it anew"
+    yield "no state is complete", "the model is lost; learn it again with --overwrite"
   elif not broken:
-    same = checkpoint.fingerprint(state) == record.get("state_hash")
-    yield (
-      "the model is the one of the record",
-      "" if same else ("the newest whole state is another; start the run again with --overwrite"),
-    )
+    is_same = checkpoint.fingerprint(state) == record.get("state_hash")
+    remedy = "the newest complete state has another hash; start the run again with --overwrite"
+    yield "the model is the one of the record", "" if is_same else remedy
 
 
 def _json(path: pathlib.Path, remedy: str) -> tuple[dict, str]:
-  """Returns the contents, and `remedy` with the reason if they can't be read."""
+  """Reads a JSON file; the second value says what to do if it can't be read, or is ""."""
   try:
     return files.load_json(path), ""
   except (OSError, ValueError) as e:
@@ -149,6 +154,7 @@ def _json(path: pathlib.Path, remedy: str) -> tuple[dict, str]:
 
 
 def _summary(config: dict) -> str:
+  """Returns the main keys of a config as one text."""
   flat = keys.flat(config)
   shown = ("method.name", "benchmark", "network", "order", "seed")
   return ": " + ", ".join(f"{k} {flat[k]}" for k in shown if k in flat) if flat else ""
@@ -158,26 +164,27 @@ def _summary(config: dict) -> str:
 
 
 def _data(data_dir: str) -> Iterator[Finding]:
+  """Looks for every data set, and loads the benchmarks whose data sets are there."""
   if not pathlib.Path(data_dir).expanduser().is_dir():
     raise UserError(f"--data_dir={data_dir}: no such folder")
-  there = []
+  present = []
   for name in sources.ORIGINALS:
     try:
       files = sources.find(data_dir, name)
     except sources.Missing:
-      yield f"{name}: not there", ""
+      yield f"{name}: not found", ""
     except UserError as e:
       yield name, str(e)
     else:
-      there.append(name)
+      present.append(name)
       yield f"{name}: {files.place}, {len(files.names):,} files", ""
   for benchmark, family in data.BENCHMARKS.items():
-    if set(family.originals) & set(there):
+    if set(family.originals) & set(present):
       yield _load(benchmark, data_dir)
 
 
 def _load(benchmark: str, data_dir: str) -> Finding:
-  """Reads a benchmark as a run would."""
+  """Loads a benchmark as a run does, and counts its images."""
   config = make_config(
     "stl",
     benchmark=benchmark,
@@ -192,8 +199,8 @@ def _load(benchmark: str, data_dir: str) -> Finding:
   except UserError as e:
     return benchmark, str(e)
   counts = [sum(len(getattr(t, s).index) for t in found.tasks) for s in ("train", "valid", "test")]
-  line = (
-    f"{benchmark}: {len(found.tasks)} tasks, {counts[0] + counts[1]:,} training and {counts[2]:,}"
-  )
-  partial = ", a part of the protocol's (allow_partial)" if found.partial else ""
-  return f"{line} test images{partial}, split hash {found.split_hash[:16]}", ""
+  train, valid, test = counts
+  images = f"{train + valid:,} training and {test:,} test images"
+  partial = ", fewer than the protocol asks for (allow_partial)" if found.partial else ""
+  line = f"{benchmark}: {len(found.tasks)} tasks, {images}{partial}"
+  return f"{line}, split hash {found.split_hash[:16]}", ""

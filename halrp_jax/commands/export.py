@@ -1,17 +1,21 @@
-"""Writes the model of a run as files for other programs.
+"""Writes the model of a run to files for other programs.
 
   python -m halrp_jax export --workdir=RUN --out=DIR [--task=NAME] [--merge] [--format=F]
   python -m halrp_jax export --workdir=runs/digits-halrp --out=model
   python -m halrp_jax export --workdir=runs/digits-ewc --out=model --merge
   python -m halrp_jax export --workdir=runs/digits-halrp --out=model --task=3 --format=stablehlo
 
-Writes the base once and a small file per task (HALRP, BE), or with --merge a whole ordinary Flax
-network per task (every method but CLR and PRD), each with a JSON card: classes, normalisation,
-network, ranks, accuracy, hashes. --format: safetensors (default), orbax, or stablehlo, a program
-from images to probabilities that needs the packages jax and flatbuffers alone. A folder that holds
-another model or format is refused: delete it, or choose another one. All tasks, unless
---task names one. `halrp_jax.export.load(DIR, task)` reads the first two
-(halrp_jax/deploy/export.py).
+Writes the base weights once and a small file per task (HALRP and BE), or with --merge the whole
+network of every task as an ordinary Flax network (every method but CLR and PRD). Beside each file
+is a JSON card with classes, normalisation, network, ranks, accuracy and hashes. By default all
+tasks are written, with --task only one.
+
+The formats are safetensors (default), orbax, and stablehlo: a program from images to probabilities,
+which needs no packages but jax and flatbuffers. In Python, halrp_jax.deploy.export.load(DIR, ID)
+reads the first two; halrp_jax/deploy/export.py describes the files.
+
+A folder holds one model in one format. If DIR holds another one, nothing is written: delete it, or
+choose another folder.
 """
 
 from halrp_jax import arguments
@@ -19,17 +23,18 @@ from halrp_jax.deploy import export, saved
 
 
 def main(argv: list[str]) -> int:
-  """Writes the files; prints their sizes."""
+  """Writes the files and prints their sizes."""
   parser = arguments.parser("export", __doc__, "--workdir=runs/digits-halrp --out=model")
-  needed = {"required": True, "type": arguments.filled}
-  parser.add_argument("--workdir", help="the folder of a run", **needed)
-  parser.add_argument("--out", help="folder for the files", **needed)
+  for name, text in (("--workdir", "folder of a run"), ("--out", "folder for the files")):
+    parser.add_argument(name, required=True, type=arguments.filled, help=text)
   parser.add_argument("--task", default="", help="name of a task, or id:N; default: all")
-  parser.add_argument("--merge", action="store_true", help="whole networks")
-  parser.add_argument("--format", default="safetensors", help=", ".join(export.FORMATS))
+  parser.add_argument("--merge", action="store_true", help="write whole networks")
+  parser.add_argument(
+    "--format", default="safetensors", help=f"{', '.join(export.FORMATS)}; default: safetensors"
+  )
   options = parser.parse_args(argv)
   run = saved.open_run(options.workdir)
-  if line := saved.lacks_statistics(run):
+  if line := saved.missing_statistics(run):
     print(f"note: {line}")
   positions = list(range(len(run.learned)))
   if options.task:

@@ -1,21 +1,23 @@
-"""Learns one more task on top of what a run has learned.
+"""Learns one more task, of your own images, on top of a run.
 
   python -m halrp_jax extend --workdir=RUN --data=FOLDER|FILE.npz --out=NEW
   python -m halrp_jax extend --workdir=runs/mine --data=new_task --out=runs/mine-and-more
   python -m halrp_jax predict --workdir=runs/mine-and-more --task=new_task ...
 
-FOLDER holds CLASS/IMAGE, or train/CLASS/IMAGE with val/... and test/...; it and FILE.npz are as in
-halrp_jax/data/custom.py. The task is named after it, as no task of RUN is. NEW is the folder of a
-run: with the base, the old tasks' parts and the new one; predict, export and extend take it. RUN
-stays as it is. Where the method holds what tasks share (HALRP, STL, BN, BE, APDfix, CLR with its
-own BatchNorm) the old tasks are the same bits: the new task alone is pruned. The same command goes
-on where it was stopped.
+FOLDER holds CLASS/IMAGE, or train/CLASS/IMAGE and optionally val/CLASS/IMAGE and test/CLASS/IMAGE.
+FILE.npz holds arrays; halrp_jax/data/custom.py describes both. The new task is named after FOLDER
+or FILE, which must not be the name of a task of RUN.
+
+NEW becomes the folder of a run with the old tasks and the new one, for predict, export and extend.
+RUN is not changed. With methods that do not change what the tasks share (HALRP, STL, BN, BE,
+APDfix, CLR with its own BatchNorm) the old tasks stay the same to the bit, and only the new task is
+pruned. If it is stopped, the same command goes on.
 """
 
 import sys
 
 from halrp_jax import arguments
-from halrp_jax.commands import terminal
+from halrp_jax.commands import program, terminal
 from halrp_jax.deploy import saved
 from halrp_jax.devices import compile_cache, stop
 from halrp_jax.types import Stopped
@@ -24,18 +26,20 @@ _EXAMPLE = "--workdir=runs/mine --data=new_task --out=runs/mine-and-more"
 
 
 def main(argv: list[str]) -> int:
-  """Learns the task; prints its accuracy and whether the old ones are unchanged."""
+  """Learns the task, and prints its accuracy and whether the old tasks are unchanged."""
   parser = arguments.parser("extend", __doc__, _EXAMPLE)
-  needed = {"required": True, "type": arguments.filled}
-  parser.add_argument("--workdir", help="the folder of a run", **needed)
-  parser.add_argument("--data", help="the new task's images", **needed)
-  parser.add_argument("--out", help="the new run's folder", **needed)
-  parser.add_argument("--compile_cache", default="", help="as in halrp_jax.main")
+  for name, text in (
+    ("--workdir", "folder of the run to extend; it is not changed"),
+    ("--data", "images of the new task: a folder or an .npz file"),
+    ("--out", "folder for the extended run"),
+  ):
+    parser.add_argument(name, required=True, type=arguments.filled, help=text)
+  parser.add_argument("--compile_cache", default="", help=program.COMPILE_CACHE)
   options = parser.parse_args(argv)
   stop_asked = stop.listen()
   compile_cache.use(options.compile_cache)
   run = saved.open_run(options.workdir)
-  if line := saved.lacks_statistics(run):
+  if line := saved.missing_statistics(run):
     print(f"note: {line}")
   try:
     with terminal.live_display(sys.stdout) as show:
@@ -49,6 +53,7 @@ def main(argv: list[str]) -> int:
     print(f"the {num_old} tasks before are unchanged to the bit")
   else:
     name = run.config.method.name
-    print(f"{name} moved what tasks share: the {num_old} tasks before may predict differently")
+    shared = f"{name} changed weights that tasks share"
+    print(f"{shared}: predictions for the {num_old} tasks before may have changed")
   print(f"growth {100 * record['increment']:+.1f} %; {options.out}")
   return 0

@@ -1,40 +1,49 @@
-"""What all command lines have in common: streams, warnings, errors as one line and an exit code."""
+"""The common part of all command lines: output streams, warnings, errors and exit codes."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TextIO
 
 import halrp_jax
 from halrp_jax.types import UserError, one_line
 
-MISTAKE = 2  # exit code
+MISTAKE = 2  # exit code after an error that the user can mend
+COMPILE_CACHE = (  # help of --compile_cache
+  "folder for compiled programs, or off; default: halrp_jax in $XDG_CACHE_HOME or ~/.cache"
+)
 
 
 def prepare() -> None:
-  """Lets warnings be one line and the streams write any name. Call it once, in a program.
+  r"""Makes warnings one line each, and lets the output streams write any character.
 
-  What a terminal can't show, as Greek letters on an ASCII terminal, is written as \\xNN.
+  Characters that the encoding of a stream doesn't have are written as escapes such as \u03b1. Call
+  this once, at the start of a program.
   """
   warnings.formatwarning = lambda message, *_: f"warning: {one_line(message)}\n"
-  for stream in (sys.stdout, sys.stderr):
-    if stream is not None:  # it is None if the process was started without
+  for stream in (sys.stdout, sys.stderr):  # None if the process was started without it
+    if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
 
 
 def version() -> str:
-  """Returns what --version prints."""
+  """Returns the line that --version prints."""
   return f"halrp_jax {halrp_jax.__version__ or '(not installed, hence without a version)'}"
 
 
 def run(main: Callable[[], int]) -> int:
-  """Calls main() and returns its exit code; an error that the user can mend is one line.
+  """Calls main() and prints an error that the user can mend as one line.
+
+  Args:
+    main: returns an exit code.
 
   Returns:
-    2 after such an error, 130 after Ctrl-C, and 141, silently, if nobody reads the output any more:
-    the codes of other programs.
+    The exit code of main(); 2 after an error that the user can mend, 130 after Ctrl-C, and 141 if
+    the reader of the output has closed it, as in `... | head`.
   """
   try:
     code = main()
@@ -48,29 +57,31 @@ def run(main: Callable[[], int]) -> int:
     print("stopped", file=sys.stderr)
     return 128 + signal.SIGINT
   except UserError as e:
-    return _complain(str(e))
+    return _print_error(str(e))
   except OSError as e:
     if not e.filename:
       _discard(sys.stdout)
-    place = e.filename or "input or output"
-    return _complain(f"{os.fsdecode(place)}: {e.strerror or e}")
+    file = e.filename or "input or output"
+    return _print_error(f"{os.fsdecode(file)}: {e.strerror or e}")
   except Exception as e:
-    from halrp_jax.devices import faults  # imports JAX, which what lists the verbs does without
+    from halrp_jax.devices import faults  # imports JAX, which listing the verbs does not need
 
     if line := faults.explain(e):
-      return _complain(line)
+      return _print_error(line)
     raise
 
 
-def _complain(text: str) -> int:
+def _print_error(text: str) -> int:
+  """Prints an error and returns the exit code."""
   with contextlib.suppress(BrokenPipeError):
     print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
   return MISTAKE
 
 
-def _discard(*streams) -> None:
-  """Lets what is still in the buffers go nowhere; else Python complains when it ends."""
+def _discard(*streams: TextIO | None) -> None:
+  """Redirects streams to nowhere; otherwise Python prints an error when it flushes them at exit."""
   nowhere = os.open(os.devnull, os.O_WRONLY)
   for stream in streams:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-      os.dup2(nowhere, stream.fileno())
+    if stream is not None:
+      with contextlib.suppress(OSError, ValueError):
+        os.dup2(nowhere, stream.fileno())

@@ -1,13 +1,16 @@
-"""Writes all finished runs below a folder as tables, figures and a page.
+"""Writes a report of all finished runs below a folder: tables, figures and a page.
 
   python -m halrp_jax report --runs=runs --out=report
   python -m halrp_jax report --runs=docs/records --out=report --docs=docs
 
-Writes OUT/index.html (one file, opens offline), OUT/tables/ (the paper's tables with ours beside
-them as CSV, Markdown and LaTeX) and OUT/figures/ (SVG and PNG). A run counts for a table if its
-config is that of configs/, whatever order and seed; all others are in the overview, with what is
-different. Files that can't be used are named and left out. --docs writes reproduction.md and its
-figures into that folder; reasons.json there says why a number is off.
+Writes OUT/index.html (one file that needs no network), OUT/tables/ (the paper's tables with the
+results of these runs beside the published ones, as CSV, Markdown and LaTeX) and OUT/figures/ (SVG
+and PNG). A run counts for a table if its config is that of a file in configs/, whatever its order
+and seed. All other runs are listed in the overview, with the keys that differ. Files that can't be
+used are named and left out.
+
+With --docs, reproduction.md and its figures are written into that folder too. The explanations for
+results that differ from the paper are read from the file reasons.json there.
 """
 
 from halrp_jax import arguments
@@ -16,14 +19,16 @@ from halrp_jax.runs import reproduce
 
 
 def main(argv: list[str]) -> int:
-  """Writes the report; prints what was left out."""
+  """Writes the report, and prints which files were left out."""
   parser = arguments.parser("report", __doc__, "--runs=runs --out=report")
   parser.add_argument(
-    "--runs", required=True, type=arguments.filled, help="folder with runs, or with their records"
+    "--runs", required=True, type=arguments.filled, help="folder of runs, or of their record files"
   )
   parser.add_argument("--out", required=True, type=arguments.filled, help="folder for the report")
-  parser.add_argument("--docs", default="", help="folder for reproduction.md")
-  parser.add_argument("--configs", default="", help="folder of configs; default: configs")
+  parser.add_argument(
+    "--docs", default="", help="folder for reproduction.md; default: it is not written"
+  )
+  parser.add_argument("--configs", default="", help="folder of the config files; default: configs")
   options = parser.parse_args(argv)
   catalogue = reproduce.catalogue(reproduce.configs_folder(options.configs))
   report = publish.collect(options.runs, catalogue, list(paper.TARGETS.values()))

@@ -4,23 +4,29 @@
   python -m halrp_jax reproduce --table=2 --budget=small --data_dir=DIR --workdir=runs/paper
   python -m halrp_jax reproduce --figure=3a --budget=full --methods=halrp,apd --seeds=0 ...
 
-Runs the cells below RUNS, the folder of --workdir, as `sweep` does (a second start goes on, tables
-share their cells), then writes RUNS/report-NAME-BUDGET/. Budgets: smoke (two epochs or few more on
-a hundredth of the images: does it all run?), small (a twentieth of the images, table 6 a quarter;
-first three orders, one seed), full (the paper's protocol: five orders with five seeds each). --list
-tells cells, optimizer steps and hours. Exit codes as of sweep.
+Learns the runs in folders below --workdir, as sweep does, and writes the report into the folder
+report-NAME-BUDGET there. If it is stopped, the same command goes on; runs that several tables need
+are learned once. --list prints every table and figure with its number of runs, optimizer steps and
+hours on this machine. Exit codes are those of sweep.
+
+Budgets:
+  smoke   few epochs on 1 % of the images, to see whether everything runs
+  small   5 % of the images (table 6: 25 %), the first three orders, one seed
+  full    the paper's protocol: five orders with five seeds each
 """
 
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 from ml_collections import config_dict
 
 from halrp_jax import arguments
-from halrp_jax.commands import terminal
+from halrp_jax.commands import program, terminal
 from halrp_jax.config import make_config, resolve
 from halrp_jax.devices import compile_cache, stop
+from halrp_jax.keys import Config
 from halrp_jax.reports import paper, publish
 from halrp_jax.runs import estimate, reproduce, sweep
 from halrp_jax.types import Stopped, UserError
@@ -29,7 +35,7 @@ _EXAMPLE = "--table=2 --budget=small --data_dir=DIR --workdir=runs/paper, or --l
 
 
 def main(argv: list[str]) -> int:
-  """Runs what is not finished and writes the report."""
+  """Learns the runs that are not finished and writes the report."""
   options = _parse(argv)
   configs = reproduce.configs_folder(options.configs)
   targets = _targets(options)
@@ -41,48 +47,64 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
+  """Parses the command line; with --list most arguments are optional."""
   runs = "--list" not in argv
   parser = arguments.parser("reproduce", __doc__, _EXAMPLE)
   target = parser.add_mutually_exclusive_group(required=runs)
   for kind in ("table", "figure"):
     names = [name.removeprefix(f"{kind} ") for name in paper.TARGETS if name.startswith(kind)]
     target.add_argument(f"--{kind}", default="", choices=names, help=f"a {kind} of the paper")
-  parser.add_argument("--budget", default="small", choices=paper.BUDGETS)
-  parser.add_argument("--list", action="store_true", help="cells, steps and hours")
-  needed = {"required": True, "type": arguments.filled} if runs else {"default": ""}
-  parser.add_argument("--data_dir", help="folder of the original data", **needed)
-  parser.add_argument("--workdir", help="folder for runs and reports", **needed)
-  parser.add_argument("--methods", default="", help="with commas; default: all of the table")
-  parser.add_argument("--orders", default="", help="with commas, or all; default: the budget's")
-  parser.add_argument("--seeds", default="", help="with commas; default: the budget's")
-  parser.add_argument("--shard", default="", help="i/n, as in sweep")
-  parser.add_argument("--allow_partial", action="store_true", help="go on with less data")
-  parser.add_argument("--configs", default="", help="folder of configs; default: configs")
-  parser.add_argument("--compile_cache", default="", help="as in halrp_jax.main")
+  parser.add_argument("--budget", default="small", choices=paper.BUDGETS, help="default: small")
+  parser.add_argument(
+    "--list", action="store_true", help="print runs, steps and hours; learn nothing"
+  )
+  for name, text in (
+    ("--data_dir", "folder of the original data files"),
+    ("--workdir", "folder for the runs and the report"),
+  ):
+    kind = arguments.filled if runs else str
+    parser.add_argument(name, default="", required=runs, type=kind, help=text)
+  parser.add_argument("--methods", default="", help="names with commas; default: all of the table")
+  parser.add_argument(
+    "--orders", default="", help="names with commas, or all; default: as the budget"
+  )
+  parser.add_argument("--seeds", default="", help="numbers with commas; default: as the budget")
+  parser.add_argument(
+    "--shard", default="", help="i/n, with i from 0: learn only every n-th run, from run i on"
+  )
+  parser.add_argument(
+    "--allow_partial", action="store_true", help="accept less data than the paper used"
+  )
+  parser.add_argument("--configs", default="", help="folder of the config files; default: configs")
+  parser.add_argument("--compile_cache", default="", help=program.COMPILE_CACHE)
   return parser.parse_args(argv)
 
 
-def _targets(options) -> list[paper.Target]:
-  """Returns the one that was named, all if none was."""
+def _targets(options: argparse.Namespace) -> list[paper.Target]:
+  """Returns the table or figure that was named, or all of them."""
   names = [f"{k} {v}" for k in ("table", "figure") if (v := getattr(options, k))]
   return [paper.TARGETS[name] for name in names or paper.TARGETS]
 
 
-def _cells(target, configs: str, options) -> tuple[list[sweep.Cell], list[str]]:
+def _cells(
+  target: paper.Target, configs: str, options: argparse.Namespace
+) -> tuple[list[sweep.Cell], list[str]]:
+  """Returns the cells of a table or figure, and the names of systems not implemented here."""
   only = tuple(name for name in options.methods.split(",") if name)
   if unknown := set(only) - set(target.rows.values()):
     known = ", ".join(target.rows.values())
-    raise UserError(f"--methods: {target.name} has no {', '.join(sorted(unknown))}; it has {known}")
+    raise UserError(f"--methods: {target.name} has no {', '.join(sorted(unknown))}, only {known}")
   keys = {"data_dir": options.data_dir, "allow_partial": options.allow_partial}
   return reproduce.cells(configs, target, options.budget, only, options.orders, options.seeds, keys)
 
 
-def _reproduce(target, configs: str, options) -> int:
-  cells, absent = _cells(target, configs, options)
+def _reproduce(target: paper.Target, configs: str, options: argparse.Namespace) -> int:
+  """Learns the runs of a table or figure and writes the report; returns the exit code."""
+  cells, missing = _cells(target, configs, options)
   smoke = options.budget == "smoke"
   root = pathlib.Path(options.workdir) / ("smoke" if smoke else "")
-  for name in absent:
-    print(f"not here yet: {name}")
+  for name in missing:
+    print(f"not implemented: {name}")
   stop_asked = stop.listen()
   try:
     with terminal.live_sweep(sys.stdout) as show:
@@ -102,25 +124,25 @@ def _reproduce(target, configs: str, options) -> int:
 # --- --list ---------------------------------------------------------------------------
 
 
-def _list(targets, configs: str, options) -> None:
-  """A line per table and figure. The time of a step is measured once per kind of run."""
-  known = {}
-  print(f"budget {options.budget}; hours: time of one step here, measured on random images, times")
-  print("the steps; all systems but HALRP are counted at single-task learning's")
-  print(f"{'':<10} {'cells':>6} {'steps':>12} {'hours':>8}  title")
+def _list(targets: list[paper.Target], configs: str, options: argparse.Namespace) -> None:
+  """Prints a line per table and figure; the time of a step is measured once per kind of run."""
+  known: dict[tuple, tuple[float, float]] = {}
+  print(f"budget {options.budget}; hours: the number of steps times the time of one step, measured")
+  print("here on random images; all systems but HALRP are counted like single-task learning")
+  print(f"{'':<10} {'runs':>6} {'steps':>12} {'hours':>8}  title")
   for target in targets:
-    cells, absent = _cells(target, configs, options)
-    count = seconds = 0
+    cells, missing = _cells(target, configs, options)
+    count, seconds = 0, 0.0
     for cell in sweep.shard(cells, options.shard):
       steps, cell_seconds = _estimate(cell, known)
       count, seconds = count + steps, seconds + cell_seconds
-    lacks = f" (not here yet: {', '.join(absent)})" if absent else ""
+    more = f" (not implemented: {', '.join(missing)})" if missing else ""
     line = f"{target.name:<10} {len(cells):>6} {count:>12,} {seconds / 3600:>8.1f}"
-    print(f"{line}  {target.title}{lacks}", flush=True)
+    print(f"{line}  {target.title}{more}", flush=True)
 
 
-def _estimate(cell: sweep.Cell, known: dict) -> tuple[int, float]:
-  """Steps and seconds of a cell. known: kind of run -> calibration, filled here."""
+def _estimate(cell: sweep.Cell, known: dict[tuple, tuple[float, float]]) -> tuple[int, float]:
+  """Returns steps and seconds of a cell; `known` caches the calibrations by kind of run."""
   config = resolve(cell.config)
   steps, num_tasks = estimate.steps(config)
   kind = estimate.kind(config)
@@ -130,12 +152,13 @@ def _estimate(cell: sweep.Cell, known: dict) -> tuple[int, float]:
   return steps, steps * step + num_tasks * task
 
 
-def _calibration_config(config: config_dict.ConfigDict, method: str):
-  """Two epochs of the same network with HALRP, or with STL."""
-  keys = {k: v for k, v in config.to_dict().items() if k not in ("method", "protocol", "data")}
-  keys = {k: v for k, v in keys.items() if k != "checkpoint"} | {"epochs": 2}
-  own = {"batch_norm": config.method.batch_norm} if config.method.batch_norm else {}
+def _calibration_config(config: config_dict.ConfigDict, method: str) -> Config:
+  """Returns a config for two epochs of the same network with "halrp" or "stl"."""
+  values: dict[str, Any] = config.to_dict()
+  chosen, protocol = values.pop("method"), values.pop("protocol")
+  top: dict[str, Any] = {k: v for k, v in values.items() if k not in ("data", "checkpoint")}
+  top["epochs"] = 2
+  own = {"batch_norm": chosen["batch_norm"]} if chosen["batch_norm"] else {}
   if method == "halrp":
-    own |= {"svd": config.method.svd, "importance_split": "train"}
-  protocol = config.protocol.to_dict()
-  return resolve(make_config(method, protocol=protocol, methods_={method: own}, **keys))
+    own |= {"svd": chosen["svd"], "importance_split": "train"}
+  return resolve(make_config(method, protocol=protocol, methods_={method: own}, **top))

@@ -1,37 +1,44 @@
-"""Learns many runs, a folder each: several methods, orders and seeds.
+r"""Learns many runs: several methods, orders and seeds, a folder for each run.
 
   python -m halrp_jax sweep --config=FILE --methods=M,M --orders=all --seeds=0,1 --workdir=DIR
-  python -m halrp_jax sweep --config=configs/cifar100_split.py --config.data_dir=DIR \\
+  python -m halrp_jax sweep --config=configs/cifar100_split.py --config.data_dir=DIR \
       --methods=halrp,stl --orders=all --seeds=0,1,2 --workdir=runs/split
   python -m halrp_jax sweep ... --shard=$SLURM_ARRAY_TASK_ID/8
 
-With --vectorize all orders and seeds of a method are one program with a leading axis, shared out
-over the devices. It is for accelerators that one small run leaves idle, and holds all runs at once;
-on a CPU it is no faster (docs/measurements.md).
+Each combination of method, order and seed is a cell: a run of its own in the folder
+DIR/METHOD_ORDER_SEED. --methods takes whatever may stand after the colon of --config, also the
+names of an ablation's variants. --config.KEY=VALUE holds for all cells.
 
-Every cell is a run of its own, DIR/METHOD_ORDER_SEED; a second start goes on where the first was
-stopped, finished cells are left as they are; one whose data or JAX flags have changed since fails.
-A cell in which another sweep is at work is looked at again at the end and is no failure. Any
---config.KEY=VALUE holds for all cells. What stands after the colon of an ablation's config is named
-in --methods too. Exit codes: 0 all done, 1 a cell failed (the others are done), 2 a mistake, 75
-stopped by SIGTERM or SIGINT.
+If the sweep is stopped, the same command goes on. Finished cells are not run again; they are
+counted as "kept". A finished cell whose data or JAX flags have changed since then fails. A cell
+that another process runs is tried once more at the end and does not count as a failure, so several
+sweeps may work in one DIR; --shard divides the cells between them.
+
+--vectorize learns all orders and seeds of a method at once, as one program with an additional
+leading axis that is sharded over the devices. It is meant for accelerators that one small run
+leaves idle, and needs the memory of all these runs together; on a CPU it is no faster.
+
+Exit codes: 0 all cells are done; 1 a cell failed (the others are done); 2 a mistake in config, data
+or arguments; 75 stopped by SIGTERM or SIGINT.
 """
 
 import sys
 
+from ml_collections import config_dict
+
 from halrp_jax import arguments
-from halrp_jax.commands import terminal
+from halrp_jax.commands import program, terminal
 from halrp_jax.devices import compile_cache, stop
 from halrp_jax.runs import sweep
 from halrp_jax.types import Stopped
 
 _FLAGS = {
-  "methods": "with commas; default: the one after the config's colon",
-  "orders": "with commas, or all; default: the config's",
-  "seeds": "with commas; default: the config's",
-  "shard": "i/n: every n-th cell from the i-th on, i from 0 to n - 1",
-  "workdir": "folder for the cells' folders",
-  "compile_cache": "as in halrp_jax.main",
+  "methods": "names with commas; default: the one after the colon of --config",
+  "orders": "names with commas, or all; default: as the config",
+  "seeds": "numbers with commas; default: as the config",
+  "shard": "i/n, with i from 0 to n - 1: run only every n-th cell, from cell i on",
+  "workdir": "folder in which each cell gets a folder",
+  "compile_cache": program.COMPILE_CACHE,
 }
 _SWITCHES = {
   "vectorize": "learn the orders and seeds of a method at once, as one program",
@@ -42,11 +49,11 @@ _EXAMPLE = "--config=configs/digits.py --methods=halrp,stl --seeds=0,1 --workdir
 
 
 def main(argv: list[str]) -> int:
-  """Runs the cells that are not finished; prints what became of them."""
+  """Runs the cells that are not finished, and prints how they ended."""
   required = ("config", "workdir")
   args = arguments.parse_config(["sweep", *argv], _FLAGS, _SWITCHES, required, _EXAMPLE)
   if args.help:
-    print(__doc__)
+    print(terminal.verb_help_text(__doc__, _FLAGS | _SWITCHES))
     return 0
   configs = _configs(argv, args.methods) or {args.config.method.name: args.config}
   cells = sweep.shard(sweep.cells(configs, args.orders, args.seeds), args.shard)
@@ -62,8 +69,8 @@ def main(argv: list[str]) -> int:
   return int(sweep.failed(rows))
 
 
-def _configs(argv: list[str], methods: str) -> dict[str, object]:
-  """One config per name in --methods, each with all --config.KEY=VALUE of the command line."""
+def _configs(argv: list[str], methods: str) -> dict[str, config_dict.ConfigDict]:
+  """Returns a config per name in --methods, with the --config.KEY=VALUE of the command line."""
   named = next(a for a in argv if a.lstrip("-").startswith("config="))
   file = named.partition("=")[2].partition(":")[0]
   overrides = [a for a in argv if a.lstrip("-").startswith(("config.", "noconfig."))]

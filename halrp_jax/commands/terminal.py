@@ -1,4 +1,4 @@
-"""Events and records -> text for people. Reads no data, trains nothing."""
+"""Turns events, records and plans into the text that a terminal shows."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,7 +18,12 @@ from halrp_jax.types import one_line
 
 @contextlib.contextmanager
 def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
-  """Yields a function that shows an event: a progress bar on a terminal, plain lines elsewhere."""
+  """Yields a function that shows the events of a run.
+
+  Args:
+    stream: on a terminal a progress bar is drawn, elsewhere lines are printed; None: nothing is
+      shown.
+  """
   if stream is None:
     yield lambda event: None
     return
@@ -53,11 +58,12 @@ def live_display(stream: TextIO | None) -> Iterator[Callable[[dict], None]]:
 
 
 def _console(stream: TextIO) -> Console:
-  """A terminal that shows names as they are: [red] and :smile: mean nothing in them."""
+  """Returns a terminal that prints names as they are, also those with [red] or :smile: in them."""
   return Console(file=stream, markup=False, emoji=False, highlight=False)
 
 
 def _print_event(stream: TextIO, event: dict) -> None:
+  """Prints the events that are shown without a terminal."""
   if event["event"] == "evaluation":
     print(task_line(event), file=stream, flush=True)
   elif event["event"] == "note":
@@ -70,7 +76,7 @@ def _print_event(stream: TextIO, event: dict) -> None:
 
 
 def task_line(event: dict) -> str:
-  """One line per finished task."""
+  """Returns the line that is shown when a task is finished; `event`: of the kind "evaluation"."""
   row = event["accuracy"]
   ranks, name = event["ranks"], one_line(event["task"])
   parts = [
@@ -93,7 +99,12 @@ _SHOWN = 12  # cells of a sweep that a terminal shows at once
 
 @contextlib.contextmanager
 def live_sweep(stream: TextIO | None) -> Iterator[Callable[[list[dict]], None]]:
-  """Yields a function that shows the rows of `sweep.run`: a table on a terminal, else lines."""
+  """Yields a function that shows the rows of `sweep.run`.
+
+  Args:
+    stream: on a terminal a table is drawn, elsewhere a line is printed for every cell that has
+      begun or ended; None: nothing is shown.
+  """
   if stream is None:
     yield lambda rows: None
     return
@@ -101,18 +112,19 @@ def live_sweep(stream: TextIO | None) -> Iterator[Callable[[list[dict]], None]]:
     with Live(console=_console(stream), refresh_per_second=4) as live:
       yield lambda rows: live.update(_sweep_table(rows))
     return
-  told = {}
+  shown = {}  # name of a cell -> the state that was printed last
 
   def show(rows):
     for row in rows:
-      if told.get(row["name"], "waiting") != row["state"]:
-        told[row["name"]] = row["state"]
+      if shown.get(row["name"], "waiting") != row["state"]:
+        shown[row["name"]] = row["state"]
         print(_sweep_line(row, rows), file=stream, flush=True)
 
   yield show
 
 
 def _sweep_line(row: dict, rows: list[dict]) -> str:
+  """Returns the line of a cell that has begun or ended."""
   ended = sum(r["state"] in _ENDED for r in rows)
   parts = [f"[{ended}/{len(rows)}] {row['name']} {row['state']}"]
   if row["state"] in ("done", "kept"):
@@ -126,7 +138,7 @@ def _sweep_line(row: dict, rows: list[dict]) -> str:
 
 
 def _sweep_table(rows: list[dict]) -> RichTable:
-  """The cells around the one at work, then the rest in numbers."""
+  """Draws the cells around the one that is running, those that failed, and totals."""
   left = remaining_seconds(rows)
   ended = sum(r["state"] in _ENDED for r in rows)
   to_go = "" if left is None else f", about {duration(left)} to go"
@@ -145,7 +157,10 @@ def _sweep_table(rows: list[dict]) -> RichTable:
 
 
 def remaining_seconds(rows: list[dict]) -> float | None:
-  """Time the cells still need, from those of the same method that were run; None if none was."""
+  """Estimates the seconds until all cells have ended, from the cells of the same method so far.
+
+  Returns None if no cell has run yet.
+  """
   known: dict[str, list[float]] = {}
   for row in rows:
     if row["state"] == "done":
@@ -165,7 +180,7 @@ def remaining_seconds(rows: list[dict]) -> float | None:
 
 
 def sweep_text(rows: list[dict]) -> str:
-  """What became of the cells."""
+  """Returns what is printed at the end of a sweep: failures, and the number of cells by state."""
   states = {s: [r for r in rows if r["state"] == s] for s in _ENDED}
   lines = [f"FAILED {r['name']}: {r['error']}" for r in states["failed"]]
   always = _ENDED[:3]
@@ -174,17 +189,17 @@ def sweep_text(rows: list[dict]) -> str:
 
 
 def duration(seconds: float) -> str:
-  """8 s, 12 min or 3.4 h."""
+  """Formats seconds as "8 s", "12 min" or "3.4 h"."""
   if seconds < 100:
     return f"{seconds:.0f} s"
   return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-# --- after it -------------------------------------------------------------------------
+# --- after a run ----------------------------------------------------------------------
 
 
 def matrix_text(record: dict) -> str:
-  """The accuracy matrix: row = after learning that task, column = tested on that task."""
+  """Formats the accuracies: rows are tasks just learned, columns are tasks tested on."""
   num_tasks = len(record["task_ids"])
   header = "after \\ on" + "".join(f"{i + 1:>7}" for i in range(num_tasks))
   lines = [header]
@@ -195,11 +210,12 @@ def matrix_text(record: dict) -> str:
 
 
 def _number(x: float | None, unit: str = "") -> str:
+  """Formats a number with two decimals; "-" if there is none."""
   return "-" if x is None else f"{x:.2f}{unit}"
 
 
 def record_text(record: dict, workdir: str) -> str:
-  """What is printed at the end of a run."""
+  """Returns what is printed at the end of a run."""
   seconds = [sum(s.values()) for s in record["seconds"]]
   return "\n".join(
     [
@@ -219,13 +235,17 @@ def record_text(record: dict, workdir: str) -> str:
 
 
 def _statistics(record: dict) -> str:
-  """Says shortly which statistics BatchNorm evaluated with."""
-  said = record.get("statistics", "-")
-  return "training images" if "training images" in said else said.removesuffix(" statistics")
+  """Returns a short name of the statistics that BatchNorm evaluated with."""
+  name = record.get("statistics", "-")
+  return "training images" if "training images" in name else name.removesuffix(" statistics")
 
 
 def compare_text(records: dict[str, dict]) -> str:
-  """Records side by side. `records`: name -> record."""
+  """Formats records side by side, a column for each.
+
+  Args:
+    records: name of the run -> record.
+  """
   rows = [
     ("", list(records)),
     ("method", [r["method"] for r in records.values()]),
@@ -251,7 +271,11 @@ def compare_text(records: dict[str, dict]) -> str:
 
 
 def tune_text(results: dict[str, dict]) -> str:
-  """The cells of a grid, the best first. `results`: name -> average_accuracy, bwt, seconds."""
+  """Formats the results of `tune`.
+
+  Args:
+    results: name of the cell -> average_accuracy, bwt, seconds; the best first.
+  """
   width = max(map(len, results)) + 2
   lines = [f"{'cell':<{width}}{'valid. ACC %':>12}{'BWT':>9}{'seconds':>10}"]
   for name, r in results.items():
@@ -261,11 +285,11 @@ def tune_text(results: dict[str, dict]) -> str:
   return "\n".join(lines)
 
 
-# --- before it ------------------------------------------------------------------------
+# --- before a run ---------------------------------------------------------------------
 
 
 def plan_text(plan: dict) -> str:
-  """What --dry_run prints. `plan` as from `experiment.plan`."""
+  """Returns what --dry_run prints; `plan` is from `experiment.plan`."""
   lines = ["config"]
   lines += [f"  {k} = {v!r}" for k, v in plan["config"].items()]
   lines.append(f"tasks of {plan['benchmark']} in the order of training")
@@ -286,7 +310,7 @@ def plan_text(plan: dict) -> str:
 
 
 def list_text(benchmarks: dict, networks: dict, methods: dict) -> str:
-  """Returns what --list prints: names with the first lines of docstrings."""
+  """Returns what --list prints: names, each with the first line of its docstring."""
   sections = {
     "benchmarks": {name: family.outline.__doc__ for name, family in benchmarks.items()},
     "networks": {name: make.__doc__ for name, make in networks.items()},
@@ -303,7 +327,7 @@ def list_text(benchmarks: dict, networks: dict, methods: dict) -> str:
 
 
 def help_text(usage: str, flag_help: str, methods: dict) -> str:
-  """What --help prints: usage, flags, all config keys."""
+  """Returns what `halrp_jax.main --help` prints: usage, flags and all config keys."""
   lines = [usage, "Flags:", flag_help, "", "Config keys (--config.KEY=VALUE):"]
   known = keys.keys_of()
   for name, method in methods.items():
@@ -312,3 +336,17 @@ def help_text(usage: str, flag_help: str, methods: dict) -> str:
     default = "as the variant" if key.default is None else repr(key.default)
     lines.append(f"  {name} = {default} ({key.expected}): {key.meaning}")
   return "\n".join(lines)
+
+
+def verb_help_text(usage: str | None, flags: dict[str, str]) -> str:
+  """Returns what --help prints of a verb that takes a config.
+
+  Args:
+    usage: docstring of the verb's module.
+    flags: name -> help.
+  """
+  flags = {"config": "FILE.py, FILE.py:METHOD or FILE.py:METHOD,KEY=VALUE,..."} | flags
+  flags["config.KEY"] = "value of a config key; `python -m halrp_jax.main --help` lists the keys"
+  width = max(map(len, flags)) + 2
+  lines = [f"  --{name:<{width}}{text}" for name, text in flags.items()]
+  return "\n".join([usage or "", "Flags:", *lines])

@@ -1,31 +1,34 @@
-"""A run's model as files for other programs, and back again. No training config, no pickle.
+"""Writes the model of a run to files for other programs, and reads them. No pickle.
 
   DIR/base.safetensors, base.json        the frozen kernels, once
   DIR/task03.safetensors, task03.json    what task 3 adds to them, or its whole network (merged)
-  DIR/task03.stablehlo, task03.json      its whole program: uint8 images -> probabilities
+  DIR/task03.stablehlo, task03.json      the whole program of task 3: uint8 images -> probabilities
 
 The JSON is the card of the file beside it: classes, normalisation, network, ranks, accuracy, the
-hashes of its arrays, of the state and of the base it belongs to; of a program also the packages
-that running it needs. A folder holds one model in one format. With format=orbax the .safetensors
-are Orbax folders of the same names. Arrays are named
+hashes of its arrays, of the task's state and of the base it belongs to; for a program also the
+packages that are needed to run it. The training config is not written. A folder holds one model in
+one format. With format=orbax the .safetensors files are Orbax folders of the same names without
+suffix. The names of the arrays are
 
   params/LAYER/.., batch_stats/LAYER/..    as in Flax; the base has params/LAYER/kernel
   perturbation/LAYER/R, S, sigma, rank, U, V    cut to the rank (weights/lowrank.py); U and V are
     left out at rank 0
-  perturbation/LAYER/U.values, U.mask    in place of U where that is smaller: the entries that are
-    not zero, row by row, and a bit for every entry (numpy.packbits) that says where they are
+  perturbation/LAYER/U.values, U.mask    in place of U where that is smaller: its non-zero entries
+    row by row, and a bit for every entry (numpy.packbits) that says whether it is non-zero; V too
 
-A head is as wide as its task's classes.
+A head has as many outputs as its task has classes.
 """
 
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -39,150 +42,180 @@ from halrp_jax.deploy.export_folder import (
   FORMATS,
   SCHEMA,
   Arrays,
+  Card,
   file_of,
   pack,
   read_card,
-  require,
+  require_arrays,
   require_one_model,
   stem_of,
   take,
   unpack,
 )
-from halrp_jax.deploy.inputs import require_images, require_index
+from halrp_jax.deploy.inputs import require_images, require_index, require_path
 from halrp_jax.runs import cards, checkpoint, experiment
 from halrp_jax.training import batches, networks, population
-from halrp_jax.types import Params, UserError, brief
+from halrp_jax.types import Array, Network, Params, Task, UserError, brief
 from halrp_jax.weights import lowrank, trees
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
-_IDENTITY = ("kind", "state", "task", "network", "input_shape")  # of a card: whose file it is
-_PROGRAM_NEEDS = ("jax", "flatbuffers")  # packages; `pip install jax` alone lacks the second
+_IDENTITY = ("kind", "state", "task", "network", "input_shape")  # card entries that name the model
+_PROGRAM_NEEDS = ("jax", "flatbuffers")  # packages; `pip install jax` does not install the second
 
 
 class Model(NamedTuple):
-  """A task's network, loaded."""
+  """The network of a task, read from files."""
 
-  card: dict
-  network: object  # the Flax module
-  variables: dict[str, Params]  # ordinary {"params", "batch_stats"}
-  classify: Callable  # uint8 images [B, H, W, C] -> probabilities [B, K]
+  card: Card
+  network: nn.Module
+  variables: dict[str, Params]  # "params" and "batch_stats", as in Flax
+  classify: Callable[[Array], jax.Array]  # uint8 images [B, H, W, C] -> probabilities [B, K]
 
   @property
   def class_names(self) -> list[str]:
+    """Returns the names of the K classes."""
     return self.card["task"]["class_names"]
 
 
 # --- writing --------------------------------------------------------------------------
 
 
-def write(run: saved.Saved, folder: str, positions: list[int], format: str, merged: bool):
-  """Writes tasks of a run, and what they need. Yields (name, bytes) of every file as it is done.
+def write(
+  run: saved.Saved, folder: str, positions: list[int], format: str, merged: bool
+) -> Iterator[tuple[str, int]]:
+  """Writes tasks of a run, and the base if they need it.
 
   Args:
     run: from `saved.open_run`.
-    folder: made if it isn't there; what is there must be of this run's model and of the same form.
+    folder: is made if it doesn't exist; files in it must be of the same model and form.
     positions: of the tasks, in the order of training.
     format: one of `FORMATS`.
-    merged: whole networks; otherwise the base once and what each task adds.
+    merged: whether to write whole networks; otherwise the base once and what each task adds.
+
+  Yields:
+    Name without suffix, and size in bytes, of every file when it is written.
 
   Raises:
     UserError: if the method has no such form, or the folder can't be used.
   """
-  if format not in FORMATS:
-    raise UserError(f"--format={format}: one of {', '.join(FORMATS)}")
-  name, place = run.config.method.name, pathlib.Path(folder)
-  if format != "stablehlo" and merged and run.method.network is None:
-    raise UserError(
-      f"{name}: no ordinary network predicts what its tasks do; use --format=stablehlo"
-    )
-  compact = format != "stablehlo" and not merged
-  if compact and not hasattr(run.state.tasks[0], "perturbation"):
-    raise UserError(f"{name} keeps no perturbations of a base: use --merge")
+  _require_form(run, format, merged)
+  is_program = format == "stablehlo"
+  adds_to_base = not is_program and not merged
+  path = pathlib.Path(folder)
   try:
-    place.mkdir(parents=True, exist_ok=True)
-    kind = "program" if format == "stablehlo" else "merged" if merged else "perturbation"
-    cards_ = [_task_card(run, t) | {"kind": kind} for t in range(len(run.learned))]
-    own = {
+    path.mkdir(parents=True, exist_ok=True)
+    kind = "program" if is_program else "merged" if merged else "perturbation"
+    task_cards = [_task_card(run, t) | {"kind": kind} for t in range(len(run.learned))]
+    own: dict[str, Card] = {
       stem_of(task.id): {k: card[k] for k in _IDENTITY}
-      for task, card in zip(run.learned, cards_, strict=True)
+      for task, card in zip(run.learned, task_cards, strict=True)
     }
-    if compact:
-      arrays = _named({"params": trees.join(run.state.shared["kernels"], {})})
-      own[BASE] = {"kind": BASE, "hash": checkpoint.fingerprint(arrays)}
-    require_one_model(place, format, own)
-    if compact:
+    base: Arrays = {}
+    if adds_to_base:
+      base = _named({"params": trees.join(run.state.shared["kernels"], {})})
+      own[BASE] = {"kind": BASE, "hash": checkpoint.fingerprint(base)}
+    require_one_model(path, format, own)
+    if adds_to_base:
       card = _card(run, run.benchmark.max_classes) | {"kind": BASE}
-      yield BASE, _write_arrays(place, BASE, arrays, card, format)
+      yield BASE, _write_arrays(path, BASE, base, card, format)
     for t in positions:
-      stem, card = stem_of(run.learned[t].id), cards_[t]
-      if format == "stablehlo":
-        yield stem, _write_program(place, stem, _serialized(program(run, t)), card)
+      stem, card = stem_of(run.learned[t].id), task_cards[t]
+      if is_program:
+        yield stem, _write_program(path, stem, _serialized(program(run, t)), card)
       elif merged:
-        yield stem, _write_arrays(place, stem, _merged(run, t), card, format)
+        yield stem, _write_arrays(path, stem, _merged(run, t), card, format)
       else:
         card |= {"base": own[BASE]["hash"]}
-        yield stem, _write_arrays(place, stem, _added(run, t), card, format)
+        yield stem, _write_arrays(path, stem, _added(run, t), card, format)
   except OSError as e:
     raise UserError(f"--out={folder}: {e.strerror or e}") from e
 
 
+def _require_form(run: saved.Saved, format: str, merged: bool) -> None:
+  """Raises UserError if the run's method can't be written in a form."""
+  if format not in FORMATS:
+    raise UserError(f"--format={format}: one of {', '.join(FORMATS)}")
+  name = run.config.method.name
+  if format == "stablehlo":
+    return
+  if merged and run.method.network is None:
+    raise UserError(f"{name}: no ordinary network predicts like its tasks; use --format=stablehlo")
+  if not merged and not hasattr(run.state.tasks[0], "perturbation"):
+    raise UserError(f"{name} has no perturbations of a base: use --merge")
+
+
 def _named(tree: Params) -> Arrays:
+  """Returns the leaves of a pytree of dicts by their paths."""
   return {k: np.asarray(x) for k, x in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
 def _cut_head(params: Params, num_classes: int) -> Params:
-  """The outputs beyond a task's own classes mean nothing."""
+  """Removes the head's outputs beyond a task's own classes, which have no meaning."""
   head = jax.tree.map(lambda x: x[..., :num_classes], params[trees.HEAD])
   return params | {trees.HEAD: head}
 
 
-def _merged(run: saved.Saved, t: int) -> Arrays:
+def _network_of(run: saved.Saved, t: int) -> Network | None:
+  """Returns the plain network of a task, or None if the method has none."""
+  if run.method.network is None:
+    return None
   params, stats = run.method.network(run.method.served(run.state), run.state.tasks[t])
-  params = _cut_head(params, run.learned[t].num_classes)
-  return _named({"params": params, "batch_stats": _measured(run, t, stats)})
+  return Network(_cut_head(params, run.learned[t].num_classes), stats)
+
+
+def _merged(run: saved.Saved, t: int) -> Arrays:
+  """Returns the arrays of a task's whole network."""
+  network = _network_of(run, t)
+  assert network is not None  # `_require_form` has checked it
+  return _named({"params": network.params, "batch_stats": _measured(run, t, network.stats)})
 
 
 def _measured(run: saved.Saved, t: int, stats: Params) -> Params:
-  """Returns the statistics, or none where an older version kept none."""
+  """Returns BatchNorm statistics, or {} if an older version has not stored them."""
   return {} if t in population.unmeasured(run.state) else stats
 
 
 def _added(run: saved.Saved, t: int) -> Arrays:
-  """Returns what a task of HALRP or BE adds to the base."""
+  """Returns the arrays that a task of HALRP or BE adds to the base."""
   learned = run.state.tasks[t]
   rest = _cut_head(learned.rest, int(learned.num_classes))
   arrays = _named({"params": rest, "batch_stats": _measured(run, t, learned.stats)})
   for layer, p in learned.perturbation.items():
-    start, rank = (
-      f"perturbation/{layer}",
-      int(getattr(learned, "rank", {}).get(layer, p.U.shape[1])),
-    )
-    arrays |= {f"{start}/R": np.asarray(p.R), f"{start}/S": np.asarray(p.S)}
-    arrays[f"{start}/rank"] = np.array([rank], np.int32)
+    name = f"perturbation/{layer}"
+    rank = int(getattr(learned, "rank", {}).get(layer, p.U.shape[1]))
+    arrays |= {f"{name}/R": np.asarray(p.R), f"{name}/S": np.asarray(p.S)}
+    arrays[f"{name}/rank"] = np.array([rank], np.int32)
     if rank:
-      arrays |= pack(f"{start}/U", np.asarray(p.U)[:, :rank])
-      arrays |= pack(f"{start}/V", np.asarray(p.V)[:, :rank])
+      arrays |= pack(f"{name}/U", np.asarray(p.U)[:, :rank])
+      arrays |= pack(f"{name}/V", np.asarray(p.V)[:, :rank])
     if rank and p.sigma is not None:
-      arrays[f"{start}/sigma"] = np.asarray(p.sigma)[:rank]
+      arrays[f"{name}/sigma"] = np.asarray(p.sigma)[:rank]
   return arrays
 
 
-def program(run: saved.Saved, t: int):
-  """`jax.export` of a task: uint8 images [b, H, W, C], b any number, -> probabilities [b, K]."""
+def program(run: saved.Saved, t: int) -> jax.export.Exported:
+  """Exports the prediction of a task as a program.
+
+  Args:
+    run: from `saved.open_run`.
+    t: position of a learned task.
+
+  Returns:
+    uint8 images [b, H, W, C] -> probabilities [b, K], for any number b of images, on CPU, CUDA and
+    TPU.
+  """
   task = run.learned[t]
-  network = models.make(
+  model = models.make(
     run.config.network, task.num_classes, _batch_norm(run, t), run.config.precision
   )
-  variables, predict = None, saved.predict_fn(run, t)
-  if run.method.network is not None:
-    params, stats = run.method.network(run.method.served(run.state), run.state.tasks[t])
-    variables = {"params": _cut_head(params, task.num_classes), "batch_stats": stats}
+  network, predict = _network_of(run, t), saved.predict_fn(run, t)
 
-  def classify(image):
+  def classify(image: jax.Array) -> jax.Array:
     x = batches.prepare_images(image, task.inputs)
-    if variables is None:
+    if network is None:
       return jax.nn.softmax(predict(run.state, t, x))
-    return jax.nn.softmax(network.apply(variables, x, train=False))
+    variables = {"params": network.params, "batch_stats": network.stats}
+    return jax.nn.softmax(jnp.asarray(model.apply(variables, x, train=False)))
 
   (b,) = jax.export.symbolic_shape("b")
   image = jax.ShapeDtypeStruct((b, *task.train.image.shape[1:]), jnp.uint8)
@@ -192,7 +225,8 @@ def program(run: saved.Saved, t: int):
 # --- cards ----------------------------------------------------------------------------
 
 
-def _card(run: saved.Saved, num_classes: int) -> dict:
+def _card(run: saved.Saved, num_classes: int) -> Card:
+  """Returns the entries that all cards of a run have."""
   return {
     "schema": SCHEMA,
     "halrp_jax": halrp_jax.__version__,
@@ -208,7 +242,7 @@ def _card(run: saved.Saved, num_classes: int) -> dict:
 
 
 def _batch_norm(run: saved.Saved, t: int) -> str:
-  """Returns the kind of statistics that a task's file is evaluated with."""
+  """Returns the kind of statistics that BatchNorm evaluates a task's file with."""
   if t in population.unmeasured(run.state):
     return "batch"
   trained = experiment.network_of(run.config, run.benchmark.max_classes)
@@ -216,7 +250,8 @@ def _batch_norm(run: saved.Saved, t: int) -> str:
   return "population" if of_images else "running"
 
 
-def _task_card(run: saved.Saved, t: int) -> dict:
+def _task_card(run: saved.Saved, t: int) -> Card:
+  """Returns the card of a task, without the entries on its file."""
   task = run.learned[t]
   row = run.results["accuracy"][len(run.learned) - 1]
   ranks = getattr(run.state.tasks[t], "rank", None)
@@ -235,40 +270,42 @@ def _task_card(run: saved.Saved, t: int) -> dict:
 # --- files ----------------------------------------------------------------------------
 
 
-def _write_arrays(place: pathlib.Path, stem: str, arrays: Arrays, card: dict, format: str) -> int:
-  """-> bytes of the file or folder"""
-  file = file_of(place, stem, format)
+def _write_arrays(path: pathlib.Path, stem: str, arrays: Arrays, card: Card, format: str) -> int:
+  """Writes arrays and their card into a folder; returns the bytes of the file or Orbax folder."""
+  file = file_of(path, stem, format)
   if format == "orbax":
     checkpoint.save_plain(file, traverse_util.unflatten_dict(arrays, sep="/"))
     size = sum(p.stat().st_size for p in file.rglob("*") if p.is_file())
   else:
     size = _replace(file, safetensors.numpy.save(arrays))
   card |= {"format": format, "bytes": size, "hash": checkpoint.fingerprint(arrays)}
-  files.write_json(place / f"{stem}.json", card)
+  files.write_json(path / f"{stem}.json", card)
   return size
 
 
-def _serialized(exported) -> bytes:
+def _serialized(exported: jax.export.Exported) -> bytes:
+  """Returns a program as bytes; raises UserError if flatbuffers is not installed."""
   try:
     return bytes(exported.serialize())
   except ImportError as e:
     raise UserError(
-      f"--format=stablehlo needs the package flatbuffers ({brief(e)}), and so does whoever runs "
-      "the programs: pip install flatbuffers"
+      f"--format=stablehlo needs the package flatbuffers ({brief(e)}), also wherever the programs "
+      "are run: pip install flatbuffers"
     ) from e
 
 
-def _write_program(place: pathlib.Path, stem: str, contents: bytes, card: dict) -> int:
-  size = _replace(file_of(place, stem, "stablehlo"), contents)
+def _write_program(path: pathlib.Path, stem: str, contents: bytes, card: Card) -> int:
+  """Writes a program and its card into a folder; returns the bytes of the program."""
+  size = _replace(file_of(path, stem, "stablehlo"), contents)
   digest = hashlib.sha256(contents).hexdigest()
   card |= {"format": "stablehlo", "bytes": size, "hash": digest}
   card |= {"needs": {name: metadata.version(name) for name in _PROGRAM_NEEDS}}
-  files.write_json(place / f"{stem}.json", card)
+  files.write_json(path / f"{stem}.json", card)
   return size
 
 
 def _replace(file: pathlib.Path, contents: bytes) -> int:
-  """Writes a file whole or not at all; returns its size."""
+  """Writes the whole file, or leaves an older one as it is; returns its size."""
   files.delete_left_behind(file.parent)
   files.write_bytes(file, contents)
   return len(contents)
@@ -277,119 +314,164 @@ def _replace(file: pathlib.Path, contents: bytes) -> int:
 # --- reading --------------------------------------------------------------------------
 
 
-def load(folder: str, task: int) -> Model:
-  """A task that `write` wrote as arrays, of either form.
+class _Structure(NamedTuple):
+  """The network of a task as its card describes it."""
+
+  network: nn.Module
+  task: Task  # without images
+  shapes: dict[str, tuple[int, ...]]  # of all arrays, by name
+  kernels: tuple[str, ...]  # names of the arrays that the base holds
+
+
+def load(folder: str | os.PathLike[str], task: int) -> Model:
+  """Reads a task that `write` has written as arrays, merged or not.
 
   Args:
-    folder: where it is.
-    task: its id.
+    folder: the folder that was written.
+    task: id of the task.
 
   Raises:
-    UserError: if a file is missing, damaged, lacks arrays or has others, the base is not the one
-      that the task belongs to, or an argument is of another kind. `Model.classify`: if the images
-      are of another kind.
+    UserError: if a file is missing or damaged, has missing or unexpected arrays, or belongs to
+      another base; or if an argument is of another type. `Model.classify` raises it if the images
+      have another shape or dtype.
   """
-  if not isinstance(folder, str | os.PathLike):
-    raise UserError(f"export.load: expected the path of a folder, given {folder!r}")
+  path = require_path(folder, "export.load")
   require_index(task, None, "export.load: id of a task")
-  place, stem = pathlib.Path(folder), stem_of(task)
-  card = read_card(place, stem)
+  stem = stem_of(task)
+  card = read_card(path, stem)
   try:
-    kind, needed = card["kind"], card.get("base")
-    if kind == "program":
-      raise UserError(
-        f"{place / stem}.stablehlo is a program: jax.export.deserialize reads it, with the "
-        "packages jax and flatbuffers"
-      )
-    meta = cards.to_task(card["task"], tuple(card["image_shape"]))
-    spec, input_shape = card["network"], tuple(card["input_shape"])
-    how = spec["batch_norm"], spec.get("precision", "float32")  # older files have no precision
-    network = models.make(spec["name"], spec["num_classes"], *how)
-    params, stats = jax.eval_shape(
-      lambda key: networks.initialize(network, key, input_shape), jax.random.key(0)
-    )
+    structure = _structure(card, path / stem)
   except (KeyError, TypeError, ValueError, AttributeError) as e:
-    raise UserError(f"{place / stem}.json: is not what was written ({brief(e)})") from e
-  stats = {} if models.evaluates_with_batch(network) else stats  # files of older versions
-  shapes = traverse_util.flatten_dict({"params": params, "batch_stats": stats}, sep="/")
-  expected = {k: x.shape for k, x in shapes.items()}
-  file, arrays = _read_arrays(place, stem, card)
-  if kind == "merged":
-    require(arrays, expected, file)
-    _require_hash(arrays, card, file)
-  else:
-    kernels = _read_base(place, needed, expected, params, file)
-    arrays = _add(kernels, arrays, expected, file, card)
-  variables = {"params": {}, "batch_stats": {}}
-  variables |= traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, arrays), sep="/")
+    raise UserError(f"{path / stem}.json: was changed or damaged ({brief(e)})") from e
+  arrays = jax.tree.map(jnp.asarray, _read_network(path, stem, card, structure))
+  variables: dict[str, Params] = {"params": {}, "batch_stats": {}}
+  variables |= traverse_util.unflatten_dict(arrays, sep="/")
+  network, inputs = structure.network, structure.task.inputs
 
   @jax.jit
-  def compute(image):
-    x = batches.prepare_images(image, meta.inputs)
-    return jax.nn.softmax(network.apply(variables, x, train=False))
+  def compute(image: jax.Array) -> jax.Array:
+    x = batches.prepare_images(image, inputs)
+    return jax.nn.softmax(jnp.asarray(network.apply(variables, x, train=False)))
 
-  def classify(image):
-    require_images(image, ("B", *card["image_shape"]), f"{place / stem}: classify")
+  def classify(image: Array) -> jax.Array:
+    require_images(image, ("B", *card["image_shape"]), f"{path / stem}: classify")
     return compute(image)
 
   return Model(card, network, variables, classify)
 
 
-def _read_base(place, needed: str, expected: dict, params, file) -> Arrays:
-  """The kernels that a task's file belongs to."""
-  card = read_card(place, BASE)
-  base, kernels = _read_arrays(place, BASE, card)
-  names = [f"params/{name}/kernel" for name in trees.layer_names(params)]
-  require(kernels, {name: expected[name] for name in names}, base)
-  _require_hash(kernels, card, base)
-  if card["hash"] != needed:
+def _structure(card: Card, file: pathlib.Path) -> _Structure:
+  """Returns the network that a card describes; raises almost anything if the card is damaged.
+
+  Args:
+    card: of a task.
+    file: its path without suffix.
+
+  Raises:
+    UserError: if the file is a program.
+  """
+  if card["kind"] == "program":
     raise UserError(
-      f"{file}: belongs to the base {str(needed)[:16]}, and {base} is {card['hash'][:16]}"
+      f"{file}.stablehlo is a program: jax.export.deserialize reads it, with the packages jax and "
+      "flatbuffers"
+    )
+  task = cards.to_task(card["task"], tuple(card["image_shape"]))
+  spec, input_shape = card["network"], tuple(card["input_shape"])
+  precision = spec.get("precision", "float32")  # cards of older versions do not have it
+  network = models.make(spec["name"], spec["num_classes"], spec["batch_norm"], precision)
+  params, stats = jax.eval_shape(
+    lambda key: networks.initialize(network, key, input_shape), jax.random.key(0)
+  )
+  if models.evaluates_with_batch(network):  # files of older versions have no statistics then
+    stats = {}
+  tree = {"params": params, "batch_stats": stats}
+  shapes: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
+  kernels = tuple(f"params/{name}/kernel" for name in trees.layer_names(params))
+  return _Structure(network, task, {k: x.shape for k, x in shapes.items()}, kernels)
+
+
+def _read_network(path: pathlib.Path, stem: str, card: Card, structure: _Structure) -> Arrays:
+  """Reads and checks the arrays of a task's whole network, composed with the base if need be."""
+  file, arrays = _read_arrays(path, stem, card)
+  if card["kind"] != "merged":
+    base = _read_base(path, str(card.get("base")), structure, file)
+    return _compose(base, arrays, card, structure, file)
+  require_arrays(arrays, structure.shapes, file)
+  _require_hash(arrays, card, file)
+  return arrays
+
+
+def _read_base(
+  path: pathlib.Path, expected_hash: str, structure: _Structure, file: pathlib.Path
+) -> Arrays:
+  """Reads the kernels of the base; raises UserError if the task's `file` is of another base."""
+  card = read_card(path, BASE)
+  base, kernels = _read_arrays(path, BASE, card)
+  require_arrays(kernels, {name: structure.shapes[name] for name in structure.kernels}, base)
+  _require_hash(kernels, card, base)
+  if card["hash"] != expected_hash:
+    raise UserError(
+      f"{file}: belongs to the base {expected_hash[:16]}, and {base} is {card['hash'][:16]}"
     )
   return kernels
 
 
-def _add(kernels: Arrays, arrays: Arrays, expected: dict, file, card: dict) -> Arrays:
-  """Base kernels and what a task adds -> the arrays of an ordinary network."""
-  left, merged = dict(arrays), {}
+def _compose(
+  kernels: Arrays, arrays: Arrays, card: Card, structure: _Structure, file: pathlib.Path
+) -> Arrays:
+  """Returns the arrays of an ordinary network from the base's kernels and what a task adds."""
+  rest, composed = dict(arrays), {}
   for name, kernel in kernels.items():
     layer = name.removeprefix("params/").removesuffix("/kernel")
-    start = f"perturbation/{layer}"
-    (num_in, num_out), dtype = kernel.shape[-2:], kernel.dtype
-    rank = take(left, f"{start}/rank", file)
-    if rank.shape != (1,) or rank.dtype != np.int32:
-      raise UserError(f"{file}: {start}/rank is {rank.dtype} {rank.shape}, expected int32 (1,)")
-    rank = int(rank[0])
-    R, S = (take(left, f"{start}/{k}", file) for k in "RS")
-    U, V, sigma = np.zeros((num_out, 0), dtype), np.zeros((num_in, 0), dtype), None
-    if rank:
-      U = unpack(left, f"{start}/U", (num_out, rank), file)
-      V = unpack(left, f"{start}/V", (num_in, rank), file)
-      sigma = left.pop(f"{start}/sigma", None)
-    found = {"R": R, "S": S, "U": U, "V": V} | ({} if sigma is None else {"sigma": sigma})
-    wanted = {"R": (num_out,), "S": (num_in,), "U": (num_out, rank), "V": (num_in, rank)}
-    require(found, wanted | ({} if sigma is None else {"sigma": (rank,)}), f"{file}: {start}")
-    p = lowrank.Perturbation(R, S, U, sigma, V)
-    merged[name] = np.asarray(lowrank.compose(jnp.asarray(kernel), jax.tree.map(jnp.asarray, p)))
-  require(left, {k: shape for k, shape in expected.items() if k not in kernels}, file)
+    p = _take_perturbation(rest, layer, kernel, file)
+    composed[name] = np.asarray(lowrank.compose(jnp.asarray(kernel), p))
+  require_arrays(rest, {k: s for k, s in structure.shapes.items() if k not in kernels}, file)
   _require_hash(arrays, card, file)
-  return merged | left
+  return composed | rest
 
 
-def _require_hash(arrays: Arrays, card: dict, file) -> None:
+def _take_perturbation(
+  arrays: Arrays, layer: str, kernel: np.ndarray, file: pathlib.Path
+) -> lowrank.Perturbation:
+  """Removes the perturbation of a layer from the arrays of a task and returns it, checked."""
+  name = f"perturbation/{layer}"
+  num_in, num_out = kernel.shape[-2:]
+  stored_rank = take(arrays, f"{name}/rank", file)
+  if stored_rank.shape != (1,) or stored_rank.dtype != np.int32:
+    raise UserError(
+      f"{file}: {name}/rank is {stored_rank.dtype} {stored_rank.shape}, expected int32 (1,)"
+    )
+  rank = int(stored_rank[0])
+  found = {key: take(arrays, f"{name}/{key}", file) for key in "RS"}
+  expected: dict[str, tuple[int, ...]] = {"R": (num_out,), "S": (num_in,)}
+  for key, size in (("U", num_out), ("V", num_in)):
+    zeros = np.zeros((size, 0), kernel.dtype)
+    found[key] = unpack(arrays, f"{name}/{key}", (size, rank), file) if rank else zeros
+    expected[key] = (size, rank)
+  sigma = arrays.pop(f"{name}/sigma", None) if rank else None
+  if sigma is not None:
+    found["sigma"], expected["sigma"] = sigma, (rank,)
+  require_arrays(found, expected, f"{file}: {name}")
+  p = {key: jnp.asarray(x) for key, x in found.items()}
+  return lowrank.Perturbation(p["R"], p["S"], p["U"], p.get("sigma"), p["V"])
+
+
+def _require_hash(arrays: Arrays, card: Card, file: pathlib.Path) -> None:
+  """Raises UserError if the arrays of a file don't have the hash in its card."""
   if checkpoint.fingerprint(arrays) != card["hash"]:
-    raise UserError(f"{file}: was changed after it was written (its hash is not its card's)")
+    raise UserError(f"{file}: was changed after it was written (its card has another hash)")
 
 
-def _read_arrays(place: pathlib.Path, stem: str, card: dict) -> tuple[pathlib.Path, Arrays]:
-  file = file_of(place, stem, card["format"])
+def _read_arrays(path: pathlib.Path, stem: str, card: Card) -> tuple[pathlib.Path, Arrays]:
+  """Reads the file beside a card; returns its path and its arrays."""
+  file = file_of(path, stem, card["format"])
   try:
     if card["format"] == "orbax":
       return file, _named(checkpoint.load_plain(file))
     return file, safetensors.numpy.load(file.read_bytes())
   except FileNotFoundError as e:
-    raise UserError(f"{file}: not there") from e
+    raise UserError(f"{file}: not found") from e
   except checkpoint.Damaged as e:
     raise UserError(str(e)) from e
-  except Exception as e:  # safetensors raises kinds of its own
+  except Exception as e:  # safetensors raises exceptions of its own
     raise UserError(f"{file}: can't be read ({brief(e)})") from e

@@ -1,8 +1,9 @@
-"""The folder that `export` writes into: names of files, cards, whose they are."""
+"""The folder that `export` writes into: names of files, cards, and packing of sparse matrices."""
 
 import json
 import pathlib
 import re
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,24 +13,33 @@ from halrp_jax.types import UserError, brief
 
 SCHEMA = 1
 FORMATS = ("safetensors", "orbax", "stablehlo")
-BASE = "base"
-Arrays = dict[str, np.ndarray]  # by name, as export.py lists them
-_OURS = re.compile(r"(base|task\d{2,})(|\.json|\.safetensors|\.stablehlo)")
+BASE = "base"  # name of the base's files without suffix
+Arrays = dict[str, np.ndarray]  # by the names that export.py lists
+Card = dict[str, Any]  # a JSON object
+_OUR_FILES = re.compile(r"(base|task\d{2,})(|\.json|\.safetensors|\.stablehlo)")
 
 
 def stem_of(task_id: int) -> str:
-  """Returns the name of a task's files without suffix."""
+  """Returns the name of a task's files without suffix, such as "task03"."""
   return f"task{task_id:02d}"
 
 
-def file_of(place: pathlib.Path, stem: str, format: str) -> pathlib.Path:
-  """Returns the path of the file, or of the Orbax folder, beside a card."""
-  return place / (stem if format == "orbax" else f"{stem}.{format}")
+def file_of(folder: pathlib.Path, stem: str, format: str) -> pathlib.Path:
+  """Returns the path of a file, or of an Orbax folder, beside its card."""
+  return folder / (stem if format == "orbax" else f"{stem}.{format}")
 
 
-def read_card(place: pathlib.Path, stem: str) -> dict:
-  """Reads the JSON beside a file; `stem` is "base" or "task" and two digits."""
-  file = place / f"{stem}.json"
+def read_card(folder: pathlib.Path, stem: str) -> Card:
+  """Reads the card of a file.
+
+  Args:
+    folder: of the export.
+    stem: name of the file without suffix.
+
+  Raises:
+    UserError: if the card is missing, damaged or of another schema.
+  """
+  file = folder / f"{stem}.json"
   try:
     card = files.load_json(file)
     if card["schema"] != SCHEMA:
@@ -38,45 +48,46 @@ def read_card(place: pathlib.Path, stem: str) -> dict:
       raise ValueError("format or hash")
     return card
   except FileNotFoundError as e:
-    known = ", ".join(sorted(p.stem for p in place.glob("*.json"))) or "none"
-    raise UserError(f"{file}: not there; {place} holds {known}") from e
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "no cards"
+    raise UserError(f"{file}: not found; {folder} holds {known}") from e
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise UserError(f"{file}: is not what was written ({brief(e)})") from e
+    raise UserError(f"{file}: was changed or damaged ({brief(e)})") from e
 
 
-def require_one_model(place: pathlib.Path, format: str, own: dict[str, dict]) -> None:
-  """Refuses a folder with files that would not belong together with those to be written.
+def require_one_model(folder: pathlib.Path, format: str, own: dict[str, Card]) -> None:
+  """Checks that the files in a folder are of the same model and form as those to be written.
 
-  Nothing there is replaced by another model or form, even if all of it would be: an export that is
-  interrupted would leave a mixture.
+  Files of another model or form are not replaced, not even if all of them would be: an export that
+  is interrupted would leave a mixture.
 
   Args:
-    place: the folder.
-    format: of the files to be written.
-    own: per file of the model, by its stem: what its card has to say.
+    folder: of the export.
+    format: of the files to be written, one of `FORMATS`.
+    own: name of each file of the model without suffix -> entries that its card must have.
 
   Raises:
-    UserError: names the first file that is of another model, or written in another form.
+    UserError: names the first file of another model or form.
   """
-  own = json.loads(json.dumps(own))
-  for path in sorted(place.iterdir()):
-    if not (match := _OURS.fullmatch(path.name)):
+  own = json.loads(json.dumps(own))  # tuples become lists, as in the cards
+  for path in sorted(folder.iterdir()):
+    if not (match := _OUR_FILES.fullmatch(path.name)):
       continue
     stem, suffix = match.groups()
     if suffix == ".json":
-      card = read_card(place, stem)
+      card = read_card(folder, stem)
       form = card["format"], card.get("kind")
       if stem in own and form != (format, own[stem]["kind"]):
         _refuse(path, f"is of --format={form[0]} ({form[1]})")
       if "state" in own.get(stem, {}) and "state" not in card:
-        _refuse(path, "is of a version that did not write whose it is")
+        _refuse(path, "is of an older version, which did not record its model")
       if stem not in own or any(card.get(k) != x for k, x in own[stem].items()):
         _refuse(path, "is of another model, or of this one before it learned more")
-    elif stem not in own or path != file_of(place, stem, format):
+    elif stem not in own or path != file_of(folder, stem, format):
       _refuse(path, "does not belong to what is to be written")
 
 
-def _refuse(path: pathlib.Path, why: str) -> None:
+def _refuse(path: pathlib.Path, why: str) -> NoReturn:
+  """Raises the error of a folder that holds a file of another model or form."""
   raise UserError(
     f"--out={path.parent}: {path.name}, which is there, {why}; a folder holds one model in one "
     "format: choose another folder"
@@ -87,48 +98,76 @@ def _refuse(path: pathlib.Path, why: str) -> None:
 
 
 def pack(name: str, x: np.ndarray) -> Arrays:
-  """Returns a matrix dense, or its non-zeros and a bit per entry: whichever is smaller."""
-  there = x != 0
-  values, mask = x[there], np.packbits(there)
+  """Returns the arrays that store a matrix in the smaller of two ways.
+
+  Either the matrix itself as NAME, or its non-zero entries row by row as NAME.values and a bit per
+  entry (numpy.packbits) as NAME.mask.
+  """
+  is_nonzero = x != 0
+  values, mask = x[is_nonzero], np.packbits(is_nonzero)
   if values.nbytes + mask.nbytes < x.nbytes:
     return {f"{name}.values": values, f"{name}.mask": mask}
   return {name: np.ascontiguousarray(x)}
 
 
-def unpack(arrays: Arrays, name: str, shape: tuple[int, int], place: str) -> np.ndarray:
-  """Inverts `pack`; takes the arrays out."""
+def unpack(arrays: Arrays, name: str, shape: tuple[int, int], file: object) -> np.ndarray:
+  """Inverts `pack`, and removes the matrix from `arrays`.
+
+  Args:
+    arrays: of a file.
+    name: of the matrix.
+    shape: of the matrix.
+    file: where the arrays are from, for the error messages.
+
+  Raises:
+    UserError: if arrays are missing, or values, mask and shape don't fit together.
+  """
   if name in arrays:
     return arrays.pop(name)
-  values, mask = (take(arrays, f"{name}.{part}", place) for part in ("values", "mask"))
+  values, mask = (take(arrays, f"{name}.{part}", file) for part in ("values", "mask"))
   size = shape[0] * shape[1]
   if mask.dtype != np.uint8 or mask.shape != (-(-size // 8),):
-    raise UserError(f"{place}: {name}.mask is {mask.dtype} {mask.shape}, expected {size} bits")
-  there = np.unpackbits(mask)[:size].astype(bool).reshape(shape)
-  if values.shape != (there.sum(),):
-    raise UserError(f"{place}: {name}.values has {values.size} entries, its mask {there.sum()}")
+    raise UserError(f"{file}: {name}.mask is {mask.dtype} {mask.shape}, expected {size} bits")
+  is_nonzero = np.unpackbits(mask)[:size].astype(bool).reshape(shape)
+  count = int(is_nonzero.sum())
+  if values.shape != (count,):
+    raise UserError(f"{file}: {name}.values has {values.size} entries, but its mask has {count}")
   x = np.zeros(shape, values.dtype)
-  x[there] = values
+  x[is_nonzero] = values
   return x
 
 
-def take(arrays: Arrays, name: str, place: str) -> np.ndarray:
+def take(arrays: Arrays, name: str, file: object) -> np.ndarray:
+  """Removes an array from `arrays` and returns it; raises UserError if it is missing."""
   if name not in arrays:
-    raise UserError(f"{place}: lacks {name}")
+    raise UserError(f"{file}: {name} is missing")
   return arrays.pop(name)
 
 
-def require(found: Arrays, expected: dict[str, tuple], place) -> None:
-  """Refuses missing and surplus arrays, and wrong shapes, by name."""
+def require_arrays(found: Arrays, expected: dict[str, tuple[int, ...]], file: object) -> None:
+  """Checks names, shapes and dtypes of the arrays of a file.
+
+  Args:
+    found: the arrays.
+    expected: name -> shape. The dtype may be any floating-point type.
+    file: where the arrays are from, for the error messages.
+
+  Raises:
+    UserError: names the first array that is missing, unexpected, or of another shape or dtype.
+  """
   if missing := sorted(expected.keys() - found.keys()):
-    raise UserError(f"{place}: lacks {missing[0]}{_more(missing)}")
+    raise UserError(f"{file}: {missing[0]}{_more(missing)} is missing")
   if surplus := sorted(found.keys() - expected.keys()):
-    raise UserError(f"{place}: holds {surplus[0]}{_more(surplus)}, which the network has not")
+    raise UserError(
+      f"{file}: unexpected {surplus[0]}{_more(surplus)}: the network has no such array"
+    )
   for name, shape in expected.items():
-    if found[name].shape != tuple(shape):
-      raise UserError(f"{place}: {name} is {found[name].shape}, expected {tuple(shape)}")
+    if found[name].shape != shape:
+      raise UserError(f"{file}: {name} is {found[name].shape}, expected {shape}")
     if not jnp.issubdtype(found[name].dtype, jnp.floating):
-      raise UserError(f"{place}: {name} is {found[name].dtype}, expected floating point")
+      raise UserError(f"{file}: {name} is {found[name].dtype}, expected floating point")
 
 
-def _more(names: list) -> str:
-  return f" and {len(names) - 1} more" if len(names) > 1 else ""
+def _more(names: list[str]) -> str:
+  """Returns " (and N more)" for the names after the first, or ""."""
+  return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

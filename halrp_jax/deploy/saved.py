@@ -1,9 +1,9 @@
-"""A run's folder -> its model, ready to predict or to learn more; needs no data."""
+"""Opens a run's folder as a model that predicts or learns one more task; needs no training data."""
 
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,34 +18,56 @@ from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, experiment, identity, standing, states, workdir
 from halrp_jax.training import batches, losses, networks, population
 from halrp_jax.training.evaluate import evaluate
-from halrp_jax.types import Benchmark, Method, State, Store, Task, UserError, one_at_a_time
+from halrp_jax.types import (
+  Array,
+  Benchmark,
+  Method,
+  Params,
+  State,
+  Store,
+  Task,
+  UserError,
+  one_at_a_time,
+)
 from halrp_jax.weights import perturb
+
+Results = dict[str, Any]  # JSON: "accuracy" and "rows" of the tasks learned so far
+Record = dict[str, Any]  # JSON: the contents of record.json
+Show = Callable[[dict[str, Any]], None]  # is called with the events of a run
 
 
 class Saved(NamedTuple):
   """A run that is finished, or was interrupted after some task."""
 
-  path: str
+  path: str  # of its folder
   config: Config
   benchmark: Benchmark  # its tasks without images, in the order of training
-  model: nn.Module  # it evaluates with the statistics that are stored
+  model: nn.Module  # evaluates BatchNorm with the statistics that are stored
   method: Method
   state: State
-  results: dict  # "accuracy" and "rows" so far
+  results: Results
 
   @property
   def learned(self) -> tuple[Task, ...]:
+    """Returns the tasks that are learned, in the order of training."""
     return self.benchmark.tasks[: len(self.state.tasks)]
+
+  @property
+  def stored_shape(self) -> tuple[int, int, int]:
+    """Returns [H, W, C] of the images as they are stored."""
+    _, height, width, channels = self.benchmark.tasks[0].train.image.shape
+    return height, width, channels
 
 
 def open_run(path: str) -> Saved:
-  """Reads what a run has learned.
+  """Opens the folder of a run.
 
   Args:
-    path: its folder.
+    path: of the folder.
 
   Raises:
-    UserError: if it is no run, is of an older version, or no state of it is whole.
+    UserError: if the folder is not a run's, is of a version that wrote no tasks.json, or holds no
+      complete state.
   """
   config = resolve(identity.read_config(path))
   benchmark = states.read_benchmark(path)
@@ -57,72 +79,77 @@ def open_run(path: str) -> Saved:
   return Saved(path, config, benchmark, model, method, state, results)
 
 
-def find_task(saved: Saved, wanted: str) -> int:
-  """Returns the position of a learned task.
+def find_task(saved: Saved, name: str) -> int:
+  """Returns the position of a learned task in the order of training.
 
   Args:
     saved: from `open_run`.
-    wanted: its name, or id:N; N alone where no other task has that name.
+    name: of the task, or id:N for the task with id N; N alone if it is not the name of another.
 
   Raises:
-    UserError: if no task or several are meant, or it is not learned yet.
+    UserError: if there is no such task or several, or it is not learned yet.
   """
   tasks = saved.benchmark.tasks
-  meant = [
-    t for t, task in enumerate(tasks) if wanted in (task.name, f"id:{task.id}", str(task.id))
-  ]
+  meant = [t for t, task in enumerate(tasks) if name in (task.name, f"id:{task.id}", str(task.id))]
   if len(meant) > 1:
     choice = " or ".join(f"--task=id:{tasks[t].id} (called {tasks[t].name!r})" for t in meant)
-    raise UserError(f"--task={wanted} can mean several tasks: write {choice}")
+    raise UserError(f"--task={name} can mean several tasks: write {choice}")
   if meant and meant[0] < len(saved.learned):
     return meant[0]
   if meant:
-    raise UserError(f"--task={wanted}: {saved.path} has not learned it yet")
+    raise UserError(f"--task={name}: {saved.path} has not learned it yet")
   known = ", ".join(f"{task.id} ({task.name})" for task in saved.learned)
-  what = f"--task={wanted}: there is no such task" if wanted else "--task is missing"
-  raise UserError(f"{what}; learned: {known}")
+  problem = f"--task={name}: there is no such task" if name else "--task is missing"
+  raise UserError(f"{problem}; learned: {known}")
 
 
-def lacks_statistics(saved: Saved) -> str:
-  """Returns a line on the tasks that older versions kept no BatchNorm statistics of, or nothing.
+def missing_statistics(saved: Saved) -> str:
+  """Returns a line that names the tasks without BatchNorm statistics, or "" if there are none.
 
-  Such a task is predicted with the statistics of the batch, as it was then.
+  Older versions stored none. Such a task is predicted with the statistics of the batch, as it was
+  by those versions.
   """
   if not (positions := population.unmeasured(saved.state)):
     return ""
   names = ", ".join(saved.learned[t].name for t in positions[:3])
   names += " ..." if len(positions) > 3 else ""
   return (
-    f"{saved.path} was written by a version that kept no BatchNorm statistics (tasks {names}): "
-    "predictions depend on which images share a batch; learn it again for a model of single images"
+    f"{saved.path} was written by a version that stored no BatchNorm statistics (tasks {names}): "
+    "predictions depend on which images share a batch; learn it again for predictions that do not"
   )
 
 
-def predict_fn(saved: Saved, t: int) -> Callable:
-  """Returns (state, t, image) -> logits [B, K] as a task has to be predicted."""
-  if t not in population.unmeasured(saved.state):
-    return saved.method.predict
-  batch_model = models.with_batch_statistics(saved.model)
-  return methods.make(saved.config, batch_model, saved.benchmark).predict
+def predict_fn(saved: Saved, t: int) -> Callable[..., Array]:
+  """Returns (state, t, image [B, H, W, C]) -> logits [B, K] for the task at position t."""
+  predict = saved.method.predict
+  if t in population.unmeasured(saved.state):
+    batch_model = models.with_batch_statistics(saved.model)
+    predict = methods.make(saved.config, batch_model, saved.benchmark).predict
+  assert predict is not None  # set by `methods.make`
+  return predict
 
 
-def make_classifier(saved: Saved, t: int) -> Callable[[np.ndarray], np.ndarray]:
-  """Builds uint8 images [B, H, W, C] -> probabilities [B, K] of a task.
+def make_classifier(saved: Saved, t: int) -> Callable[[Array], np.ndarray]:
+  """Builds classify(uint8 images [B, H, W, C]) -> probabilities [B, K] of a task.
 
   Args:
     saved: from `open_run`.
     t: position of a learned task, from `find_task`.
 
   Raises:
-    UserError: if `t` is none. The function that is built: if the images are of another kind.
+    UserError: if there is no learned task at `t`. classify: if the images have another shape or
+      dtype.
   """
   require_index(t, len(saved.learned), "make_classifier: position of a learned task")
-  shape = ("B", *saved.benchmark.tasks[t].train.image.shape[1:])
+  shape = ("B", *saved.stored_shape)
   inputs = saved.benchmark.tasks[t].inputs
-  prepare = jax.jit(lambda image: batches.prepare_images(image, inputs))
   predict = predict_fn(saved, t)
 
-  def classify(image):
+  @jax.jit
+  def prepare(image: jax.Array) -> jax.Array:
+    return batches.prepare_images(image, inputs)
+
+  def classify(image: Array) -> np.ndarray:
     require_images(image, shape, "classify")
     logits = predict(saved.state, t, prepare(image))
     return np.asarray(jax.nn.softmax(logits))
@@ -130,23 +157,26 @@ def make_classifier(saved: Saved, t: int) -> Callable[[np.ndarray], np.ndarray]:
   return classify
 
 
-def make_predict_many(run: Saved) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def make_predict_many(run: Saved) -> Callable[[object, Array], np.ndarray]:
   """Builds predict_many(task ids [B], uint8 images [B, H, W, C]) -> probabilities [B, K].
 
-  Every image with the weights of its own task, all in one compiled call (one for each B); a class
-  that an image's task has not has probability 0, K being the classes of the widest task. For HALRP
-  and BE.
+  Each image is predicted with the weights of its own task, all of them in one compiled call (which
+  is compiled again for another B). K is the number of classes of the widest task; classes that an
+  image's task does not have get probability 0. For HALRP and BE.
+
+  Args:
+    run: from `open_run`.
 
   Raises:
-    UserError: if the method has no perturbations, or the run is of a version that kept no
-      BatchNorm statistics. predict_many: if an id is unknown or the images are of another kind.
+    UserError: if the method has no perturbations, or the run is of a version that stored no
+      BatchNorm statistics. predict_many: if an id is unknown, or the images have another shape or
+      dtype.
   """
   if not hasattr(run.state.tasks[0], "perturbation"):
-    raise UserError(f"predict_many: {run.config.method.name} keeps no perturbations of a base")
-  if line := lacks_statistics(run):
+    raise UserError(f"predict_many: {run.config.method.name} has no perturbations of a base")
+  if line := missing_statistics(run):
     raise UserError(f"predict_many: {line}")
-  place = {task.id: t for t, task in enumerate(run.learned)}
-  shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
+  positions = {task.id: t for t, task in enumerate(run.learned)}
   kernels, tasks = run.state.shared["kernels"], run.state.tasks
   perturbation = perturb.stack([task.perturbation for task in tasks])
   others = [(task.rest, task.stats, task.num_classes) for task in tasks]
@@ -154,24 +184,30 @@ def make_predict_many(run: Saved) -> Callable[[np.ndarray, np.ndarray], np.ndarr
   inputs = batches.stack_inputs(run.learned)
 
   @jax.jit
-  def compute(kernels, perturbation, others, inputs, t, image):
+  def compute(
+    kernels: Params,
+    perturbation: Params,
+    others: Params,
+    inputs: Params,
+    t: jax.Array,
+    image: jax.Array,
+  ) -> jax.Array:
     x = batches.prepare_images(image, inputs, t)
     rest, stats, num_classes = others
     variables = {"params": rest, "batch_stats": stats}
     logits = perturb.apply_many(run.model, kernels, perturbation, variables, t, x, train=False)
     return jax.nn.softmax(losses.mask_classes(logits, num_classes[t][:, None]))
 
-  def predict_many(task_ids, image):
-    task_ids = require_ids(task_ids, "predict_many")
-    t = [place.get(int(i)) for i in task_ids]
-    if None in t:
+  def predict_many(task_ids: object, image: Array) -> np.ndarray:
+    ids = [int(i) for i in require_ids(task_ids, "predict_many")]
+    if unknown := [i for i in ids if i not in positions]:
       raise UserError(
-        f"predict_many: task {task_ids[t.index(None)]} is not learned; known: "
-        + ", ".join(map(str, sorted(place)))
+        f"predict_many: task {unknown[0]} is not learned; known: "
+        + ", ".join(map(str, sorted(positions)))
       )
-    require_images(image, (len(t), *shape), "predict_many")
-    args = (kernels, perturbation, others, inputs, np.asarray(t, np.int32), np.asarray(image))
-    return np.asarray(compute(*args))
+    require_images(image, (len(ids), *run.stored_shape), "predict_many")
+    t = np.array([positions[i] for i in ids], np.int32)
+    return np.asarray(compute(kernels, perturbation, others, inputs, t, np.asarray(image)))
 
   return predict_many
 
@@ -183,107 +219,112 @@ def extend(
   run: Saved,
   data_path: str,
   out: str,
-  show: Callable[[dict], None] = lambda event: None,
+  show: Show = lambda event: None,
   stop_asked: Callable[[], bool] = lambda: False,
-) -> dict:
-  """Learns one more task on what a run has learned, and saves it all as another run's folder.
+) -> Record:
+  """Learns one more task on top of a run, and saves all tasks in the folder of another run.
 
-  The base and the old tasks' parts stay the same bits where the method holds what tasks share:
-  HALRP then prunes the new task alone.
+  With methods that do not change what the tasks share, the base and the old tasks stay the same to
+  the bit; HALRP then prunes only the new task.
 
   Args:
     run: from `open_run`.
-    data_path: the new task (data/custom.py): a folder with a folder per class, or an .npz. All its
-      images are used, whatever the run's train_fraction.
-    out: the new folder; one where this was interrupted goes on.
+    data_path: of the new task's images (data/custom.py): a folder with a folder per class, or an
+      .npz file. All its images are used, whatever the run's train_fraction.
+    out: the new folder; if it holds this extension, interrupted, it goes on.
     show: is called with every event.
     stop_asked: see `experiment.run`.
 
   Returns:
-    The contents of record.json: "task", "accuracy" (tests of all tasks, null where the method moved
-    what they share), "unchanged" (whether the old tasks are), "increment", "ranks", "seconds".
+    The contents of record.json: "task", "accuracy" (test accuracies of all tasks; null for old
+    ones whose shared weights have changed), "unchanged" (whether the old tasks are), "increment",
+    "ranks", "seconds" and more.
 
   Raises:
     UserError: if the method or the network has no room for the task, or a path can't be used.
+    Stopped: if `stop_asked` returned True; the same call goes on from there.
   """
-  config, learned = run.config, run.learned
-  shape = tuple(run.benchmark.tasks[0].train.image.shape[1:])
-  task_id = 1 + max(task.id for task in run.benchmark.tasks)
-  whole = dataclasses.replace(config, train_fraction=1.0)
-  notes = []
-  task = data.load_task(data_path, whole, shape, task_id, notes.append)
-  _require_room(run, task)
-  benchmark = run.benchmark._replace(tasks=(*learned, task))
-  layout = parallel.make_layout(config.parallel)  # its training goes on as it was
-  trained = experiment.network_of(config, run.benchmark.max_classes, layout.axis_name)
-  method = methods.make(config, trained, benchmark, layout)
-  t = len(learned)
-  known = config.to_dict() | {identity.EXTENDED: {"task": task.name, "data": data_path, "t": t}}
+  config, t = run.config, len(run.learned)
+  notes: list[str] = []
+  task = _load_new_task(run, data_path, notes.append)
+  _check_room(run, task)
+  benchmark = run.benchmark._replace(tasks=(*run.learned, task))
+  extension = {"task": task.name, "data": data_path, "t": t}
+  own_config = config.to_dict() | {identity.EXTENDED: extension}
   now = _standing(run, benchmark)
-  if (record := identity.finished_record(out, known)) is not None:
-    identity.require_standing(out, known, now)
+  if (record := identity.finished_record(out, own_config)) is not None:
+    identity.require_standing(out, own_config, now)
     return record
-  with workdir.opened(out, known, False, config.checkpoint.strict, stop_asked, now) as folder:
-
-    def log(event: dict):
-      if event["event"] != "progress":
-        folder.log(event)
-      show(event)
-
-    if said := [*now["changes"], *folder.said]:
-      show({"event": "standing", "said": said})
+  strict = config.checkpoint.strict
+  with workdir.opened(out, own_config, False, strict, stop_asked, now) as folder:
+    if changes := [*now["changes"], *folder.new_changes]:
+      show({"event": "standing", "said": changes})
     folder.describe(benchmark)
     start = time.perf_counter()
-    store = Store(f"task{t:02d}", log, folder.keep())
-    store.once("begin", lambda: [log({"event": "note", "note": x}) for x in notes] and True)
-    state, ranks, unchanged = _learn_one(run, method, task, store)
-    method = methods.make(config, run.model, benchmark)
-    results = _results_with(run, method, state, task, ranks, unchanged)
+    store = Store(f"task{t:02d}", experiment.make_log(folder, show), folder.keep())
+    experiment.log_once(store, [{"event": "note", "note": note} for note in notes])
+    state, ranks, unchanged = _learn_one(run, benchmark, store)
+    results = _results(run, benchmark, state, ranks, unchanged)
     folder.save_state(t + 1, state, results)
-    record = results["rows"][-1] | {
-      "extended_from": str(run.path),
-      "task": {"id": task.id, "name": task.name, "class_names": list(task.class_names)},
-      "accuracy": results["accuracy"][-1],
-      "unchanged": unchanged,
-      "seconds": time.perf_counter() - start,
-      "state_hash": checkpoint.fingerprint(state),
-      "standing": folder.standing,
-    }
+    seconds = time.perf_counter() - start
+    record = _record(run, task, state, results, unchanged) | {"seconds": seconds}
+    record["standing"] = folder.standing
     folder.finish(record)
   return record
 
 
-def _standing(run: Saved, benchmark: Benchmark) -> dict:
-  """Returns what an extended run stands on: the old run, the new task, JAX's flags, the machine.
+def _load_new_task(run: Saved, data_path: str, note: Callable[[str], None]) -> Task:
+  """Reads the images of the new task as the run's were read; `note` gets lines on the files."""
+  task_id = 1 + max(task.id for task in run.benchmark.tasks)
+  all_images = dataclasses.replace(run.config, train_fraction=1.0)
+  return data.load_task(data_path, all_images, run.stored_shape, task_id, note)
+
+
+def _standing(run: Saved, benchmark: Benchmark) -> dict[str, Any]:
+  """Returns the standing (runs/standing.py) of an extended run, with the state it begins with.
 
   Raises:
     UserError: if the run was learned with other JAX flags.
   """
   now = standing.of(benchmark) | {"machine": standing.machine()}
-  flags = {key: now[key] for key in ("flags", "machine")}
-  _, said = identity.require_standing(run.path, run.config.to_dict(), flags)
+  software = {key: now[key] for key in ("flags", "machine")}
+  _, changes = identity.require_standing(run.path, run.config.to_dict(), software)
   old = identity.read_standing(run.path).get("tasks", now["tasks"])[: len(run.learned)]
   tasks = [*old, now["tasks"][-1]]
-  return now | {"tasks": tasks, "extends": checkpoint.fingerprint(run.state), "changes": said}
+  return now | {"tasks": tasks, "extends": checkpoint.fingerprint(run.state), "changes": changes}
 
 
-def _learn_one(run: Saved, method: Method, task: Task, store: Store):
-  """-> state, ranks, whether the old tasks' parts are what they were"""
-  t, before = len(run.learned), run.state
-  _, learn_key = jax.random.split(jax.random.key(run.config.seed))
-  state, history = method.learn(before, (task,), jax.random.fold_in(learn_key, t), store)
+def _learn_one(
+  run: Saved, benchmark: Benchmark, store: Store
+) -> tuple[State, dict[str, int] | None, bool]:
+  """Learns the last task of a benchmark; returns state, ranks, and whether old tasks are unchanged.
+
+  The task is trained with the run's own network and layout, not those for predictions.
+  """
+  config, t, before = run.config, len(run.learned), run.state
+  layout = parallel.make_layout(config.parallel)
+  trained = experiment.network_of(config, run.benchmark.max_classes, layout.axis_name)
+  method = methods.make(config, trained, benchmark, layout)
+  _, learn_key = jax.random.split(jax.random.key(config.seed))
+  key = jax.random.fold_in(learn_key, t)
+  state, history = method.learn(before, benchmark.tasks[t:], key, store)
   unchanged = checkpoint.fingerprint(state.shared) == checkpoint.fingerprint(before.shared)
-  if unchanged:  # HALRP prunes all tasks alike; those in service must not move
+  if unchanged:  # HALRP has pruned the old tasks too, but those in service must not change
     state = State(before.shared, (*before.tasks, state.tasks[-1]))
   return state, history.get("ranks"), unchanged
 
 
-def _results_with(run: Saved, method: Method, state: State, task: Task, ranks, unchanged) -> dict:
-  """The run's results with a row for the new task; the old tasks are not tested again."""
+def _results(
+  run: Saved, benchmark: Benchmark, state: State, ranks: dict[str, int] | None, unchanged: bool
+) -> Results:
+  """Returns the run's results with a row for the new task; the old tasks are not tested again."""
   t = len(run.learned)
+  method = methods.make(run.config, run.model, benchmark)
+  predict = method.predict
+  assert predict is not None  # set by `methods.make`
   (accuracy,) = evaluate(
-    lambda _, image: method.predict(state, t, image),
-    (task,),
+    lambda _, image: predict(state, t, image),
+    benchmark.tasks[t:],
     "test",
     run.config.images_per_evaluation,
   )
@@ -295,7 +336,19 @@ def _results_with(run: Saved, method: Method, state: State, task: Task, ranks, u
   return {"rows": [*run.results["rows"], row], "accuracy": [*rows, [*old, accuracy]]}
 
 
-def _require_room(run: Saved, task: Task) -> None:
+def _record(run: Saved, task: Task, state: State, results: Results, unchanged: bool) -> Record:
+  """Returns the contents of record.json without the seconds and the standing."""
+  return results["rows"][-1] | {
+    "extended_from": str(run.path),
+    "task": {"id": task.id, "name": task.name, "class_names": list(task.class_names)},
+    "accuracy": results["accuracy"][-1],
+    "unchanged": unchanged,
+    "state_hash": checkpoint.fingerprint(state),
+  }
+
+
+def _check_room(run: Saved, task: Task) -> None:
+  """Raises UserError if the method or the network has no room for the new task."""
   name, width = run.config.method.name, run.benchmark.max_classes
   if run.method.groups(2) != one_at_a_time(2):
     raise UserError(f"{name} learns all tasks at once: it can't be extended")
@@ -303,9 +356,11 @@ def _require_room(run: Saved, task: Task) -> None:
     raise UserError(f"{name} has room for the tasks of its benchmark only: it can't be extended")
   if same := [old.id for old in run.learned if old.name == task.name]:
     raise UserError(
-      f"task {same[0]} of {run.path} is called {task.name!r} already: rename the new images' folder"
+      f"task {same[0]} of {run.path} is called {task.name!r} already: rename the folder or file of "
+      "the new images"
     )
   if task.num_classes > width:
     raise UserError(
-      f"task {task.name!r} has {task.num_classes} classes, the heads of {run.path} {width} outputs"
+      f"task {task.name!r} has {task.num_classes} classes, but the heads of {run.path} have only "
+      f"{width} outputs"
     )

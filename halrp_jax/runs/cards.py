@@ -1,8 +1,8 @@
-"""What has to be known beside a model's numbers to use it, as JSON: classes, normalisation, shape.
+"""The card of a model: the JSON that a user of its weights needs beside them.
 
-image_shape   [H, W, C] of the images as they are stored, 8 bits
+image_shape   [H, W, C] of the stored 8-bit images
 input_shape   [H, W, C] of the network's input (a permutation may name a value several times)
-num_classes   outputs of the network; a task uses its own first ones
+num_classes   number of the network's outputs; a task with K classes uses the first K
 tasks         per task: id, name, class_names, mean, std, permutation (null: none)
 """
 
@@ -14,7 +14,7 @@ SCHEMA = 1
 
 
 def of_benchmark(benchmark: Benchmark) -> dict:
-  """The card of a benchmark, its tasks in the order of training."""
+  """Returns the card of a benchmark, with its tasks in the order of training."""
   stored = benchmark.tasks[0].train.image.shape[1:]
   return {
     "schema": SCHEMA,
@@ -28,6 +28,7 @@ def of_benchmark(benchmark: Benchmark) -> dict:
 
 
 def of_task(task: Task) -> dict:
+  """Returns the card's entry for one task."""
   permutation = task.inputs.permutation
   return {
     "id": task.id,
@@ -39,16 +40,19 @@ def of_task(task: Task) -> dict:
   }
 
 
-def to_benchmark(card: dict, place: str) -> Benchmark:
-  """The inverse of `of_benchmark`, but for the images: all splits are empty.
+def to_benchmark(card: dict, source: str) -> Benchmark:
+  """Inverts `of_benchmark`, except for the images: all splits are empty.
 
   Args:
-    card: what JSON gave.
-    place: what to call it in an error.
+    card: the parsed JSON.
+    source: the file it was read from, for the error message.
+
+  Raises:
+    UserError: if the card has another schema, or is damaged.
   """
   try:
     if card["schema"] != SCHEMA:
-      raise UserError(f"{place}: schema {card['schema']!r}, this version reads {SCHEMA}")
+      raise UserError(f"{source}: schema {card['schema']!r}, this version reads {SCHEMA}")
     shape = tuple(map(int, card["image_shape"]))
     tasks = tuple(to_task(task, shape) for task in card["tasks"])
     benchmark = Benchmark(str(card["benchmark"]), tasks, str(card["split_hash"]), False)
@@ -57,26 +61,34 @@ def to_benchmark(card: dict, place: str) -> Benchmark:
       raise ValueError("input_shape and num_classes are not those of the tasks")
     return benchmark
   except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-    raise UserError(f"{place}: is not what was written ({type(e).__name__}: {e})") from e
+    raise UserError(f"{source}: was changed or damaged ({type(e).__name__}: {e})") from e
 
 
 def to_task(card: dict, image_shape: tuple[int, ...]) -> Task:
-  """A task without images."""
+  """Inverts `of_task`, except for the images: all splits are empty.
+
+  Args:
+    card: the entry of one task.
+    image_shape: [H, W, C] of the stored images.
+
+  Raises:
+    ValueError: if shapes don't fit together. KeyError, TypeError: if the card is damaged.
+  """
   if len(image_shape) != 3 or min(image_shape) < 1:
     raise ValueError(f"image_shape is {image_shape}")
   mean, std = (np.asarray(card[k], np.float32) for k in ("mean", "std"))
   permutation = card["permutation"]
   if permutation is not None:
     permutation = np.asarray(permutation, np.int32)
-    inputs = image_shape[0] * image_shape[1] * len(mean)
-    if permutation.shape != (inputs,) or permutation.min() < 0:
+    num_values = image_shape[0] * image_shape[1] * len(mean)
+    if permutation.shape != (num_values,) or permutation.min() < 0:
       raise ValueError(f"permutation has shape {permutation.shape}")
     if permutation.max() >= np.prod(image_shape):
       raise ValueError("permutation names a pixel that no image has")
   elif len(mean) != image_shape[2]:
     raise ValueError(f"mean has {len(mean)} values for {image_shape[2]} channels")
   if mean.shape != std.shape or mean.ndim != 1 or not (std > 0).all():
-    raise ValueError("mean and std are no numbers per channel")
+    raise ValueError("mean and std are not one number per channel, with std > 0")
   image = np.zeros((0, *image_shape), np.uint8)
   empty = Split(image, np.zeros(0, np.int32), np.zeros(0, np.int32))
   names = tuple(map(str, card["class_names"]))

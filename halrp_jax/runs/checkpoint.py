@@ -1,14 +1,15 @@
-"""Pytrees on disk that can be trusted: the only module that knows Orbax.
+"""Writes and reads pytrees on disk, with hashes that are verified. Nothing else imports Orbax.
 
 An *item* is one pytree in a folder of its own, written once:
 
-  NAME/arrays/        what Orbax writes
+  NAME/arrays/        the arrays, written by Orbax
   NAME/about.json     structure of the pytree, and whatever the caller adds
   NAME/manifest.json  size and SHA-256 of every other file; written last
 
-It is written under another name and renamed when it is whole. Orbax restores a flipped byte without
-a word, so nothing is read before the manifest verifies. A file that the manifest does not name is
-no damage: file managers, synchronisation and NFS leave files everywhere. No pickle anywhere.
+An item is written under a temporary name and renamed when it is complete. Orbax restores a file
+with a flipped bit without an error, so nothing is read before the manifest is verified. Files that
+the manifest does not name are ignored, since file managers, synchronisation and NFS leave their own
+files in any folder. Nothing is pickled.
 """
 
 import errno
@@ -20,6 +21,8 @@ import pathlib
 import re
 import resource
 import shutil
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -28,9 +31,11 @@ import orbax.checkpoint as ocp
 from halrp_jax import files, packing
 from halrp_jax.types import Params, brief
 
+_Result = TypeVar("_Result")
+
 _ARRAYS, _ABOUT, _MANIFEST = "arrays", "about.json", "manifest.json"
 _TEMPORARY, _REPLACED = ".writing-", ".replaced-"
-_UNREADABLE = (  # what a forged item can raise
+_UNREADABLE = (  # the errors that reading a damaged or forged item can raise
   OSError,
   KeyError,
   TypeError,
@@ -43,13 +48,14 @@ _UNREADABLE = (  # what a forged item can raise
 
 
 class Damaged(Exception):
-  """An item that can't be trusted; the text names the file and what is wrong with it."""
+  """An item is damaged or was changed; the message names the file and what is wrong with it."""
 
 
 def fingerprint(tree: Params) -> str:
-  """Returns SHA-256 over the paths, shapes and bytes of all leaves: equal hashes, equal pytrees.
+  """Returns the SHA-256 of the paths, dtypes, shapes and bytes of all leaves, in hexadecimal.
 
-  The state of a task counts as the dict that older versions kept, so that hashes stay the same.
+  Pytrees with equal fingerprints have equal leaves. A task state is hashed as the dict that older
+  versions stored, so that fingerprints in existing folders stay valid.
   """
   digest = hashlib.sha256()
   tree = jax.tree.map(lambda x: x._asdict() if _is_task(x) else x, tree, is_leaf=_is_task)
@@ -60,29 +66,29 @@ def fingerprint(tree: Params) -> str:
   return digest.hexdigest()
 
 
-def _is_task(x) -> bool:
-  """Whether something is the `TaskState` of a method."""
+def _is_task(x: object) -> bool:
+  """Tells whether something is the `TaskState` of a method."""
   return isinstance(x, tuple) and {"stats", "num_classes"} <= set(getattr(x, "_fields", ()))
 
 
 def save(folder: pathlib.Path, packed: packing.Packed, about: dict) -> None:
-  """Writes an item; an older one of that name is replaced when the new one is whole.
+  """Writes an item, which replaces an older one of the same name only when it is complete.
 
   Args:
-    folder: the item's folder; its parent must be there.
+    folder: the item's folder; its parent must exist.
     packed: from `packing.pack`.
-    about: anything JSON can hold.
+    about: more entries of about.json, as JSON types.
 
   Raises:
-    OSError: if the disk is full or can't be written; what was there before is unchanged.
+    OSError: if the disk is full or can't be written; an older item is then unchanged.
   """
-  temporary = _emptied(folder.with_name(_TEMPORARY + folder.name))
+  temporary = _unused_path(folder.with_name(_TEMPORARY + folder.name))
   structure, arrays = packed
   try:
     temporary.mkdir()
     named = {str(i): x for i, x in enumerate(arrays) if x.size}  # Orbax refuses empty arrays
     if named:
-      _require_room(temporary, sum(x.nbytes for x in arrays))
+      _require_space(temporary, sum(x.nbytes for x in arrays))
       _orbax(lambda checkpointer: checkpointer.save(temporary.resolve() / _ARRAYS, named))
     leaves = [[list(x.shape), str(x.dtype)] for x in arrays]
     _write(temporary / _ABOUT, about | {"structure": structure, "leaves": leaves})
@@ -94,11 +100,15 @@ def save(folder: pathlib.Path, packed: packing.Packed, about: dict) -> None:
 
 
 def load(folder: pathlib.Path) -> tuple[Params, dict]:
-  """Reads an item that is whole. -> pytree with numpy arrays, about
+  """Verifies and reads an item.
+
+  Returns:
+    The pytree, its arrays as numpy arrays, and the contents of about.json.
 
   Raises:
-    Damaged: if a file is missing or was changed. FileNotFoundError: no such item. OSError: if a
-      file can't be read now, which says nothing about what is in it.
+    Damaged: if a file is missing or was changed.
+    FileNotFoundError: if there is no such item.
+    OSError: if the system can't read a file at the moment, which does not mean that it is damaged.
   """
   about = verify(folder)
   try:
@@ -108,17 +118,17 @@ def load(folder: pathlib.Path) -> tuple[Params, dict]:
       arrays |= _orbax(lambda c: c.restore(folder.resolve() / _ARRAYS, item=full))
     for name, x in blank.items():
       if arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
-        raise Damaged(f"{folder}: array {name} is not the one that was written")
+        raise Damaged(f"{folder}: array {name} has another shape or dtype than about.json says")
     return packing.unpack(about["structure"], [arrays[name] for name in blank]), about
   except _UNREADABLE as e:
-    if getattr(e, "errno", None):  # the system's: no access, no memory, a disk that is away
+    if getattr(e, "errno", None):  # the system's: no permission, no memory, a disk that is offline
       raise
     raise Damaged(f"{folder}: can't be read ({type(e).__name__}: {e})") from e
 
 
 def save_plain(folder: pathlib.Path, tree: dict) -> None:
-  """Writes nested dicts of arrays as Orbax does for everybody; an older one is replaced."""
-  temporary = _emptied(folder.with_name(_TEMPORARY + folder.name))
+  """Writes nested dicts of arrays as an ordinary Orbax checkpoint, and replaces an older one."""
+  temporary = _unused_path(folder.with_name(_TEMPORARY + folder.name))
   try:
     _orbax(lambda checkpointer: checkpointer.save(temporary.resolve(), tree))
     _replace(temporary, folder)
@@ -127,28 +137,29 @@ def save_plain(folder: pathlib.Path, tree: dict) -> None:
 
 
 def load_plain(folder: pathlib.Path) -> dict:
-  """Reads what Orbax wrote: nested dicts of numpy arrays.
+  """Reads an ordinary Orbax checkpoint as nested dicts of numpy arrays.
 
   Raises:
     Damaged: if it can't be read.
   """
   try:
-    # as numpy arrays, wherever they were when they were saved
+    # As numpy arrays, whatever devices they were on when they were saved.
     with _checkpointer() as checkpointer:
       found = checkpointer.metadata(folder.resolve()).item_metadata.tree
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found)
     tree = _orbax(lambda c: c.restore(folder.resolve(), restore_args=args))
     return jax.tree.map(np.asarray, tree)
-  except Exception as e:  # what is damaged makes Orbax and tensorstore raise almost anything
+  except Exception as e:  # Orbax and tensorstore raise almost anything for damaged files
     raise Damaged(f"{folder}: can't be read ({brief(e)})") from e
 
 
 def verify(folder: pathlib.Path) -> dict:
-  """Checks every file that an item's manifest names; returns what `about` holds.
+  """Checks every file that an item's manifest names, and returns the contents of about.json.
 
   Raises:
-    Damaged: names the first file that is missing or changed. FileNotFoundError and OSError: as
-      `load`.
+    Damaged: names the first file that is missing or was changed.
+    FileNotFoundError: if there is no such item.
+    OSError: if the system can't read a file at the moment.
   """
   if not folder.is_dir():
     raise FileNotFoundError(folder)
@@ -160,7 +171,7 @@ def verify(folder: pathlib.Path) -> dict:
       raise Damaged(f"{folder / name}: was changed after it was written")
   about = _read(folder / _ABOUT)
   if not {"leaves", "structure"} <= about.keys():
-    raise Damaged(f"{folder / _ABOUT}: is not what was written")
+    raise Damaged(f"{folder / _ABOUT}: was changed or damaged (no leaves or structure)")
   return about
 
 
@@ -174,15 +185,15 @@ def strays(folder: pathlib.Path) -> list[str]:
   return [name for name in found if name not in known]
 
 
-def sweep(folder: pathlib.Path, names: set[str]) -> None:
-  """Deletes the items named, and what an interrupted `save` left behind; nothing else."""
+def delete_items(folder: pathlib.Path, names: set[str]) -> None:
+  """Deletes the named items, and the temporary folders that interrupted calls of `save` left."""
   for path in folder.iterdir():
     if path.name in names or path.name.startswith((_TEMPORARY, _REPLACED)):
       shutil.rmtree(path, ignore_errors=True)
 
 
 def free_name(path: pathlib.Path) -> pathlib.Path:
-  """Returns `path`, or the first of path-2, path-3, ... where nothing is yet."""
+  """Returns `path`, or the first of path-2, path-3, ... that does not exist."""
   found, n = path, 1
   while os.path.lexists(found):
     n += 1
@@ -190,15 +201,15 @@ def free_name(path: pathlib.Path) -> pathlib.Path:
   return found
 
 
-def _emptied(path: pathlib.Path) -> pathlib.Path:
-  """Deletes a folder; returns a free name where it can't be, as with a file open on NFS."""
+def _unused_path(path: pathlib.Path) -> pathlib.Path:
+  """Deletes a folder and returns its path, or a free one if NFS won't delete an open file."""
   shutil.rmtree(path, ignore_errors=True)
   return free_name(path)
 
 
 def _replace(new: pathlib.Path, folder: pathlib.Path) -> None:
-  """Renames `new` to `folder`, whatever is there and even if it can't be deleted."""
-  old = _emptied(folder.with_name(_REPLACED + folder.name))
+  """Renames `new` to `folder`; an older folder is moved away first, and deleted if possible."""
+  old = _unused_path(folder.with_name(_REPLACED + folder.name))
   if os.path.lexists(folder):
     folder.rename(old)
   try:
@@ -210,35 +221,38 @@ def _replace(new: pathlib.Path, folder: pathlib.Path) -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
-def _orbax(fn):
-  """fn(checkpointer); whatever goes wrong is an OSError, told once and by the caller."""
+def _orbax(fn: Callable[[ocp.Checkpointer], _Result]) -> _Result:
+  """Returns fn(checkpointer); every error becomes an OSError, which the caller reports."""
   checkpointer, logger = _checkpointer(), logging.getLogger("absl")
-  logger.addFilter(_is_no_error)  # Orbax logs tracebacks of what it raises
+  logger.addFilter(_is_below_error)  # Orbax also logs a traceback of every error that it raises
   try:
     return fn(checkpointer)
   except OSError:
     raise
-  except Exception as e:  # tensorstore wraps what the disk says in errors of its own
+  except Exception as e:  # tensorstore wraps the system's errors in errors of its own
     if code := re.search(r"os_error_code='(\d+)'", str(e)):
       raise OSError(int(code[1]), os.strerror(int(code[1]))) from e
     raise OSError(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
   finally:
-    logger.removeFilter(_is_no_error)
+    logger.removeFilter(_is_below_error)
     checkpointer.close()
 
 
 def _checkpointer() -> ocp.Checkpointer:
-  """For the process that calls alone: by default Orbax waits for all of them (`processes`)."""
+  """Returns a checkpointer for this process only: by default Orbax waits for all processes."""
   me = jax.process_index()
-  alone = ocp.options.MultiprocessingOptions(
+  only_this = ocp.options.MultiprocessingOptions(
     primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"halrp_jax-{me}"
   )
-  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-  return ocp.Checkpointer(handler, multiprocessing_options=alone)
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=only_this)
+  return ocp.Checkpointer(handler, multiprocessing_options=only_this)
 
 
-def _require_room(folder: pathlib.Path, size: int) -> None:
-  """Looks before it leaps: tensorstore prints more than an error when a write fails."""
+def _require_space(folder: pathlib.Path, size: int) -> None:
+  """Raises OSError if there is no room for `size` bytes.
+
+  It is checked in advance because tensorstore prints messages of its own when a write fails.
+  """
   if shutil.disk_usage(folder).free < size:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
   most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -246,27 +260,31 @@ def _require_room(folder: pathlib.Path, size: int) -> None:
     raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(folder))
 
 
-def _is_no_error(record: logging.LogRecord) -> bool:
+def _is_below_error(record: logging.LogRecord) -> bool:
+  """Passes log records below the level ERROR."""
   return record.levelno < logging.ERROR
 
 
 def _manifest(folder: pathlib.Path) -> dict:
+  """Returns size and SHA-256 of every file of an item, by its path within the item."""
   found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
   return {name: _entry(p) for name, p in found.items() if name != _MANIFEST and _is_written(name)}
 
 
 def _is_written(name: str) -> bool:
-  """Whether `save` may have written a file: no name of its or of Orbax's is a file manager's."""
+  """Tells whether a file may be one of `save`, not one that a file manager leaves in folders."""
   last = name.rpartition("/")[2]
   return not last.startswith(".") and last.lower() not in ("thumbs.db", "desktop.ini")
 
 
 def _entry(path: pathlib.Path) -> list:
+  """Returns size in bytes and SHA-256 of a file."""
   with open(path, "rb") as stream:
     return [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
 
 
-def _write(path: pathlib.Path, content) -> None:
+def _write(path: pathlib.Path, content: dict) -> None:
+  """Writes JSON and waits until it is on the disk."""
   with open(path, "w", encoding="utf-8") as stream:
     json.dump(content, stream)
     stream.flush()
@@ -274,6 +292,7 @@ def _write(path: pathlib.Path, content) -> None:
 
 
 def _read(path: pathlib.Path) -> dict:
+  """Reads a JSON object; raises Damaged if the file is missing or is not one."""
   try:
     return files.load_json(path)
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:

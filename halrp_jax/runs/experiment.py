@@ -1,9 +1,13 @@
-"""run(config, workdir): THE task loop, the one place where tasks, method and metrics meet."""
+"""The task loop: `run` learns the tasks of a config, `plan` describes what it would do.
+
+This is the only place where tasks, method and metrics meet.
+"""
 
 import datetime
 import functools
 import json
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,44 +22,62 @@ from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, identity, measure, standing, workdir
 from halrp_jax.training import networks, population
 from halrp_jax.training.evaluate import evaluate
-from halrp_jax.types import SCHEMA, Benchmark, Method, Store, UserError
+from halrp_jax.types import SCHEMA, Benchmark, Method, State, Store, Task, UserError
 from halrp_jax.weights import trees
 
-# --- the run --------------------------------------------------------------------------
+Built = tuple[Benchmark, nn.Module, Method, parallel.Layout]  # from `build`
+
+# --- what a config names: data, network, method ---------------------------------------
 
 
 def network_of(config: Config, num_classes: int, axis_name: str | None = None) -> nn.Module:
-  """Returns the network of a config."""
+  """Returns the network of a config.
+
+  Args:
+    config: resolved.
+    num_classes: outputs of its head.
+    axis_name: of the devices that a training step is mapped over (`parallel.Layout`), or None.
+  """
   return models.make(
     config.network, num_classes, config.method.batch_norm, config.precision, axis_name
   )
 
 
-def build(config: Config) -> tuple[Benchmark, nn.Module, Method, parallel.Layout]:
-  """Returns the benchmark in the order of training, the network, the method and the layout."""
+def build(config: Config) -> Built:
+  """Returns the benchmark in the order of training, the network, the method and the layout.
+
+  Args:
+    config: resolved.
+
+  Raises:
+    UserError: if the data are missing or damaged, or do not fit the config.
+  """
   benchmark = data.load(config)
   for task in benchmark.tasks:
     if not config.steps_per_epoch(len(task.train.index)):
       raise UserError(
         f"batch_size = {config.batch_size} with protocol.last_batch = 'drop' leaves task "
-        f"{task.name!r} no batch out of {len(task.train.index)} images: take a smaller one"
+        f"{task.name!r} no batch out of {len(task.train.index)} images: take a smaller batch_size"
       )
-  benchmark = _with_validation_images(config, benchmark)
+  benchmark = _apply_evaluate_on(config, benchmark)
   layout = parallel.make_layout(config.parallel)
   benchmark = layout.replicate(benchmark)
   model = network_of(config, benchmark.max_classes, layout.axis_name)
   return benchmark, model, methods.make(config, model, benchmark, layout), layout
 
 
-def _with_validation_images(config: Config, benchmark: Benchmark) -> Benchmark:
-  """Refuses a config that needs validation images where there are none; hides the test images
-  with protocol.evaluate_on = "validation"."""
+def _apply_evaluate_on(config: Config, benchmark: Benchmark) -> Benchmark:
+  """Returns the benchmark, its test images replaced if protocol.evaluate_on is "validation".
+
+  Raises:
+    UserError: if the config needs validation images and a task has none.
+  """
   needs = {"keep": ("best", "best_loss"), "schedule": ("plateau",), "evaluate_on": ("validation",)}
   named = [f"protocol.{k} = {v}" for k, v in vars(config.protocol).items() if v in needs.get(k, ())]
   for task in benchmark.tasks:
     if named and not len(task.valid.index):
       raise UserError(
-        f"{', '.join(named)}: task {task.name!r} has no validation images; give some, or raise "
+        f"{', '.join(named)}: task {task.name!r} has no validation images; add some, or raise "
         "protocol.validation_fraction"
       )
   if config.protocol.evaluate_on == "test":
@@ -63,8 +85,23 @@ def _with_validation_images(config: Config, benchmark: Benchmark) -> Benchmark:
   return benchmark._replace(tasks=tuple(t._replace(test=t.valid) for t in benchmark.tasks))
 
 
-def plan(config: Config) -> dict:
-  """What a run of this config would do, as plain numbers and texts (--dry_run)."""
+# --- the plan -------------------------------------------------------------------------
+
+
+def plan(config: config_dict.ConfigDict | Config) -> dict:
+  """Describes what a run of this config would do, as plain numbers and texts (--dry_run).
+
+  Args:
+    config: from `make_config`, overrides applied.
+
+  Returns:
+    "config" (dotted key -> value), "benchmark", "tasks" (a dict each, with the number of images per
+    split), "missing" (why the data can't be read, or ""), "image_shape", "layers" (name, number of
+    parameters, whether it is perturbed), "parameters" and "steps" (numbers).
+
+  Raises:
+    UserError: if the config is wrong, or the data are missing and the protocol doesn't fix sizes.
+  """
   config = resolve(config)
   image_shape, tasks, missing = _planned_tasks(config)
   model = network_of(config, max(t["num_classes"] for t in tasks))
@@ -72,7 +109,7 @@ def plan(config: Config) -> dict:
     lambda key: networks.initialize(model, key, image_shape), jax.random.key(0)
   )
   perturbed = trees.layer_names(shapes)
-  flat = traverse_util.flatten_dict(shapes, sep="/")
+  flat: dict[str, Any] = traverse_util.flatten_dict(shapes, sep="/")
   layers = {}
   for path, x in flat.items():
     layer = path.rpartition("/")[0]
@@ -91,8 +128,8 @@ def plan(config: Config) -> dict:
   }
 
 
-def _planned_tasks(config: Config) -> tuple[tuple, list[dict], str]:
-  """Image shape, tasks; of the protocol if the data are not there, and then why."""
+def _planned_tasks(config: Config) -> tuple[tuple[int, int, int], list[dict], str]:
+  """Returns image shape and tasks: of the data, or of the protocol and then why."""
   try:
     benchmark, *_ = build(config)
   except data.sources.Missing as e:
@@ -107,6 +144,9 @@ def _planned_tasks(config: Config) -> tuple[tuple, list[dict], str]:
   return benchmark.image_shape, tasks, ""
 
 
+# --- the run --------------------------------------------------------------------------
+
+
 def run(
   config: config_dict.ConfigDict | Config,
   path: str,
@@ -114,162 +154,232 @@ def run(
   overwrite: bool = False,
   stop_asked: Callable[[], bool] = lambda: False,
   gang: replicas.Gang | None = None,
-  read: Callable | None = None,
+  read: Callable[[Config], dict] | None = None,
 ) -> dict:
   """Learns all tasks of a config one after another and writes the record.
 
-  A run that was interrupted goes on where it was; one that is finished returns its record.
+  A run that was interrupted goes on where it was. A run that is finished returns its record.
 
   Args:
     config: from `make_config`, overrides applied.
-    path: folder of the run (`workdir.py`); made if it isn't there.
-    show: is called with every event that goes to metrics.jsonl.
-    overwrite: delete the run that is in the folder first.
-    stop_asked: asked between the chunks of training; True stops the run.
-    gang: of the threads in which other runs are learned at the same time.
-    read: for a run that is finished, by default from `identity.shared_read`.
+    path: folder of the run (workdir.py); it is made if it doesn't exist.
+    show: is called with every event that goes to metrics.jsonl, and with some for display only.
+    overwrite: whether to delete a run that is in the folder first.
+    stop_asked: is called between the chunks of training; if it returns True, the run stops.
+    gang: the threads in which other runs are learned at the same time.
+    read: from `identity.shared_read`, to compare the data of several finished runs with one read.
 
   Returns:
     The contents of record.json.
 
   Raises:
-    UserError: for a config, data or folder that can't be used; nothing is lost or half-written.
-    Stopped: if `stop_asked` said so; the same call goes on from there.
-    Diverged: if the loss is not a number.
+    UserError: if the config, the data or the folder can't be used; nothing is lost or half-written.
+    Stopped: if `stop_asked` returned True; the same call goes on from there.
+    Diverged: if the loss became NaN or infinite.
   """
   config = resolve(config)
   if config.deterministic and jax.distributed.is_initialized():
-    determinism.require()  # before the first message starts the backend
-  _require_one_run(config, overwrite)
+    determinism.require()  # before the first message between processes starts JAX's backend
+  _check_processes(config, overwrite)
   if not overwrite and (record := identity.finished_record(path, config.to_dict())):
-    known = read or identity.shared_read()
-    processes.first_does(lambda: identity.require_same_data(config, path, known, show))
+    reader = read or identity.shared_read()
+    processes.first_does(lambda: identity.require_same_data(config, path, reader, show))
     show({"event": "finished"})
     return record
   if config.deterministic:
     determinism.require()
   built = processes.all_do(lambda: gang.build(build, config) if gang else build(config))
-  benchmark = built[0]
-  processes.require_same("other images", lambda: benchmark.split_hash)
-  now = standing.of(benchmark)
-  software = now["flags"] | standing.versions()
-  processes.require_same("other JAX flags or versions", lambda: json.dumps(software))
-  now["machine"] = standing.machine()
+  now = _shared_standing(built[0])
   strict = config.checkpoint.strict
   with (
     workdir.opened(path, config.to_dict(), overwrite, strict, stop_asked, now) as folder,
-    measure.compile_clock() as compiled,
+    measure.compile_clock() as compile_seconds,
   ):
-
-    def log(event: dict):
-      if event["event"] != "progress":  # between the chunks of an epoch: to be seen, not kept
-        folder.log(event)
-      show(event)
-
-    if folder.said:
-      show({"event": "standing", "said": folder.said})
-    folder.describe(benchmark)
-    record = _learn_all(config, built, folder, log, show, compiled, gang)
+    log = make_log(folder, show)
+    if folder.new_changes:
+      show({"event": "standing", "said": folder.new_changes})
+    folder.describe(built[0])
+    record = _learn_all(config, built, folder, log, show, compile_seconds, gang)
     record["standing"] = folder.standing
     folder.finish(record)
   return record
 
 
-def _require_one_run(config: Config, overwrite: bool) -> None:
-  """Of several processes: that they share batches, mean the same run and compute the same."""
+def make_log(folder: workdir.Workdir, show: Callable[[dict], None]) -> Callable[[dict], None]:
+  """Builds log(event), which writes an event to metrics.jsonl and shows it."""
+
+  def log(event: dict):
+    if event["event"] != "progress":  # within an epoch: for display only
+      folder.log(event)
+    show(event)
+
+  return log
+
+
+def log_once(store: Store, events: list[dict]) -> None:
+  """Logs the first events of a task, unless they were logged before an interruption."""
+
+  def log_all():
+    for event in events:
+      store.log(event)
+    return True
+
+  store.once("begin", log_all)
+
+
+def _check_processes(config: Config, overwrite: bool) -> None:
+  """Checks, if there are several processes, that they work on one run and compute the same.
+
+  Raises:
+    UserError: if the config does not shard batches, differs between processes, or is not
+      deterministic on GPUs.
+  """
   if processes.count() == 1:
     return
   if config.parallel in ("none", "replicas"):
     raise UserError(
-      f"parallel = {config.parallel!r} shares no batch out, so {processes.count()} processes would "
-      "do the same work: set parallel=auto, or sweep with --shard"
+      f"parallel = {config.parallel!r} shards no batch, so {processes.count()} processes would "
+      "do the same work: set parallel=auto, or use sweep with --shard"
     )
   if config.deterministic:
-    determinism.require()  # before the first message starts the backend
+    determinism.require()  # before the first message between processes starts JAX's backend
   flat = keys.flat(config.to_dict()) | {"overwrite": overwrite}
-  known = {k: v for k, v in flat.items() if k not in ("data_dir", "data.cache")}
-  processes.require_same("other config", lambda: repr(sorted(known.items())))
+  compared = {k: v for k, v in flat.items() if k not in ("data_dir", "data.cache")}
+  processes.require_same("other config", lambda: repr(sorted(compared.items())))
   if jax.default_backend() == "gpu" and not config.deterministic:
     raise UserError("several processes on GPUs must compute the same bits: set deterministic=True")
 
 
-def _learn_all(config: Config, built, folder, log, show, compiled, gang) -> dict:
-  """Folds `learn` over the tasks that are not learned yet; returns the record."""
+def _shared_standing(benchmark: Benchmark) -> dict:
+  """Returns the standing of the run, after checking that all processes have the same."""
+  processes.require_same("other images", lambda: benchmark.split_hash)
+  now = standing.of(benchmark)
+  software = now["flags"] | standing.versions()
+  processes.require_same("other JAX flags or versions", lambda: json.dumps(software))
+  now["machine"] = standing.machine()
+  return now
+
+
+# --- the tasks ------------------------------------------------------------------------
+
+
+def _learn_all(
+  config: Config,
+  built: Built,
+  folder: workdir.Workdir,
+  log: Callable[[dict], None],
+  show: Callable[[dict], None],
+  compile_seconds: Callable[[], float],
+  gang: replicas.Gang | None,
+) -> dict:
+  """Learns the groups of tasks that are not learned yet, one after another; returns the record."""
   benchmark, model, method, layout = built
   num_tasks = len(benchmark.tasks)
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
-  state = methods.restore(config.method.name, state)
-  state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
-  if unmeasured := population.unmeasured(state):
-    note = f"{len(unmeasured)} tasks are of a version that kept no statistics of BatchNorm: "
-    note += "what is predicted for them depends on the other images of a batch"
-    show({"event": "note", "note": note})
+  state = _restored(config, model, benchmark, state, show)
   rows = results.get("rows", [])
   accuracy = np.array(results.get("accuracy", np.full((num_tasks, num_tasks), np.nan)), float)
   for position, group in list(enumerate(method.groups(num_tasks), 1))[done:]:
     t = group[-1]
     tasks = tuple(benchmark.tasks[i] for i in group)
-    place = {"t": t, "num_tasks": num_tasks, "task": tasks[-1].name, "task_id": tasks[-1].id}
+    label = {"t": t, "num_tasks": num_tasks, "task": tasks[-1].name, "task_id": tasks[-1].id}
     measure.forget_peak()
-    with measure.measure(compiled) as learning:
+    with measure.measure(compile_seconds) as learning:
       store = Store(f"task{t:02d}", log, folder.keep(), gang)
       notes = benchmark.notes if position == 1 else ()
-      begin = [*({"event": "note", "note": note} for note in notes), {"event": "task"} | place]
-      # logged once: a task that goes on after an interruption has begun already
-      store.once("begin", lambda begin=begin: [log(event) for event in begin] and True)
+      log_once(store, [*({"event": "note", "note": n} for n in notes), {"event": "task"} | label])
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
       jax.block_until_ready(state)
     processes.require_same(
       f"other weights after task {t}", functools.partial(checkpoint.fingerprint, state)
     )
-    with measure.measure(compiled) as evaluating:
+    with measure.measure(compile_seconds) as evaluating:
       accuracy[t, : t + 1], valid = _evaluate(config, benchmark, method, layout, state, t)
-    size = method.size(state)
-    row = {
-      "ranks": history.get("ranks"),
-      "ranks_exact": history.get("ranks_exact"),
-      "size": {k: v for k, v in size._asdict().items() if k != "paper"},
-      "increment": size.increment,
-      "seconds": measure.seconds(learning, evaluating, history.get("select_seconds", 0.0)),
-      "validation_accuracy": None if np.isnan(valid) else valid,
-      "memory_bytes": measure.peak_memory(),
-    }
-    rows = [*rows, row]  # the list before may still be on its way to the disk
-    log({"event": "evaluation"} | place | row | {"accuracy": accuracy[t, : t + 1].tolist()})
-    nulls = [[None if np.isnan(x) else x for x in a] for a in accuracy]
-    folder.save_state(position, state, {"rows": rows, "accuracy": nulls})
+    seconds = measure.seconds(learning, evaluating, history.get("select_seconds", 0.0))
+    row = _row(method, state, history, seconds, valid)
+    rows = [*rows, row]  # a new list: the writer's thread may still be reading the old one
+    log({"event": "evaluation"} | label | row | {"accuracy": accuracy[t, : t + 1].tolist()})
+    folder.save_state(position, state, {"rows": rows, "accuracy": _nulls(accuracy)})
     folder.check()
   return _record(config, benchmark, model, accuracy, rows, state)
 
 
-def _evaluate(config: Config, benchmark, method, layout, state, t) -> tuple[list[float], float]:
-  """Test accuracy on the tasks up to t, validation accuracy on task t."""
-  size = config.images_per_evaluation
-  test = evaluate(
-    lambda i, image: method.predict(state, i, layout.shard(image)),
-    benchmark.tasks[: t + 1],
-    "test",
-    size,
-  )
-  (valid,) = evaluate(
-    lambda _, image: method.predict(state, t, layout.shard(image)),
-    benchmark.tasks[t : t + 1],
-    "valid",
-    size,
-  )
+def _restored(
+  config: Config, model: nn.Module, benchmark: Benchmark, state: State, show: Callable
+) -> State:
+  """Returns a state that may be of an older version in the form of this one."""
+  state = methods.restore(config.method.name, state)
+  state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
+  if unmeasured := population.unmeasured(state):
+    note = f"{len(unmeasured)} tasks are of a version that stored no BatchNorm statistics: "
+    note += "predictions for them depend on the other images of the batch"
+    show({"event": "note", "note": note})
+  return state
+
+
+def _evaluate(
+  config: Config,
+  benchmark: Benchmark,
+  method: Method,
+  layout: parallel.Layout,
+  state: State,
+  t: int,
+) -> tuple[list[float], float]:
+  """Returns the test accuracy on the tasks up to t and the validation accuracy on task t, in %."""
+  predict = method.predict
+  assert predict is not None  # set by `methods.make`
+
+  def accuracies(tasks: tuple[Task, ...], split: str, first: int) -> list[float]:
+    return evaluate(
+      lambda i, image: predict(state, first + i, layout.shard(image)),
+      tasks,
+      split,
+      config.images_per_evaluation,
+    )
+
+  test = accuracies(benchmark.tasks[: t + 1], "test", 0)
+  (valid,) = accuracies(benchmark.tasks[t : t + 1], "valid", t)
   return test, valid
 
 
-def _record(config: Config, benchmark, model, accuracy, rows, state) -> dict:
-  """The contents of record.json (docs/configuration.md for `config`)."""
+def _row(
+  method: Method, state: State, history: dict, seconds: dict[str, float], valid: float
+) -> dict:
+  """Returns what the record says of the last task, but for its test accuracies."""
+  size = method.size(state)
+  return {
+    "ranks": history.get("ranks"),
+    "ranks_exact": history.get("ranks_exact"),
+    "size": {k: v for k, v in size._asdict().items() if k != "paper"},
+    "increment": size.increment,
+    "seconds": seconds,
+    "validation_accuracy": None if np.isnan(valid) else valid,
+    "memory_bytes": measure.peak_memory(),
+  }
+
+
+def _nulls(accuracy: np.ndarray) -> list[list[float | None]]:
+  """Returns the matrix of accuracies with None for NaN, as JSON needs it."""
+  return [[None if np.isnan(x) else x for x in row] for row in accuracy]
+
+
+def _record(
+  config: Config,
+  benchmark: Benchmark,
+  model: nn.Module,
+  accuracy: np.ndarray,
+  rows: list[dict],
+  state: State,
+) -> dict:
+  """Returns the contents of record.json; docs/configuration.md describes its `config`."""
   return {
     "schema": SCHEMA,
     "method": config.method.name,
     "benchmark": benchmark.name,
     "order": config.order,
     "seed": config.seed,
-    "accuracy": [[None if np.isnan(x) else x for x in row] for row in accuracy],
+    "accuracy": _nulls(accuracy),
     "task_ids": [task.id for task in benchmark.tasks],
     "task_names": [task.name for task in benchmark.tasks],
     "average_accuracy": metrics.average_accuracy(accuracy),

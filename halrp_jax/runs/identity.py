@@ -1,4 +1,4 @@
-"""Whose a run's folder is: its config and what it stands on, compared before anything goes on."""
+"""Compares a run with what its folder holds: the config and the standing of the run in it."""
 
 import dataclasses
 import json
@@ -11,19 +11,26 @@ from halrp_jax.keys import Config
 from halrp_jax.runs import standing
 from halrp_jax.types import CHECKPOINTS, CONFIG, RECORD, STANDING, TASKS, UserError, brief
 
-EXTENDED = "extended"  # in the config of a run that learned more tasks than its benchmark has
-_LATER_KEYS = (*keys.NEUTRAL_KEYS, "precision")  # programs before them did what the default says
-# keys of a method that came later, and what programs did before
-_BEFORE = {"halrp": {"prune_scope": "all"}}
+EXTENDED = "extended"  # key in the config of a run that `extend` made
+# Keys that older versions did not have, and whose default is what those versions did.
+_LATER_KEYS = (*keys.NEUTRAL_KEYS, "precision")
+# Keys of a method that older versions did not have, with the value for what those versions did.
+_OLDER_VALUES: dict[object, dict[str, str]] = {"halrp": {"prune_scope": "all"}}
 
 
 # --- config ---------------------------------------------------------------------------
 
 
 def read_config(path: str) -> dict:
-  """The resolved config of a run; of one that was extended, that of the run it began as.
+  """Reads the resolved config of a run, without the entry that `extend` adds.
 
-  A run of an older version gets the defaults of keys that did not exist (`_LATER_KEYS`).
+  Keys that the version which wrote the run did not have are filled in.
+
+  Args:
+    path: the run's folder.
+
+  Raises:
+    UserError: if the folder is not a run's.
   """
   missing = f"--workdir={path}: holds no {CONFIG}; give the folder of a run"
   config = files.read_json(pathlib.Path(path) / CONFIG, missing)
@@ -32,19 +39,24 @@ def read_config(path: str) -> dict:
 
 
 def _fill_in(config: dict) -> None:
+  """Adds the keys that older versions did not have to a nested config."""
   known = keys.keys_of()
   for name in _LATER_KEYS:
     section, _, key = name.rpartition(".")
-    place = config.setdefault(section, {}) if section else config
-    if isinstance(place, dict):
-      place.setdefault(key, known[name].default)
+    values = config.setdefault(section, {}) if section else config
+    if isinstance(values, dict):
+      values.setdefault(key, known[name].default)
   if isinstance(method := config.get("method"), dict):
-    for key, value in _BEFORE.get(method.get("name"), {}).items():
+    for key, value in _OLDER_VALUES.get(method.get("name"), {}).items():
       method.setdefault(key, value)
 
 
 def check_config(folder: pathlib.Path, config: dict) -> None:
-  """Refuses a folder with another config; writes the config into a new one."""
+  """Writes the config into a new folder, or compares it with the one that the folder holds.
+
+  Raises:
+    UserError: names the keys that differ, except those that change no result.
+  """
   path = folder / CONFIG
   if not path.exists():
     if any((folder / name).exists() for name in (RECORD, CHECKPOINTS)):
@@ -55,17 +67,21 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
   _fill_in(old)
   old, new = keys.flat(old), keys.flat(config)
   changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-  if odd := [k for k in changed if k not in (*keys.NEUTRAL_KEYS, f"{EXTENDED}.data")]:
-    changes = ", ".join(f"{k} = {new.get(k)!r} (was {old.get(k)!r})" for k in odd)
+  if refused := [k for k in changed if k not in (*keys.NEUTRAL_KEYS, f"{EXTENDED}.data")]:
+    changes = ", ".join(f"{k} = {new.get(k)!r} (was {old.get(k)!r})" for k in refused)
     raise UserError(
       f"--workdir={folder} holds a run of another config: {changes}; take another folder, or "
-      "--overwrite"
+      "start anew with --overwrite"
     )
 
 
 @processes.by_first
 def finished_record(path: str, config: dict) -> dict | None:
-  """The record of a finished run of this config; None if there is none."""
+  """Returns the record of a finished run of this config, or None if the run is not finished.
+
+  Raises:
+    UserError: if the folder holds a run of another config.
+  """
   file = pathlib.Path(path) / RECORD
   if not file.exists():
     return None
@@ -74,11 +90,11 @@ def finished_record(path: str, config: dict) -> dict | None:
   return files.read_json(file, remedy=remedy)
 
 
-# --- what it stands on ----------------------------------------------------------------
+# --- standing -------------------------------------------------------------------------
 
 
 def read_standing(path: str) -> dict:
-  """Reads what a run stands on; of a run of an older version, what it wrote of it."""
+  """Reads the standing of a run, or as much of it as the version that wrote the run recorded."""
   for name in (STANDING, RECORD, TASKS):
     file = pathlib.Path(path) / name
     if file.exists():
@@ -89,54 +105,62 @@ def read_standing(path: str) -> dict:
 
 
 def require_standing(path: str, config: dict, now: dict) -> tuple[dict, list[str]]:
-  """Refuses a run that stands on something else.
+  """Compares the recorded standing of a run with that of this process.
+
+  Args:
+    path: the run's folder.
+    config: resolved, as a nested dict.
+    now: the standing of this process.
 
   Returns:
-    What it stands on now, with all `changes`, and those of them that are new.
+    `now` with all lines of `changes`, and the lines that are new.
 
   Raises:
-    UserError: names what differs.
+    UserError: if the run can't go on; names what differs.
   """
   before = read_standing(path)
   try:
-    refused, said = standing.compare(before, now, _place(config))
+    refused, new = standing.compare(before, now, _data_source(config))
     changes = list(before.get("changes", []))
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise UserError(
-      f"{path}/{STANDING}: is not what was written ({brief(e)}); --overwrite starts anew"
+      f"{path}/{STANDING}: was changed or damaged ({brief(e)}); --overwrite starts anew"
     ) from e
   if refused:
     raise UserError(
-      f"--workdir={path} holds a run that stands on something else: {'; '.join(refused)}; "
-      "go on with what it began with, or begin anew in another folder or with --overwrite"
+      f"--workdir={path} holds a run with other inputs: {'; '.join(refused)}; go on with those it "
+      "began with, take another folder, or start anew with --overwrite"
     )
   if "flags" not in before:
-    lacks = f"{path} is of a version that wrote no {STANDING}: its JAX flags, versions and machine"
-    said = [f"{lacks} are not known"]
-  return now | {"changes": [*changes, *said]}, said
+    unknown = "its JAX flags, versions and machine are not known"
+    new = [f"{path} is of a version that wrote no {STANDING}: {unknown}"]
+  return now | {"changes": [*changes, *new]}, new
 
 
-def _place(config: dict) -> str:
-  """Says where the data are, as the user gave it."""
+def _data_source(config: dict) -> str:
+  """Returns the option with which the user named the data, such as "data_dir=DIR"."""
   if EXTENDED in config:
     return f"--data={config[EXTENDED]['data']}"
   return f"data_dir={config['data_dir']}" if config["data_dir"] else ""
 
 
 def check_standing(folder: pathlib.Path, config: dict, now: dict) -> tuple[dict, list[str]]:
-  """Refuses a folder that stands on something else, once something is learned; writes it down."""
+  """Writes the standing of this process into a folder, after comparing it if there are checkpoints.
+
+  Returns and raises: as `require_standing`.
+  """
   if any((folder / CHECKPOINTS).glob("[!.]*")):
-    found, said = require_standing(str(folder), config, now)
+    found, new = require_standing(str(folder), config, now)
   else:
-    found, said = {"changes": []} | now, []
+    found, new = {"changes": []} | now, []
   files.write_json(folder / STANDING, found)
-  return found, said
+  return found, new
 
 
-def shared_read() -> Callable:
-  """Builds read(config) -> the part of standing.py that the data make; it keeps no images.
+def shared_read() -> Callable[[Config], dict]:
+  """Builds read(config) -> the entries `tasks` and `split_hash` of the standing; keeps no images.
 
-  They are read once for all configs that draw the same, whatever their method and order.
+  The data are read once for all configs that draw the same images, whatever method and order.
   """
   known = {}
 
@@ -155,16 +179,27 @@ def shared_read() -> Callable:
   return read
 
 
-def require_same_data(config: Config, path: str, read: Callable, show: Callable) -> None:
-  """Refuses a finished run that stands on other data or JAX flags; without data it stays as it is.
+def require_same_data(
+  config: Config, path: str, read: Callable[[Config], dict], show: Callable[[dict], None]
+) -> None:
+  """Compares a finished run with the data and the JAX flags of this process.
 
-  Nothing is computed, so it makes no difference on which machine this is.
+  The machine is not compared, since nothing is computed.
+
+  Args:
+    config: resolved.
+    path: the run's folder.
+    read: from `shared_read`.
+    show: is called with an event if there are no data to compare with.
+
+  Raises:
+    UserError: if data or flags differ.
   """
   now = {"flags": standing.flags()}
   try:
     now |= read(config)
   except UserError as e:
     show({"event": "standing", "said": [f"{path}: its data can't be compared ({brief(e)})"]})
-  _, said = require_standing(path, config.to_dict(), now)
-  if said:
-    show({"event": "standing", "said": said})
+  _, new = require_standing(path, config.to_dict(), now)
+  if new:
+    show({"event": "standing", "said": new})

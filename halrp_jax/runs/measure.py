@@ -1,4 +1,4 @@
-"""Seconds, memory and device of a run."""
+"""Measures seconds and memory of a run, and names its device."""
 
 import contextlib
 import gc
@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -13,7 +14,13 @@ from halrp_jax.devices import allocator
 
 
 def seconds(learning: dict, evaluating: dict, select: float) -> dict[str, float]:
-  """Returns the wall clock of one task by kind of work; select: SVD and ranks."""
+  """Returns the wall-clock seconds of one task by kind of work.
+
+  Args:
+    learning: from `measure`, of `Method.learn`.
+    evaluating: from `measure`, of the evaluation.
+    select: seconds that `learn` spent on the SVD and on choosing ranks.
+  """
   return {
     "compile": learning["compile"] + evaluating["compile"],
     "select": select,
@@ -26,14 +33,14 @@ def seconds(learning: dict, evaluating: dict, select: float) -> dict[str, float]
 
 
 @contextlib.contextmanager
-def compile_clock():
-  """Yields a function that tells the seconds this process has spent on tracing and compiling."""
+def compile_clock() -> Iterator[Callable[[], float]]:
+  """Yields a function that returns the seconds spent on tracing and compiling in this block."""
   total = 0.0
 
-  def listen(event: str, seconds: float, **_):
+  def listen(event: str, duration_secs: float, **_):
     nonlocal total
     if event.startswith("/jax/core/compile/"):
-      total += seconds
+      total += duration_secs
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
@@ -43,19 +50,24 @@ def compile_clock():
 
 
 @contextlib.contextmanager
-def measure(compiled):
-  """Fills a dict with the seconds of wall clock and of compilation inside the block."""
+def measure(compile_seconds: Callable[[], float]) -> Iterator[dict[str, float]]:
+  """Yields a dict that holds the seconds of the block when it ends: "wall" and "compile".
+
+  Args:
+    compile_seconds: from `compile_clock`.
+  """
   seconds = {}
-  wall, compile_ = time.perf_counter(), compiled()
+  wall, compiling = time.perf_counter(), compile_seconds()
   yield seconds
   seconds["wall"] = time.perf_counter() - wall
-  seconds["compile"] = min(compiled() - compile_, seconds["wall"])
+  seconds["compile"] = min(compile_seconds() - compiling, seconds["wall"])
 
 
 def forget_peak() -> None:
-  """Lets the process's peak begin anew where the system can (Linux). No accelerator can.
+  """Resets the process's peak memory where the system can (Linux); accelerators can't.
 
-  What was freed goes back first: an earlier run of the process may have needed more than this one.
+  Returns freed memory to the system first, since an earlier run of the process may have needed
+  more than this one.
   """
   gc.collect()
   allocator.trim()
@@ -64,16 +76,20 @@ def forget_peak() -> None:
 
 
 def peak_memory() -> int:
-  """Returns the bytes of memory that this process needed at its peak.
+  """Returns the peak memory in bytes: of the accelerator, or of this process on the CPU.
 
-  On an accelerator its own memory, on the CPU the process's since `forget_peak`.
+  The process's peak counts from `forget_peak`, the accelerator's from the start of the process.
   """
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get("peak_bytes_in_use") or _peak_of_process()
 
 
 def _peak_of_process() -> int:
-  """getrusage also counts what the process was forked from, hence only where there is no /proc."""
+  """Returns the peak memory of this process in bytes.
+
+  `getrusage` also counts the process that this one was forked from, so it is used only where there
+  is no /proc.
+  """
   with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as stream:
     return 1024 * next(int(line.split()[1]) for line in stream if line.startswith("VmHWM"))
   unit = 1 if platform.system() == "Darwin" else 1024
@@ -81,6 +97,7 @@ def _peak_of_process() -> int:
 
 
 def device() -> str:
+  """Returns the number and kind of the devices, and the number of host cores, as one text."""
   device = jax.devices()[0]
   return (
     f"{jax.device_count()} x {device.device_kind} ({device.platform}), {os.cpu_count()} host cores"

@@ -1,7 +1,10 @@
-"""The paper's tables and figures as settings to run: the cells of a target under a budget."""
+"""The runs behind the paper's tables and figures: their configs, and the cells of a sweep."""
 
 import functools
 import pathlib
+from typing import Any
+
+from ml_collections import config_dict
 
 import halrp_jax
 from halrp_jax import arguments, methods
@@ -15,33 +18,45 @@ from halrp_jax.types import UserError
 
 
 def configs_folder(text: str = "") -> str:
-  """The folder configs/: as named, of the current folder, or of the source tree.
+  """Returns the absolute path of the folder configs/.
+
+  Args:
+    text: its path as the user gave it; "": the one in the current folder, or in the source tree.
 
   Raises:
-    UserError: if it is nowhere.
+    UserError: if there is no such folder.
   """
   tree = pathlib.Path(halrp_jax.__file__).parents[1] / "configs"
   for folder in [pathlib.Path(text)] if text else [pathlib.Path("configs"), tree]:
     if (folder / "cifar100_split.py").is_file():
       return str(folder.resolve())
-  raise UserError(f"--configs={text or 'configs'}: no such folder of configs; name the source's")
+  raise UserError(
+    f"--configs={text or 'configs'}: no such folder of configs; give that of the source tree"
+  )
 
 
 @functools.cache
-def config(folder: str, setting: paper.Setting, smoke: bool = False):
-  """The config of a setting, not yet resolved; None for a system that isn't here."""
+def config(
+  folder: str, setting: paper.Setting, smoke: bool = False
+) -> config_dict.ConfigDict | None:
+  """Returns the config of a setting, not yet resolved; None for a system not implemented here.
+
+  Args:
+    folder: from `configs_folder`.
+    setting: of a table or figure.
+    smoke: whether it is to run only as many epochs as every phase needs.
+  """
   if setting.argument in paper.LABELS and setting.argument not in methods.METHODS:
     return None
   file = str(pathlib.Path(folder) / f"{setting.config}.py")
   found = arguments.load_config(file, setting.argument)
-  return _shortened(with_keys(found, train_fraction=setting.fraction), smoke)
+  found = with_keys(found, train_fraction=setting.fraction)
+  return _shortened(found) if smoke else found
 
 
-def _shortened(found, smoke: bool):
-  """As few epochs as every phase needs, if it is only to be seen that all runs."""
-  if not smoke:
-    return found
-  method = found.method
+def _shortened(found: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Returns a config with as few epochs as every phase needs, to see whether everything runs."""
+  method: Any = found.method
   for key in (k for k in method if k.endswith("epochs") and isinstance(method[k], int)):
     method[key] = min(method[key], 4)
   phases = [method.get(key) or 1 for key in ("warmup_epochs", "fine_tune_epochs")]
@@ -50,14 +65,18 @@ def _shortened(found, smoke: bool):
 
 @functools.cache
 def _standard_setting(folder: str, name: str, method: str) -> dict:
+  """Returns the setting of a method in the standard config file NAME.py."""
   found = config(folder, paper.Setting(name, method, 1.0))
+  assert found is not None, method  # callers ask for methods that are implemented
   return setting_of(resolve(found).to_dict())
 
 
 def catalogue(folder: str, smoke: bool = False) -> paper.Catalogue:
-  """Returns what the settings of records are compared with: the configs of a folder.
+  """Returns the settings that records are compared with, from the configs of a folder.
 
-  smoke: the runs are those of `--budget=smoke`.
+  Args:
+    folder: from `configs_folder`.
+    smoke: whether the records are of `--budget=smoke`.
   """
 
   def wanted(setting):
@@ -87,24 +106,34 @@ def cells(
   seeds: str = "",
   overrides: dict | None = None,
 ) -> tuple[list[sweep.Cell], list[str]]:
-  """The cells of a target under a budget, and the systems that are not here.
+  """Returns the cells of a table or figure under a budget.
 
-  small: a share of the images, the first orders, one seed; smoke: that everything runs; full: the
-  paper's five orders with five seeds each.
+  Args:
+    folder: from `configs_folder`.
+    target: the table or figure.
+    budget: "smoke" (to see whether everything runs), "small" (a share of the images, the first
+      orders, one seed) or "full" (the paper's five orders with five seeds each).
+    only: names of the methods to run; (): all of the target.
+    order_names: names with commas, or "all"; "": those of the budget.
+    seeds: whole numbers with commas; "": those of the budget.
+    overrides: values of top-level config keys.
+
+  Returns:
+    The cells, and the names of the target's systems that are not implemented here.
   """
-  found, absent = [], {}
+  found, missing = [], {}
   for setting in paper.settings(target, budget, only):
     chosen = config(folder, setting, budget == "smoke")
     if chosen is None:
-      absent[setting.argument] = True
+      missing[setting.argument] = True
       continue
     chosen = with_keys(chosen, **(overrides or {}))
     count = {"full": target.orders, "small": target.small_orders, "smoke": 2}[budget]
-    names = list(orders.PAPER[chosen.benchmark])[: min(count, target.orders)]
+    names = list(orders.PAPER[str(chosen.benchmark)])[: min(count, target.orders)]
     label = f"{setting.config}-{100 * setting.fraction:g}/{setting.argument}"
     found += sweep.cells(
       {label: chosen},
       order_names or ",".join(names),
       seeds or ("0,1,2,3,4" if budget == "full" else "0"),
     )
-  return found, list(absent)
+  return found, list(missing)

@@ -1,7 +1,7 @@
-"""The states in a run's folder, read: the newest one that is whole, and all that is there.
+"""Reads the states in a run's folder: the newest complete one, or all of them for `doctor`.
 
-A state is an item of `checkpoint` that names its parts and has the results so far; the parts are
-items too, and each is written once (workdir.py).
+A state is an item (checkpoint.py) that names its parts and holds the results so far. The parts are
+items as well, and each is written once (workdir.py).
 """
 
 import pathlib
@@ -13,22 +13,26 @@ import jax.numpy as jnp
 
 from halrp_jax import files
 from halrp_jax.runs import cards, checkpoint
-from halrp_jax.types import CHECKPOINTS, CONFIG, TASKS, Benchmark, State, UserError
+from halrp_jax.types import CHECKPOINTS, CONFIG, TASKS, Benchmark, Params, State, UserError
 
 STATE = re.compile(r"state-(\d{4,})")
 ITEM = re.compile(rf"{STATE.pattern}|(shared|task\d{{2,}})-[0-9a-f]{{16}}|now\.[\w.]+")
+# The errors that reading an incomplete or damaged state raises.
 NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
 
 
 def inspect(path: str) -> tuple[list[dict], State | None, dict]:
   """Verifies every file of a run; changes nothing.
 
+  Args:
+    path: the run's folder.
+
   Returns:
-    Per item: name, files, bytes, problem (a line, or None), strays (names of files that no run has
-    written); the newest state that is whole; the results that belong to it.
+    Per item a dict: name, files and bytes (numbers), problem (a line, or None), strays (names of
+    files that no run has written); the newest complete state, or None; the results stored with it.
 
   Raises:
-    UserError: if there is no run.
+    UserError: if the folder is not a run's.
   """
   folder = pathlib.Path(path)
   if not (folder / CONFIG).is_file():
@@ -57,21 +61,27 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
 
 
 def read_benchmark(path: str) -> Benchmark:
-  """Reads the tasks of a run, in the order of training, without their images."""
+  """Reads the tasks of a run, in the order of training, without their images.
+
+  Raises:
+    UserError: if tasks.json is missing or damaged.
+  """
   file = pathlib.Path(path) / TASKS
   card = files.read_json(
     file,
-    f"--workdir={path}: holds no {TASKS}, which has class names and normalisation: the run is of "
-    "an older version; learn it again (--overwrite)",
+    f"--workdir={path}: holds no {TASKS} with class names and normalisation, as the run is of an "
+    "older version; learn it again with --overwrite",
   )
   return cards.to_benchmark(card, str(file))
 
 
 def newest_state(path: str) -> tuple[State, dict]:
-  """Reads the newest state of a run whose files all verify, and its results.
+  """Reads the newest complete state of a run, and the results stored with it.
+
+  Warns of newer states that are damaged.
 
   Raises:
-    UserError: if there is none.
+    UserError: if there is no complete state, or a file can't be read.
   """
   problem = "no task is learned yet"
   for folder in find_states(pathlib.Path(path) / CHECKPOINTS):
@@ -83,7 +93,7 @@ def newest_state(path: str) -> tuple[State, dict]:
       warnings.warn(f"{e}; the state before {folder.name} is used instead", stacklevel=2)
     except OSError as e:
       raise UserError(f"{e.filename or folder}: can't be read ({e.strerror or e})") from e
-  raise UserError(f"--workdir={path}: holds no state that is whole ({problem})")
+  raise UserError(f"--workdir={path}: holds no complete state ({problem})")
 
 
 def find_states(items: pathlib.Path) -> list[pathlib.Path]:
@@ -93,22 +103,33 @@ def find_states(items: pathlib.Path) -> list[pathlib.Path]:
 
 
 def position(folder: pathlib.Path) -> int:
-  """Returns how many groups of tasks are learned in a state."""
-  return int(STATE.fullmatch(folder.name)[1])
+  """Returns how many groups of tasks are learned in a state, from its folder's name."""
+  return int(folder.name.removeprefix("state-"))
 
 
 def load_state(folder: pathlib.Path) -> tuple[State, dict]:
-  """Reads a state with all its parts and what is written about it; raises one of `NO_STATE`."""
+  """Reads a state with all its parts.
+
+  Returns:
+    The state, and the contents of its about.json.
+
+  Raises:
+    One of `NO_STATE`: if the state is incomplete or damaged.
+  """
   about = checkpoint.verify(folder)
   shared, *tasks = (load_part(folder.parent / n) for n in about["items"])
   return State(*jax.tree.map(jnp.asarray, (shared, tuple(tasks)))), about
 
 
-def load_part(folder: pathlib.Path):
-  """Reads a part of a state, and checks the hash in its name: another run's can't stand there."""
+def load_part(folder: pathlib.Path) -> Params:
+  """Reads a part of a state, and checks the fingerprint in its name.
+
+  Raises:
+    checkpoint.Damaged: if it is missing or damaged, or its contents do not match its name.
+  """
   if not folder.is_dir():
     raise checkpoint.Damaged(f"{folder}: missing")
   tree = checkpoint.load(folder)[0]["tree"]
   if not folder.name.endswith(f"-{checkpoint.fingerprint(tree)[:16]}"):
-    raise checkpoint.Damaged(f"{folder}: holds something else than its name says")
+    raise checkpoint.Damaged(f"{folder}: its contents do not match the hash in its name")
   return tree

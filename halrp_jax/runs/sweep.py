@@ -1,4 +1,7 @@
-"""Many runs in one process, one sub-folder each. A cell that fails doesn't stop the others."""
+"""Runs the cells of a sweep in one process, each in a folder of its own.
+
+A cell is one run: a method, an order and a seed. A cell that fails doesn't stop the others.
+"""
 
 import contextlib
 import functools
@@ -16,26 +19,32 @@ from halrp_jax import data, files
 from halrp_jax.config import resolve, with_keys
 from halrp_jax.data import orders, sources
 from halrp_jax.devices import faults, replicas
+from halrp_jax.keys import Config
 from halrp_jax.runs import experiment, identity
 from halrp_jax.types import InUse, Stopped, UserError, brief
 
-ERROR = "error.txt"  # in the folder of a cell that failed
+ERROR = "error.txt"  # the traceback, in the folder of a cell that failed
 ELSEWHERE = "at work elsewhere"  # state of a cell that another process runs
 
 
 class Cell(NamedTuple):
-  name: str  # its folder below the sweep's
+  """One run of a sweep."""
+
+  name: str  # path of its folder within the sweep's folder
   config: config_dict.ConfigDict  # as from `make_config`, not yet resolved
 
 
 def cells(configs: dict[str, config_dict.ConfigDict], order_names: str, seeds: str) -> list[Cell]:
-  """Every config with every order and seed; nothing is run.
+  """Returns a cell for every combination of config, order and seed.
 
   Args:
-    configs: label -> config. The label begins the cell's name.
-    order_names: names with commas, "all" for the orders the paper has for the benchmark, "" for the
-      config's own.
-    seeds: whole numbers with commas, "" for the config's own.
+    configs: label -> config, not yet resolved. A cell's name begins with the label.
+    order_names: names with commas; "all": the paper's orders of the benchmark; "": that of the
+      config.
+    seeds: whole numbers with commas; "": that of the config.
+
+  Raises:
+    UserError: if the seeds are not whole numbers, or the paper has no orders for a benchmark.
   """
   found = []
   for label, config in configs.items():
@@ -47,28 +56,30 @@ def cells(configs: dict[str, config_dict.ConfigDict], order_names: str, seeds: s
   return found
 
 
-def _orders(config: config_dict.ConfigDict, text: str) -> list[str]:
+def _orders(config: config_dict.ConfigDict, text: str) -> list[object]:
+  """Parses --orders."""
   if text != "all":
     return [name for name in text.split(",") if name] or [config.order]
   if config.benchmark not in orders.PAPER:
-    raise UserError(f"--orders=all: {config.benchmark} has no list of orders; name them")
+    raise UserError(f"--orders=all: {config.benchmark} has no list of orders; name them, as in 0,1")
   return list(orders.PAPER[config.benchmark])
 
 
 def _seeds(text: str) -> list[int]:
+  """Parses --seeds."""
   try:
     return [int(seed) for seed in text.split(",") if seed]
   except ValueError as e:
-    raise UserError(f"--seeds={text}: whole numbers with commas between, such as 0,1,2") from e
+    raise UserError(f"--seeds={text}: expected whole numbers with commas, such as 0,1,2") from e
 
 
 def shard(found: list[Cell], text: str) -> list[Cell]:
-  """Every n-th cell from the i-th on, `text` being "i/n" with i from 0; all of them for ""."""
+  """Returns every n-th cell from index i on, for --shard=i/n; all cells if `text` is ""."""
   if not text:
     return found
   match = re.fullmatch(r"(\d+)/(\d+)", text)
   if not match or int(match[1]) >= int(match[2]):
-    raise UserError(f"--shard={text}: i/n with i from 0 to n - 1, such as 0/4")
+    raise UserError(f"--shard={text}: expected i/n with i from 0 to n - 1, such as 0/4")
   return found[int(match[1]) :: int(match[2])]
 
 
@@ -84,25 +95,27 @@ def run(
 ) -> list[dict]:
   """Runs the cells one after another; those that are finished are not run again.
 
+  A cell that another process runs is tried once more at the end.
+
   Args:
     found: the cells.
-    root: the folder their folders are in.
-    show: is called with the rows below whenever one has changed.
+    root: the folder in which the cells' folders are.
+    show: is called with the rows (below) whenever one has changed.
     stop_asked: see `experiment.run`.
-    vectorize: cells that differ in order and seed alone are learned at once (`replicas`).
+    vectorize: whether cells that differ only in order and seed are learned at once (`replicas`).
 
   Returns:
-    A row per cell: name, method, state (waiting, running, done, kept, failed or `ELSEWHERE`, which
-    is looked at again at the end), done and total (tasks), accuracy, seconds, error, note (what has
-    changed under it).
+    A row per cell: name, method, state (waiting, running, done, failed, `ELSEWHERE`, or kept: it
+    was finished by an earlier call), done and total (numbers of tasks), accuracy, seconds, error,
+    note (what of the machine has changed since the cell was begun).
 
   Raises:
-    UserError: before the first run, if a config is wrong; later if the data are not there, or jax
-      has no device.
-    Stopped: if `stop_asked` said so; the same call goes on from there.
+    UserError: before the first run if a config is wrong; later if the data are missing or JAX finds
+      no device.
+    Stopped: if `stop_asked` returned True; the same call goes on from there.
   """
   for cell in found:
-    data.planned(resolve(cell.config))  # mistakes, also in orders, before the first run
+    data.planned(resolve(cell.config))  # finds mistakes, also in orders, before the first run
   rows = [_waiting(cell) for cell in found]
   show(rows)
   groups = {}
@@ -118,25 +131,40 @@ def run(
   return rows
 
 
-def _run_group(group, root: pathlib.Path, changed, stop_asked, read) -> None:
-  """Runs cells at once, or the only one."""
+def _run_group(
+  group: list[tuple[Cell, dict]],
+  root: pathlib.Path,
+  changed: Callable[[], None],
+  stop_asked: Callable[[], bool],
+  read: Callable[[Config], dict],
+) -> None:
+  """Runs the cells of a group at once, a thread each; a single cell without threads.
+
+  Args:
+    group: cells with their rows.
+    root: the folder in which the cells' folders are.
+    changed: is called whenever a row has changed.
+    stop_asked: see `experiment.run`.
+    read: see `experiment.run`.
+  """
   if len(group) == 1:
     ((cell, row),) = group
-    _run_cell(cell, row, root / cell.name, changed, stop_asked, read=read)
+    _run_cell(cell, row, root / cell.name, changed, stop_asked, read)
     return
   changed = replicas.serialize(changed)
 
   def job(cell, row, gang):
     cell = cell._replace(config=with_keys(cell.config, parallel="replicas"))
-    _run_cell(cell, row, root / cell.name, changed, stop_asked, gang=gang, read=read)
+    _run_cell(cell, row, root / cell.name, changed, stop_asked, read, gang)
 
   replicas.run_all([functools.partial(job, *member) for member in group])
 
 
 def _waiting(cell: Cell) -> dict:
+  """Returns the row of a cell that has not begun."""
   return {
     "name": cell.name,
-    "method": cell.config.method.name,
+    "method": cell.config.to_dict()["method"]["name"],
     "state": "waiting",
     "done": 0,
     "total": 0,
@@ -147,11 +175,19 @@ def _waiting(cell: Cell) -> dict:
   }
 
 
-def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked, **how) -> None:
-  """Runs one cell and keeps its row up to date. `how`: as in `experiment.run`."""
+def _run_cell(
+  cell: Cell,
+  row: dict,
+  folder: pathlib.Path,
+  changed: Callable[[], None],
+  stop_asked: Callable[[], bool],
+  read: Callable[[Config], dict],
+  gang: replicas.Gang | None = None,
+) -> None:
+  """Runs one cell and updates its row; arguments as `_run_group` and `experiment.run`."""
   start, finished = time.perf_counter(), []
 
-  def event_seen(event):
+  def show(event):
     row["seconds"] = time.perf_counter() - start
     if event["event"] == "finished":
       finished.append(True)
@@ -165,20 +201,22 @@ def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked, **how) -> No
   row |= {"state": "running", "error": ""}
   changed()
   try:
-    record = experiment.run(cell.config, str(folder), event_seen, stop_asked=stop_asked, **how)
-  except (Stopped, sources.Missing, BrokenPipeError):  # the last: nobody sees the output
-    raise
+    record = experiment.run(
+      cell.config, str(folder), show, stop_asked=stop_asked, gang=gang, read=read
+    )
+  except (Stopped, sources.Missing, BrokenPipeError):
+    raise  # these concern all cells; the last: nobody reads the output any more
   except InUse as e:
     row |= {"state": ELSEWHERE, "error": brief(e)}
   except Exception as e:
-    # a mistake of the user's is no device's; asking would start JAX's backend
+    # A missing device concerns all cells. After a UserError it isn't asked for, since that would
+    # start JAX's backend.
     if not isinstance(e, UserError) and (line := faults.unusable()):
       raise UserError(line) from e
-    # whatever else it is, the other cells don't depend on it
     explained = not isinstance(e, UserError) and faults.explain(e)
     text = explained or f"{type(e).__name__}: {brief(e)}"
     row |= {"state": "failed", "error": text}
-    _keep_error(folder)
+    _write_traceback(folder)
   else:
     row["accuracy"] = record["average_accuracy"]
     row["done"] = row["total"] = len(record["task_ids"])
@@ -188,11 +226,12 @@ def _run_cell(cell, row, folder: pathlib.Path, changed, stop_asked, **how) -> No
   changed()
 
 
-def _keep_error(folder: pathlib.Path) -> None:
-  """The whole traceback, where it can be written at all."""
+def _write_traceback(folder: pathlib.Path) -> None:
+  """Writes the traceback of the current exception into a cell's folder, if that is possible."""
   with contextlib.suppress(OSError):
     files.write_text(folder / ERROR, traceback.format_exc())
 
 
 def failed(rows: list[dict]) -> bool:
+  """Tells whether a cell has failed."""
   return any(row["state"] == "failed" for row in rows)

@@ -1,20 +1,21 @@
-"""A run's folder: lock, config, events, and checkpoints that let it go on where it was cut off.
+"""The folder of a run: lock, config, events, and checkpoints from which an interrupted run goes on.
 
   config.json    the resolved config
-  tasks.json     classes, normalisation and shapes (cards.py): what predicting needs of the data
-  standing.json  what the run stands on (standing.py), compared when it goes on
+  tasks.json     classes, normalisation and shapes (cards.py), which predictions need
+  standing.json  what the numbers depend on beside the config (standing.py)
   metrics.jsonl  one event per line
-  record.json    when the run is finished
-  lock           who is at work here
-  checkpoints/   items of checkpoint.py:
-    state-0003    after the third group of tasks: names of the parts below, results so far
-    shared-HASH, task00-HASH    parts of the state, each written once
-    now.task03.warmup.fit       inside the task that is being learned
-  set_aside/     items that could not be used when the run went on; delete it at any time
+  record.json    the results; written when the run is finished
+  lock           locked by the process that runs; its text says which one
+  checkpoints/   items (checkpoint.py):
+    state-0003    after the third group of tasks: names of its parts, results so far
+    shared-HASH, task00-HASH    the parts of the states, each written once
+    now.task03.warmup.fit       progress within the task that is being learned
+  set_aside/     items that could not be used when the run went on; it can be deleted at any time
 
-A restart is the same command again: the newest state whose items all verify is restored, finished
-parts of the next task return at once, the interrupted one goes on at its last saved epoch. Events
-after that point are cut off `metrics.jsonl`, since they come again.
+A run goes on with the command that began it. The newest state whose items are all undamaged is
+restored. The finished parts of the next task return their results from the checkpoints at once, and
+the interrupted part goes on at its last saved epoch. Events after that point are cut off
+metrics.jsonl, since they are logged again.
 """
 
 import contextlib
@@ -29,8 +30,9 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -50,47 +52,48 @@ from halrp_jax.types import (
   Benchmark,
   InUse,
   Keep,
+  Params,
   State,
   Stopped,
   UserError,
 )
 
 SET_ASIDE = "set_aside"
-_KEPT_STATES = 2
+_NUM_STATES = 2  # that stay in the folder: the newest one may turn out to be damaged
 
 
-def _of_folder(method: Callable) -> Callable:
-  """Wraps a method of `Workdir`: what the disk refuses is an error that names the folder."""
+def _explain_disk(method: Callable) -> Callable:
+  """Wraps a method of `Workdir`: an OSError becomes a UserError that names the folder."""
 
   @functools.wraps(method)
   def call(self, *args):
     try:
       return method(self, *args)
     except OSError as e:
-      raise _unusable(self.folder, e) from e
+      raise _disk_error(self.folder, e) from e
 
   return call
 
 
 class Workdir:
-  """An open run folder. Made by `opened`; of several processes the first alone reads and writes."""
+  """The open folder of a run, from `opened`. Only process 0 reads and writes it."""
 
-  def __init__(self, folder: pathlib.Path, strict: bool):
+  def __init__(self, folder: pathlib.Path, strict: bool) -> None:
     self.folder, self.items, self.strict = folder, folder / CHECKPOINTS, strict
-    self.stop_asked = lambda: False
-    self.standing: dict = {}  # what the run stands on
-    self.said: list[str] = []  # what of it has changed since the run was last at work
+    self.stop_asked: Callable[[], bool] = lambda: False
+    self.standing: dict = {}  # of the run (standing.py)
+    self.new_changes: list[str] = []  # lines: what of `machine` changed since the last start
     self._writer = ThreadPoolExecutor(1, "checkpoint")
     self._pending: list[Future] = []
-    self._num_events = 0  # that are in metrics.jsonl and stay there
-    self._metrics = None
-    self._written: set[str] = set()  # parts of the last state
+    self._num_events = 0  # in metrics.jsonl, without those that will be logged again
+    self._metrics: TextIO | None = None  # opened at the first event
+    self._written: set[str] = set()  # names of the last state's parts
 
   # --- events -----------------------------------------------------------------------
 
-  @_of_folder
+  @_explain_disk
   def log(self, event: dict) -> None:
-    """Appends an event; what an interrupted run wrote after its last saved state goes first."""
+    """Appends an event to metrics.jsonl, after cutting off those that are logged again."""
     if not processes.is_first():
       return
     if self._metrics is None:
@@ -98,19 +101,20 @@ class Workdir:
     self._metrics.write(json.dumps(event) + "\n")
     self._num_events += 1
 
-  def _cut_metrics(self):
+  def _cut_metrics(self) -> TextIO:
+    """Cuts metrics.jsonl to the events before the last checkpoint, and opens it for appending."""
     path = self.folder / METRICS
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = text.splitlines(keepends=True)
     if len(lines) < self._num_events:
-      self._complain(f"{path}: {self._num_events - len(lines)} events are missing")
+      self._warn(f"{path}: {self._num_events - len(lines)} events are missing")
     files.write_text(path, "".join(lines[: self._num_events]))
     return open(path, "a", buffering=1, encoding="utf-8")
 
   # --- inside a task ----------------------------------------------------------------
 
   def keep(self) -> Keep:
-    """What `learn` may use to survive an interruption."""
+    """Returns the functions with which `Method.learn` saves and restores its progress."""
     return Keep(self._read, self._write, self.check)
 
   def check(self) -> None:
@@ -118,42 +122,52 @@ class Workdir:
     if processes.any_says(self.stop_asked()):
       raise Stopped
 
-  def _read(self, name: str, like=None):
-    """The tree kept under `name`; with `like` the list of leaves kept there in that structure."""
+  def _read(self, name: str, like: Params | None = None) -> Params | None:
+    """Returns the progress saved under a name, or None; for `Keep.read`.
+
+    Args:
+      name: such as "task03/warmup/fit".
+      like: a pytree; the saved list of leaves is checked against its leaves and returned in its
+        structure. None: the saved pytree is returned as it is.
+    """
     found = self._read_item(name, like)
     if found is None or like is None:
       return jax.tree.map(_to_device, found)
     return jax.tree.structure(like).unflatten(found)
 
   @processes.by_first
-  @_of_folder
-  def _read_item(self, name: str, like):
+  @_explain_disk
+  def _read_item(self, name: str, like: Params | None) -> Params | None:
+    """Reads and checks a progress item; returns None if it is missing or damaged."""
     folder = self.items / _item(name)
     try:
       tree, about = checkpoint.load(folder)
       if not isinstance(about.get("events"), int):
-        raise checkpoint.Damaged(f"{folder}: was not written inside a task")
+        raise checkpoint.Damaged(f"{folder}: is not progress within a task")
       if like is not None:
         _require_leaves(tree, like, folder)
     except FileNotFoundError:
       return None
     except checkpoint.Damaged as e:
-      self._complain(f"{e}; this part is computed again", [folder])
+      self._warn(f"{e}; this part is computed again", [folder])
       return None
     self._num_events = max(self._num_events, about["events"])
     return tree
 
   @processes.by_first
-  def _write(self, name: str, tree) -> str:
+  def _write(self, name: str, tree: Params) -> str:
+    """Saves progress under a name, and returns its path; for `Keep.write`."""
     folder = self.items / _item(name)
     self._submit(folder, tree, {"events": self._num_events})
     return str(folder)
 
-  def _submit(self, folder, tree, about) -> None:
+  def _submit(self, folder: pathlib.Path, tree: Params, about: dict) -> None:
+    """Lets the writer's thread write an item; the tree is copied first."""
     self._raise_errors(wait=False)
     self._pending.append(self._writer.submit(checkpoint.save, folder, packing.pack(tree), about))
 
   def _raise_errors(self, wait: bool) -> None:
+    """Raises UserError if an item could not be written; with `wait` it waits for all of them."""
     done = [f for f in self._pending if wait or f.done()]
     self._pending = [f for f in self._pending if f not in done]
     for future in done:
@@ -162,21 +176,27 @@ class Workdir:
       except OSError as e:
         raise UserError(
           f"{self.items}: a checkpoint can't be written ({e.strerror or e}); {_remedy(e)}, then "
-          "start the same command again: what was saved before is whole"
+          "start the same command again: the checkpoints before it are complete"
         ) from e
 
   # --- between tasks ----------------------------------------------------------------
 
   @processes.by_first
-  @_of_folder
+  @_explain_disk
   def describe(self, benchmark: Benchmark) -> None:
-    """Writes what predicting needs of the data."""
+    """Writes tasks.json."""
     files.write_json(self.folder / TASKS, cards.of_benchmark(benchmark))
 
   @processes.by_first
-  @_of_folder
+  @_explain_disk
   def save_state(self, position: int, state: State, results: dict) -> None:
-    """Saves the state after a group of tasks; parts that have not changed are not written again."""
+    """Saves the state after a group of tasks, writing only the parts that have changed.
+
+    Args:
+      position: number of groups of tasks that are learned.
+      state: their state.
+      results: of these tasks, as JSON types.
+    """
     names = []
     for name, tree in (("shared", state.shared), *_numbered(state.tasks)):
       names.append(f"{name}-{checkpoint.fingerprint(tree)[:16]}")
@@ -185,36 +205,41 @@ class Workdir:
     self._written = set(names)
     about = {"items": names, "results": results, "events": self._num_events}
     self._submit(self.items / f"state-{position:04d}", {}, about)
-    self._pending.append(self._writer.submit(self._sweep))
+    self._pending.append(self._writer.submit(self._delete_unneeded))
 
-  def _sweep(self) -> None:
-    """Deletes what neither of the last states needs, and the parts of the task they end with."""
-    checkpoint.sweep(
-      self.items, self._names() - self._needed(states.find_states(self.items)[:_KEPT_STATES])
-    )
+  def _delete_unneeded(self) -> None:
+    """Deletes all items, those of progress too, except the newest states and their parts."""
+    newest = states.find_states(self.items)[:_NUM_STATES]
+    checkpoint.delete_items(self.items, self._names() - self._needed(newest))
 
   def _names(self) -> set[str]:
-    """Names of the items; whatever else is in their folder is not the run's."""
+    """Returns the names of the run's items; other files in their folder are not touched."""
     return {p.name for p in self.items.iterdir() if states.ITEM.fullmatch(p.name)}
 
-  def _needed(self, states: list[pathlib.Path]) -> set[str]:
-    """Names of the states that can be read and of their parts."""
+  def _needed(self, folders: list[pathlib.Path]) -> set[str]:
+    """Returns the names of those states that can be read, and of their parts."""
     names = set()
-    for folder in states:
+    for folder in folders:
       with contextlib.suppress(checkpoint.Damaged):
         names |= {folder.name, *checkpoint.verify(folder)["items"]}
     return names
 
   def restore_state(self) -> tuple[int, State, dict] | None:
-    """The newest state whose files all verify: position, state, results. None: start anew."""
+    """Restores the newest complete state.
+
+    Returns:
+      The number of groups of tasks that are learned, their state and their results; None if the
+      run begins from the start.
+    """
     if (found := self._newest_state()) is None:
       return None
     position, state, results = found
     return position, jax.tree.map(jnp.asarray, state), results
 
   @processes.by_first
-  @_of_folder
+  @_explain_disk
   def _newest_state(self) -> tuple[int, State, dict] | None:
+    """Reads the newest complete state; items that no complete state needs are set aside."""
     known, found, problems = states.find_states(self.items), None, []
     while known and not found:
       try:
@@ -225,37 +250,41 @@ class Workdir:
     if problems:
       then = f"the run goes on after {known[0].name}" if found else "the run starts anew"
       unused = sorted(self._names() - self._needed(known))
-      self._complain(f"{'; '.join(problems)}; {then}", [self.items / name for name in unused])
+      self._warn(f"{'; '.join(problems)}; {then}", [self.items / name for name in unused])
     if not found:
       return None
     state, about = found
     self._num_events, self._written = about["events"], set(about["items"])
     return states.position(known[0]), state, about["results"]
 
-  def _complain(self, text: str, unused: list[pathlib.Path] = ()) -> None:
-    """Warns of damage, or raises if the run is strict; items that are of no use are moved away."""
+  def _warn(self, text: str, unused: Sequence[pathlib.Path] = ()) -> None:
+    """Warns of damage and moves the unused items into set_aside/.
+
+    Raises:
+      UserError: instead, with checkpoint.strict.
+    """
     if self.strict:
-      raise UserError(f"{text} (checkpoint.strict=False goes on)")
+      raise UserError(f"{text} (set checkpoint.strict=False to go on all the same)")
     if unused:
-      place = checkpoint.free_name(self.folder / SET_ASIDE)
-      place.mkdir()
+      aside = checkpoint.free_name(self.folder / SET_ASIDE)
+      aside.mkdir()
       for folder in unused:
-        folder.rename(place / folder.name)
-      text += f"; {len(unused)} checkpoints that are not used are set aside in {place}"
+        folder.rename(aside / folder.name)
+      text += f"; {len(unused)} checkpoints that are not used are set aside in {aside}"
     warnings.warn(text, stacklevel=3)
 
   # --- the end ----------------------------------------------------------------------
 
   @processes.by_first
-  @_of_folder
+  @_explain_disk
   def finish(self, record: dict) -> None:
-    """Writes the record; the last state stays, so that the model can be used."""
+    """Waits for the checkpoints and writes the record; the last state stays in the folder."""
     self._raise_errors(wait=True)
     files.write_json(self.folder / RECORD, record)
 
-  @_of_folder
+  @_explain_disk
   def close(self) -> None:
-    """Waits for what is being written."""
+    """Waits for the checkpoints that are being written, and closes the files."""
     self._writer.shutdown(wait=True)
     if self._metrics is not None:
       self._metrics.close()
@@ -265,28 +294,42 @@ class Workdir:
 def opened(
   path: str, config: dict, overwrite: bool, strict: bool, stop_asked: Callable[[], bool], now: dict
 ) -> Iterator[Workdir]:
-  """Opens or makes a run folder for a resolved config; nobody else can until it is closed.
+  """Opens or makes the folder of a run, and locks it until the block ends.
 
   Args:
-    now: what the run stands on in this process (standing.py).
+    path: of the folder.
+    config: resolved, as a nested dict.
+    overwrite: whether to delete the run that is in the folder.
+    strict: whether damaged checkpoints are an error.
+    stop_asked: see `experiment.run`.
+    now: the standing of this process (standing.py).
+
+  Yields:
+    The open folder.
 
   Raises:
-    UserError: if it can't be written, belongs to another config, stands on something else, or is in
-      use.
+    InUse: if another process has opened it.
+    UserError: if it can't be written, or holds a run with another config or other inputs.
   """
   folder = pathlib.Path(path)
   run = Workdir(folder, strict)
   run.stop_asked = stop_asked
   with contextlib.ExitStack() as stack:
     prepare = functools.partial(_prepare, stack, run, path, config, overwrite, now)
-    run.standing, run.said = processes.first_does(prepare)
+    run.standing, run.new_changes = processes.first_does(prepare)
     yield run
 
 
-def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool, now: dict):
+def _prepare(
+  stack: contextlib.ExitStack, run: Workdir, path: str, config: dict, overwrite: bool, now: dict
+) -> tuple[dict, list[str]]:
+  """Locks and checks the folder, and returns what `identity.check_standing` does.
+
+  The stack then releases the lock and closes the folder.
+  """
   if any("\ud800" <= c <= "\udfff" for c in str(run.folder.resolve())):
     raise UserError(
-      f"--workdir={path}: its name is no text in this locale, and checkpoints need one; set "
+      f"--workdir={path}: its name can't be decoded in this locale, which checkpoints need; set "
       "PYTHONUTF8=1 or choose another folder"
     )
   try:
@@ -302,37 +345,41 @@ def _prepare(stack, run: Workdir, path: str, config: dict, overwrite: bool, now:
     stack.callback(run.close)
     return result
   except OSError as e:
-    raise _unusable(path, e) from e
+    raise _disk_error(path, e) from e
 
 
-def _unusable(path, error: OSError) -> UserError:
-  place = f" ({error.filename})" if error.filename else ""
-  return UserError(f"--workdir={path}: {error.strerror or error}{place}; {_remedy(error)}")
+def _disk_error(path: str | pathlib.Path, error: OSError) -> UserError:
+  """Returns the error of a folder that can't be used."""
+  file = f" ({error.filename})" if error.filename else ""
+  return UserError(f"--workdir={path}: {error.strerror or error}{file}; {_remedy(error)}")
 
 
 def _remedy(error: OSError) -> str:
-  """What helps against an error of the disk."""
+  """Returns what the user can do about an error of the disk."""
   if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-    return "make room or choose a folder that has some"
+    return "free some space or choose a folder on another disk"
   if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
     return "choose a folder that can be read and written"
-  return "look after the disk, or choose another folder"
+  return "check the disk, or choose another folder"
 
 
 def _item(name: str) -> str:
+  """Returns the name of a progress item, such as now.task03.warmup.fit."""
   return "now." + name.replace("/", ".")
 
 
-def _numbered(tasks):
+def _numbered(tasks: Iterable[Params]) -> Iterator[tuple[str, Params]]:
+  """Yields the task states with the names of their items."""
   return ((f"task{t:02d}", tree) for t, tree in enumerate(tasks))
 
 
-def _to_device(x):
+def _to_device(x: Params) -> Params:
+  """Moves a numpy array to the device; returns anything else as it is."""
   return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
-def _require_leaves(found, like, folder) -> None:
-  """That `found` is a list of numpy arrays like the leaves of `like`."""
+def _require_leaves(found: Params, like: Params, folder: pathlib.Path) -> None:
+  """Raises Damaged unless `found` is a list of numpy arrays like the leaves of `like`."""
   expected = [(x.shape, x.dtype) for x in jax.tree.leaves(like)]
   arrays = isinstance(found, list) and all(isinstance(x, np.ndarray) for x in found)
   if not arrays or [(x.shape, x.dtype) for x in found] != expected:
@@ -340,6 +387,7 @@ def _require_leaves(found, like, folder) -> None:
 
 
 def _delete_run(folder: pathlib.Path) -> None:
+  """Deletes what a run has written into its folder, but for the lock; other files stay."""
   for path in folder.iterdir():
     if path.name == CHECKPOINTS or re.fullmatch(rf"{SET_ASIDE}(-\d+)?", path.name):
       shutil.rmtree(path, ignore_errors=True)
@@ -349,7 +397,12 @@ def _delete_run(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-  """The system gives the lock back when its holder ends, however it ends: none goes stale."""
+  """Holds the folder's lock, which the system releases when the process ends, however it ends.
+
+  Raises:
+    InUse: if another process holds it.
+    UserError: if the file system can't lock files.
+  """
   path = folder / LOCK
   with open(path, "a+", encoding="utf-8", errors="replace") as stream:
     try:
@@ -362,8 +415,8 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
       ) from e
     except OSError as e:
       raise UserError(
-        f"--workdir={folder}: its file system can't lock files ({e.strerror}), and two runs in one "
-        "folder would spoil it; choose a folder on a local disk"
+        f"--workdir={folder}: its file system can't lock files ({e.strerror}), so two runs could "
+        "overwrite each other; choose a folder on a local disk"
       ) from e
     stream.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")

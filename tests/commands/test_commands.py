@@ -90,8 +90,8 @@ def test_doctor_knows_an_unfinished_run(capsys, run_folder):
 def test_doctor_reads_the_data(capsys, tmp_path):
   write_small_cifar(tmp_path)
   code, out, _ = call(capsys, "doctor", f"--data_dir={tmp_path}")
-  assert code == 0 and "mnist: not there" in out
-  assert "cifar100_superclass: 20 tasks, 1,000 training and 200 test images, a part" in out
+  assert code == 0 and "mnist: not found" in out
+  assert "cifar100_superclass: 20 tasks, 1,000 training and 200 test images, fewer" in out
   (tmp_path / "cifar-100-binary" / "train.bin").write_bytes(b"12345")
   code, out, _ = call(capsys, "doctor", f"--data_dir={tmp_path}")
   assert code == 1 and "WRONG  cifar100_split: " in out and "train.bin" in out

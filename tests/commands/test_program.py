@@ -173,7 +173,7 @@ def test_an_ascii_terminal_and_names_that_are_not(env, tmp_path):
   run, out = tmp_path / "run", tmp_path / "report"
   if "PYTHONUTF8" in env:
     done = call([sys.executable, "-m", "halrp_jax.main", *custom, f"--workdir={tmp_path}/ü"], env)
-    assert done.returncode == 2 and "its name is no text in this locale" in done.stderr
+    assert done.returncode == 2 and "its name can't be decoded in this locale" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "ü").exists()
   for command in (
     ["halrp_jax.main", *custom, "--dry_run"],

@@ -164,7 +164,7 @@ def test_an_unknown_ablation_is_refused(file, setting):
     (["--table=2", "--data_dir=D"], "the following arguments are required: --workdir"),
     (["--table=2", "--data_dir=D", "--workdir="], "argument --workdir: a value is missing"),
     (["--table=2", "--budget=huge"], "invalid choice: 'huge'"),
-    (["--table=2", "--data_dir=D", "--workdir=W", "--methods=x"], "table 2 has no x; it has stl"),
+    (["--table=2", "--data_dir=D", "--workdir=W", "--methods=x"], "table 2 has no x, only stl"),
   ],
 )
 def test_mistakes(arguments, says, tmp_path, monkeypatch):

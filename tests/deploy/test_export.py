@@ -147,20 +147,20 @@ def spoil(folder, how):
   ("how", "says"),
   [
     ("base", r"task01.safetensors: belongs to the base \w{16}, and .*base.safetensors is \w{16}"),
-    ("no file", "task01.safetensors: not there"),
-    ("no base", "base.safetensors: not there"),
+    ("no file", "task01.safetensors: not found"),
+    ("no base", "base.safetensors: not found"),
     ("cut", "task01.safetensors: can't be read"),
     ("flipped", "was changed after it was written"),
-    ("card", "task01.json: is not what was written"),
+    ("card", "task01.json: was changed or damaged"),
     ("schema", "schema 9, this version reads 1"),
     ("classes", r"params/head/bias is \(10,\), expected \(9,\)"),
-    ("-perturbation/fc1/R", "lacks perturbation/fc1/R"),
-    ("-perturbation/fc1/U.mask", "lacks perturbation/fc1/U.mask"),
-    ("-params/fc2/bias", "lacks params/fc2/bias"),
-    ("+params/fc3/bias", "holds params/fc3/bias, which the network has not"),
-    ("+perturbation/fc9/R", "holds perturbation/fc9/R, which the network has not"),
+    ("-perturbation/fc1/R", "perturbation/fc1/R is missing"),
+    ("-perturbation/fc1/U.mask", "perturbation/fc1/U.mask is missing"),
+    ("-params/fc2/bias", "params/fc2/bias is missing"),
+    ("+params/fc3/bias", "unexpected params/fc3/bias: the network has no"),
+    ("+perturbation/fc9/R", "unexpected perturbation/fc9/R: the network has no"),
     ("perturbation/fc1/S", r"fc1: S is \(63,\), expected \(64,\)"),
-    ("perturbation/fc1/U.values", r"U.values has \d+ entries, its mask \d+"),
+    ("perturbation/fc1/U.values", r"U.values has \d+ entries, but its mask has \d+"),
   ],
 )
 def test_what_does_not_fit_is_refused_by_name(run, tmp_path, how, says):
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path, how, says):
 
 def test_an_unknown_task_and_another_base_are_refused(run, tmp_path):
   write(run, tmp_path)
-  with pytest.raises(UserError, match=r"task07.json: not there; .* base, task00, task01, task03"):
+  with pytest.raises(UserError, match=r"task07.json: not found; .* base, task00, task01, task03"):
     export.load(str(tmp_path), 7)
   spoil(tmp_path, "base")
   with pytest.raises(UserError, match="base.json, which is there, is of another model"):
@@ -393,5 +393,5 @@ def test_methods_without_such_a_form_are_refused(run, tmp_path):
     write(plain, tmp_path / "out", merged=True)
   learned = tuple(bn.TaskState(p.rest, p.stats, p.num_classes) for p in run.state.tasks)
   bare = run._replace(state=run.state._replace(tasks=learned))
-  with pytest.raises(UserError, match="halrp keeps no perturbations of a base: use --merge"):
+  with pytest.raises(UserError, match="halrp has no perturbations of a base: use --merge"):
     write(bare, tmp_path / "out")

@@ -78,7 +78,7 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, run_folder, tmp_path):
     model = export.load(str(tmp_path / "out"), 10)
     assert model.class_names == ["level 0", "level 1", "level 2"]
   else:
-    assert "ewc moved what tasks share: the 2 tasks before may predict differently" in out
+    assert "ewc changed weights that tasks share: predictions for the 2 tasks before may" in out
     assert after.results["accuracy"][2][:2] == [None, None]
   code, again, _ = call(capsys, *flags)  # finished already
   assert code == 0 and again.splitlines()[-3:] == out.splitlines()[-3:]
@@ -87,7 +87,7 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, run_folder, tmp_path):
 @pytest.mark.parametrize(
   ("classes", "change", "says"),
   [
-    (11, {}, "task 'lights' has 11 classes, the heads of "),
+    (11, {}, "task 'lights' has 11 classes, but the heads of "),
     (1, {}, "lights: 1 class folders; a task needs at least 2"),
     (2, {"data": "nowhere"}, "--data=nowhere: no such folder or .npz"),
     (2, {"data": "big.npz"}, "images are (9, 9, 1), the run's (8, 8, 1)"),

@@ -121,7 +121,7 @@ def test_mixed_batches_that_can_not_be(run_folder):
   with pytest.raises(UserError, match=r"task ids, whole numbers \[B\], given float64 \[2\]"):
     saved.make_predict_many(run)([3.0, 1.0], image)
   plain = run.state._replace(tasks=(stl.TaskState({}, {}, np.int32(3)),))
-  with pytest.raises(UserError, match="keeps no perturbations of a base"):
+  with pytest.raises(UserError, match="has no perturbations of a base"):
     saved.make_predict_many(run._replace(state=plain))
 
 
@@ -272,10 +272,10 @@ def test_mistakes(capsys, run_folder, tmp_path, monkeypatch, change, says):
     (lambda path: path.unlink(), "holds no tasks.json"),
     (lambda path: path.write_text("{"), "tasks.json: can't be read"),
     (lambda path: change(path, schema=2), "schema 2, this version reads 1"),
-    (lambda path: change(path, num_classes=9), "is not what was written"),
-    (lambda path: change(path, input_shape=[8, 8, 3]), "is not what was written"),
-    (lambda path: change(path, image_shape=[4, 8, 1]), "is not what was written"),
-    (lambda path: change(path, tasks=[{}]), "is not what was written"),
+    (lambda path: change(path, num_classes=9), "was changed or damaged"),
+    (lambda path: change(path, input_shape=[8, 8, 3]), "was changed or damaged"),
+    (lambda path: change(path, image_shape=[4, 8, 1]), "was changed or damaged"),
+    (lambda path: change(path, tasks=[{}]), "was changed or damaged"),
   ],
 )
 def test_without_a_whole_tasks_json(run_folder, tmp_path, spoil, says):

@@ -134,7 +134,7 @@ def test_an_item_that_can_not_be_deleted_is_replaced_all_the_same(tmp_path, monk
     m.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: None)
     save(tmp_path / "item", {"x": np.zeros(3)})
   np.testing.assert_array_equal(checkpoint.load(tmp_path / "item")[0]["x"], np.zeros(3))
-  checkpoint.sweep(tmp_path, set())
+  checkpoint.delete_items(tmp_path, set())
   assert [p.name for p in tmp_path.iterdir()] == ["item"]
 
 

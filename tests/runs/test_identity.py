@@ -113,7 +113,7 @@ def test_a_task_more_is_refused(mine, tmp_path):
 def test_a_run_does_not_go_on_with_other_jax_flags(digits_config, tmp_path, name):
   config = digits_config("stl", order="0,1", epochs=1)
   interrupt(config, tmp_path, 1)
-  with flag(name) as says, pytest.raises(UserError, match=f"stands on something else: {says}"):
+  with flag(name) as says, pytest.raises(UserError, match=f"a run with other inputs: {says}"):
     run(config, tmp_path)
   assert run(config, tmp_path)[1] == []
 
@@ -233,5 +233,5 @@ def test_a_run_is_extended_on_what_it_stands_on(mine, tmp_path):
     extend("more")
   write(tmp_path, "new", 5)
   state = old.state._replace(tasks=old.state.tasks[:1] * 2)
-  with pytest.raises(UserError, match="the state that is extended is another one"):
+  with pytest.raises(UserError, match="the run to be extended has another state"):
     extend("more", old._replace(state=state))

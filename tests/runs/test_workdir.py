@@ -243,7 +243,7 @@ def test_a_checkpoint_of_another_run_is_noticed(half, digits_config, tmp_path, p
   (item,) = (folder / "checkpoints").glob(part)
   about = {"events": json.loads((item / "about.json").read_text()).get("events", 0)}
   checkpoint.save(item, packing.pack(foreign), about)
-  with pytest.warns(UserWarning, match="something else|not those of this config's model"):
+  with pytest.warns(UserWarning, match="do not match the hash|not those of this config's model"):
     experiment.run(config, str(folder))
   assert same(folder, want)
 
@@ -312,7 +312,7 @@ def test_a_disk_that_is_away_costs_no_task(half, monkeypatch):
 
   with monkeypatch.context() as m:
     m.setattr(checkpoint, "_entry", away)
-    with pytest.raises(UserError, match="Input/output error .*look after the disk"):
+    with pytest.raises(UserError, match="Input/output error .*check the disk"):
       experiment.run(config, str(folder))
     with pytest.raises(UserError, match="Input/output error"):
       states.newest_state(str(folder))

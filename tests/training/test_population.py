@@ -307,17 +307,17 @@ def test_an_old_folder_is_opened_and_says_what_it_lacks(run_folder, tmp_path):
   without_statistics(folder)
   run = saved.open_run(str(folder))
   assert population.unmeasured(run.state) == (0, 1)
-  assert "kept no BatchNorm statistics" in saved.lacks_statistics(run)
+  assert "stored no BatchNorm statistics" in saved.missing_statistics(run)
   p = saved.make_classifier(run, 0)(images_of(run, 0)[:8])
   assert np.isfinite(p).all()
-  with pytest.raises(saved.UserError, match="kept no BatchNorm statistics"):
+  with pytest.raises(saved.UserError, match="stored no BatchNorm statistics"):
     saved.make_predict_many(run)
   out = io.StringIO()
   with contextlib.redirect_stdout(out):
     code = verbs.main(
       ["halrp_jax", "export", f"--workdir={folder}", f"--out={tmp_path}/model", "--merge"]
     )
-  assert code == 0 and out.getvalue().count("kept no BatchNorm statistics") == 1
+  assert code == 0 and out.getvalue().count("stored no BatchNorm statistics") == 1
   loaded = export.load(f"{tmp_path}/model", run.benchmark.tasks[0].id)
   assert loaded.card["depends_on_batch"]
   np.testing.assert_allclose(loaded.classify(images_of(run, 0)[:8]), p, atol=1e-5)
@@ -331,5 +331,7 @@ def test_an_old_run_that_was_interrupted_goes_on(digits_config, tmp_path):
   events = []
   record = experiment.run(config, str(tmp_path / "run"), events.append)
   assert np.isfinite(record["average_accuracy"])
-  assert [e for e in events if e["event"] == "note" and "kept no statistics" in e["note"]]
+  assert [
+    e for e in events if e["event"] == "note" and "stored no BatchNorm statistics" in e["note"]
+  ]
   assert population.unmeasured(saved.open_run(str(tmp_path / "run")).state) == (0,)
