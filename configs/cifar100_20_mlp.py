@@ -4,7 +4,7 @@ r"""CIFAR100-20: 20 tasks of 5 classes by chance, MLP of 256 (paper Table 4, the
 
 The method stands after the config's name: configs/cifar100_20_mlp.py:stl. DIR holds
 cifar-100-binary/ or cifar-100-binary.tar.gz. The paper's ACC: HALRP 67.21, IRU 65.90. Ours:
-docs/measurements.md.
+docs/results.md.
 """
 
 from halrp_jax.config import make_config

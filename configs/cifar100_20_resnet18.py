@@ -5,7 +5,7 @@ r"""CIFAR100-20: 20 tasks of 5 classes by chance, ResNet18 (paper Table 4, the s
 
 The method stands after the config's name: configs/cifar100_20_resnet18.py:stl. DIR holds
 cifar-100-binary/ or cifar-100-binary.tar.gz. The paper's ACC: HALRP 73.71, IRU 68.46. Ours:
-docs/measurements.md.
+docs/results.md.
 """
 
 from halrp_jax.config import make_config

@@ -6,7 +6,7 @@ r"""CIFAR100-Split: 10 tasks of 10 classes, LeNet (paper Table 2 and Table 8).
 The same with :stl after the config's name runs STL.
 
 DIR holds cifar-100-binary/ or cifar-100-binary.tar.gz. The paper's ACC over five orders:
-HALRP 67.92, STL 69.55. Ours: docs/measurements.md.
+HALRP 67.92, STL 69.55. Ours: docs/results.md.
 """
 
 from halrp_jax.config import make_config

@@ -6,7 +6,7 @@ r"""CIFAR100-SuperClass: 20 tasks of 5 classes, LeNet (paper Table 2 and Table 8
 The same with :stl after the config's name runs STL.
 
 DIR holds cifar-100-binary/ or cifar-100-binary.tar.gz. The paper's ACC over five orders:
-HALRP 62.56, STL 64.47. Ours: docs/measurements.md.
+HALRP 62.56, STL 64.47. Ours: docs/results.md.
 """
 
 from halrp_jax.config import sibling

@@ -5,7 +5,7 @@ r"""Five-dataset: CIFAR-10, MNIST, SVHN, FashionMNIST, notMNIST; AlexNet (paper 
 
 The method stands after the config's name: configs/five_datasets_alexnet.py:stl. DIR holds
 cifar-10-batches-bin/, mnist/, svhn/, fashion_mnist/ and notMNIST_small/ (or their archives). The
-paper's ACC over five orders: HALRP 88.81, STL 89.32. Ours: docs/measurements.md.
+paper's ACC over five orders: HALRP 88.81, STL 89.32. Ours: docs/results.md.
 """
 
 from halrp_jax.config import make_config

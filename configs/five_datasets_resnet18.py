@@ -7,7 +7,7 @@ Paper Table 3b, Table 8.
 
 The method stands after the config's name: configs/five_datasets_resnet18.py:stl. DIR holds
 cifar-10-batches-bin/, mnist/, svhn/, fashion_mnist/ and notMNIST_small/ (or their archives). The
-paper's ACC over five orders: HALRP 93.39, STL 94.24. Ours: docs/measurements.md.
+paper's ACC over five orders: HALRP 93.39, STL 94.24. Ours: docs/results.md.
 """
 
 from halrp_jax.config import make_config

@@ -6,7 +6,7 @@ Paper Table 3c, Table 8.
 
 The method stands after the config's name: configs/omniglot_rotation.py:stl. DIR holds omniglot/
 with images_background.zip and images_evaluation.zip. The paper's ACC over five orders: HALRP 83.08,
-STL 80.93. Ours: docs/measurements.md.
+STL 80.93. Ours: docs/results.md.
 """
 
 from halrp_jax.config import make_config

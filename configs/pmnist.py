@@ -3,7 +3,7 @@ r"""P-MNIST: 10 permutations of MNIST, LeNet (paper Table 3a and Table 8).
   python -m halrp_jax.main --config=configs/pmnist.py --config.data_dir=DIR --workdir=RUN
 
 The method stands after the config's name: configs/pmnist.py:stl. DIR holds mnist/ with the four idx
-files. The paper's ACC over five orders: HALRP 98.10, STL 98.24. Ours: docs/measurements.md.
+files. The paper's ACC over five orders: HALRP 98.10, STL 98.24. Ours: docs/results.md.
 """
 
 from halrp_jax.config import make_config

@@ -3,7 +3,7 @@ r"""PMNIST-20: 20 permutations of MNIST, MLP of 256 (paper Table 4, the setting 
   python -m halrp_jax.main --config=configs/pmnist20_mlp.py --config.data_dir=DIR --workdir=RUN
 
 The method stands after the config's name: configs/pmnist20_mlp.py:stl. DIR holds mnist/ with the
-four idx files. The paper's ACC: HALRP 92.02, IRU 85.60. Ours: docs/measurements.md.
+four idx files. The paper's ACC: HALRP 92.02, IRU 85.60. Ours: docs/results.md.
 """
 
 from halrp_jax.config import make_config

@@ -6,7 +6,7 @@ r"""CIFAR100-SuperClass as in GPM's and WSN's papers: 20 tasks of 5 classes, the
       --workdir=RUN
 
 DIR holds cifar-100-binary/ or cifar-100-binary.tar.gz. Their papers' ACC: WSN with c = 0.5 61.79,
-GPM 57.33. Ours: docs/measurements.md. The network has no BatchNorm and no biases (GPM's has local
+GPM 57.33. Ours: docs/results.md. The network has no BatchNorm and no biases (GPM's has local
 response normalisation), 5 % of the training images validate, batches have 64 images, the learning
 rate is halved where the validation loss stops falling, the weights of its lowest are kept.
 """

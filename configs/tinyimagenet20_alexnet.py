@@ -5,7 +5,7 @@ r"""TinyImageNet, 20 tasks of 10 classes, AlexNet (paper Table 3d and Table 8).
 
 The method stands after the config's name: configs/tinyimagenet20_alexnet.py:stl. DIR holds tiny-
 imagenet-200/ or tiny-imagenet-200.zip. The paper's ACC over five orders: HALRP 66.68, STL 66.78.
-Ours, on a part of the images: docs/measurements.md.
+Ours, on a part of the images: docs/results.md.
 """
 
 from halrp_jax.config import sibling

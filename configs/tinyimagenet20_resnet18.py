@@ -5,7 +5,7 @@ r"""TinyImageNet, 20 tasks of 10 classes, ResNet18 (paper Table 3d and Table 8).
 
 The method stands after the config's name: configs/tinyimagenet20_resnet18.py:stl. DIR holds tiny-
 imagenet-200/ or tiny-imagenet-200.zip. The paper's ACC over five orders: HALRP 70.09, STL 67.00.
-Ours, on a part of the images: docs/measurements.md.
+Ours, on a part of the images: docs/results.md.
 """
 
 from halrp_jax.config import make_config

@@ -5,7 +5,7 @@ r"""TinyImageNet, 40 tasks of 5 classes, AlexNet (paper Table 3d and Table 8).
 
 The method stands after the config's name: configs/tinyimagenet40_alexnet.py:stl. DIR holds tiny-
 imagenet-200/ or tiny-imagenet-200.zip. The paper's ACC over five orders: HALRP 74.01, STL 74.65.
-Ours, on a part of the images: docs/measurements.md.
+Ours, on a part of the images: docs/results.md.
 """
 
 from halrp_jax.config import sibling

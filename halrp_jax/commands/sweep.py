@@ -7,7 +7,7 @@
 
 With --vectorize all orders and seeds of a method are one program with a leading axis, shared out
 over the devices. It is for accelerators that one small run leaves idle, and holds all runs at once;
-on a CPU it is no faster (docs/measurements.md).
+on a CPU it is no faster (docs/speed.md).
 
 Every cell is a run of its own, DIR/METHOD_ORDER_SEED; a second start goes on where the first was
 stopped, finished cells are left as they are; one whose data or JAX flags have changed since fails.
