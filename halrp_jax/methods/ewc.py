@@ -38,7 +38,7 @@ _CHUNK = 16  # samples that share the statistics of BatchNorm
 
 
 # strength found by `tune`: CIFAR100-Split, order A, seed 0. With a quarter of the training images
-# 1e3 and 1e4 are alike (53.1, 52.8), with 5 % 1e4 is the best by 6 points (docs/measurements.md)
+# 1e3 and 1e4 are alike (53.1, 52.8), with 5 % 1e4 is the best by 6 points (docs/tuning.md)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(anchored.Config):
   """The keys `method.*` of this method."""

@@ -61,7 +61,7 @@ class Config(dictionary.Config):
   factors: int = keys.whole(
     400, 1, None, "F at most; a layer has no more than its outputs, a dense one than its inputs"
   )
-  # 2 found by `tune` at 0.25 (docs/measurements.md); the paper gives no ratio
+  # 2 found by `tune` at 0.25 (docs/tuning.md); the paper gives no ratio
   alpha_share: float = keys.number(2.0, 0, None, "alpha / F of every layer", True)
   kappa: float = keys.number(0.5, 0, 1, "probability from which on a factor is used", True)
   temperature: float = keys.number(0.666, 0, None, "lambda of the relaxed binary variables", True)

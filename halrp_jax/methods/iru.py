@@ -47,7 +47,7 @@ from halrp_jax.weights import trees
 class Config(dictionary.Config):
   """The keys `method.*` of this method."""
 
-  # 64 and 4 found by `tune` at 0.25: docs/measurements.md; published for another network: 11 and 1
+  # 64 and 4 found by `tune` at 0.25: docs/tuning.md; published for another network: 11 and 1
   first_factors: int = keys.whole(64, 1, None, "r1: factors of every layer in the first task")
   factors: int = keys.whole(4, 1, None, "r2: factors that each later task adds to every layer")
   loss: str = keys.one_of(

@@ -28,7 +28,7 @@ from halrp_jax.weights import trees
 
 
 # found by `tune`: CIFAR100-Split, order A, seed 0, a quarter of the training images (the best
-# of six decades, 1e-4 to 10; docs/measurements.md)
+# of six decades, 1e-4 to 10; docs/tuning.md)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(anchored.Config):
   """The keys `method.*` of this method."""

@@ -1,7 +1,8 @@
-"""A folder of runs -> a folder with page, tables and pictures; docs/reproduction.md."""
+"""Writes the report of a folder of runs: page, tables, pictures, and docs/reproduction.md."""
 
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import matplotlib
@@ -9,14 +10,48 @@ import matplotlib
 from halrp_jax.reports import figures, latex, page, paper, records, tables
 from halrp_jax.reports.figures import Picture
 from halrp_jax.reports.records import Group, Skipped
-from halrp_jax.reports.tables import Coverage, Row, Table
+from halrp_jax.reports.tables import Cell, Coverage, Row, Table
 from halrp_jax.types import UserError
 
 PAGE, DOCUMENT, REASONS = "index.html", "reproduction.md", "reasons.json"
 _PNG_DPI = 90
 
+# table of the paper -> row (`Cell.label`, or the paper's name for all its variants) -> head of a
+# column -> why a number differs from the paper's, in full sentences
+Reasons = dict[str, dict[str, dict[str, str]]]
+
+# the kinds of statistics of `records.VARIANTS`, as the tables of what was run abbreviate them
+_LETTERS = {
+  "": "P",
+  records.TEST_BATCH: "T",
+  records.RUNNING: "R",
+  records.RETROSPECTIVE: "A",
+}
+
+_INTRODUCTION = f"""\
+The paper's numbers are means over five orders with five seeds each. Ours are mean ± standard error
+over n = orders x seeds, and the difference is ours minus the paper's. A run counts for a table if
+its config is that of its file in `configs/`, whatever its order and seed; all other runs are listed
+below the tables. The reasons in the notes are written by hand in `{REASONS}`.
+
+| status | meaning |
+|---|---|
+| reproduced | at most 1 point from the paper's number (growth: 0.01) |
+| off | further away; the note says why, and without a note it is not explained |
+| reduced | run on a part of the images or of the data, so not compared |
+| unpublished | the paper has no such number |
+
+Rows without addition evaluate BatchNorm with population statistics, the default
+([batch_norm.md](batch_norm.md)). "{records.TEST_BATCH.capitalize()}", "{records.RUNNING}" and
+"{records.RETROSPECTIVE}" (`method.prune_scope=all`) name other settings. The last table of each
+section gives the number of orders that were run: P with population statistics, T with test-batch
+statistics, R with running statistics, A with retrospective pruning; - is not run.
+"""
+
 
 class Report(NamedTuple):
+  """All that was found below a folder of runs."""
+
   tables: list[Table]
   coverage: list[Coverage]  # of the paper's figures
   rows: list[Row]
@@ -27,16 +62,19 @@ class Report(NamedTuple):
 def collect(
   runs: str, catalogue: paper.Catalogue, targets: list[paper.Target], only: bool = False
 ) -> Report:
-  """Reads all records below a folder.
+  """Reads all records below a folder and compares them with the paper.
 
   Args:
     runs: the folder.
-    catalogue: what the settings of the records are compared with.
-    targets: what is reported of the paper.
-    only: leave out what belongs to no target.
+    catalogue: the settings of the paper, with which those of the records are compared.
+    targets: the tables and figures of the paper to report.
+    only: True leaves out runs that belong to no target.
+
+  Returns:
+    The report: tables, coverage of the figures, overview, pictures, and files left out.
 
   Raises:
-    UserError: if there is no record at all.
+    UserError: if the folder is missing or holds no record that can be used.
   """
   if not pathlib.Path(runs).is_dir():
     raise UserError(f"--runs={runs}: no such folder")
@@ -56,7 +94,10 @@ def collect(
   )
 
 
-def _of_targets(groups: list[Group], targets, catalogue: paper.Catalogue) -> list[Group]:
+def _of_targets(
+  groups: list[Group], targets: list[paper.Target], catalogue: paper.Catalogue
+) -> list[Group]:
+  """Returns the groups whose setting is that of a cell of the targets, or a variant of it."""
   wanted = [
     catalogue.wanted(setting) for target in targets for setting in paper.settings(target, "full")
   ]
@@ -71,17 +112,26 @@ def _of_targets(groups: list[Group], targets, catalogue: paper.Catalogue) -> lis
 
 
 def write(report: Report, out: str, title: str) -> None:
-  """index.html, tables/*.csv, *.md, *.tex, figures/*.svg, *.png."""
+  """Writes index.html, tables/*.csv, *.md, *.tex and figures/*.svg, *.png.
+
+  Args:
+    report: what to write.
+    out: the folder; it is created if it is missing.
+    title: the title of the page.
+
+  Raises:
+    UserError: if the folder can't be written.
+  """
   folder = pathlib.Path(out)
   with matplotlib.rc_context({"svg.hashsalt": "halrp_jax"}):
     try:
       for name in ("tables", "figures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
       for table in report.tables:
-        place = folder / "tables" / table.target.slug
-        _write(place.with_suffix(".csv"), tables.to_csv(table))
-        _write(place.with_suffix(".md"), tables.to_markdown(table))
-        _write(place.with_suffix(".tex"), latex.to_latex(table))
+        path = folder / "tables" / table.target.slug
+        _write(path.with_suffix(".csv"), tables.to_csv(table))
+        _write(path.with_suffix(".md"), tables.to_markdown(table))
+        _write(path.with_suffix(".tex"), latex.to_latex(table))
       for picture in report.pictures:
         (folder / "figures" / f"{picture.name}.svg").write_bytes(page.svg(picture))
       _write_pictures(report, folder / "figures")
@@ -92,18 +142,28 @@ def write(report: Report, out: str, title: str) -> None:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-  """Writes UTF-8 whatever the locale; bytes of a file's name that are no text are escaped."""
+  """Writes a text as UTF-8; bytes of a file name that are no valid text are escaped."""
   path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _write_pictures(report: Report, folder: pathlib.Path) -> None:
+  """Writes all pictures as PNG files."""
   for picture in report.pictures:
     target = folder / f"{picture.name}.png"
     picture.figure.savefig(target, dpi=_PNG_DPI, metadata={"Software": None})
 
 
 def write_document(report: Report, docs: str, command: str) -> None:
-  """DOCS/reproduction.md and its pictures; the reasons are those of DOCS/reasons.json."""
+  """Writes reproduction.md and its pictures, which replace all earlier ones.
+
+  Args:
+    report: what to write.
+    docs: the folder; reasons.json in it says why numbers differ from the paper's.
+    command: the command that the document names as its source.
+
+  Raises:
+    UserError: if the folder can't be written or reasons.json can't be read.
+  """
   folder = pathlib.Path(docs)
   try:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -115,8 +175,18 @@ def write_document(report: Report, docs: str, command: str) -> None:
     raise UserError(f"--docs={docs}: {e.strerror or e}; choose a folder that can be written") from e
 
 
-def read_reasons(docs: str) -> dict:
-  """{target: {row: {head: why ours is off}}}, written by hand."""
+def read_reasons(docs: str) -> Reasons:
+  """Reads why numbers differ from the paper's.
+
+  Args:
+    docs: the folder with reasons.json, a file written by hand.
+
+  Returns:
+    The reasons; an empty dict if there is no such file.
+
+  Raises:
+    UserError: if the file is not JSON or can't be read.
+  """
   path = pathlib.Path(docs) / REASONS
   try:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -124,42 +194,138 @@ def read_reasons(docs: str) -> dict:
     raise UserError(f"{path}: can't be read ({e})") from e
 
 
-def document(report: Report, reasons: dict, command: str) -> str:
-  """docs/reproduction.md."""
-  lines = [
-    "# Reproduction",
-    "",
-    f"Generated by `{command}`; don't edit.",
-    "The paper's numbers are means over five orders with five seeds each. Ours: mean ± standard",
-    "error over n = orders x seeds. Difference: ours minus the paper's; why a number is off stands",
-    f"in `{REASONS}`, written by hand. A run counts for a table if its config is that of its file",
-    "in `configs/`, whatever order and seed; the others are below the tables.",
-    *records.notes([row.group for row in report.rows]),
-  ]
+# --- the document ---------------------------------------------------------------------
+
+
+def document(report: Report, reasons: Reasons, command: str) -> str:
+  """Returns the text of reproduction.md.
+
+  Args:
+    report: what to write.
+    reasons: why numbers differ from the paper's (`read_reasons`).
+    command: the command that the document names as its source.
+  """
+  lines = ["# Reproduction", "", f"Generated by `{command}`; do not edit.", "", _INTRODUCTION]
+  lines += [f"* {text}" for text in records.notes([row.group for row in report.rows])]
   for table in report.tables:
-    target = table.target
-    lines += ["", f"## {target.name.capitalize()}: {target.title}", ""]
-    lines += [f"Run it: `{tables.command(target)}`"]
-    lines += ["", tables.to_status(table, reasons).rstrip()]
-  lines += ["", "## All that was run", "", _overview(report.rows)]
-  lines += ["", "## Figures", "", "| paper | status | run it |", "|---|---|---|"]
+    lines += _section(table, reasons.get(table.target.name, {}))
+  lines += ["", "## All runs", "", _overview(report.rows)]
+  lines += ["", "## Figures", "", "| paper | settings run | command |", "|---|---|---|"]
   for c in report.coverage:
     name = f"{c.target.name.capitalize()}: {c.target.title}"
     lines.append(f"| {name} | {c.text} | `{tables.command(c.target)}` |")
-  lines.append("")
-  lines += [f"![{p.caption}](figures/{p.name}.png)\n\n{p.caption}\n" for p in report.pictures]
+  lines += _gallery(report.pictures)
   if report.skipped:
-    lines += ["## Left out", ""]
+    lines += ["", "## Left out", ""]
     lines += [f"* {tables.markdown(s.place)}: {tables.markdown(s.reason)}" for s in report.skipped]
   return "\n".join(lines).rstrip() + "\n"
 
 
+def _section(table: Table, reasons: dict[str, dict[str, str]]) -> list[str]:
+  """Returns the lines of one table of the paper: numbers, notes, what was run.
+
+  Cells whose number needs two orders are not listed where one was run.
+  """
+  target = table.target
+  lines = ["", f"## {target.name.capitalize()}: {target.title}", ""]
+  lines += [f"Command: `{tables.command(target)}`", ""]
+  if not any(cell.group for cell in table.cells):
+    return [*lines, "No setting of this table was run."]
+  numbers, notes = _numbers(table, reasons)
+  lines += numbers
+  if notes:
+    lines += ["", "Notes:", "", *(f"{i + 1}. {text}" for i, text in enumerate(notes))]
+  lines += ["", "Orders that were run:", "", *_orders(table)]
+  if any(cell.group and not cell.ours for cell in table.cells):
+    lines += ["", "MOPD and AOPD need two orders; with one they are not listed."]
+  return lines
+
+
+def _numbers(table: Table, reasons: dict[str, dict[str, str]]) -> tuple[list[str], list[str]]:
+  """Returns the lines of the table of all numbers, and the notes it refers to, each once."""
+  heads = ("row", "column", "paper", "ours", "n", "difference", "status", "note")
+  lines, notes = [_line(heads), "|---" * len(heads) + "|"], []
+  for cell in table.cells:
+    if not cell.ours:
+      continue
+    word, text = status(cell), note(cell, reasons)
+    if text and text not in notes:
+      notes.append(text)
+    difference = "" if cell.flags else cell.write(cell.difference, "+")
+    fields = (cell.label, tables.head(cell.column), cell.text(cell.paper), cell.ours_text)
+    fields += (cell.count, difference, word, str(notes.index(text) + 1) if text else "")
+    lines.append(_line(field or "-" for field in fields))
+  return lines, notes
+
+
+def status(cell: Cell) -> str:
+  """Returns one word on a number of ours: how it compares with the paper's."""
+  if cell.difference is None:
+    return "unpublished"
+  if cell.flags:
+    return "reduced"
+  return "reproduced" if abs(cell.difference) <= paper.ONE_POINT[cell.column.metric] else "off"
+
+
+def note(cell: Cell, reasons: dict[str, dict[str, str]]) -> str:
+  """Returns the note on a number: why it can't be compared, or why it differs; may be empty.
+
+  Args:
+    cell: a cell of a table.
+    reasons: row -> head of a column -> why its number differs. A row with the name of the variant
+      comes before the paper's.
+  """
+  word = status(cell)
+  if word == "reduced":
+    return f"Not comparable: {', '.join(cell.flags)}."
+  rows = (reasons.get(name, {}) for name in (cell.label, cell.row)) if word == "off" else ()
+  return next((row[cell.column.head] for row in rows if cell.column.head in row), "")
+
+
+def _orders(table: Table) -> list[str]:
+  """Returns the lines of a matrix: how many orders of each row and column were run."""
+  heads = list(dict.fromkeys(column.head for column in table.target.columns))
+  found: dict[tuple[str, str], dict[str, str]] = {}  # (row, head) -> variant -> "P5"
+  for cell in table.cells:
+    if cell.group:
+      run = f"{_LETTERS[cell.variant]}{cell.group.num_orders}"
+      found.setdefault((cell.row, cell.column.head), {})[cell.variant] = run
+  lines = [_line(("row", *heads)), "|---" * (len(heads) + 1) + "|"]
+  for row in table.target.rows:
+    texts = (" ".join(found.get((row, head), {}).values()) for head in heads)
+    lines.append(_line((row, *(text or "-" for text in texts))))
+  return lines
+
+
+def _line(fields: Iterable[str]) -> str:
+  """Returns a line of a Markdown table."""
+  return f"| {' | '.join(fields)} |"
+
+
 def _overview(rows: list[Row]) -> str:
+  """Returns a Markdown table of every group of runs."""
   heads = ["system", "benchmark, network", "images", "not as in configs/", "n"]
   heads += [*tables.OVERVIEW, "records"]
-  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+  lines = [_line(heads), "|---" * len(heads) + "|"]
   for row in rows:
     places = ", ".join(run.place.removesuffix(".json") for run in row.group.runs)
     cells = (row.label, row.where, row.share, row.difference, row.count, *row.numbers, places)
-    lines.append(f"| {' | '.join(map(tables.markdown, cells))} |")
+    lines.append(_line(map(tables.markdown, cells)))
   return "\n".join(lines)
+
+
+def _gallery(pictures: list[Picture]) -> list[str]:
+  """Returns a table of links to the pictures, a row per kind of picture.
+
+  Every caption is "KIND: SETTING" (`figures.draw`).
+  """
+  if not pictures:
+    return []
+  links: dict[str, list[str]] = {}
+  for picture in pictures:
+    kind, _, setting = picture.caption.partition(": ")
+    links.setdefault(kind, []).append(
+      f"[{tables.markdown(setting or kind)}](figures/{picture.name}.png)"
+    )
+  lines = ["", "| picture | of |", "|---|---|"]
+  return lines + [_line((tables.markdown(kind), ", ".join(x))) for kind, x in links.items()]

@@ -86,20 +86,6 @@ class Cell(NamedTuple):
     """Returns how many runs our number is computed from; "" if there are none."""
     return count(self.group) if self.group else ""
 
-  def status(self, reasons: dict) -> str:
-    """What comes of it. `reasons`: {target: {row: {head: why it is off}}}."""
-    if self.difference is None:
-      return self.ours_text if not self.ours else "the paper has none"
-    if self.flags:
-      return f"not comparable: {', '.join(self.flags)}"
-    limit, points = paper.ONE_POINT[self.column.metric], self.column.metric != "increment"
-    if abs(self.difference) <= limit:
-      return "reproduced within 1 point" if points else f"reproduced within {limit:g}"
-    rows = (reasons.get(name, {}) for name in (self.label, self.row))
-    why = next((row[self.column.head] for row in rows if self.column.head in row), None)
-    off = f"off by {self.write(self.difference, '+')}"
-    return f"{off} because {why}" if why else f"{off}, not explained"
-
 
 def count(group: Group) -> str:
   """Returns the number of runs of a group as orders x seeds, such as "5 x 1"."""
@@ -291,34 +277,6 @@ def to_markdown(table: Table) -> str:
   for label, cells in table.rows.items():
     lines.append(f"| {label} | {' | '.join(short(c) for c in cells)} |")
   return "\n".join(lines) + "\n"
-
-
-def to_status(table: Table, reasons: dict) -> str:
-  """Markdown: every cell that was run, and what was not."""
-  run = [c for c in table.cells if c.group]
-  lines = []
-  if run:
-    lines += ["| row | column | paper | ours | n | difference | status |", "|---" * 7 + "|"]
-  for cell in run:
-    fields = (
-      *(cell.label, head(cell.column), cell.text(cell.paper) or "-", cell.ours_text, cell.count),
-      *(cell.write(cell.difference, "+") or "-", cell.status(reasons.get(table.target.name, {}))),
-    )
-    lines.append(f"| {' | '.join(fields)} |")
-  if absent := _not_run(table):
-    lines += ["", f"Not run: {absent}."]
-  return "\n".join(lines).strip() + "\n"
-
-
-def _not_run(table: Table) -> str:
-  whole, parts = [], []
-  for label, cells in table.rows.items():
-    heads = list(dict.fromkeys(c.column.head for c in cells if not c.group))
-    if heads and not any(c.group for c in cells):
-      whole.append(label)
-    elif heads:
-      parts.append(f"{label} ({'; '.join(heads)})")
-  return ", ".join([*parts, *whole])
 
 
 # --- everything that was run ----------------------------------------------------------

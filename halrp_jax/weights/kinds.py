@@ -23,7 +23,7 @@ from halrp_jax.nn.pool import window_sum
 from halrp_jax.types import UserError
 from halrp_jax.weights import lowrank
 
-_PASS = 15  # multiply-adds in the time of reading or writing one number (docs/measurements.md)
+_PASS = 15  # multiply-adds in the time of reading or writing one number, on a CPU
 
 
 # --- kernels as matrices ------------------------------------------------------------------

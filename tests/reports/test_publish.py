@@ -71,7 +71,7 @@ def test_a_cell_is_made_of_the_runs_of_its_setting_alone(published):
 def test_what_was_not_run_says_so(published):
   found = cell(published, "table 4", "IRU", "CIFAR100-20 (MLP)")
   if not found.runs:
-    assert found.ours_text == "not run" and found.status({}) == "not run"
+    assert found.ours_text == "not run"
   assert found.text(found.paper) == "65.90 ± 2.16"
 
 
@@ -96,26 +96,71 @@ def made(value, theirs, metric="accuracy", fraction=1.0, column_fraction=1.0, pa
 
 
 @pytest.mark.parametrize(
-  ("found", "status"),
+  ("found", "status", "note"),
   [
-    (made(69.0, 70.0), "reproduced within 1 point"),
-    (made(68.99, 70.0), "off by -1.01, not explained"),
-    (made(0.244, 0.234, "increment"), "reproduced within 0.01"),
-    (made(0.245, 0.234, "increment"), "off by +0.011, not explained"),
-    (made(69.0, 70.0, fraction=0.25), "not comparable: at 25 % of the images"),
-    (made(69.0, 70.0, column_fraction=None, fraction=0.25), "not comparable: at 25 %"),
-    (made(69.0, 70.0, partial=True), "not comparable: partial data"),
-    (made(None, 70.0, "mopd"), "needs two orders"),
+    (made(69.0, 70.0), "reproduced", ""),
+    (made(68.99, 70.0), "off", ""),
+    (made(0.244, 0.234, "increment"), "reproduced", ""),
+    (made(0.245, 0.234, "increment"), "off", ""),
+    (made(69.0, 70.0, fraction=0.25), "reduced", "Not comparable: at 25 % of the images."),
+    (
+      made(69.0, 70.0, column_fraction=None, fraction=0.25),
+      "reduced",
+      "Not comparable: at 25 % of the images.",
+    ),
+    (made(69.0, 70.0, partial=True), "reduced", "Not comparable: partial data."),
+    (made(69.0, 70.0)._replace(paper=None), "unpublished", ""),
   ],
 )
-def test_the_status_of_a_cell(found, status):
-  assert found.status({}).startswith(status)
+def test_the_status_of_a_cell(found, status, note):
+  assert publish.status(found) == status and publish.note(found, {}) == note
 
 
 def test_a_reason_is_told_only_where_a_number_is_off():
-  reasons = {"R": {"H": "of the weather"}}
-  assert made(60.0, 70.0).status(reasons) == "off by -10.00 because of the weather"
-  assert made(70.0, 70.0).status(reasons) == "reproduced within 1 point"
+  reasons = {"R": {"H": "The weather."}}
+  assert publish.note(made(60.0, 70.0), reasons) == "The weather."
+  assert publish.note(made(70.0, 70.0), reasons) == ""
+
+
+def test_a_reason_of_a_variant_goes_before_that_of_the_row():
+  found = made(60.0, 70.0)._replace(variant=records.RUNNING)
+  reasons = {"R": {"H": "The weather."}, f"R, {records.RUNNING}": {"H": "Few steps."}}
+  assert publish.note(found, reasons) == "Few steps."
+  assert publish.note(found._replace(variant=""), reasons) == "The weather."
+
+
+def section(text, name):
+  """The lines of a section of the document."""
+  return text.split(f"## {name.capitalize()}: ")[1].split("\n## ")[0].splitlines()
+
+
+def test_a_note_is_written_once_and_its_number_leads_to_it(published):
+  text = publish.document(published, {"table 2": {"APD": {"CIFAR100-Split, 5 %": "Why."}}}, COMMAND)
+  lines = section(text, "table 2")
+  notes = [line for line in lines if re.match(r"\d+\. ", line)]
+  assert notes == ["1. Why."]
+  noted = [line for line in lines if line.endswith("| off | 1 |")]
+  assert len(noted) >= 2 and all(re.match(r"\| APD\b.*CIFAR100-Split, 5 %", x) for x in noted)
+
+
+def test_what_was_run_is_a_matrix(published):
+  """It has every row and column of the table, and as many orders as its numbers come from."""
+  text = publish.document(published, {}, COMMAND)
+  for table in published.tables:
+    lines = section(text, table.target.name)
+    if not any(cell.group for cell in table.cells):
+      assert lines[-1] == "No setting of this table was run."
+      continue
+    rows = lines[lines.index("Orders that were run:") + 2 :]
+    heads, _, *rows = [[x.strip() for x in line.strip("|").split("|")] for line in rows]
+    rows = rows[: len(table.target.rows)]
+    assert [row[0] for row in rows] == list(table.target.rows)
+    assert heads[1:] == list(dict.fromkeys(c.head for c in table.target.columns))
+    run = {(c.row, c.column.head, c.variant): c.group.num_orders for c in table.cells if c.group}
+    for row in rows:
+      for head, shown in zip(heads[1:], row[1:], strict=True):
+        counts = [n for (label, h, _), n in run.items() if (label, h) == (row[0], head)]
+        assert sorted(map(int, re.findall(r"\d+", shown))) == sorted(counts)
 
 
 def test_whole_data_go_before_partial_ones():
@@ -345,8 +390,14 @@ def test_the_reproduction_document_is_that_of_the_records(published):
 def test_reasons_name_cells_that_there_are():
   for name, rows in publish.read_reasons(str(ROOT / "docs")).items():
     heads = {c.head for c in paper.TARGETS[name].columns}
+    labels = {
+      f"{row}, {variant}" if variant else row
+      for row in paper.TARGETS[name].rows
+      for variant in records.VARIANTS
+    }
     for row, reasons in rows.items():
-      assert row in paper.TARGETS[name].rows and reasons.keys() <= heads
+      assert row in labels and reasons.keys() <= heads
+      assert all(text[0].isupper() and text.endswith(".") for text in reasons.values())
 
 
 def test_the_readme_has_the_numbers_of_table_2():
