@@ -357,7 +357,7 @@ def rows_of(document, first):
   next(line for line in lines if line.startswith(head))
   next(lines)  # the line of dashes
   for line in itertools.takewhile(lambda line: line.startswith("|"), lines):
-    yield [x.strip().strip("*") for x in line.strip("|").split("|")]
+    yield [x.strip() for x in line.replace("**", "").strip("|").split("|")]
 
 
 def said_and_recorded(row, expected):
