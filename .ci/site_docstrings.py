@@ -39,14 +39,14 @@ def as_markdown(text: str) -> str:
     elif is_code and line.strip() and not is_indented:
       found += ["```", ""]
       is_code = False
-    found.append(line if is_code else _without_links(line))
+    found.append(line.removeprefix("  ") if is_code else _plain(line))
   return "\n".join(found + ["```"] * is_code)
 
 
-def _without_links(line: str) -> str:
-  """Returns a line in which brackets outside of `code` are brackets."""
+def _plain(line: str) -> str:
+  """Returns a line in which brackets outside of `code` make no links, and no HTML."""
   parts = line.split("`")
-  parts[::2] = [re.sub(r"(?<!\\)\[", r"\\[", part) for part in parts[::2]]
+  parts[::2] = [re.sub(r"(?<!\\)\[", r"\\[", part).replace("<", "&lt;") for part in parts[::2]]
   return line if "](" in line else "`".join(parts)
 
 
