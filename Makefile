@@ -25,6 +25,12 @@ test-slow: test-environment
 reproduction: environment
 	$(BIN)/python -m halrp_jax report --runs=docs/records --out=$(RUNS)/report --docs=docs
 
+# site/: the documents and the reference of the code; a link that leads nowhere is an error
+.PHONY: docs
+docs: .venv/installed-docs
+	$(BIN)/zensical build --clean --strict
+	$(BIN)/python .ci/check_site.py site
+
 # Pillow: one that reads AVIF, as the packed images of benchmarks/accelerator.py are
 accelerator-wheels:
 	rm -rf .whl
@@ -44,6 +50,10 @@ test-environment: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:

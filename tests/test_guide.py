@@ -1,9 +1,12 @@
-"""docs/guide.md: every block runs, top to bottom, on small random images."""
+"""The code of the documents runs: the guide on small random images, the examples of the README."""
 
 import os
 import re
 import subprocess
 import sys
+
+import numpy as np
+import pytest
 
 from .conftest import ROOT
 from .data.test_data import write_small_cifar
@@ -14,8 +17,8 @@ QUICK = (
 )
 
 
-def blocks():
-  return re.findall(r"^```(sh|python)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+def blocks(text=GUIDE):
+  return re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def test_every_block_runs(tmp_path, monkeypatch):
@@ -40,3 +43,16 @@ def test_every_block_runs(tmp_path, monkeypatch):
 
 def test_no_output_is_missing():
   assert "OUTPUT" not in GUIDE
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/index.md"])
+def test_the_example_runs(document):
+  """It says that the perturbed network still is the base, and that merging it gives parameters."""
+  text = (ROOT / document).read_text(encoding="utf-8")
+  (example,) = [code for kind, code in blocks(text) if kind == "python"]
+  names = {}
+  exec(compile(example, document, "exec"), names)
+  network, x = names["network"], names["x"]
+  base = network.apply(names["base"], x)
+  np.testing.assert_allclose(names["logits"], base, atol=1e-5)
+  np.testing.assert_allclose(network.apply({"params": names["params"]}, x), base, atol=1e-5)

@@ -338,7 +338,7 @@ def test_a_program_needs_the_packages_that_its_card_names_and_no_others(run, ima
   want = saved.make_classifier(run, 1)(images)
   np.testing.assert_allclose(np.load(tmp_path / "y.npy"), want, atol=1e-5)
   assert outcomes["jax"].returncode and "flatbuffers" in outcomes["jax"].stderr
-  for place in ("README.md", "docs/guide.md", "halrp_jax/commands/export.py"):
+  for place in ("docs/commands.md", "docs/guide.md", "halrp_jax/commands/export.py"):
     (line,) = [
       x for x in (ROOT / place).read_text(encoding="utf-8").splitlines() if "flatbuffers" in x
     ]

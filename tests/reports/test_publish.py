@@ -4,6 +4,7 @@ import configparser
 import csv
 import html
 import io
+import itertools
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from ..conftest import ROOT
 RECORDS = ROOT / "docs" / "records"
 CONFIGS = str(ROOT / "configs")
 CATALOGUE = reproduce.catalogue(CONFIGS)
+SPLIT_5 = "CIFAR100-Split, 5 %"
 COMMAND = "python -m halrp_jax report --runs=docs/records --out=OUT --docs=docs"
 
 
@@ -400,19 +402,90 @@ def test_reasons_name_cells_that_there_are():
       assert all(text[0].isupper() and text.endswith(".") for text in reasons.values())
 
 
-def test_the_readme_has_the_numbers_of_table_2():
-  """Its table of systems, against docs/reproduction.md, which is made of the records."""
-  report = (ROOT / "docs" / "reproduction.md").read_text()
-  table = report[report.index("## Table 2") : report.index("## Table 3a")]
-  cells = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
-  made = {(c[0], c[1]): (c[2].split()[0], c[3].split()[0]) for c in cells if len(c) > 5}
-  rows = [
-    [x.strip() for x in line.strip("|").split("|")]
-    for line in (ROOT / "README.md").read_text().splitlines()
-    if ".py` |" in line and line.count("|") == 9
-  ]
-  assert {row[0].partition(",")[0] for row in rows} == set(paper.SYSTEMS)
+# --- the tables of README.md and docs/systems.md ----------------------------------------
+
+STATISTICS = {"population": "", "test batch": records.TEST_BATCH}
+
+
+def rows_of(document, first):
+  """Cells of the table whose head begins with the cells `first`."""
+  lines = iter((ROOT / document).read_text(encoding="utf-8").splitlines())
+  head = f"| {' | '.join(first)} |"
+  next(line for line in lines if line.startswith(head))
+  next(lines)  # the line of dashes
+  for line in itertools.takewhile(lambda line: line.startswith("|"), lines):
+    yield [x.strip() for x in line.replace("**", "").strip("|").split("|")]
+
+
+def said_and_recorded(row, expected):
+  """A row as it is written and as it should be, for an assertion that shows both."""
+  return f"| {' | '.join(row)} |", f"| {' | '.join(expected)} |"
+
+
+def written_as(found, with_paper):
+  """A cell of a paper's table, as the documents write it: 67.68, or 67.68 (67.92)."""
+  ours = found.write(found.ours.value) if found.ours else "-"
+  return f"{ours} ({found.write(found.paper.value)})" if with_paper and found.ours else ours
+
+
+def test_the_readme_has_the_results_of_the_records(published):
+  label, number = "", 0
+  for row in rows_of("README.md", ("system, benchmark, images", "statistics")):
+    label = row[0] or label
+    system, _, where = label.partition(", ")
+    name = ", ".join(x for x in (system, STATISTICS[row[1]]) if x)
+    found = [
+      cell(published, table, name, where, metric)
+      for table, metric in (("table 2", "accuracy"), ("table 5", "mopd"), ("table 5", "aopd"))
+    ]
+    group = found[0].group
+    growth = 100 * records.number(group, "increment").value
+    seconds = records.number(group, "seconds").value
+    expected = [row[0], row[1], str(group.num_orders)]
+    expected += [written_as(c, with_paper=True) for c in found]
+    # a run that was paused or shared its device has no seconds worth saying
+    expected += [f"+{growth:.1f} %", "-" if row[7] == "-" else f"{seconds:.0f}"]
+    said, recorded = said_and_recorded(row, expected)
+    assert said == recorded
+    number += 1
+  assert number > 8
+
+
+def with_orders(found):
+  """45.14 (5), or - where there is no run."""
+  return f"{written_as(found, False)} ({found.group.num_orders})" if found.group else "-"
+
+
+def accuracies(published, system, where):
+  """Population, test batch, and the paper's."""
+  kinds = [", ".join(x for x in (system, kind) if x) for kind in STATISTICS.values()]
+  found = [cell(published, "table 2", kind, where) for kind in kinds]
+  theirs = found[0].write(found[0].paper.value) if found[0].paper else "-"
+  return [*map(with_orders, found), theirs]
+
+
+def test_the_readme_has_the_systems_of_the_records(published):
+  rows = list(rows_of("README.md", ("system", "reference", "forgets")))
+  assert {row[0] for row in rows} == set(paper.SYSTEMS)
   for row in rows:
-    for share, ours, theirs in (("5 %", row[4], row[5]), ("100 %", row[6], row[7])):
-      key = row[0].partition(",")[0], f"CIFAR100-Split, {share}, ACC (%)"
-      assert made.get(key, (theirs, "not")) == (theirs, ours.split()[0]), key
+    mopd = cell(published, "table 5", f"{row[0]}, {records.TEST_BATCH}", SPLIT_5, "mopd")
+    expected = [*row[:3], *accuracies(published, row[0], SPLIT_5)]
+    expected += [written_as(mopd, False), mopd.write(mopd.paper.value) if mopd.paper else "-"]
+    said, recorded = said_and_recorded(row, expected)
+    assert said == recorded
+
+
+def test_the_document_of_the_systems_has_the_accuracies_of_the_records(published):
+  rows = list(rows_of("docs/systems.md", ("system", "5 %, population")))
+  assert {row[0] for row in rows} == set(paper.SYSTEMS)
+  for row in rows:
+    expected = [row[0], *accuracies(published, row[0], SPLIT_5)]
+    expected += accuracies(published, row[0], "CIFAR100-Split, 100 %")
+    said, recorded = said_and_recorded(row, expected)
+    assert said == recorded
+
+
+def test_the_document_of_the_systems_has_every_file():
+  rows = list(rows_of("docs/systems.md", ("system", "file")))
+  found = {row[0]: row[1].strip("`").removesuffix(".py") for row in rows}
+  assert found == paper.SYSTEMS
