@@ -2,20 +2,16 @@
 
 import sys
 
-from halrp_jax.devices import allocator
-
-if __name__ == "__main__":  # before jax is imported
-  allocator.tune()
-
-
 from halrp_jax import commands
 from halrp_jax.commands import COMMANDS, program
+from halrp_jax.devices import allocator
 from halrp_jax.keys import nearest
 from halrp_jax.types import UserError
 
 _USAGE = """\
-python -m halrp_jax VERB ...         one of the verbs below; VERB --help says more
-python -m halrp_jax --version        prints the version
+halrp VERB ...                       one of the verbs below; VERB --help says more
+halrp --version                      prints the version
+python -m halrp_jax VERB ...         the same as halrp VERB ...
 python -m halrp_jax.main --help      learns a run
 """
 
@@ -41,6 +37,12 @@ def _main(argv: list[str]) -> int:
   return commands.load(verb).main(arguments)
 
 
-if __name__ == "__main__":
+def script() -> int:
+  """Runs the verb of this process's command line, as `halrp` and `python -m halrp_jax` do."""
+  allocator.tune()  # JAX is not imported yet: the module of the verb does that
   program.prepare()
-  sys.exit(main(sys.argv))
+  return main(sys.argv)
+
+
+if __name__ == "__main__":
+  sys.exit(script())

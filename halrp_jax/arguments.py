@@ -1,14 +1,19 @@
 """Command lines -> flags and config. Every mistake is a UserError."""
 
 import argparse
+import importlib.machinery
+import importlib.util
+import pathlib
 import re
+import sys
 from collections.abc import Iterable
+from types import ModuleType
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from halrp_jax import keys, methods
-from halrp_jax.types import UserError
+from halrp_jax.types import UserError, brief
 
 
 def parse_config(
@@ -40,6 +45,7 @@ def parse_config(
     flag_values=values,
     sys_argv=argv,
   )
+  values["config"].parser = _ConfigParser()
   for name, text in texts.items():
     flags.DEFINE_string(name, "", text, flag_values=values)
   for name, text in switches.items():
@@ -47,13 +53,11 @@ def parse_config(
   _check_key_names(argv)
   try:
     rest = values(argv)[1:]
-    if values.config is not None:
-      values.config.to_dict()  # config_flags keeps the error of a bad file until it is used
   except UserError:
     raise
-  except Exception as e:  # absl, config_flags and the user's own file raise whatever they like
+  except Exception as e:  # absl and config_flags raise whatever they like
     file = next((a for a in argv if re.match(r"--?config=", a)), "arguments")
-    raise UserError(f"{file}: {str(e).rpartition('failure to load: ')[2]}") from e
+    raise UserError(f"{file}: {e}") from e
   if rest:
     raise UserError(f"arguments: {rest[0]!r} is not a flag; flags start with --")
   missing = [f"--{name}" for name in required if not getattr(values, name)]
@@ -63,7 +67,9 @@ def parse_config(
   return values
 
 
-def load_config(file: str, method: str = "", overrides: Iterable[str] = ()):
+def load_config(
+  file: str, method: str = "", overrides: Iterable[str] = ()
+) -> config_dict.ConfigDict:
   """Loads the config of a file.
 
   Args:
@@ -73,6 +79,76 @@ def load_config(file: str, method: str = "", overrides: Iterable[str] = ()):
   """
   name = f"{file}:{method}" if method else file
   return parse_config(["sweep", f"--config={name}", *overrides], {}, {}).config
+
+
+def configs_folder() -> pathlib.Path:
+  """Returns the folder configs/ of the package, if it is installed, or of its source tree."""
+  package = pathlib.Path(__file__).parent
+  folders = (package / "configs", package.parent / "configs")
+  return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+class _ConfigParser(flags.ArgumentParser):
+  """Parser of FILE.py:ARGUMENT: calls get_config(ARGUMENT) of the file.
+
+  The one of ml_collections 1.1 loads files with `load_module`, which Python 3.15 drops, and knows
+  no installed configs.
+  """
+
+  def parse(self, argument: str) -> config_dict.ConfigDict:
+    """Returns the config, locked.
+
+    Raises:
+      UserError: if the file is missing, or fails, or makes no config.
+    """
+    file, *method = argument.split(":", 1)
+    path = _find_config(file)
+    try:
+      module = _load(path)
+      if not hasattr(module, "get_config"):
+        raise UserError(f"--config={file}: the file defines no function get_config")
+      config = module.get_config(*method)
+    except UserError:
+      raise
+    except Exception as e:  # the file is the user's own
+      raise UserError(f"--config={argument}: {type(e).__name__}: {brief(e)}") from e
+    if not isinstance(config, config_dict.ConfigDict):
+      kind = type(config).__name__
+      raise UserError(f"--config={argument}: get_config() must return a ConfigDict, got {kind}")
+    config.lock()
+    return config
+
+
+def _find_config(file: str) -> pathlib.Path:
+  """Returns the path of a config file; configs/X.py may also be one that is installed with us.
+
+  Raises:
+    UserError: if there is neither.
+  """
+  path = pathlib.Path(file)
+  if path.is_file():
+    return path
+  if path.parent != pathlib.Path("configs"):
+    raise UserError(f"--config={file}: no such file")
+  installed = configs_folder() / path.name
+  if installed.is_file():
+    return installed
+  hint = keys.nearest(file, [f"configs/{p.name}" for p in sorted(installed.parent.glob("*.py"))])
+  raise UserError(
+    f"--config={file}: no such file here, and no config of this name is installed{hint}"
+  )
+
+
+def _load(path: pathlib.Path) -> ModuleType:
+  """Executes a Python file and returns it as a module."""
+  name = "config_file"
+  loader = importlib.machinery.SourceFileLoader(name, str(path))  # whatever the file's suffix
+  spec = importlib.util.spec_from_loader(name, loader)
+  assert spec is not None  # it is None for names alone
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module  # where dataclasses of the file look for their module
+  loader.exec_module(module)
+  return module
 
 
 def _check_key_names(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Shared by all tests: silent broadcasting is an error, small real runs, the real images if any."""
 
+import contextlib
 import os
 import pathlib
 
@@ -23,10 +24,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-  """What tests compile is shared by all their processes, and no part of the user's cache."""
+  """What tests compile is shared by all their processes, and no part of the user's cache.
+
+  HALRP_TEST_CACHE=DIR keeps the compiled programs, and nothing else, for the next run.
+  """
   root = tmp_path_factory.getbasetemp()
   root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
   os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+  kept = os.environ.get("HALRP_TEST_CACHE")
+  if kept and (programs := compile_cache.use(os.path.abspath(kept))):
+    link = root / "cache" / "halrp_jax" / programs.name
+    link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # another process of the tests was first
+      link.symlink_to(programs)
   compile_cache.use("")
 
 

@@ -3,7 +3,6 @@
 import functools
 import pathlib
 
-import halrp_jax
 from halrp_jax import arguments, methods
 from halrp_jax.config import resolve, setting_of, with_keys
 from halrp_jax.data import orders
@@ -15,15 +14,14 @@ from halrp_jax.types import UserError
 
 
 def configs_folder(text: str = "") -> str:
-  """The folder configs/: as named, of the current folder, or of the source tree.
+  """Returns the folder configs/: as named, of the current folder, or the one installed with us.
 
   Raises:
     UserError: if it is nowhere.
   """
-  tree = pathlib.Path(halrp_jax.__file__).parents[1] / "configs"
-  for folder in [pathlib.Path(text)] if text else [pathlib.Path("configs"), tree]:
-    if (folder / "cifar100_split.py").is_file():
-      return str(folder.resolve())
+  for folder in [text] if text else ["configs", arguments.configs_folder()]:
+    if (pathlib.Path(folder) / "cifar100_split.py").is_file():
+      return str(pathlib.Path(folder).resolve())
   raise UserError(f"--configs={text or 'configs'}: no such folder of configs; name the source's")
 
 
