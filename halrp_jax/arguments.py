@@ -73,7 +73,7 @@ def load_config(
   """Loads the config of a file.
 
   Args:
-    file: its path.
+    file: its path. A configs/X.py that is not in the current folder is the one installed with us.
     method: what stands after the colon.
     overrides: as on a command line, --config.KEY=VALUE.
   """
