@@ -133,7 +133,7 @@ def _find_config(file: str) -> pathlib.Path:
   installed = configs_folder() / path.name
   if installed.is_file():
     return installed
-  hint = keys.nearest(file, [f"configs/{p.name}" for p in sorted(installed.parent.glob("*.py"))])
+  hint = keys.nearest(path.stem, sorted(p.stem for p in installed.parent.glob("*.py")))
   raise UserError(
     f"--config={file}: no such file here, and no config of this name is installed{hint}"
   )

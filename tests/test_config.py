@@ -132,7 +132,7 @@ def test_a_config_of_the_current_folder_goes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("file", "says"),
   [
-    ("configs/digit.py", "no config of this name is installed (did you mean configs/digits.py?)"),
+    ("configs/digit.py", "no config of this name is installed (did you mean digits?)"),
     ("configs/nothing_like_it.py", "no config of this name is installed"),
     ("digits.py", "--config=digits.py: no such file"),
     ("", "--config=: no such file"),
