@@ -1,13 +1,21 @@
 # make demo    install, learn ten tasks of permuted digits with HALRP and STL, print both
-# make test    install with the test extra, lint, format check, pytest
+# make test    install with the test extra, lint, format check, type check, pytest
+# make test-all    test, then the slow tests, then those that need an extra (.venv-all)
+# make test-newest    pytest with the newest releases that setup.cfg admits (.venv-newest)
+# make test-oldest    pytest with the oldest ones (.venv-oldest)
+# make wheel    dist/: sdist and wheel; learns digits with the wheel outside of this folder
 # make reproduction    docs/reproduction.md and its figures from docs/records
-# make test-slow    the tests that take minutes: thirty kills
 # make accelerator-wheels    .whl/: what a machine with jax, flax, optax, orbax and chex may lack
+# PYTHON=python3.12 make ...    another interpreter for an environment that is made
+# HALRP_TEST_CACHE=DIR make test    keeps compiled programs from one run of the tests to the next
+NEWEST := $(or $(PYTHON),python3.13)
+OLDEST := $(or $(PYTHON),python3.11)
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs
 
-.PHONY: demo test test-slow reproduction accelerator-wheels environment test-environment clean
+.PHONY: demo test test-all test-newest test-oldest wheel reproduction accelerator-wheels \
+  environment test-environment clean
 
 demo: environment
 	$(BIN)/python -m halrp_jax.main --config=configs/digits.py --workdir=$(RUNS)/digits-halrp --overwrite
@@ -17,10 +25,28 @@ demo: environment
 test: test-environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest
 
-test-slow: test-environment
+# The import fails where an extra is not installed, instead of skipping its tests.
+test-all: test .venv-all/installed
 	$(BIN)/python -m pytest -m slow -rP
+	.venv-all/bin/python -c 'import tensorflow, torch'
+	.venv-all/bin/python -m pytest -m extra
+
+test-newest: .venv-newest/created
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	.venv-newest/bin/python -m pytest
+
+test-oldest: .venv-oldest/created
+	.venv-oldest/bin/python -m pip install --quiet 'uv >= 0.13, < 1'
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python \
+	  --resolution lowest-direct --editable '.[test]'
+	.venv-oldest/bin/python -m pytest
+
+wheel: environment
+	$(BIN)/python -m pip install --quiet --editable '.[release]'
+	.ci/wheel $(BIN)/python
 
 reproduction: environment
 	$(BIN)/python -m halrp_jax report --runs=docs/records --out=$(RUNS)/report --docs=docs
@@ -56,5 +82,20 @@ test-environment: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
+.venv-all/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-all
+	.venv-all/bin/python -m pip install --quiet --upgrade pip
+	.venv-all/bin/python -m pip install --quiet --editable '.[test,tfds,bench]'
+	touch $@
+
+.venv-newest/created:
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	touch $@
+
+.venv-oldest/created:
+	$(OLDEST) -m venv .venv-oldest
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-all .venv-newest .venv-oldest build dist *.egg-info

@@ -1,31 +1,33 @@
 """Runs one verb: python -m halrp_jax VERB. Lists the verbs without importing JAX."""
 
 import sys
-
-from halrp_jax.devices import allocator
-
-if __name__ == "__main__":  # before jax is imported
-  allocator.tune()
-
+from collections.abc import Callable
 
 from halrp_jax import commands
-from halrp_jax.commands import COMMANDS, program
+from halrp_jax.commands import COMMANDS, STOPPABLE, program
+from halrp_jax.devices import allocator, stop
 from halrp_jax.keys import nearest
 from halrp_jax.types import UserError
 
 _USAGE = """\
-python -m halrp_jax VERB ...         runs one of the verbs below; VERB --help explains it
-python -m halrp_jax --version        prints the version
+halrp VERB ...                       runs one of the verbs below; VERB --help explains it
+halrp --version                      prints the version
+python -m halrp_jax VERB ...         the same as halrp VERB ...
 python -m halrp_jax.main --help      explains how to train: learns the tasks of a benchmark
 """
 
 
-def main(argv: list[str]) -> int:
-  """Runs one verb and returns the exit code. `argv` begins with the program's name."""
-  return program.run(lambda: _main(argv))
+def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int:
+  """Runs one verb and returns the exit code.
+
+  Args:
+    argv: the command line, which begins with the program's name.
+    stop_asked: is asked by verbs that can stop and go on later (`commands.STOPPABLE`).
+  """
+  return program.run(lambda: _main(argv, stop_asked))
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], stop_asked: Callable[[], bool]) -> int:
   """Runs the command line as `main` does, but raises errors instead of printing them."""
   verb, *arguments = argv[1:] or ["--help"]
   if verb in ("--help", "-h"):
@@ -39,9 +41,20 @@ def _main(argv: list[str]) -> int:
   if verb not in COMMANDS:
     known = ", ".join(COMMANDS)
     raise UserError(f"unknown verb {verb!r}{nearest(verb, COMMANDS)}; known: {known}")
+  if verb in STOPPABLE:
+    return commands.load(verb).main(arguments, stop_asked)
   return commands.load(verb).main(arguments)
 
 
-if __name__ == "__main__":
+def script() -> int:
+  """Runs the verb of this process's command line, as `halrp` and `python -m halrp_jax` do."""
+  # Both come before the module of the verb imports NumPy and JAX, whose threads inherit the mask of
+  # signals: a thread that does not block SIGTERM would end the process.
+  allocator.tune()
+  stop_asked = stop.listen() if STOPPABLE.intersection(sys.argv[1:2]) else lambda: False
   program.prepare()
-  sys.exit(main(sys.argv))
+  return main(sys.argv, stop_asked)
+
+
+if __name__ == "__main__":
+  sys.exit(script())

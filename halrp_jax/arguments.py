@@ -1,15 +1,20 @@
 """Reads command lines: flags and configs. Every mistake on them raises UserError."""
 
 import argparse
+import importlib.machinery
+import importlib.util
+import pathlib
 import re
+import sys
 from collections.abc import Iterable
+from types import ModuleType
 from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
 from halrp_jax import keys, methods
-from halrp_jax.types import UserError
+from halrp_jax.types import UserError, brief
 
 
 def parse_config(
@@ -46,6 +51,7 @@ def parse_config(
     flag_values=values,
     sys_argv=argv,
   )
+  values["config"].parser = _ConfigParser()
   for name, text in texts.items():
     flags.DEFINE_string(name, "", text, flag_values=values)
   for name, text in switches.items():
@@ -53,13 +59,11 @@ def parse_config(
   _check_key_names(argv)
   try:
     rest = values(argv)[1:]
-    if values.config is not None:
-      values.config.to_dict()  # config_flags reports a bad file only when the config is used
   except UserError:
     raise
-  except Exception as e:  # absl, config_flags and the config file itself can raise anything
+  except Exception as e:  # absl and config_flags can raise anything
     file = next((a for a in argv if re.match(r"--?config=", a)), "arguments")
-    raise UserError(f"{file}: {str(e).rpartition('failure to load: ')[2]}") from e
+    raise UserError(f"{file}: {e}") from e
   if rest:
     raise UserError(f"arguments: {rest[0]!r} is not a flag; flags start with --")
   missing = [f"--{name}" for name in required if not getattr(values, name)]
@@ -75,7 +79,8 @@ def load_config(
   """Loads a config file; the result is not yet checked (`config.resolve`).
 
   Args:
-    file: path of the config file.
+    file: path of the config file. If there is no configs/X.py in the current folder, the one that
+      is installed with the package is loaded.
     method: METHOD or METHOD,KEY=VALUE, the text after the colon on a command line; "": none.
     overrides: arguments --config.KEY=VALUE.
 
@@ -84,6 +89,76 @@ def load_config(
   """
   name = f"{file}:{method}" if method else file
   return parse_config(["sweep", f"--config={name}", *overrides], {}, {}).config
+
+
+def configs_folder() -> pathlib.Path:
+  """Returns the folder configs/ of the installed package or of its source tree."""
+  package = pathlib.Path(__file__).parent
+  folders = (package / "configs", package.parent / "configs")
+  return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+class _ConfigParser(flags.ArgumentParser):
+  """Parses FILE.py:ARGUMENT by calling get_config(ARGUMENT) of the file.
+
+  It replaces the parser of ml_collections 1.1, which loads files with `load_module`, a function
+  that Python 3.15 drops, and which does not find installed configs.
+  """
+
+  def parse(self, argument: str) -> config_dict.ConfigDict:
+    """Loads the config file and returns its locked config.
+
+    Raises:
+      UserError: if the file is missing, raises an error, or does not return a config.
+    """
+    file, *method = argument.split(":", 1)
+    path = _find_config(file)
+    try:
+      module = _load(path)
+      if not hasattr(module, "get_config"):
+        raise UserError(f"--config={file}: the file defines no function get_config")
+      config = module.get_config(*method)
+    except UserError:
+      raise
+    except Exception as e:  # the user's own file can raise anything
+      raise UserError(f"--config={argument}: {type(e).__name__}: {brief(e)}") from e
+    if not isinstance(config, config_dict.ConfigDict):
+      kind = type(config).__name__
+      raise UserError(f"--config={argument}: get_config() must return a ConfigDict, got {kind}")
+    config.lock()
+    return config
+
+
+def _find_config(file: str) -> pathlib.Path:
+  """Returns the path of a config file; configs/X.py can be one that is installed with the package.
+
+  Raises:
+    UserError: if there is no such file.
+  """
+  path = pathlib.Path(file)
+  if path.is_file():
+    return path
+  if path.parent != pathlib.Path("configs"):
+    raise UserError(f"--config={file}: no such file")
+  installed = configs_folder() / path.name
+  if installed.is_file():
+    return installed
+  hint = keys.nearest(path.stem, sorted(p.stem for p in installed.parent.glob("*.py")))
+  raise UserError(
+    f"--config={file}: no such file here, and no config of this name is installed{hint}"
+  )
+
+
+def _load(path: pathlib.Path) -> ModuleType:
+  """Executes a Python file and returns it as a module."""
+  name = "config_file"
+  loader = importlib.machinery.SourceFileLoader(name, str(path))  # accepts any suffix
+  spec = importlib.util.spec_from_loader(name, loader)
+  assert spec is not None  # it is None only without a loader
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module  # dataclasses in the file look their module up here
+  loader.exec_module(module)
+  return module
 
 
 def _check_key_names(argv: list[str]) -> None:

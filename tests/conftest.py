@@ -1,5 +1,7 @@
 """Shared by all tests: silent broadcasting is an error, small real runs, the real images if any."""
 
+import contextlib
+import gc
 import os
 import pathlib
 
@@ -11,7 +13,7 @@ import pytest
 
 from halrp_jax import methods
 from halrp_jax.config import make_config
-from halrp_jax.devices import compile_cache, stop
+from halrp_jax.devices import compile_cache
 from halrp_jax.runs import experiment
 from halrp_jax.types import Stopped
 
@@ -23,17 +25,35 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-  """What tests compile is shared by all their processes, and no part of the user's cache."""
+  """What tests compile is shared by all their processes, and no part of the user's cache.
+
+  HALRP_TEST_CACHE=DIR keeps the compiled programs, and nothing else, for the next run.
+  """
   root = tmp_path_factory.getbasetemp()
   root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
   os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+  kept = os.environ.get("HALRP_TEST_CACHE")
+  if kept and (programs := compile_cache.use(os.path.abspath(kept))):
+    link = root / "cache" / "halrp_jax" / programs.name
+    link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # another process of the tests was first
+      link.symlink_to(programs)
   compile_cache.use("")
 
 
-@pytest.fixture(autouse=True)
-def no_signals_taken(monkeypatch):
-  """`listen` blocks signals for good, and every program that a later test starts inherits that."""
-  monkeypatch.setattr(stop, "listen", lambda: lambda: False)
+@pytest.fixture(scope="session", autouse=True)
+def small_heap():
+  """Exempts what the imports made from garbage collection, which each task of a run asks for."""
+  gc.collect()
+  gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_old_programs():
+  """Frees the programs of a file's tests: collecting garbage slows down with every one of them."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")

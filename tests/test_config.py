@@ -104,3 +104,74 @@ def test_siblings_are_found_by_a_relative_path(monkeypatch):
   split = sibling("configs/ablation_table6.py", "cifar100_split")
   assert split.get_config("stl").benchmark == "cifar100_split"
   assert arguments.load_config("configs/tinyimagenet40.py").network == "resnet18"
+
+
+def test_a_config_is_found_where_it_is_installed(tmp_path, monkeypatch):
+  """Beside the package's modules (a wheel), beside the package (the source tree)."""
+  monkeypatch.chdir(tmp_path)
+  for name in ("configs/digits.py", "./configs/digits.py"):
+    assert arguments.load_config(name, "stl").benchmark == "digits"
+  package = tmp_path / "site" / "halrp_jax"
+  package.mkdir(parents=True)
+  monkeypatch.setattr(arguments, "__file__", str(package / "arguments.py"))
+  with pytest.raises(UserError, match="configs/digits.py: no such file here, and no config"):
+    arguments.load_config("configs/digits.py")
+  shutil.copytree(ROOT / "configs", package / "configs")
+  assert arguments.load_config("configs/tinyimagenet40.py").network == "resnet18"
+
+
+def test_a_config_of_the_current_folder_goes_first(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "configs").mkdir()
+  text = (ROOT / "configs" / "digits.py").read_text().replace("epochs=30", "epochs=31")
+  (tmp_path / "configs" / "digits.py").write_text(text)
+  assert arguments.load_config("configs/digits.py").epochs == 31
+  assert arguments.load_config("configs/pmnist.py").benchmark == "pmnist"
+
+
+@pytest.mark.parametrize(
+  ("file", "says"),
+  [
+    ("configs/digit.py", "no config of this name is installed (did you mean digits?)"),
+    ("configs/nothing_like_it.py", "no config of this name is installed"),
+    ("digits.py", "--config=digits.py: no such file"),
+    ("", "--config=: no such file"),
+  ],
+)
+def test_a_config_that_is_nowhere(file, says, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError) as error:
+    arguments.load_config(file)
+  assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("text", "says"),
+  [
+    ("x = 1", "mine.py: the file defines no function get_config"),
+    ("def get_config(): return {}", "mine.py: get_config() must return a ConfigDict, got dict"),
+    ("def get_config(): raise KeyError('alpha')", "mine.py: KeyError: 'alpha'"),
+    ("def get_config(", "mine.py: SyntaxError: "),
+    ("import nowhere_at_all", "mine.py: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+  ],
+)
+def test_a_config_file_that_is_wrong(text, says, tmp_path):
+  (tmp_path / "mine.py").write_text(text)
+  with pytest.raises(UserError) as error:
+    arguments.load_config(str(tmp_path / "mine.py"))
+  assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_file_may_define_a_dataclass_and_have_any_name(tmp_path):
+  """Dataclasses look for their module among the imported ones."""
+  text = (ROOT / "configs" / "digits.py").read_text()
+  text = f"""from __future__ import annotations
+import dataclasses
+{text}
+@dataclasses.dataclass
+class Own:
+  width: int = 3
+"""
+  (tmp_path / "mine.txt").write_text(text)
+  config = arguments.load_config(str(tmp_path / "mine.txt"))
+  assert config.benchmark == "digits" and config.is_locked

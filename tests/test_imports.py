@@ -2,11 +2,15 @@
 
 import ast
 import functools
+import inspect
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from halrp_jax import commands
+from halrp_jax.commands import COMMANDS, STOPPABLE
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "halrp_jax"
 # A room is a folder or a module at the top. It imports rooms of later lines alone.
@@ -144,6 +148,29 @@ runpy.run_module({program!r}, run_name="__main__")
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.returncode == 0 and done.stdout.startswith("False\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+  ("program", "arguments"),
+  [("halrp_jax.main", ["--help"]), *(("halrp_jax", [v, "--help"]) for v in sorted(STOPPABLE))],
+)
+def test_signals_are_taken_over_before_any_library_starts_a_thread(program, arguments):
+  """The system gives a signal to any thread that does not block it, as NumPy's would not."""
+  code = f"""
+import os, runpy, sys
+from halrp_jax.devices import stop
+stop.listen = lambda: print(len(os.listdir("/proc/self/task")), "numpy" in sys.modules)
+sys.argv = ["program", *{arguments}]
+runpy.run_module({program!r}, run_name="__main__")
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.returncode == 0 and done.stdout.startswith("1 False\n"), done.stderr
+
+
+def test_verbs_that_can_be_stopped_are_listed():
+  for verb in COMMANDS:
+    parameters = inspect.signature(commands.load(verb).main).parameters
+    assert ("stop_asked" in parameters) == (verb in STOPPABLE), verb
 
 
 @pytest.mark.parametrize(

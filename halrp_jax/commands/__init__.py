@@ -20,6 +20,9 @@ COMMANDS = {  # verb -> the first line of its module's docstring
   "doctor": "Checks this machine, the files of a run and the data.",
 }
 
+# Verbs whose `main(arguments, stop_asked)` can stop at a signal and go on later.
+STOPPABLE = {"sweep", "reproduce", "tune", "extend"}
+
 
 def load(verb: str) -> ModuleType:
   """Imports the module of a verb."""

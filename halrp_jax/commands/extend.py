@@ -15,6 +15,7 @@ pruned. If it is stopped, the same command goes on.
 """
 
 import sys
+from collections.abc import Callable
 
 from halrp_jax import arguments
 from halrp_jax.commands import program, terminal
@@ -25,7 +26,7 @@ from halrp_jax.types import Stopped
 _EXAMPLE = "--workdir=runs/mine --data=new_task --out=runs/mine-and-more"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int:
   """Learns the task, and prints its accuracy and whether the old tasks are unchanged."""
   parser = arguments.parser("extend", __doc__, _EXAMPLE)
   for name, text in (
@@ -36,7 +37,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument(name, required=True, type=arguments.filled, help=text)
   parser.add_argument("--compile_cache", default="", help=program.COMPILE_CACHE)
   options = parser.parse_args(argv)
-  stop_asked = stop.listen()
   compile_cache.use(options.compile_cache)
   run = saved.open_run(options.workdir)
   if line := saved.missing_statistics(run):

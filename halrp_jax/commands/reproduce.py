@@ -18,6 +18,7 @@ Budgets:
 import argparse
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import config_dict
@@ -34,7 +35,7 @@ from halrp_jax.types import Stopped, UserError
 _EXAMPLE = "--table=2 --budget=small --data_dir=DIR --workdir=runs/paper, or --list"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int:
   """Learns the runs that are not finished and writes the report."""
   options = _parse(argv)
   configs = reproduce.configs_folder(options.configs)
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
   if options.list:
     _list(targets, configs, options)
     return 0
-  return _reproduce(targets[0], configs, options)
+  return _reproduce(targets[0], configs, options, stop_asked)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -98,14 +99,18 @@ def _cells(
   return reproduce.cells(configs, target, options.budget, only, options.orders, options.seeds, keys)
 
 
-def _reproduce(target: paper.Target, configs: str, options: argparse.Namespace) -> int:
+def _reproduce(
+  target: paper.Target,
+  configs: str,
+  options: argparse.Namespace,
+  stop_asked: Callable[[], bool],
+) -> int:
   """Learns the runs of a table or figure and writes the report; returns the exit code."""
   cells, missing = _cells(target, configs, options)
   smoke = options.budget == "smoke"
   root = pathlib.Path(options.workdir) / ("smoke" if smoke else "")
   for name in missing:
     print(f"not implemented: {name}")
-  stop_asked = stop.listen()
   try:
     with terminal.live_sweep(sys.stdout) as show:
       rows = sweep.run(sweep.shard(cells, options.shard), str(root), show, stop_asked)

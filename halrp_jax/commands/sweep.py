@@ -23,6 +23,7 @@ or arguments; 75 stopped by SIGTERM or SIGINT.
 """
 
 import sys
+from collections.abc import Callable
 
 from ml_collections import config_dict
 
@@ -48,7 +49,7 @@ _SWITCHES = {
 _EXAMPLE = "--config=configs/digits.py --methods=halrp,stl --seeds=0,1 --workdir=runs/sweep"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int:
   """Runs the cells that are not finished, and prints how they ended."""
   required = ("config", "workdir")
   args = arguments.parse_config(["sweep", *argv], _FLAGS, _SWITCHES, required, _EXAMPLE)
@@ -58,7 +59,6 @@ def main(argv: list[str]) -> int:
   configs = _configs(argv, args.methods) or {args.config.method.name: args.config}
   cells = sweep.shard(sweep.cells(configs, args.orders, args.seeds), args.shard)
   compile_cache.use(args.compile_cache)
-  stop_asked = stop.listen()
   try:
     with terminal.live_sweep(sys.stdout) as show:
       rows = sweep.run(cells, args.workdir, show, stop_asked, args.vectorize)

@@ -37,7 +37,7 @@ _EXAMPLE = "--config=configs/digits.py:ewc --grid=method.strength=10,100 --workd
 _FRACTION = 0.25  # of the training images, where the command line does not say
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int:
   """Runs the cells that are not finished, and prints the table."""
   switches, required = {"help": "show this text"}, ("config", "grid", "workdir")
   args = arguments.parse_config(["tune", *argv], _FLAGS, switches, required, _EXAMPLE)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
   for config in cells.values():
     resolve(config)  # finds mistakes of all cells before the first run
   compile_cache.use(args.compile_cache)
-  root, stop_asked = pathlib.Path(args.workdir), stop.listen()
+  root = pathlib.Path(args.workdir)
   results, waiting, read = {}, dict(cells), identity.shared_read()
   try:
     for name in [*cells, *cells]:  # a cell that another process runs is tried again at the end

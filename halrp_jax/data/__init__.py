@@ -286,7 +286,8 @@ def _first_of_classes(label: np.ndarray, count: int, least: int, spare: int) -> 
 
 def _mixed(split: Split, task_id: int) -> Split:
   """Images that come class by class in a random order, always the same: a network that evaluates
-  with the statistics of a batch needs all classes in it."""
+  with the statistics of a batch needs all classes in it.
+  """
   if (np.diff(split.label) < 0).any():
     return split
   rows = np.random.default_rng((task_id,)).permutation(len(split.index))

@@ -6,7 +6,6 @@ from typing import Any
 
 from ml_collections import config_dict
 
-import halrp_jax
 from halrp_jax import arguments, methods
 from halrp_jax.config import resolve, setting_of, with_keys
 from halrp_jax.data import orders
@@ -21,15 +20,14 @@ def configs_folder(text: str = "") -> str:
   """Returns the absolute path of the folder configs/.
 
   Args:
-    text: its path as the user gave it; "": the one in the current folder, or in the source tree.
+    text: its path as the user gave it; "": the one in the current folder, or the installed one.
 
   Raises:
     UserError: if there is no such folder.
   """
-  tree = pathlib.Path(halrp_jax.__file__).parents[1] / "configs"
-  for folder in [pathlib.Path(text)] if text else [pathlib.Path("configs"), tree]:
-    if (folder / "cifar100_split.py").is_file():
-      return str(folder.resolve())
+  for folder in [text] if text else ["configs", arguments.configs_folder()]:
+    if (pathlib.Path(folder) / "cifar100_split.py").is_file():
+      return str(pathlib.Path(folder).resolve())
   raise UserError(
     f"--configs={text or 'configs'}: no such folder of configs; give that of the source tree"
   )

@@ -134,7 +134,8 @@ def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, j
 
 def residual(base: jax.Array, free: jax.Array, R: jax.Array, S: jax.Array) -> jax.Array:
   """What R and S leave over, averaged over the window: the least-squares optimum of a
-  perturbation that is constant in the window (paper Sect. 4.2). -> [J, I]"""
+  perturbation that is constant in the window (paper Sect. 4.2). -> [J, I]
+  """
   _check_kernels(base=base, free=free)
   chex.assert_shape((R, S), (base.shape[-1:], base.shape[-2:-1]), custom_message="R [J], S [I]")
   rest = free - _scaled(base, R, S)
@@ -354,7 +355,6 @@ def prune_thresholds(
 
 def prune(p: Perturbation, tau: jax.Array) -> Perturbation:
   """Zeroes the entries of U and V whose magnitude does not exceed `tau`."""
-
   _check_factors(p)
   chex.assert_rank(tau, 0, custom_message="tau must be a scalar")
 

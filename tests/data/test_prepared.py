@@ -1,4 +1,4 @@
-"""What TFDS has prepared is read without TensorFlow (which is not installed here)."""
+"""What TFDS has prepared is read without TensorFlow."""
 
 import subprocess
 import sys
@@ -75,7 +75,8 @@ def test_any_set_as_own_data(mocked):
     data.load(config_of("custom"))
 
 
-def test_what_is_not_prepared_says_how(tmp_path):
+def test_what_is_not_prepared_says_how(monkeypatch, tmp_path):
+  monkeypatch.setattr(prepared.importlib.util, "find_spec", lambda name: None)  # no TensorFlow
   with pytest.raises(UserError, match=r"mnist is not prepared in .*TensorFlow.*\[tfds\]"):
     prepared.labelled(str(tmp_path), "mnist", (28, 28, 1))
   assert not list(tmp_path.iterdir())
