@@ -249,9 +249,9 @@ def _grow(memory, parts, energy):
     count = int(memory["num_directions"][name])
     moment = sum(part[name].astype(np.float64) for part in parts)
     args = (basis, count, moment, energy)
-    basis, num = bases.grow_padded(*args, first=not count, least=len(basis))
+    basis, num = bases.grow_padded(*args, first=not count, min_width=len(basis))
     if not num:
-      basis, num = bases.grow_padded(*args, first=False, least=len(basis))
+      basis, num = bases.grow_padded(*args, first=False, min_width=len(basis))
     grown["basis"][name] = jnp.asarray(basis)
     grown["num_directions"][name] = jnp.int32(num)
   return grown

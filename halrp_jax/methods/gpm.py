@@ -185,7 +185,7 @@ def _grow(f, num_samples: int, params, stats, task: Task, key, shared: dict, ene
     if isinstance(seen[0], tuple):
       moment = sum(x.astype(np.float64) for (x,) in seen)
     else:
-      moment = bases.of_rows(np.concatenate(seen))
+      moment = bases.moment_or_rows(np.concatenate(seen))
     count = int(shared["num_directions"][name])
     basis, num = bases.grow_padded(shared["basis"][name], count, moment, energy, first=not count)
     grown["basis"][name] = jnp.asarray(basis)
