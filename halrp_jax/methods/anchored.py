@@ -94,11 +94,11 @@ def make(config: Config, setup: Setup, anchors: Anchor) -> Method:
 
 
 def _warm_start(state: State, fresh: Params, own_norm: bool) -> tuple[Params, Params, Params]:
-  """Returns the params, stats and anchor of the last task, with a fresh head in the params."""
-  last = state.tasks[-1]
-  private = networks.fresh_head(last.private, fresh)
+  """Returns the params, stats and anchor of the previous task, with a fresh head in the params."""
+  previous = state.tasks[-1]
+  private = networks.fresh_head(previous.private, fresh)
   params = trees.join_private(state.shared["params"], private)
-  stats = last.stats if own_norm else state.shared["stats"]
+  stats = previous.stats if own_norm else state.shared["stats"]
   return params, stats, state.shared["anchor"]
 
 

@@ -23,7 +23,7 @@ of sigma alone, a Huber loss, and an old tau needs no gradient and no moments.
 
 Deviations from the authors' program: it also trains the v_i of old tasks, although a flag of its
 own says otherwise, and draws the biases anew for every task. Here old v_i stay as they are, and
-biases start from those of the last task.
+biases start from those of the previous task.
 
 Reference: J. Yoon et al., "Scalable and order-robust continual learning with additive parameter
 decomposition", 2020 (arXiv 1902.09432), Alg. 1, Eq. 3 to 6, and its program.
@@ -157,7 +157,7 @@ def _start(
 ) -> tuple[dict, dict, Params]:
   """Returns `params`, `frozen` and `stats` at the start of a task.
 
-  sigma, biases and BatchNorm are those of the last task, the head is fresh.
+  sigma, biases and BatchNorm are those of the previous task, the head is fresh.
 
   Args:
     config: of the method.
@@ -168,9 +168,9 @@ def _start(
   """
   sigma, rest = trees.split(params)
   if state.tasks:
-    last = state.tasks[-1]
-    sigma, stats = state.shared["kernels"], last.stats
-    rest = networks.fresh_head(last.rest, rest)
+    previous = state.tasks[-1]
+    sigma, stats = state.shared["kernels"], previous.stats
+    rest = networks.fresh_head(previous.rest, rest)
   mask, old = (_stack(state.tasks, field, sigma) for field in ("mask", "tau"))
   # Alg. 1: restore theta_i*; without L, which is the same in theta_i and cancels
   anchor = {n: additive.times(w, mask[n]) + old[n] for n, w in sigma.items()}

@@ -13,11 +13,11 @@ trained once more while B is frozen.
 | lambda | method.strength            | coefficient of the regularizer r |
 | gamma | method.threshold            | share of the outputs' energy that B carries |
 
-Phases: (1) learn: the working memory is trained from its state after the last task, with a fresh
-head, on the cross-entropy + lambda sum_l r(E_l); task 0 has no r. (2) project: B grows by the rule
-of GPM (weights/bases.py) until it carries the share gamma of the outputs of method.samples training
-images, which are taken before BatchNorm and ReLU. (3) retrain: A_t, biases, BatchNorm and head are
-trained from those of phase 1. Nothing is forgotten.
+Phases: (1) learn: the working memory is trained from its state after the previous task, with a
+fresh head, on the cross-entropy + lambda sum_l r(E_l); task 0 has no r. (2) project: B grows by the
+rule of GPM (weights/bases.py) until it carries the share gamma of the energy of the layer's outputs
+for method.samples training images, before BatchNorm and ReLU. (3) retrain: A_t, biases, BatchNorm
+and head are trained from those of phase 1. Nothing is forgotten.
 
 r(E) = tr(E'E) / |E'E|_1 is the paper's regularizer. It is small if E has rank 1, that is if few
 directions are new. It takes two products of matrices [d, d] and [d, J] per layer and step. With

@@ -62,7 +62,7 @@ class Config(anchored.Config):
   accumulate: str = keys.one_of(
     "separate",
     ("separate", "online"),
-    "separate: an anchor for every earlier task; online: one anchor, at the last task's parameters",
+    "separate: an anchor for every earlier task; online: one, at the previous task's parameters",
   )
   decay: float = keys.number(
     0.95, 0, 1, "accumulate=online: factor on the Fisher information of earlier tasks"
@@ -147,7 +147,7 @@ def _fisher_of(model: nn.Module, own_norm: bool, sampled: bool) -> Callable[...,
 
   def chunk(params, stats, image, label, weight, num_classes, key):
     shared, private = trees.split_private(params, own_norm)
-    if models.evaluates_with_batch(model):  # the chunk's statistics, held fixed
+    if models.evaluates_with_batch(model):  # with the statistics of the chunk, as constants
       frozen_model, fixed = networks.fix_batch_statistics(model, params, image)
     else:
       frozen_model, fixed = model, stats

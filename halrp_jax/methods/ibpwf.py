@@ -1,4 +1,4 @@
-"""IBPWF: rank-1 factors of weights, of which a task uses some by an Indian buffet process.
+"""IBPWF: rank-1 factors of weights; an Indian buffet process selects those that a task uses.
 
 Update rule: W_t = A diag(b_t * r_t) B per layer, where b_t is binary. Adam minimises the negative
 of a lower bound on the evidence: cross-entropy + (KL_b + KL_v + KL_r) / N with N training images.
@@ -6,8 +6,8 @@ of a lower bound on the evidence: cross-entropy + (KL_b + KL_v + KL_r) / N with 
 | paper     | here                       | meaning |
 |-----------|----------------------------|---------|
 | A, B      | shared["A"], ["B"]         | [d, F], [F, J]; factors that a task has used are frozen |
-| pi_t      | sigmoid of shared["p"]     | q(b_t[k] = 1) of the last task, where the next starts |
-| r_t       | shared["r"]                | weights of the factors after the last task |
+| pi_t      | sigmoid of shared["p"]     | q(b_t[k] = 1) of the latest task; the next starts there |
+| r_t       | shared["r"]                | weights of the factors after the latest task |
 | b_t * r_t | tasks[t].z                 | in predictions pi_t * r_t where pi_t >= kappa, else 0 |
 | c, d      | shared["log_c"], ["log_d"] | v_k ~ Kumaraswamy(c_k, d_k), sticks of the process |
 | -         | shared["used"]             | [F], factors with pi >= kappa in any task so far |
@@ -17,7 +17,7 @@ of a lower bound on the evidence: cross-entropy + (KL_b + KL_v + KL_r) / N with 
 
 Phases: (1) b is sampled as the relaxed variable sigmoid((p + logistic noise) / lambda). KL_b is
 estimated from that sample and a sampled stick-breaking prior, KL_v is taken against c and d of the
-last task, and KL_r against N(0, 0.1^2). (2) The last method.fine_tune_epochs minimise the
+previous task, and KL_r against N(0, 0.1^2). (2) The last method.fine_tune_epochs minimise the
 cross-entropy alone, with z as in predictions. Used factors get no updates in either phase. Nothing
 is forgotten.
 
@@ -163,9 +163,9 @@ def begin(
   fresh, stats = f.initialize(init_key)
   params = {k: x for k, x in shared.items() if k not in ("used", "r")}
   if state.tasks and config.start == "task_before":
-    last = state.tasks[-1]
-    rest = networks.fresh_head(last.rest, fresh)
-    return params | {"r": shared["r"], "rest": rest}, last.stats
+    previous = state.tasks[-1]
+    rest = networks.fresh_head(previous.rest, fresh)
+    return params | {"r": shared["r"], "rest": rest}, previous.stats
   return params | {"r": _draw_r(r_key, f.num_factors), "rest": trees.split(fresh)[1]}, stats
 
 

@@ -11,8 +11,9 @@ new u_k and v_k and the selector s_t of all factors. The factors of earlier task
 
 At the start of a task, u, v and the head's kernel are orthogonal, and the selector is 1 for new
 factors. With method.start = "fresh", as in the published notebook, the selector of earlier factors
-and the biases are 0. With "task_before" they are those of the last task: with few steps per task
-the selector hardly leaves 0, and earlier factors would remain unused. Nothing is forgotten.
+and the biases are 0. With "task_before" they are those of the previous task. This helps if a task
+has few steps, in which a selector that starts at 0 hardly changes and earlier factors stay unused.
+Nothing is forgotten.
 
 A and B have room for the factors of the benchmark's tasks, so no task can be added later.
 
@@ -123,8 +124,8 @@ def begin(
   }
   z = {n: jnp.zeros(len(b)) for n, b in shared["B"].items()}
   if t and config.start == "task_before":
-    last = state.tasks[-1]
-    z, rest, stats = last.z, last.rest, last.stats
+    previous = state.tasks[-1]
+    z, rest, stats = previous.z, previous.rest, previous.stats
   z = {n: jnp.where(_is_new(len(x), at[n], end[n]), 1.0, x) for n, x in z.items()}
   factors = _draw_factors(layer_keys, f.shapes, {n: end[n] - at[n] for n in at})
   return factors | {"z": z, "rest": rest | {trees.HEAD: head}}, stats

@@ -1,4 +1,4 @@
-"""L2: one network for all tasks, held near its weights after the last task ("L2-transfer").
+"""L2: one network for all tasks, held near its weights after the previous task ("L2-transfer").
 
 Update rule: Adam on the cross-entropy + l2 |W|^2 + lambda |theta - theta*|^2, where theta* are the
 shared parameters at the start of the task and W are the kernels. Every task starts from theta* with
@@ -7,7 +7,7 @@ a fresh head.
 | symbol     | here                       | meaning |
 |------------|----------------------------|---------|
 | theta      | shared["params"]           | shared parameters: all layers except the head |
-| theta*     | shared["anchor"]["params"] | shared parameters after the last task |
+| theta*     | shared["anchor"]["params"] | shared parameters after the previous task |
 | lambda     | method.strength            | coefficient of the penalty; 0 for the first task |
 
 Reference: a baseline of the HALRP paper (Sect. 5.1) and of the APD paper (J. Yoon et al., 2020,

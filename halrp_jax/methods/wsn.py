@@ -8,7 +8,7 @@ Weights that an earlier mask selects never change.
 | paper | here                    | meaning |
 |-------|-------------------------|---------|
 | theta | shared["kernels"]       | kernels of all layers except the head |
-| s     | shared["scores"]        | scores after the last task; for training alone |
+| s     | shared["scores"]        | scores after the latest task; for training alone |
 | M     | shared["used"]          | weights that any mask selects; for training alone |
 | m_t   | tasks[t].mask           | mask of the task |
 | c     | method.share            | share of each layer that a mask selects |
@@ -94,7 +94,7 @@ def make(config: Config, setup: Setup) -> Method:
 def _start(
   state: State, params: Params, stats: Params, score_key: jax.Array
 ) -> tuple[dict[str, Params], Params, Params]:
-  """Returns the start of a task: all values after the last task, but a fresh head.
+  """Returns the start of a task: all values after the previous task, but a fresh head.
 
   Args:
     state: before the task.
@@ -107,8 +107,8 @@ def _start(
   """
   kernels, rest = trees.split(params)
   if state.tasks:
-    last = state.tasks[-1]
-    return state.shared, networks.fresh_head(last.rest, rest), last.stats
+    previous = state.tasks[-1]
+    return state.shared, networks.fresh_head(previous.rest, rest), previous.stats
   scores = _draw_scores(score_key, kernels)
   used = {n: jnp.zeros(w.shape, bool) for n, w in kernels.items()}
   return {"kernels": kernels, "scores": scores, "used": used}, rest, stats
