@@ -84,8 +84,8 @@ def make(config: Config, setup: Setup) -> Method:
     else:
       shared, stats = state.shared, state.tasks[-1].stats
       start = {"kernels": shared["kernels"], "head": params[trees.HEAD]}
-      held = frozen | {"others": shared["others"], "basis": shared["basis"]}
-      trained, stats = f.fit_later(start, stats, held, *args)
+      frozen_later = frozen | {"others": shared["others"], "basis": shared["basis"]}
+      trained, stats = f.fit_later(start, stats, frozen_later, *args)
       head, shared = trained["head"], shared | {"kernels": trained["kernels"]}
     task_state = TaskState(head, stats, jnp.int32(task.num_classes))
     energy = min(1.0, config.threshold + config.threshold_step * len(state.tasks))

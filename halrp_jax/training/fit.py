@@ -354,7 +354,7 @@ def _make_validate(setup: Setup, objective_fn: Callable) -> Callable:
       evaluate_rows(*args, rows)
       for rows in batches.consecutive(num_images, setup.evaluation_batch_size)
     ]
-    loss, hits = sum(np.asarray(x, np.float64) for x in parts) / num_images
+    loss, hits = functools.reduce(np.add, [np.asarray(x, np.float64) for x in parts]) / num_images
     return float(loss), 100 * float(hits)
 
   return validate

@@ -68,10 +68,11 @@ def apply_model(
     train: whether it is trained. If not, the statistics stay as they are.
     key: of dropout; None in evaluation.
   """
+  apply_fn: Callable[..., Params] = model.apply
   variables = {"params": params, "batch_stats": stats}
   if not train:
-    return model.apply(variables, image, train=False), stats
-  logits, updates = model.apply(
+    return apply_fn(variables, image, train=False), stats
+  logits, updates = apply_fn(
     variables, image, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
   )
   return logits, updates.get("batch_stats", {})

@@ -73,7 +73,7 @@ def _check_factors(p: Perturbation | Decomposition, base: jax.Array | None = Non
     p: what they are fields of.
     base: the kernel [*window, I, J] that they must fit too, if given.
   """
-  sizes = {} if base is None else dict(zip("IJ", base.shape[-2:], strict=True))
+  sizes: dict[str, int] = {} if base is None else dict(zip("IJ", base.shape[-2:], strict=True))
   for name, axes in {"R": "J", "S": "I", "U": "JK", "sigma": "K", "V": "IK"}.items():
     if (x := getattr(p, name)) is None:
       continue
