@@ -125,7 +125,7 @@ def _complete(config: Config, setup: Setup) -> Method:
 
 
 def restore(name: str, state: State) -> State:
-  """Returns a method state read from a file with task states as `TaskState` of the method.
+  """Converts the task states of a method state that was read from a file to `TaskState`.
 
   Older versions stored dicts in their place.
 

@@ -1,4 +1,4 @@
-"""GPM: one network; later tasks change each kernel only in directions that earlier inputs lack.
+"""GPM: one network; later tasks change each kernel only in directions unused by earlier inputs.
 
 Update rule: dW <- dW - M (M' dW), where the columns of M are an orthonormal basis of the layer's
 inputs in earlier tasks (of the patches for a convolution). Biases and BatchNorm's scale and bias

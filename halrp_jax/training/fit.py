@@ -84,7 +84,7 @@ def protocol_recipe(setup: Setup) -> Recipe:
 
 
 def _transformation(recipe: Recipe) -> optax.GradientTransformation:
-  """Returns the optimizer without its learning rate."""
+  """Returns the optimizer as a transformation of gradients, without the learning rate."""
   if isinstance(recipe.optimizer, optax.GradientTransformation):
     return recipe.optimizer
   return optax.scale_by_adam() if recipe.optimizer == "adam" else optax.trace(recipe.momentum)
@@ -242,7 +242,7 @@ def make_fit(
 def _make_start(
   setup: Setup, recipe: Recipe, tx: optax.GradientTransformation
 ) -> Callable[[Params, Params, Store], Progress]:
-  """Builds `start(params, stats, store)`: the progress of the last checkpoint, or no progress."""
+  """Builds `start(params, stats, store)`: the progress at the last checkpoint or the start."""
 
   def start(params: Params, stats: Params, store: Store) -> Progress:
     # every epoch donates the state, which must not hold arrays of the caller

@@ -186,7 +186,7 @@ def decompose(base: jax.Array, free: jax.Array) -> Decomposition:
 def decompose_randomized(
   base: jax.Array, free: jax.Array, key: jax.Array, rank: int
 ) -> Decomposition:
-  """Returns what `decompose` does, but only the largest `rank` singular triplets.
+  """Decomposes as `decompose` does, but finds only the largest `rank` singular triplets.
 
   They are found by randomised subspace iteration (Halko, Martinsson and Tropp, 2011, Alg. 4.4). A
   layer with hardly more singular values than `rank` is decomposed exactly.
