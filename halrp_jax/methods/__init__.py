@@ -85,9 +85,9 @@ def make(
     if not contract.is_own(model):
       population.require_measurable(model, benchmark.image_shape)
     fixed = models.with_stored_statistics(model)
-    logits_fn = (
-      method if fixed is model else _complete(config, setup._replace(model=fixed))
-    ).logits
+    evaluated = method if fixed is model else _complete(config, setup._replace(model=fixed))
+    logits_fn = evaluated.logits
+    assert logits_fn is not None  # of `_complete`
     learn = population.wrap_learn(method, logits_fn, setup.evaluation_batch_size)
     method = method._replace(learn=learn)
   return method._replace(predict=evaluate.make_predict(method))

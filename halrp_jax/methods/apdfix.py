@@ -100,7 +100,7 @@ def _make_fit_own(config: Config, setup: Setup) -> Fit:
 def _first_state(config: Config, params: Params, stats: Params, task: Task) -> State:
   """Returns the method state after the first task, whose kernels become sigma."""
   kernels, rest = trees.split(params)
-  ones = {n: jnp.ones(w.shape[-1]) for n, w in kernels.items()}
+  ones: dict[str, Array] = {n: jnp.ones(w.shape[-1]) for n, w in kernels.items()}
   zeros = jax.tree.map(jnp.zeros_like, kernels) if config.train_tau else {}
   task_state = TaskState(ones, zeros, rest, stats, jnp.int32(task.num_classes))
   return State({"kernels": kernels}, (task_state,))

@@ -174,7 +174,7 @@ def _retrain(
 class _Functions(NamedTuple):
   """Functions that are compiled once for all tasks."""
 
-  initialize: Callable  # (key) -> params, stats
+  initialize: Callable[[jax.Array], tuple[Params, Params]]  # (key) -> params, stats
   fit_first: Fit  # of the plain network
   fit_working: Fit  # of the plain network with the regularizer r
   fit_projected: Fit  # of the network with kernels A_t B'
@@ -299,7 +299,7 @@ def _grow(memory: dict, parts: list[dict[str, np.ndarray]], energy: float) -> di
   grown = {"basis": {}, "num_directions": {}}
   for name, basis in memory["basis"].items():
     count = int(memory["num_directions"][name])
-    moment = sum(part[name].astype(np.float64) for part in parts)
+    moment = functools.reduce(np.add, [part[name].astype(np.float64) for part in parts])
     args = (basis, count, moment, energy)
     basis, num = bases.grow_padded(*args, first=not count, min_width=len(basis))
     if not num:

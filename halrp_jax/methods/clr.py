@@ -128,7 +128,7 @@ def _identities(kernels: Params) -> dict[str, Array]:
   }
 
 
-def _adapter_interceptor(adapters: dict[str, Array]) -> Callable:
+def _adapter_interceptor(adapters: dict[str, jax.Array]) -> Callable:
   """Builds an interceptor that convolves the output of every layer that has an adapter."""
 
   def intercept(next_fun, args, kwargs, context):

@@ -43,7 +43,7 @@ class TaskState(NamedTuple):
 
 
 SERVES = ("A", "B")  # `Method.serves`
-Shapes = Mapping[str, jax.ShapeDtypeStruct]  # of the kernels by layer
+Shapes = Mapping[str, jax.Array | jax.ShapeDtypeStruct]  # of the kernels by layer
 
 
 def kernel_shapes(initialize: Callable[[jax.Array], tuple[Params, Params]]) -> Shapes:

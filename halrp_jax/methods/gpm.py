@@ -217,7 +217,7 @@ def _grow(
   for name in shared["kernels"]:
     seen = [part[name] for part in parts]
     if isinstance(seen[0], tuple):
-      moment = sum(x.astype(np.float64) for (x,) in seen)
+      moment = functools.reduce(np.add, [x.astype(np.float64) for (x,) in seen])
     else:
       moment = bases.moment_or_rows(np.concatenate(seen))
     count = int(shared["num_directions"][name])

@@ -188,7 +188,7 @@ def size(f: "_Functions", state: State) -> Size:
   return dictionary.size(state, f.shapes, used, coefficients, total * len(state.tasks), training)
 
 
-def _num_factors(kernel: jax.ShapeDtypeStruct, most: int) -> int:
+def _num_factors(kernel: jax.Array | jax.ShapeDtypeStruct, most: int) -> int:
   """Returns F of a layer, at most `most`."""
   num_in, num_out = dictionary.matrix_shape(kernel)
   return min(most, num_out if kernel.ndim > 2 else min(num_in, num_out))

@@ -190,7 +190,8 @@ def _make_objective(config: Config, setup: Setup) -> Callable:
   `params` has "encoder", "projection" and "prototypes" [T, C, F]. `frozen` has the "teacher",
   booleans "seen" [T, C] for the classes of earlier tasks, and the index "t" of the task.
   """
-  model, teacher_model, projection = setup.model, setup.measuring, Projection()
+  model, teacher_model = setup.model, setup.measuring
+  project: Callable[..., jax.Array] = Projection().apply
 
   def objective(params, frozen, stats, batch, train, key):
     views, dropout_key = jnp.concatenate([batch.image] * 2), None
@@ -200,7 +201,7 @@ def _make_objective(config: Config, setup: Setup) -> Callable:
     label, teacher = jnp.tile(batch.label, 2), frozen["teacher"]
     f, stats = _features(model, params["encoder"], stats, views, train, dropout_key)  # [2N, F]
     old_f, _ = _features(teacher_model, teacher["encoder"], teacher["stats"], views, False, None)
-    z = projection.apply({"params": params["projection"]}, f)
+    z = project({"params": params["projection"]}, f)
     own = lax.dynamic_index_in_dim(params["prototypes"], frozen["t"], keepdims=False)
     similarity = cosines(lax.stop_gradient(f), own)  # [2N, C]
     scores, target = (

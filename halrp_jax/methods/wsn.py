@@ -78,7 +78,7 @@ def make(config: Config, setup: Setup) -> Method:
     frozen, store = {"used": shared["used"], "rest": fixed}, store.child("train")
     trained, stats = fit(start, stats, frozen, task, fit_key, setup.epochs, store)
     masks = masks_of(trained["scores"])
-    packed = {n: jnp.packbits(x) for n, x in masks.items()}
+    packed: dict[str, Array] = {n: jnp.packbits(x) for n, x in masks.items()}
     task_state = TaskState(packed, trained["rest"] | fixed, stats, jnp.int32(task.num_classes))
     used = {n: shared["used"][n] | x for n, x in masks.items()}  # Alg. 1: accumulate the mask
     kernels, scores = trained["kernels"], trained["scores"]

@@ -17,7 +17,7 @@ class Batch(NamedTuple):
 
   image: jax.Array  # float32 [B, H, W, C] network input
   label: jax.Array  # int32 [B] class within the task
-  num_classes: jax.Array  # int32 []; [B, 1] where several tasks are learned together
+  num_classes: Array  # int32 []; [B, 1] where several tasks are learned together
   owner: jax.Array | None  # int32 [B] index of each image's task among them; None: one task
 
 
@@ -42,7 +42,7 @@ def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> 
   Returns:
     float32 [B, H, W, C]
   """
-  x = image.astype(jnp.float32) / 255
+  x: Params = image.astype(jnp.float32) / 255
   if owner is None:
     if inputs.permutation is not None:
       x = x.reshape(x.shape[0], -1)[:, inputs.permutation].reshape(*x.shape[:3], -1)
@@ -60,7 +60,7 @@ def stack_inputs(tasks: Sequence[Task]) -> Inputs:
   if any(task.inputs.permutation is not None for task in tasks):
     identity = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
     permutations = [task.inputs.permutation for task in tasks]
-    permutation = jnp.stack([identity if p is None else p for p in permutations])
+    permutation = jnp.stack([identity if p is None else jnp.asarray(p) for p in permutations])
   return Inputs(mean, std, permutation)
 
 
@@ -75,7 +75,8 @@ def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
   def join(name: str) -> Split:
     splits: list[Split] = [getattr(task, name) for task in tasks]
     owner = np.concatenate([np.full(len(s.index), t, np.int32) for t, s in enumerate(splits)])
-    index, label = (jnp.concatenate([s[i] for s in splits]) for i in (1, 2))
+    index = jnp.concatenate([s.index for s in splits])
+    label = jnp.concatenate([s.label for s in splits])
     return Split(splits[0].image, index, label, jnp.asarray(owner))
 
   sizes = tuple(len(task.train.index) for task in tasks)

@@ -218,7 +218,7 @@ def _two_images(image_shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
 
 
-def _flat(params: Params) -> dict[str, jax.Array]:
+def _flat(params: Params) -> dict[str, Params]:
   """Returns parameters by path."""
   return traverse_util.flatten_dict(params, sep="/")
 

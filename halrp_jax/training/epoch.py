@@ -110,6 +110,12 @@ def _make_choose_loop(setup: Setup, one_step: Callable, many_steps: Callable) ->
   return choose_loop
 
 
+@processes.by_first
+def _next_chunk(steps_per_second: float) -> int:
+  """Returns the number of steps in the next chunk, the same in all processes."""
+  return max(1, int(_CHUNK_SECONDS * steps_per_second))
+
+
 def _run_chunks(carry, rows, progress, run_steps, *args):
   """Trains all steps of an epoch, chunk by chunk; returns the last carry."""
   for batches in rows:
@@ -120,9 +126,6 @@ def _run_chunks(carry, rows, progress, run_steps, *args):
       steps_per_second = (stop - done) / (time.perf_counter() - begin)
       done = stop
       if done < num_steps:
-        # process 0 decides for all processes
-        chunk = processes.first_does(
-          lambda pace=steps_per_second: max(1, int(_CHUNK_SECONDS * pace))
-        )
+        chunk = _next_chunk(steps_per_second)
       progress(*carry, done, num_steps)
   return carry

@@ -34,6 +34,7 @@ def make_predict(method: Method) -> Callable[..., Array]:
 
   It is compiled once for all tasks, and returns the logits of a task's own classes alone.
   """
+  assert method.logits is not None, "make_predict needs a method with logits"
   logits_fn = jax.jit(method.logits)
 
   def predict(state, t, image):

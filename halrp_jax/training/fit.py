@@ -271,7 +271,7 @@ def _make_after_epoch(setup: Setup, recipe: Recipe, objective_fn: Callable) -> C
   It validates the network if the recipe asks for it, and returns the progress with the best epoch
   and the learning rate renewed, and what is logged of the epoch.
   """
-  validate = _make_validate(setup, objective_fn)
+  validate = processes.by_first(_make_validate(setup, objective_fn))
   is_validated = recipe.schedule == "plateau" or recipe.keep != "last"
 
   def after_epoch(progress, sums, frozen, task, blocks):
@@ -282,8 +282,7 @@ def _make_after_epoch(setup: Setup, recipe: Recipe, objective_fn: Callable) -> C
     found = {"loss": loss, "train_accuracy": 100 * accuracy}
     if not is_validated:
       return progress, found
-    # process 0 validates for all processes
-    loss, accuracy = processes.first_does(lambda: validate(progress.state, frozen, task))
+    loss, accuracy = validate(progress.state, frozen, task)
     best = _keep_best(recipe.keep, progress.best, progress.state, loss, accuracy)
     plateau = _cut_rate(setup.protocol, progress.plateau, loss)
     found |= {"valid_loss": loss, "valid_accuracy": accuracy}

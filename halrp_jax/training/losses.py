@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax.training import batches
-from halrp_jax.types import Params
+from halrp_jax.types import Array, Params
 
 
-def mask_classes(logits: jax.Array, num_classes: jax.Array) -> jax.Array:
+def mask_classes(logits: jax.Array, num_classes: Array) -> jax.Array:
   """Sets the logits of classes that a task does not have to -inf.
 
   Such classes are never predicted and get no gradient.
@@ -38,7 +38,7 @@ def cross_entropy_objective(apply_fn: Callable[..., tuple[jax.Array, Params]]) -
   return objective_fn
 
 
-def cross_entropy(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, label: jax.Array, num_classes: Array) -> jax.Array:
   """Returns the mean cross-entropy over a batch, a scalar.
 
   Args:

@@ -1,17 +1,32 @@
 """Networks as functions of their parameters, for `fit`: plain, head only, or perturbed."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from halrp_jax.keys import NetworkConfig
 from halrp_jax.nn.norm import MOMENTUM
 from halrp_jax.training import contract, losses
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Network, Params
 from halrp_jax.weights import perturb, trees
+
+
+class HasL2(Protocol):
+  """Config of a method with an L2 term on kernels."""
+
+  @property
+  def l2(self) -> float:
+    """Returns the coefficient."""
+    ...
+
+  @property
+  def l2_half(self) -> bool:
+    """Returns whether the term has a factor 1/2."""
+    ...
+
 
 # --- the plain network: first tasks, single-task learning, warm-up --------------------
 
@@ -45,7 +60,7 @@ def make_initialize(setup: Setup) -> Callable[[jax.Array], tuple[Params, Params]
   return jax.jit(lambda key: initialize(setup.model, key, setup.image_shape))
 
 
-def l2_coefficient(config: NetworkConfig) -> float:
+def l2_coefficient(config: HasL2) -> float:
   """Returns the coefficient of |W|^2 in the loss, from `method.l2` and `method.l2_half`."""
   return config.l2 * (0.5 if config.l2_half else 1.0)
 
@@ -94,8 +109,8 @@ def fix_batch_statistics(
   if not hasattr(model, "running"):
     return model, {}
   # one device computes this, even if training is mapped over several
-  changes = {"axis_name": None} if hasattr(model, "axis_name") else {}
-  running = model.clone(running=True, **changes)
+  single = model.clone(axis_name=None) if hasattr(model, "axis_name") else model
+  running = single.clone(running=True)
   start = running.init(jax.random.key(0), image[:1], train=False)["batch_stats"]
   # one training step gives s1 = (1 - momentum) s0 + momentum b: solve for the batch's b
   variables = {"params": params, "batch_stats": start}

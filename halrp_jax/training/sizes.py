@@ -26,7 +26,7 @@ def count_rest(rest: Params, kernels: Mapping[str, object], num_classes: int) ->
     kernels: anything by the paths of the layers that the kernels are from.
     num_classes: of the task; outputs of the head beyond them are not counted.
   """
-  flat = traverse_util.flatten_dict(rest, sep="/")
+  flat: Params = traverse_util.flatten_dict(rest, sep="/")
   biases = sum(x.size for path, x in flat.items() if trees.is_bias(path, kernels))
   head = sum(x.size // x.shape[-1] * num_classes for x in rest[trees.HEAD].values())
   others = sum(x.size for path, x in flat.items() if not path.startswith(f"{trees.HEAD}/"))

@@ -22,7 +22,7 @@ from flax.linen.linear import canonicalize_padding
 
 from halrp_jax.nn.conv import conv_general_dilated, patches, times
 from halrp_jax.nn.pool import window_sum
-from halrp_jax.types import UserError
+from halrp_jax.types import Params, UserError
 from halrp_jax.weights import lowrank
 
 # Measured: the multiply-adds that take as long as reading or writing one number in memory.
@@ -147,7 +147,7 @@ def apply(
 
 def run_detached(module: nn.Module, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
   """Returns the output of a layer, taken out of its network, with other parameters."""
-  apply_fn: Callable[..., jax.Array] = module.clone(parent=None, name=None).apply
+  apply_fn: Callable[..., Params] = module.clone(parent=None, name=None).apply
   return apply_fn({"params": params}, x)
 
 

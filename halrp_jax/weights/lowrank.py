@@ -212,12 +212,12 @@ def _decompose_randomized(
     return decompose(base, free)
   R, S = least_squares_scales(base, free)
   rest = residual(base, free, R, S)  # [J, I]
-  Q, _ = jnp.linalg.qr(rest @ jax.random.normal(key, (num_in, width)))
+  q, _ = jnp.linalg.qr(rest @ jax.random.normal(key, (num_in, width)))
   for _ in range(_POWER_ITERATIONS):
-    P, _ = jnp.linalg.qr(rest.T @ Q)
-    Q, _ = jnp.linalg.qr(rest @ P)
-  U, sigma, Vt = jnp.linalg.svd(Q.T @ rest, full_matrices=False)
-  U = Q @ U
+    p, _ = jnp.linalg.qr(rest.T @ q)
+    q, _ = jnp.linalg.qr(rest @ p)
+  left, sigma, Vt = jnp.linalg.svd(q.T @ rest, full_matrices=False)
+  U = q @ left
   return Decomposition(R, S, U[:, :rank], sigma[:rank], Vt[:rank].T, jnp.sum(rest**2))
 
 

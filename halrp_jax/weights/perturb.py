@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.module import InterceptorContext
+from jax.core import Tracer
 
 from halrp_jax.nn.conv import times
 from halrp_jax.types import Params, UserError, brief
@@ -75,7 +76,7 @@ def init(
 
   apply_fn: Callable[..., Params] = model.apply
   found = proof.find_layers(lambda v: apply_fn(v, *args, **kwargs), names, variables)
-  is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, args)))
+  is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((variables, args)))
   for name, layer in found.items():
     if is_traced and not layer.is_sure:
       raise UserError(

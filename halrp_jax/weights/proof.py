@@ -8,7 +8,7 @@ layers.
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -97,7 +97,7 @@ def find_layers(
   names = frozenset(names)
 
   def run(variables: Mapping[str, Params]) -> Params:
-    flat = traverse_util.flatten_dict(variables["params"], sep=trees.SEPARATOR)
+    flat: Params = traverse_util.flatten_dict(variables["params"], sep=trees.SEPARATOR)
 
     def intercept(
       next_fun: Callable[..., Params],
@@ -254,7 +254,7 @@ def _agree(
   a: jax.typing.ArrayLike, b: jax.typing.ArrayLike, *dtypes: jax.typing.DTypeLike
 ) -> jax.Array:
   """Returns whether two arrays agree up to the rounding of their dtype and of `dtypes`."""
-  if jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
+  if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
     a, b = jax.random.key_data(a), jax.random.key_data(b)
   a, b = jnp.asarray(a), jnp.asarray(b)
   if a.shape != b.shape or a.dtype != b.dtype:
@@ -296,7 +296,7 @@ def stand_ins(key: jax.Array, tree: Params) -> Params:
 
 
 @contextlib.contextmanager
-def as_user_errors(what: str = "the network") -> Iterator[None]:
+def as_user_errors(what: str = "the network") -> Generator[None]:
   """Turns every exception of the block into a UserError: `what` can't be applied."""
   try:
     yield

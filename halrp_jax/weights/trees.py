@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import jax
 from flax import traverse_util
 
-from halrp_jax.types import Params
+from halrp_jax.types import Array, Params
 
 HEAD = "head"  # name of the classifying layer, which is never perturbed
 SEPARATOR = "/"
@@ -16,7 +16,7 @@ SEPARATOR = "/"
 
 def layer_names(params: Params) -> tuple[str, ...]:
   """Returns the sorted paths of all layers with a kernel, except the head."""
-  paths = traverse_util.flatten_dict(params)
+  paths: Params = traverse_util.flatten_dict(params)
   names = (SEPARATOR.join(path[:-1]) for path in paths if path[-1] == "kernel" and path[:-1])
   return tuple(sorted(n for n in names if n.split(SEPARATOR)[0] != HEAD))
 
@@ -28,7 +28,9 @@ def split(params: Params) -> tuple[dict[str, jax.Array], Params]:
 
 def take_out(names: Iterable[str], params: Params) -> tuple[dict[str, jax.Array], Params]:
   """Splits parameters into the kernels of the layers `names`, by path, and the rest."""
-  flat = traverse_util.flatten_dict(params)  # no separator: names of parameters may have slashes
+  flat: Params = traverse_util.flatten_dict(
+    params
+  )  # no separator: names of parameters may have slashes
   kernels = {name: flat.pop(_kernel_path(name)) for name in names}
   return kernels, traverse_util.unflatten_dict(flat)
 
@@ -38,9 +40,9 @@ def _kernel_path(name: str) -> tuple[str, ...]:
   return (*name.split(SEPARATOR), "kernel")
 
 
-def join(kernels: Mapping[str, jax.Array], rest: Params) -> Params:
+def join(kernels: Mapping[str, Array], rest: Params) -> Params:
   """Joins kernels by path and the other parameters. Inverts `split`."""
-  flat = traverse_util.flatten_dict(rest)
+  flat: Params = traverse_util.flatten_dict(rest)
   flat |= {_kernel_path(name): kernel for name, kernel in kernels.items()}
   return traverse_util.unflatten_dict(flat)
 
@@ -54,14 +56,14 @@ def split_biases(rest: Params, names: Collection[str]) -> tuple[dict[str, jax.Ar
     rest: parameters without the kernels of these layers.
     names: paths of layers.
   """
-  flat = traverse_util.flatten_dict(rest, sep=SEPARATOR)
+  flat: Params = traverse_util.flatten_dict(rest, sep=SEPARATOR)
   biases = {path: flat.pop(path) for path in list(flat) if is_bias(path, names)}
   return biases, traverse_util.unflatten_dict(flat, sep=SEPARATOR)
 
 
-def join_biases(biases: Mapping[str, jax.Array], others: Params) -> Params:
+def join_biases(biases: Mapping[str, Array], others: Params) -> Params:
   """Joins biases by path and the other parameters. Inverts `split_biases`."""
-  flat = traverse_util.flatten_dict(others, sep=SEPARATOR)
+  flat: Params = traverse_util.flatten_dict(others, sep=SEPARATOR)
   return traverse_util.unflatten_dict(flat | dict(biases), sep=SEPARATOR)
 
 
@@ -81,7 +83,7 @@ def split_private(params: Params, norm: bool) -> tuple[Params, Params]:
   Returns:
     The shared parameters and the private ones.
   """
-  flat = traverse_util.flatten_dict(params, sep=SEPARATOR)
+  flat: Params = traverse_util.flatten_dict(params, sep=SEPARATOR)
   norms = {p.rpartition(SEPARATOR)[0] for p in flat if p.endswith(f"{SEPARATOR}scale")}
 
   def is_private(path: str) -> bool:
