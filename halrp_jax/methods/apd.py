@@ -31,7 +31,7 @@ decomposition", 2020 (arXiv 1902.09432), Alg. 1, Eq. 3 to 6, and its program.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -290,9 +290,8 @@ def _k_means(
   """
   start = np.concatenate([known, rows[np.sort(rng.choice(len(rows), num_new, replace=False))]])
   flat = rows.reshape(len(rows), -1)
-  # scikit-learn has no types: a checker would demand texts, the types of the defaults
-  k_means: Callable[..., KMeans] = KMeans
-  found = k_means(len(start), init=start.reshape(len(start), -1), n_init=1, max_iter=_ITERATIONS)
+  settings: dict[str, Params] = {"init": start.reshape(len(start), -1), "n_init": 1}
+  found = KMeans(len(start), max_iter=_ITERATIONS, **settings)
   label = found.fit_predict(flat)
   return label, jnp.asarray(found.cluster_centers_, jnp.float32).reshape(start.shape)
 

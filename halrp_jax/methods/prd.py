@@ -191,7 +191,7 @@ def _make_objective(config: Config, setup: Setup) -> Callable:
   booleans "seen" [T, C] for the classes of earlier tasks, and the index "t" of the task.
   """
   model, teacher_model = setup.model, setup.measuring
-  project: Callable[..., jax.Array] = Projection().apply
+  project: Callable[..., Params] = Projection().apply
 
   def objective(params, frozen, stats, batch, train, key):
     views, dropout_key = jnp.concatenate([batch.image] * 2), None

@@ -59,7 +59,7 @@ def stack_inputs(tasks: Sequence[Task]) -> Inputs:
   permutation = None
   if any(task.inputs.permutation is not None for task in tasks):
     identity = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
-    permutations = [task.inputs.permutation for task in tasks]
+    permutations: list[Params] = [task.inputs.permutation for task in tasks]
     permutation = jnp.stack([identity if p is None else jnp.asarray(p) for p in permutations])
   return Inputs(mean, std, permutation)
 
