@@ -1,13 +1,20 @@
-"""The systems by name. Each is one module with
+"""The continual-learning methods by name.
 
-  Config          its own config keys (`method.*`): a dataclass of fields made by `keys`
-  VARIANTS        optional: {variant: {key: value}}, what a key left None means
-  check(config)   optional: errors that concern several keys of a run's config, a list of lines
-  TaskState       what it keeps of a task: a NamedTuple with at least `stats` and `num_classes`
-  make(config, setup) -> types.Method     config: its own
+Each method is one module with
 
-To add one: a file beside this one and a line in `METHODS`.
+  Config                        its config keys `method.*`: a dataclass of fields made by `keys`
+  VARIANTS                      optional: {variant: {key: value}}, the values of keys left None
+  check(config) -> list[str]    optional: errors in a run's config that concern several keys
+  TaskState                     the state of a task: a NamedTuple with at least `stats` and
+                                `num_classes`
+  make(config, setup) -> types.Method    builds the method; `config` is its `Config`
+
+To add one, write a file beside this one and add a line to `METHODS`.
 """
+
+from types import ModuleType
+
+import flax.linen as nn
 
 from halrp_jax import models
 from halrp_jax.devices import parallel
@@ -32,9 +39,9 @@ from halrp_jax.methods import (
 )
 from halrp_jax.training import contract, evaluate, population
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Benchmark, Method, State, UserError
+from halrp_jax.types import Benchmark, Method, Params, State, UserError
 
-METHODS = {
+METHODS: dict[str, ModuleType] = {
   "halrp": halrp,
   "stl": stl,
   "mtl": mtl,
@@ -53,19 +60,23 @@ METHODS = {
   "ibpwf": ibpwf,
 }
 
-# whose rules need the kernel [.., J] of every layer to have its inputs before and its outputs last
+# Methods that need kernels [.., J], whose last axis are the outputs of the layer.
 _PLAIN_LAYERS = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "wsn"}
 
 
 def make(
-  config: Config, model, benchmark: Benchmark, layout: parallel.Layout | None = None
+  config: Config, model: nn.Module, benchmark: Benchmark, layout: parallel.Layout | None = None
 ) -> Method:
   """Builds the method that `config.method.name` names, ready to learn and to predict.
 
-  Without a layout, that of `config.parallel` is made.
+  Args:
+    config: of the run.
+    model: the network.
+    benchmark: its number of tasks, image shape and widest task are used.
+    layout: how the devices are used; by default made from `config.parallel`.
 
   Raises:
-    UserError: if the network is not what the method demands (`contract`).
+    UserError: if the network does not meet the requirements of the method (`contract`).
   """
   _check_network(config.method.name, model, benchmark)
   setup = setup_of(config, model, benchmark, layout)
@@ -74,18 +85,18 @@ def make(
     if not contract.is_own(model):
       population.require_measurable(model, benchmark.image_shape)
     fixed = models.with_stored_statistics(model)
-    logits_fn = (
-      method if fixed is model else _complete(config, setup._replace(model=fixed))
-    ).logits
-    learn = population.keep(method, logits_fn, setup.evaluation_batch_size)
+    evaluated = method if fixed is model else _complete(config, setup._replace(model=fixed))
+    logits_fn = evaluated.logits
+    assert logits_fn is not None  # of `_complete`
+    learn = population.wrap_learn(method, logits_fn, setup.evaluation_batch_size)
     method = method._replace(learn=learn)
   return method._replace(predict=evaluate.make_predict(method))
 
 
 def setup_of(
-  config: Config, model, benchmark: Benchmark, layout: parallel.Layout | None = None
+  config: Config, model: nn.Module, benchmark: Benchmark, layout: parallel.Layout | None = None
 ) -> Setup:
-  """Returns what a method is made from, beside its own config."""
+  """Returns what a method is made from besides its own config; arguments as for `make`."""
   return Setup(
     model=model,
     image_shape=benchmark.image_shape,
@@ -105,26 +116,37 @@ def setup_of(
 
 
 def _complete(config: Config, setup: Setup) -> Method:
-  """Returns what the method's file gives, with `logits`."""
-  method = METHODS[config.method.name].make(config.method, setup)
-  if method.logits:
+  """Returns the method as its module builds it, with `logits` derived from `network`."""
+  method: Method = METHODS[config.method.name].make(config.method, setup)
+  if method.logits is not None:
     return method
+  assert method.network is not None, f"{config.method.name} has neither logits nor network"
   return method._replace(logits=evaluate.logits_of(setup.model, method.network))
 
 
 def restore(name: str, state: State) -> State:
-  """Returns a state that was read, where older versions kept dicts in place of `TaskState`."""
-  kind = METHODS[name].TaskState
+  """Converts the task states of a method state that was read from a file to `TaskState`.
 
-  def typed(task):
-    return kind(**({"stats": {}} | task)) if isinstance(task, dict) else task
+  Older versions stored dicts in their place.
 
-  return State(state.shared, tuple(map(typed, state.tasks)))
+  Args:
+    name: of the method.
+    state: as it was read.
+  """
+  task_state = METHODS[name].TaskState
+
+  def convert(task: Params) -> Params:
+    return task_state(**({"stats": {}} | task)) if isinstance(task, dict) else task
+
+  return State(state.shared, tuple(map(convert, state.tasks)))
 
 
-def _check_network(name: str, model, benchmark: Benchmark) -> None:
-  """Refuses a network of somebody else's that the method can't work with."""
-  if contract.is_own(model) or name in ("halrp", "be"):  # which do it themselves
+def _check_network(name: str, model: nn.Module, benchmark: Benchmark) -> None:
+  """Raises UserError if the method called `name` can't use a network that is not of this package.
+
+  HALRP and BE check the network themselves.
+  """
+  if contract.is_own(model) or name in ("halrp", "be"):
     return
   variables = contract.check(model, benchmark.image_shape, benchmark.max_classes)
   if name in _PLAIN_LAYERS:
@@ -135,8 +157,15 @@ def _check_network(name: str, model, benchmark: Benchmark) -> None:
     )
 
 
-def variant_defaults(method_config: dict) -> dict:
-  """What the keys left None mean under `method.variant`; empty for methods without variants."""
-  variants = getattr(METHODS[method_config["name"]], "VARIANTS", {})
+def variant_defaults(method_config: dict[str, object]) -> dict[str, object]:
+  """Returns the values of the keys left None, which `method.variant` chooses.
+
+  Args:
+    method_config: the keys `method.*` by name.
+
+  Returns:
+    Values by key; {} for a method without variants.
+  """
+  variants = getattr(METHODS[str(method_config["name"])], "VARIANTS", {})
   chosen = method_config.get("variant")
   return variants.get(chosen, {}) if isinstance(chosen, str) else {}

@@ -3,33 +3,49 @@
 | symbol  | here                | meaning |
 |---------|---------------------|---------|
 | sigma   | shared["kernels"]   | kernels that all tasks share |
-| v_t     | `draw_v`            | what is trained: m_t = sigmoid(v_t), `masks_of` |
+| m_t     | tasks[t].mask       | factor for every output: sigmoid(v_t), `masks_of` |
+| v_t     | `draw_v`            | trained parameters of the mask |
+| tau_t   | tasks[t].tau        | additions of the task to the kernels |
 
-m_t and tau_t are in the states of the tasks. tau is trained dense; in prediction its entries of at
-most the L1 coefficient in size are 0.
+tau is dense while it is trained. For predictions, its entries whose magnitude does not exceed the
+L1 coefficient are set to 0.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from halrp_jax import keys
 from halrp_jax.training import sizes
-from halrp_jax.types import Size, State
+from halrp_jax.types import Array, Size, State
+
+Arrays = TypeVar("Arrays")  # a pytree of arrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of the methods of this file."""
+  """Config keys `method.*` that APD and APDfix share."""
 
   l1: float = keys.number(
-    4e-4, 0, None, "L1 coefficient on tau, and the size up to which tau is 0 in prediction"
+    4e-4, 0, None, "L1 coefficient on tau, and magnitude up to which tau is 0 in predictions"
   )
 
 
-def draw_v(key: jax.Array, kernels) -> dict[str, jax.Array]:
-  """Draws v near 0, hence masks near 1/2: variance scaling over a layer's J outputs."""
+def draw_v(key: jax.Array, kernels: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Draws v near 0, so that masks are near 1/2.
+
+  Its standard deviation is about 1/sqrt(J) for a layer with J outputs (variance scaling).
+
+  Args:
+    key: of v.
+    kernels: [.., J] by layer path.
+
+  Returns:
+    v [J] by layer path.
+  """
   keys = jax.random.split(key, len(kernels))
   return {
     name: jax.random.truncated_normal(k, -2, 2, w.shape[-1:]) / jnp.sqrt(w.shape[-1])
@@ -37,36 +53,45 @@ def draw_v(key: jax.Array, kernels) -> dict[str, jax.Array]:
   }
 
 
-def masks_of(v):
-  """Returns m = sigmoid(v)."""
+def masks_of(v: Arrays) -> Arrays:
+  """Returns the masks m = sigmoid(v), a tree like `v`."""
   return jax.tree.map(jax.nn.sigmoid, v)
 
 
-def compose(sigma, mask, tau):
-  """Returns sigma * m + tau by layer; a layer that is missing in `tau` has none."""
+def compose(
+  sigma: Mapping[str, Array], mask: Mapping[str, Array], tau: Mapping[str, Array]
+) -> dict[str, Array]:
+  """Returns the kernels sigma * m + tau.
+
+  Args:
+    sigma: shared kernels [.., J] by layer path.
+    mask: m [J] by layer path.
+    tau: additions [.., J] by layer path; a layer without an entry has none.
+  """
   return {n: times(w, mask[n]) + tau.get(n, 0) for n, w in sigma.items()}
 
 
-def times(kernel, mask):
-  """Returns sigma * m, with a factor m [.., J] for every output; leading axes of m come first."""
+def times(kernel: Array, mask: Array) -> Array:
+  """Returns a kernel [.., J] times masks [*leading, J], as [*leading, .., J]."""
   lead, width = mask.shape[:-1], mask.shape[-1]
   kernel = kernel.reshape((1,) * len(lead) + kernel.shape)
   return kernel * mask.reshape(*lead, *(1,) * (kernel.ndim - len(lead) - 1), width)
 
 
-def prune(tau, threshold: float):
-  """Sets the entries of tau to 0 that are at most `threshold` in size."""
+def prune(tau: Arrays, threshold: float) -> Arrays:
+  """Sets the entries of tau to 0 whose magnitude does not exceed `threshold`."""
   return jax.tree.map(lambda x: jnp.where(jnp.abs(x) <= threshold, 0, x), tau)
 
 
 def size(state: State, num_local: int, nonzero_local: int, training_only: int) -> Size:
-  """Counts sparse tau with a bit for every entry, masks, BatchNorm and heads.
+  """Returns the size with masks, BatchNorm, heads, and sparse tau with a bit for every entry.
 
-  The first task's network counts as a whole; its mask and tau come on top where it has any.
+  The base is the network of the first task. If the first task has a mask and tau, they are counted
+  too.
 
   Args:
-    state: its tasks have `mask`, `tau` (as predicted with), `rest`, `stats` and `num_classes`.
-    num_local: numbers that some tasks share besides sigma, dense.
+    state: its task states have `mask`, `tau` (pruned), `rest`, `stats` and `num_classes`.
+    num_local: numbers of dense arrays that some of the tasks share.
     nonzero_local: how many of them are not 0.
     training_only: as in `Size`.
   """

@@ -1,13 +1,13 @@
-"""What L2 and EWC share: one network for all tasks, held near where the tasks before left it.
+"""What L2 and EWC share: one network for all tasks, with a penalty on leaving an anchor.
 
 | here                       | meaning |
 |----------------------------|---------|
-| shared["params"]           | features, which every task goes on training |
-| shared["stats"]            | running statistics, where BatchNorm is shared |
-| shared["anchor"]           | what the penalty is made of, for training alone |
+| shared["params"]           | parameters that every task trains: all layers except the head |
+| shared["stats"]            | BatchNorm's running statistics, if BatchNorm is shared |
+| shared["anchor"]           | the earlier parameters and their weights, for training alone |
 
-A task is predicted with the features as they are now, hence these methods forget. Population
-statistics stay those of the features when the task was learned.
+All tasks are predicted with the current shared parameters, hence these methods forget. Population
+statistics stay those of the time when the task was learned.
 """
 
 import dataclasses
@@ -21,36 +21,45 @@ from halrp_jax import keys
 from halrp_jax.training import networks, sizes
 from halrp_jax.training.fit import make_fit
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Array, Method, Network, Params, State, Task
+from halrp_jax.types import Array, Method, Network, Params, Size, State, Task
 from halrp_jax.weights import trees
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of the methods of this file."""
+  """Config keys `method.*` that L2 and EWC share."""
 
   bn_scope: str = keys.one_of(
-    "shared", ("shared", "task"), "whether BatchNorm is one of the shared features or the task's"
+    "shared", ("shared", "task"), "whether all tasks share BatchNorm, or each task has its own"
   )
 
 
 class TaskState(NamedTuple):
-  private: Params  # head; BatchNorm too with method.bn_scope = "task"
-  stats: Params  # its statistics then, and always with population statistics
+  """State of a task."""
+
+  private: Params  # head, and BatchNorm with method.bn_scope = "task"
+  stats: Params  # BatchNorm's statistics with bn_scope = "task" or population statistics, else {}
   num_classes: Array  # int32 []
 
 
 class Anchor(NamedTuple):
-  """What holds the shared parameters, as functions of an anchor: a pytree of the method."""
+  """Functions of an anchor, a pytree of the method that the shared parameters are held near."""
 
   first: Callable[[Params], Params]  # (shared parameters) -> anchor that penalises nothing
-  distance: Callable[[Params, Params], jax.Array]  # (shared parameters, anchor) -> penalty
-  # (anchor, all parameters after a task, statistics, task) -> anchor for the next one
+  # (shared parameters, anchor) -> penalty
+  distance: Callable[[Params, Params], jax.Array | int | float]
+  # (anchor, all parameters after a task, statistics, task) -> anchor for the next task
   following: Callable[[Params, Params, Params, Task], Params]
 
 
 def make(config: Config, setup: Setup, anchors: Anchor) -> Method:
-  """Builds a method with a penalty on leaving an anchor."""
+  """Builds a method with a penalty on leaving an anchor.
+
+  Args:
+    config: of the method.
+    setup: of the run.
+    anchors: the functions in which the methods differ.
+  """
   own_norm = config.bn_scope == "task"
   apply_fn, l2_penalty = networks.plain_network(setup.model)
 
@@ -73,8 +82,9 @@ def make(config: Config, setup: Setup, anchors: Anchor) -> Method:
     params, stats = fit(params, stats, frozen, task, fit_key, setup.epochs, store.child("train"))
     anchor = store.once("anchor", lambda: anchors.following(anchor, params, stats, task))
     shared, private = trees.split_private(params, own_norm)
-    learned = TaskState(private, stats if own_norm else {}, jnp.int32(task.num_classes))
-    return state.append(learned, params=shared, stats={} if own_norm else stats, anchor=anchor), {}
+    task_state = TaskState(private, stats if own_norm else {}, jnp.int32(task.num_classes))
+    stats = {} if own_norm else stats
+    return state.append(task_state, params=shared, stats=stats, anchor=anchor), {}
 
   def network(shared, task):
     params = trees.join_private(shared["params"], task.private)
@@ -84,22 +94,23 @@ def make(config: Config, setup: Setup, anchors: Anchor) -> Method:
 
 
 def _warm_start(state: State, fresh: Params, own_norm: bool) -> tuple[Params, Params, Params]:
-  """Returns params, stats and anchor as the task before left them, but for a fresh head."""
-  before = state.tasks[-1]
-  private = networks.fresh_head(before.private, fresh)
+  """Returns the params, stats and anchor of the previous task, with a fresh head in the params."""
+  previous = state.tasks[-1]
+  private = networks.fresh_head(previous.private, fresh)
   params = trees.join_private(state.shared["params"], private)
-  stats = before.stats if own_norm else state.shared["stats"]
+  stats = previous.stats if own_norm else state.shared["stats"]
   return params, stats, state.shared["anchor"]
 
 
-def size(state: State):
-  """Later tasks add their heads, and BatchNorm where it is theirs; anchors are for training."""
+def size(state: State) -> Size:
+  """Returns the size: later tasks add their heads, and BatchNorm if they have their own.
+
+  Anchors are for training alone.
+  """
   first, *later = state.tasks
-  counts = []
-  for learned in state.tasks:
-    params = trees.join_private(state.shared["params"], learned.private)
-    counts.append(sizes.network_count(*trees.split(params), int(learned.num_classes)))
+  params = trees.join_private(state.shared["params"], first.private)
+  base = sizes.network_count(*trees.split(params), int(first.num_classes))
   private = [sizes.count_rest(p.private, {}, int(p.num_classes)).counted for p in later]
   stats, unused = sizes.count_statistics(state)
   anchors = sizes.count_leaves(state.shared["anchor"])
-  return sizes.dense_size(counts[0], sum(private), stats, anchors + unused)
+  return sizes.dense_size(base, sum(private), stats, anchors + unused)

@@ -1,29 +1,29 @@
-"""APD: additive parameter decomposition, shared weights that go on learning + sparse additions.
+"""APD: additive parameter decomposition into weights that all tasks train and sparse additions.
 
-Update rule: theta_i = sigma * m_i + tau_i + L_c(i), m_i = sigmoid(v_i). Task t trains sigma, v_t
-and all tau_i, i <= t, by Adam on its cross-entropy and
+Update rule: theta_i = sigma * m_i + tau_i + L_c(i) with m_i = sigmoid(v_i). Task t trains sigma,
+v_t and all tau_i, i <= t, with Adam on its cross-entropy plus
   l1 sum_i |tau_i| + a/2 sum_{i<t} |theta_i - theta_i*|^2 + l2 (|tau_t|^2 + |v_t|^2),
-theta_i* being theta_i when task t began; sigma has l2 |sigma|^2 in task 0 alone.
+where theta_i* is theta_i at the start of task t. In task 0, l2 |sigma|^2 is added.
 
 | paper   | here                   | meaning |
 |---------|------------------------|---------|
 | sigma   | shared["kernels"]      | kernels that all tasks share and train |
-| L       | shared["local"][layer] | what the tasks of a cluster share, [1 + K, ..]; first 0 |
-| -       | shared["centroid"]     | of the clusters, by layer [K, ..]; for training alone |
-| a       | method.retroactive     | |
-| s, k, beta | method.{every,clusters,close} | consolidation |
+| L       | shared["local"][layer] | values that a cluster's tasks share [1 + K, ..]; row 0: zeros |
+| -       | shared["centroid"]     | clusters' centroids by layer [K, ..]; for training alone |
+| a       | method.retroactive     | coefficient of the retroactive term |
+| s, k, beta | method.{every,clusters,close} | settings of the consolidation |
 
-Phases: training; after every s tasks hierarchical consolidation: the tau_i of a layer are clustered
-by k-means; where the members of a cluster differ by at most beta, the middle becomes L and leaves
-their tau_i. The retroactive term makes old tasks forget little, not nothing.
+Phases: training, and hierarchical consolidation after every s tasks. It clusters the tau_i of a
+layer by k-means. Where the members of a cluster differ by at most beta, the middle of their values
+becomes L and their tau_i are set to 0. The retroactive term keeps forgetting small, but not zero.
 
-method.old_tau = "closed_form" is ours: given sigma, what minimises the terms of an old task is
-tau_i = soft(theta_i* - sigma * m_i, l1/a), so that these terms are a function of sigma alone (a
-Huber loss) and an old tau needs no gradient and no moments.
+method.old_tau = "closed_form" is an addition of this package. For given sigma, the terms of an old
+task are minimal at tau_i = soft(theta_i* - sigma * m_i, l1/a). With this tau_i they are a function
+of sigma alone, a Huber loss, and an old tau needs no gradient and no moments.
 
-Deviations from the authors' program: it trains the v_i of old tasks too, against a flag of its own,
-and draws the biases anew for every task; here old v_i stay as they are, and biases start where the
-task before left them.
+Deviations from the authors' program: it also trains the v_i of old tasks, although a flag of its
+own says otherwise, and draws the biases anew for every task. Here old v_i stay as they are, and
+biases start from those of the previous task.
 
 Reference: J. Yoon et al., "Scalable and order-robust continual learning with additive parameter
 decomposition", 2020 (arXiv 1902.09432), Alg. 1, Eq. 3 to 6, and its program.
@@ -31,7 +31,7 @@ decomposition", 2020 (arXiv 1902.09432), Alg. 1, Eq. 3 to 6, and its program.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ from sklearn.cluster import KMeans
 from halrp_jax import keys
 from halrp_jax.methods import additive
 from halrp_jax.training import losses, networks, sizes
-from halrp_jax.training.fit import make_fit
+from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Method, Network, Params, Size, State, Task
 from halrp_jax.weights import trees
@@ -52,13 +52,15 @@ _ITERATIONS = 100  # of k-means, as in APD's program
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(additive.Config):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of APD."""
 
   retroactive: float = keys.number(
-    100.0, 0, None, "a: coefficient on the change of the tasks before", True
+    100.0, 0, None, "a: coefficient on the change of earlier tasks", True
   )
   old_tau: str = keys.one_of(
-    "trained", ("trained", "closed_form"), "how the tau of the tasks before follow sigma"
+    "trained",
+    ("trained", "closed_form"),
+    "how the tau of earlier tasks follow sigma: trained, or the minimum for given sigma",
   )
   every: int = keys.whole(5, 0, None, "s: tasks between two consolidations; 0: never")
   clusters: int = keys.whole(2, 1, None, "k: clusters for every s tasks")
@@ -66,8 +68,10 @@ class Config(additive.Config):
 
 
 class TaskState(NamedTuple):
+  """State of a task."""
+
   mask: dict[str, Array]  # m_i by layer, [J]: a factor for every output
-  tau: dict[str, Array]  # tau_i by layer, of the kernel's shape; in prediction 0 where at most l1
+  tau: dict[str, Array]  # tau_i by layer, in the kernel's shape; pruned for predictions alone
   cluster: dict[str, Array]  # c(i), int32 [] by layer: row of L
   rest: Params  # biases, BatchNorm and head
   stats: Params  # BatchNorm's statistics
@@ -75,10 +79,14 @@ class TaskState(NamedTuple):
 
 
 def check(config: keys.Config) -> list[str]:
-  """Returns errors that concern several keys."""
+  """Returns the errors of a run's config that concern several keys of APD."""
   m = config.method
+  assert isinstance(m, Config)
   if m.every and m.clusters > m.every:
-    return [f"method.clusters must be <= method.every, got {m.clusters} and {m.every}"]
+    return [
+      f"method.clusters = {m.clusters} must be at most method.every = {m.every}: lower it, or set "
+      "method.every=0"
+    ]
   return []
 
 
@@ -92,7 +100,7 @@ def make(config: Config, setup: Setup) -> Method:
     start, frozen, stats = _start(config, state, *initialize(init_key), v_key)
     args = (start, stats, frozen, task, fit_key, setup.epochs, store.child("train"))
     trained, stats = fit(*args)  # Alg. 1: minimise Eq. 3
-    state = _renew(config, state, trained, frozen, stats, task)
+    state = _update(config, state, trained, frozen, stats, task)
     if config.every and len(state.tasks) % config.every == 0:
       seed = int(jax.random.randint(cluster_key, (), 0, 2**31 - 1))
       state = store.once(
@@ -108,11 +116,15 @@ def make(config: Config, setup: Setup) -> Method:
   return Method(learn, functools.partial(size, config), network, serves=serves)
 
 
-# --- Algorithm 1: the objective and what it starts from --------------------------------
+# --- Algorithm 1: the objective and its start -------------------------------------------
 
 
-def _make_fit(config: Config, setup: Setup) -> Callable:
-  """Builds `make_fit` of Eq. 3: `params` has sigma, v_t, the tau of all tasks, biases and head."""
+def _make_fit(config: Config, setup: Setup) -> Fit:
+  """Builds `fit` for Eq. 3.
+
+  `params` has "sigma", "v" and "tau" of the task, "old" with the tau of earlier tasks, and "rest"
+  with biases, BatchNorm and head. `frozen` is from `_start`.
+  """
   l2 = networks.l2_coefficient(config)
 
   def apply_fn(params, frozen, *args):
@@ -120,9 +132,9 @@ def _make_fit(config: Config, setup: Setup) -> Callable:
     kernels = additive.compose(params["sigma"], mask, params["tau"])
     return networks.apply_model(setup.model, trees.join(kernels, params["rest"]), *args)
 
-  def of_task_before(sigma, old, mask, anchor):
-    """Returns the penalty of one layer for the tasks before; all with leading axes [P]."""
-    shift = anchor - additive.times(sigma, mask)  # what tau would have to be; L drops out
+  def of_earlier_tasks(sigma, old, mask, anchor):
+    """Returns the penalty of one layer; old, mask and anchor have a leading axis of tasks [P]."""
+    shift = anchor - additive.times(sigma, mask)  # the tau that leaves theta as it was; without L
     if config.old_tau == "closed_form":
       return jnp.sum(huber(shift, config.l1, config.retroactive))
     change = 0.5 * config.retroactive * jnp.sum((old - shift) ** 2)
@@ -133,32 +145,34 @@ def _make_fit(config: Config, setup: Setup) -> Callable:
     own += l2 * losses.sum_squares((params["tau"], params["v"]))
     own += frozen["l2_sigma"] * losses.sum_squares(params["sigma"])
     return own + sum(
-      of_task_before(w, params["old"].get(n), frozen["mask"][n], frozen["anchor"][n])
+      of_earlier_tasks(w, params["old"].get(n), frozen["mask"][n], frozen["anchor"][n])
       for n, w in params["sigma"].items()
     )
 
   return make_fit(setup, apply_fn, penalty)
 
 
-def _start(config: Config, state: State, params: Params, stats: Params, v_key):
-  """Returns what is trained, what is held (`frozen`), and statistics.
+def _start(
+  config: Config, state: State, params: Params, stats: Params, v_key: jax.Array
+) -> tuple[dict, dict, Params]:
+  """Returns `params`, `frozen` and `stats` at the start of a task.
 
-  sigma, biases and BatchNorm are as the task before left them, the head is fresh.
+  sigma, biases and BatchNorm are those of the previous task, the head is fresh.
 
   Args:
     config: of the method.
     state: before the task.
-    params: fresh ones.
-    stats: fresh ones.
-    v_key: for the masks.
+    params: freshly drawn.
+    stats: freshly drawn.
+    v_key: of the masks.
   """
   sigma, rest = trees.split(params)
   if state.tasks:
-    before = state.tasks[-1]
-    sigma, stats = state.shared["kernels"], before.stats
-    rest = networks.fresh_head(before.rest, rest)
+    previous = state.tasks[-1]
+    sigma, stats = state.shared["kernels"], previous.stats
+    rest = networks.fresh_head(previous.rest, rest)
   mask, old = (_stack(state.tasks, field, sigma) for field in ("mask", "tau"))
-  # Alg. 1: restore theta_i*; without L, which drops out of its change
+  # Alg. 1: restore theta_i*; without L, which is the same in theta_i and cancels
   anchor = {n: additive.times(w, mask[n]) + old[n] for n, w in sigma.items()}
   l2_sigma = jnp.float32(0 if state.tasks else networks.l2_coefficient(config))
   start = {
@@ -171,17 +185,19 @@ def _start(config: Config, state: State, params: Params, stats: Params, v_key):
   return start, {"mask": mask, "anchor": anchor, "l2_sigma": l2_sigma}, stats
 
 
-def _renew(config: Config, state: State, trained, frozen, stats: Params, task: Task) -> State:
-  """Returns the state with the new task, with the tau of all tasks and sigma as trained."""
+def _update(
+  config: Config, state: State, trained: dict, frozen: dict, stats: Params, task: Task
+) -> State:
+  """Returns the method state with the new task, and with sigma and all tau as trained."""
   sigma, old = trained["sigma"], trained["old"]
   if config.old_tau == "closed_form":
     anchor, mask = frozen["anchor"], frozen["mask"]
     shift = {n: anchor[n] - additive.times(w, mask[n]) for n, w in sigma.items()}
     old = jax.tree.map(lambda x: soft(x, config.l1 / config.retroactive), shift)
-  before = tuple(
+  earlier = tuple(
     p._replace(tau={n: x[i] for n, x in old.items()}) for i, p in enumerate(state.tasks)
   )
-  learned = TaskState(
+  task_state = TaskState(
     mask=additive.masks_of(trained["v"]),
     tau=trained["tau"],
     cluster={n: jnp.int32(0) for n in sigma},
@@ -190,31 +206,33 @@ def _renew(config: Config, state: State, trained, frozen, stats: Params, task: T
     num_classes=jnp.int32(task.num_classes),
   )
   local = state.shared.get("local") or {n: jnp.zeros((1, *w.shape)) for n, w in sigma.items()}
-  return state._replace(tasks=before).append(learned, kernels=sigma, local=local)
+  return state._replace(tasks=earlier).append(task_state, kernels=sigma, local=local)
 
 
-def _kernels_of(config: Config, shared: dict, task: TaskState) -> dict[str, jax.Array]:
-  """Returns theta_i = sigma * m_i + tau_i + L_c(i), tau_i pruned."""
+def _kernels_of(config: Config, shared: dict, task: TaskState) -> dict[str, Array]:
+  """Returns the kernels theta_i = sigma * m_i + tau_i + L_c(i), with tau_i pruned."""
   local = {n: x[task.cluster[n]] for n, x in shared["local"].items()}
   tau = jax.tree.map(jnp.add, additive.prune(task.tau, config.l1), local)
   return additive.compose(shared["kernels"], task.mask, tau)
 
 
 def soft(x: jax.Array, threshold: float) -> jax.Array:
-  """Returns what minimises threshold |tau| + (tau - x)^2 / 2 over tau."""
+  """Returns the tau that minimises threshold |tau| + (tau - x)^2 / 2, by element."""
   return jnp.sign(x) * jnp.maximum(jnp.abs(x) - threshold, 0)
 
 
 def huber(x: jax.Array, l1: float, a: float) -> jax.Array:
-  """Returns the minimum over tau of l1 |tau| + a/2 (tau - x)^2."""
-  size, bend = jnp.abs(x), l1 / a
-  return jnp.where(size <= bend, 0.5 * a * x * x, l1 * (size - 0.5 * bend))
+  """Returns the minimum over tau of l1 |tau| + a/2 (tau - x)^2, by element."""
+  magnitude, bend = jnp.abs(x), l1 / a
+  return jnp.where(magnitude <= bend, 0.5 * a * x * x, l1 * (magnitude - 0.5 * bend))
 
 
-def _stack(tasks, field: str, sigma):
-  """Stacks a field of the tasks, one array [P, ..] per layer.
+def _stack(
+  tasks: Sequence[TaskState], field: str, sigma: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Stacks a field of all task states to one array [P, ..] per layer.
 
-  It has zeros up to a power of two, so that few shapes are compiled.
+  P is a power of two, so that few shapes are compiled; the additional rows are zeros.
   """
   num, width = len(tasks), 1 << (len(tasks) - 1).bit_length() if tasks else 0
   shape = {n: w.shape[-1:] if field == "mask" else w.shape for n, w in sigma.items()}
@@ -227,16 +245,16 @@ def _stack(tasks, field: str, sigma):
 
 
 def consolidate(state: State, clusters: int, close: float, seed: int) -> State:
-  """Consolidates every layer by itself (hierarchical consolidation: Alg. 1, lines 9 to 14).
+  """Consolidates the tau of all tasks, layer by layer (Alg. 1, lines 9 to 14).
 
   Args:
     state: after a multiple of s tasks.
-    clusters: k, how many clusters the latest s tasks bring.
+    clusters: k, the number of clusters that are added for the latest s tasks.
     close: beta.
-    seed: of the choice of tasks whose tau new clusters start from.
+    seed: of the choice of tasks whose tau are the first centroids of the new clusters.
 
   Returns:
-    The state with tau, L and clusters of all tasks renewed.
+    The state with new tau, L and clusters of all tasks.
   """
   taus, clusters_of = [{} for _ in state.tasks], [{} for _ in state.tasks]
   local, centroid = {}, {}
@@ -256,22 +274,33 @@ def consolidate(state: State, clusters: int, close: float, seed: int) -> State:
   return State(state.shared | {"local": local, "centroid": centroid}, tasks)
 
 
-def _k_means(rows, known, num_new: int, rng):
-  """Clusters the rows, from the centroids known and from some of the rows.
+def _k_means(
+  rows: np.ndarray, known: np.ndarray, num_new: int, rng: np.random.Generator
+) -> tuple[np.ndarray, jax.Array]:
+  """Clusters rows by k-means.
 
-  -> cluster of every row, centroids
+  Args:
+    rows: [T, ..]
+    known: first centroids of the old clusters [K, ..].
+    num_new: number of new clusters, whose first centroids are rows chosen at random.
+    rng: of the choice.
+
+  Returns:
+    The cluster of every row [T], and the centroids [K + num_new, ..].
   """
   start = np.concatenate([known, rows[np.sort(rng.choice(len(rows), num_new, replace=False))]])
   flat = rows.reshape(len(rows), -1)
-  found = KMeans(len(start), init=start.reshape(len(start), -1), n_init=1, max_iter=_ITERATIONS)
+  settings: dict[str, Params] = {"init": start.reshape(len(start), -1), "n_init": 1}
+  found = KMeans(len(start), max_iter=_ITERATIONS, **settings)
   label = found.fit_predict(flat)
   return label, jnp.asarray(found.cluster_centers_, jnp.float32).reshape(start.shape)
 
 
-def _common(members: np.ndarray, close: float):
-  """Returns the middle of what all members hold almost equally, else 0, and where that is.
+def _common(members: np.ndarray, close: float) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the values that all members of a cluster have in common, and where they are.
 
-  A single member has nothing in common with others: 0 everywhere.
+  Values are common if they differ by at most `close`; their middle stands for them, and 0 is
+  returned elsewhere. A single member has none in common with others.
   """
   if len(members) < 2:
     shape = members.shape[1:]
@@ -285,15 +314,16 @@ def _common(members: np.ndarray, close: float):
 
 
 def size(config: Config, state: State) -> Size:
-  """Counts the pruned tau, masks, L, BatchNorm and heads.
+  """Returns the size with pruned tau, masks, L, BatchNorm and heads.
 
-  For training alone are the centroids and what the next task holds for those before: theta*, and
-  where their tau is trained its values, gradient and moments.
+  Training alone needs the centroids and, for each task, theta*. If the tau of earlier tasks are
+  trained, it needs their values, gradients and moments too.
   """
   pruned = tuple(p._replace(tau=additive.prune(p.tau, config.l1)) for p in state.tasks)
   local = [x[1:] for x in state.shared["local"].values()]
   nonzero = sum(int(jnp.count_nonzero(x)) for x in local)
-  held = len(pruned) * sizes.count_leaves(state.shared["kernels"])
-  held *= 1 if config.old_tau == "closed_form" else 4
-  held += sizes.count_leaves(state.shared.get("centroid", {}))
-  return additive.size(State(state.shared, pruned), sizes.count_leaves(local), nonzero, held)
+  training_only = len(pruned) * sizes.count_leaves(state.shared["kernels"])
+  training_only *= 1 if config.old_tau == "closed_form" else 4
+  training_only += sizes.count_leaves(state.shared.get("centroid", {}))
+  num_local = sizes.count_leaves(local)
+  return additive.size(State(state.shared, pruned), num_local, nonzero, training_only)

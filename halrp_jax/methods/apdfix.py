@@ -1,22 +1,23 @@
 """APDfix: APD with shared weights frozen after the first task; a mask and a sparse tau per task.
 
-Update rule: theta_t = sigma * m_t + tau_t; Adam on the cross-entropy + l1 |tau_t| + l2 (|tau_t|^2 +
-|v_t|^2), m_t = sigmoid(v_t). sigma is the network of task 0, trained as single-task learning does.
+Update rule: theta_t = sigma * m_t + tau_t with m_t = sigmoid(v_t), trained with Adam on the
+cross-entropy + l1 |tau_t| + l2 (|tau_t|^2 + |v_t|^2). sigma is from the network of task 0, trained
+as in single-task learning.
 
 | paper | here                    | meaning |
 |-------|-------------------------|---------|
-| sigma | shared["kernels"]       | kernels after the first task, frozen for ever |
+| sigma | shared["kernels"]       | kernels after the first task, then frozen |
 
 Phases: task 0; every later task starts from task 0's biases and BatchNorm, a fresh head, masks near
 1/2 and tau = sigma (method.tau_start). Nothing is forgotten.
 
 Reference: J. Yoon et al., "Scalable and order-robust continual learning with additive parameter
 decomposition", 2020 (arXiv 1902.09432), APD-Fixed. The HALRP paper says "learn only the mask
-vector" (method.train_tau = False); but a mask per output can't do better than BE, as its row does.
+vector" (method.train_tau = False). But a mask per output alone can't exceed BE, as the accuracies
+that it reports for APDfix do.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from halrp_jax import keys
 from halrp_jax.methods import additive
 from halrp_jax.training import losses, networks
-from halrp_jax.training.fit import make_fit, plain_fit
+from halrp_jax.training.fit import Fit, make_fit, plain_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Method, Network, Params, Size, State, Task
 from halrp_jax.weights import trees
@@ -33,15 +34,17 @@ from halrp_jax.weights import trees
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(additive.Config):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of APDfix."""
 
   train_tau: bool = keys.flag(True, "tau is learned; false: the mask alone")
   tau_start: str = keys.one_of("shared", ("shared", "zero"), "where tau starts: at sigma, or at 0")
 
 
 class TaskState(NamedTuple):
+  """State of a task."""
+
   mask: dict[str, Array]  # m_t by layer, [J]: a factor for every output; ones in task 0
-  tau: dict[str, Array]  # tau_t by layer, of the kernel's shape, 0 where at most l1; 0 in task 0
+  tau: dict[str, Array]  # tau_t by layer, in the kernel's shape, pruned; zeros in task 0
   rest: Params  # biases, BatchNorm and head
   stats: Params  # BatchNorm's statistics
   num_classes: Array  # int32 []
@@ -75,8 +78,11 @@ def make(config: Config, setup: Setup) -> Method:
   return Method(learn, size, network, serves=("kernels",))
 
 
-def _make_fit_own(config: Config, setup: Setup) -> Callable:
-  """Builds `make_fit` of a later task: `params` has v, tau, biases, BatchNorm and head."""
+def _make_fit_own(config: Config, setup: Setup) -> Fit:
+  """Builds `fit` for a later task.
+
+  `params` has "v", "tau" and "rest" with biases, BatchNorm and head; `frozen` has the "kernels".
+  """
   l2 = networks.l2_coefficient(config)
 
   def apply_fn(params, frozen, *args):
@@ -92,16 +98,25 @@ def _make_fit_own(config: Config, setup: Setup) -> Callable:
 
 
 def _first_state(config: Config, params: Params, stats: Params, task: Task) -> State:
-  """Returns the state after the first task: its kernels are sigma."""
+  """Returns the method state after the first task, whose kernels become sigma."""
   kernels, rest = trees.split(params)
-  ones = {n: jnp.ones(w.shape[-1]) for n, w in kernels.items()}
+  ones: dict[str, Array] = {n: jnp.ones(w.shape[-1]) for n, w in kernels.items()}
   zeros = jax.tree.map(jnp.zeros_like, kernels) if config.train_tau else {}
-  learned = TaskState(ones, zeros, rest, stats, jnp.int32(task.num_classes))
-  return State({"kernels": kernels}, (learned,))
+  task_state = TaskState(ones, zeros, rest, stats, jnp.int32(task.num_classes))
+  return State({"kernels": kernels}, (task_state,))
 
 
-def _start(config: Config, state: State, fresh: Params, v_key) -> Params:
-  """Returns what a later task trains: biases and BatchNorm of task 0, the rest fresh."""
+def _start(config: Config, state: State, fresh: Params, v_key: jax.Array) -> Params:
+  """Returns the parameters that a later task trains, before its first step.
+
+  Biases and BatchNorm are those of task 0.
+
+  Args:
+    config: of the method.
+    state: before the task.
+    fresh: freshly drawn parameters, of which the head is used.
+    v_key: of the masks.
+  """
   kernels = state.shared["kernels"]
   tau = kernels if config.tau_start == "shared" else jax.tree.map(jnp.zeros_like, kernels)
   return {
@@ -112,6 +127,6 @@ def _start(config: Config, state: State, fresh: Params, v_key) -> Params:
 
 
 def size(state: State) -> Size:
-  """Counts masks, sparse tau, BatchNorm and heads of the later tasks."""
-  first = state.tasks[0]._replace(mask={}, tau={})  # of ones and zeros
+  """Returns the size: later tasks add masks, sparse tau, BatchNorm and heads."""
+  first = state.tasks[0]._replace(mask={}, tau={})  # ones and zeros need not be stored
   return additive.size(State(state.shared, (first, *state.tasks[1:])), 0, 0, 0)

@@ -1,17 +1,18 @@
 """BE: BatchEnsemble for lifelong learning, a frozen base times a rank-1 matrix per task.
 
-Update rule: W_t = W * (r_t s_t'), the same for all positions of a convolution's window. Task 0
-trains W; every later task trains r_t, s_t, biases, BatchNorm and head.
+Update rule: W_t = W * (r_t s_t'), by element, the same for all positions of a convolution's window.
+Task 0 trains W; every later task trains r_t, s_t, biases, BatchNorm and head.
 
 | paper | here                     | meaning |
 |-------|--------------------------|---------|
-| W     | shared["kernels"][layer] | kernels after the first task, frozen for ever |
+| W     | shared["kernels"][layer] | kernels after the first task, then frozen |
 
-It is HALRP at rank 0 without warm-up. r_0 and s_0 are 1 and belong to W (Eq. 6 trains them with
-W, which they only rescale).
+This is HALRP at rank 0 without warm-up. r_0 and s_0 are 1 and not trained: Eq. 6 trains them
+together with W, which they only rescale.
 
 Reference: Y. Wen et al., "BatchEnsemble: an alternative approach to efficient ensemble and lifelong
-learning", 2020, Eq. 1, 6, 7. Biases and BatchNorm per task are our reading.
+learning", 2020, Eq. 1, 6, 7. The HALRP paper does not say whether biases and BatchNorm belong to
+the task; here they do.
 """
 
 import dataclasses
@@ -31,13 +32,15 @@ from halrp_jax.weights import kinds, lowrank, trees
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of BE."""
 
   l2_scales: float = keys.number(0.0, 0, None, "L2 coefficient on r and s")
 
 
 class TaskState(NamedTuple):
-  # r, s as R, S by layer: scales of outputs and of inputs, 1 at first; no other factors
+  """State of a task."""
+
+  # by layer r as R and s as S, the scales of outputs and of inputs; U and V have no columns
   perturbation: dict[str, lowrank.Perturbation]
   rest: Params  # biases, BatchNorm and head
   stats: Params  # BatchNorm's statistics
@@ -45,6 +48,7 @@ class TaskState(NamedTuple):
 
 
 def make(config: Config, setup: Setup) -> Method:
+  """Builds BE."""
   initialize = networks.make_initialize(setup)
   make_ones = _make_ones(setup)
   fit_base = plain_fit(setup, networks.l2_coefficient(config))
@@ -59,8 +63,8 @@ def make(config: Config, setup: Setup) -> Method:
     if not state.tasks:  # Eq. 6: the first task trains W
       params, stats = fit_base(params, stats, task, fit_key, store.child("base"))
       kernels, rest = trees.split(params)
-      learned = TaskState(make_ones(params), rest, stats, num_classes)
-      return state.append(learned, kernels=kernels), {}
+      task_state = TaskState(make_ones(params), rest, stats, num_classes)
+      return state.append(task_state, kernels=kernels), {}
     # Eq. 7: a later task trains r_t and s_t
     first, store = state.tasks[0], store.child("scales")
     start = {
@@ -76,7 +80,7 @@ def make(config: Config, setup: Setup) -> Method:
 
 
 def _make_penalty(config: Config) -> Callable:
-  """Builds penalty_fn: l2_scales (|r|^2 + |s|^2), halved with l2_half."""
+  """Builds penalty_fn: method.l2_scales (|r|^2 + |s|^2), halved with method.l2_half."""
   half = 0.5 if config.l2_half else 1.0
 
   def penalty(params, frozen):
@@ -86,8 +90,8 @@ def _make_penalty(config: Config) -> Callable:
   return penalty
 
 
-def _make_ones(setup: Setup) -> Callable:
-  """Builds params -> r = s = 1 for every layer, which change nothing."""
+def _make_ones(setup: Setup) -> Callable[[Params], dict[str, lowrank.Perturbation]]:
+  """Builds a function of params that returns r = s = 1 for every layer, which change nothing."""
   shapes_fn = contract.make_matrix_shapes(setup.model, setup.image_shape, setup.max_classes)
 
   def ones(params):

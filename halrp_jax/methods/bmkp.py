@@ -1,29 +1,34 @@
 """BMKP: bilevel memory with knowledge projection; kernels in a basis of outputs that tasks share.
 
-Update rule: W_t = B[:, :k_t] A_t. A working memory, one ordinary network, learns the task; what its
-layers put out extends B; its kernels are kept as A_t = B' W and trained once more, B being held.
+Update rule: W_t = B[:, :k_t] A_t. A working memory, which is an ordinary network, learns the task.
+The outputs of its layers extend the basis B. Its kernels W are projected to A_t = B' W, which are
+trained once more while B is frozen.
 
 | paper | here                        | meaning |
 |-------|-----------------------------|---------|
 | W     | shared["working"]["params"] | [J, d], here a kernel [.., J]; for training alone |
 | B     | shared["basis"][layer]      | [J, J]: orthonormal columns, then zeros |
-| -     | shared["num_directions"]    | columns of B, by layer |
+| -     | shared["num_directions"]    | orthonormal columns of B, by layer |
 | E     | `outside`                   | W - B B' W |
-| lambda, gamma | method.{strength,threshold} | |
+| lambda | method.strength            | coefficient of the regularizer r |
+| gamma | method.threshold            | share of the outputs' energy that B carries |
 
-Phases: (1) learn: from the working memory of the task before, with a fresh head, the cross-entropy
-+ lambda sum_l r(E_l), no r in task 0. (2) project: B grows by GPM's rule (weights/bases.py) until
-it carries a share gamma of the outputs of method.samples training images, taken before BatchNorm
-and ReLU. (3) retrain: A_t, biases, BatchNorm and head, from phase 1's. Nothing is forgotten.
+Phases: (1) learn: the working memory is trained from its state after the previous task, with a
+fresh head, on the cross-entropy + lambda sum_l r(E_l); task 0 has no r. (2) project: B grows by the
+rule of GPM (weights/bases.py) until it carries the share gamma of the energy of the layer's outputs
+for method.samples training images, before BatchNorm and ReLU. (3) retrain: A_t, biases, BatchNorm
+and head are trained from those of phase 1. Nothing is forgotten.
 
-r(E) = tr(E'E) / |E'E|_1 (paper) is small where E has rank 1: few directions are new. It takes two
-products of a layer's d x d with d x J per step, method.form = "code" (that of the released program)
-none. A layer whose B has all J columns has no r.
+r(E) = tr(E'E) / |E'E|_1 is the paper's regularizer. It is small if E has rank 1, that is if few
+directions are new. It takes two products of matrices [d, d] and [d, J] per layer and step. With
+method.form = "code", r is that of the released program, which takes none. A layer whose B has all J
+columns has no r.
 
-Deviations: a layer whose first direction alone carries gamma keeps it, where GPM's first-task rule
-keeps none; method.l2 is on W in phase 1 and on A_t in 3 (equal in norm). The released program
-trains neither heads nor BatchNorm after task 0, by oversight; here as in the paper. How the HALRP
-paper shared its epochs out is not said: method.{learn,retrain}_share.
+Deviations: a layer whose first direction alone carries gamma keeps it, where GPM's rule for the
+first task keeps none. method.l2 applies to W in phase 1 and to A_t in phase 3, which have equal
+norms. The released program by oversight trains neither heads nor BatchNorm after task 0; here they
+are trained, as in the paper. The HALRP paper does not say how it divides its epochs between the
+phases: method.{learn,retrain}_share.
 
 Reference: W. Sun et al., "Decoupling learning and remembering: a bilevel memory framework with
 knowledge projection for task-incremental learning", CVPR 2023, Eq. 4.
@@ -35,6 +40,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,22 +49,25 @@ from jax import lax
 from halrp_jax import keys
 from halrp_jax.nn.conv import times
 from halrp_jax.training import batches, networks, sizes
-from halrp_jax.training.fit import make_fit
+from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Array, Method, Network, Params, Size, State, Task
+from halrp_jax.types import Array, Method, Network, Params, Size, State, Store, Task
 from halrp_jax.weights import bases, perturb, taps, trees
 
 
-# lambda and gamma: the paper's on CIFAR-100. Half the epochs for phase 1, half for 3: 51.5 % on the
-# validation images of CIFAR100-Split (a tenth of the images, form=code); all for both: 49.0 %.
+# lambda and gamma are those of the paper on CIFAR-100. With half of the epochs for phase 1 and half
+# for phase 3, validation accuracy on CIFAR100-Split (10 % of the images, form=code) is 51.5 %; with
+# all epochs for both it is 49.0 %.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of BMKP."""
 
-  learn_share: float = keys.number(0.5, 0, 1, "epochs of phase 1 in those of a task", True)
-  retrain_share: float = keys.number(0.5, 0, 1, "epochs of phase 3 in those of a task")
-  strength: float = keys.number(1.0, 0, None, "lambda: coefficient on r")
-  form: str = keys.one_of("paper", ("paper", "code"), "whose r")
+  learn_share: float = keys.number(0.5, 0, 1, "share of a task's epochs that phase 1 has", True)
+  retrain_share: float = keys.number(0.5, 0, 1, "share of a task's epochs that phase 3 has")
+  strength: float = keys.number(1.0, 0, None, "lambda: coefficient of the regularizer r")
+  form: str = keys.one_of(
+    "paper", ("paper", "code"), "r as in the paper, or as in the authors' program"
+  )
   threshold: float = keys.number(
     0.96, 0, 1, "gamma: share of the outputs' energy that the basis carries"
   )
@@ -67,6 +76,8 @@ class Config(keys.NetworkConfig):
 
 
 class TaskState(NamedTuple):
+  """State of a task."""
+
   params: Params  # biases, BatchNorm and head; as kernels A_t [.., J]: k_t columns, then zeros
   stats: Params  # BatchNorm's statistics
   num_directions: dict[str, Array]  # k_t, int32 [] by layer: columns of B that the task uses
@@ -92,9 +103,9 @@ def make(config: Config, setup: Setup) -> Method:
 
     memory = store.once("project", project)
     store = store.child("retrain")
-    learned = _retrain(f, config, setup, memory, params, stats, task, retrain_key, store)
+    task_state = _retrain(f, config, setup, memory, params, stats, task, retrain_key, store)
     features = {name: x for name, x in params.items() if name != trees.HEAD}
-    state = state.append(learned, **memory, working={"params": features, "stats": stats})
+    state = state.append(task_state, **memory, working={"params": features, "stats": stats})
     return state, {"ranks": {name: int(k) for name, k in memory["num_directions"].items()}}
 
   def network(shared, task):
@@ -108,14 +119,25 @@ def make(config: Config, setup: Setup) -> Method:
   return Method(learn, size, network, logits, serves=("basis",))
 
 
-# --- the phases ---------------------------------------------------------------------------
-# f: the jitted functions; phase 2 is in `make`
+# --- phases 1 and 3 -----------------------------------------------------------------------
+# `f` are the jitted functions.
 
 
-def _learn(f, config: Config, setup: Setup, state, params, stats, task: Task, key, store):
-  """Trains the working memory (phase 1) from that of the task before. -> params, stats
+def _learn(
+  f: "_Functions",
+  config: Config,
+  setup: Setup,
+  state: State,
+  params: Params,
+  stats: Params,
+  task: Task,
+  key: jax.Array,
+  store: Store,
+) -> tuple[Params, Params]:
+  """Trains the working memory (phase 1); returns its params and stats.
 
-  `params` and `stats` are fresh: the first task starts from them, later ones take the head.
+  `params` and `stats` are freshly drawn. The first task starts from them; later tasks start from
+  the working memory and use their head.
   """
   epochs = math.ceil(config.learn_share * setup.epochs)
   frozen = {"l2": networks.l2_coefficient(config)}
@@ -128,9 +150,17 @@ def _learn(f, config: Config, setup: Setup, state, params, stats, task: Task, ke
 
 
 def _retrain(
-  f, config: Config, setup: Setup, memory: dict, params, stats, task: Task, key, store
+  f: "_Functions",
+  config: Config,
+  setup: Setup,
+  memory: dict,
+  params: Params,
+  stats: Params,
+  task: Task,
+  key: jax.Array,
+  store: Store,
 ) -> TaskState:
-  """Trains A_t from B' W (phase 3), biases, BatchNorm and head from those of phase 1."""
+  """Trains A_t from B' W, and biases, BatchNorm and head from those of phase 1 (phase 3)."""
   epochs = math.floor(config.retrain_share * setup.epochs)
   frozen = {"l2": networks.l2_coefficient(config), "basis": memory["basis"]}
   start = f.to_coefficients(params, memory["basis"])
@@ -142,16 +172,19 @@ def _retrain(
 
 
 class _Functions(NamedTuple):
-  initialize: Callable  # (key) -> params, stats
-  fit_first: Callable  # `make_fit` of the plain network
-  fit_working: Callable  # `make_fit` of it with r
-  fit_projected: Callable  # `make_fit` of the network with kernels A_t B'
-  apply_projected: Callable  # its apply_fn, not jitted
+  """Functions that are compiled once for all tasks."""
+
+  initialize: Callable[[jax.Array], tuple[Params, Params]]  # (key) -> params, stats
+  fit_first: Fit  # of the plain network
+  fit_working: Fit  # of the plain network with the regularizer r
+  fit_projected: Fit  # of the network with kernels A_t B'
+  apply_projected: Callable  # apply_fn of that network, not jitted
   to_coefficients: Callable  # `_to_coefficients`
   moments: Callable  # `_moments_of`
 
 
 def _build(config: Config, setup: Setup) -> _Functions:
+  """Builds the functions that are compiled once for all tasks."""
   model = setup.model
   plain, penalty = networks.plain_network(model)
 
@@ -184,20 +217,23 @@ def _build(config: Config, setup: Setup) -> _Functions:
   )
 
 
-# --- phase 1: what r is ---------------------------------------------------------------
+# --- phase 1: the regularizer r -------------------------------------------------------
 
 
 def outside(kernel: jax.Array, basis: jax.Array) -> jax.Array:
-  """Returns E', what of a kernel [.., J] lies outside its basis [J, J], as a matrix [d, J]."""
+  """Returns the part E' [d, J] of a kernel [.., J] that lies outside its basis [J, J]."""
   w = kernel.reshape(-1, kernel.shape[-1])
-  return w - w @ (basis @ basis.T)  # no gradient passes the product in brackets
+  return w - w @ (basis @ basis.T)  # the product of the bases needs no gradient
 
 
 def paper_form(e: jax.Array) -> jax.Array:
-  """Returns tr(E'E) / |E'E|_1, Eq. 4, `e` being E' [d, J].
+  """Returns r(E) = tr(E'E) / |E'E|_1 (Eq. 4), a scalar.
 
-  |G|_1 is linear in G but where signs change: with S = sign(E'E) its gradient is 2 E S, a product
-  that the value needs anyway.
+  |G|_1 is linear in G except where signs change. So its gradient by E is 2 E S with S = sign(E'E),
+  a product that is computed for the value anyway.
+
+  Args:
+    e: E' [d, J].
   """
   product = lax.stop_gradient(jnp.sign(e @ e.T) @ e)
   norm = jnp.sum(e * product)
@@ -206,13 +242,23 @@ def paper_form(e: jax.Array) -> jax.Array:
 
 
 def code_form(e: jax.Array, basis: jax.Array) -> jax.Array:
-  """Returns tr(M) / sum(M), M = B B' + E E', without forming M."""
+  """Returns r as in the released program: tr(M) / sum(M) with M = B B' + E E', a scalar.
+
+  M is not formed.
+
+  Args:
+    e: E' [d, J].
+    basis: B [J, J].
+  """
   trace = jnp.sum(basis * basis) + jnp.sum(e * e)
   return trace / (jnp.sum(jnp.sum(basis, 0) ** 2) + jnp.sum(jnp.sum(e, 1) ** 2))
 
 
-def _weights(memory, strength):
-  """Returns lambda by layer; 0 where only rounding lies outside, whose r has a boundless slope."""
+def _weights(memory: dict, strength: float) -> dict[str, jax.Array]:
+  """Returns the coefficient of r by layer: lambda, or 0 where B has all J columns.
+
+  There E is nothing but rounding errors, and the gradient of r would have no bound.
+  """
   return {
     name: jnp.float32(strength if int(k) < len(memory["basis"][name]) else 0)
     for name, k in memory["num_directions"].items()
@@ -222,16 +268,16 @@ def _weights(memory, strength):
 # --- phase 2 --------------------------------------------------------------------------
 
 
-def _empty_bases(kernels):
-  """Returns bases without directions."""
+def _empty_bases(kernels: dict[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
+  """Returns bases without directions, for kernels by layer."""
   return {
     "basis": {n: jnp.zeros((w.shape[-1],) * 2) for n, w in kernels.items()},
     "num_directions": {n: jnp.int32(0) for n in kernels},
   }
 
 
-def _moments_of(model):
-  """Builds (params, stats, image [B, H, W, C]) -> Z Z' [J, J] of every layer's outputs."""
+def _moments_of(model: nn.Module) -> Callable:
+  """Builds (params, stats, image [B, H, W, C]) -> Z Z' [J, J] of every layer's outputs Z [J, n]."""
 
   def moments(params, stats, image):
     variables = {"params": params, "batch_stats": stats}
@@ -242,23 +288,29 @@ def _moments_of(model):
   return moments
 
 
-def _grow(memory, parts, energy):
-  """Returns the bases after a task, and how many directions they have."""
+def _grow(memory: dict, parts: list[dict[str, np.ndarray]], energy: float) -> dict:
+  """Returns the bases and their numbers of directions after a task.
+
+  Args:
+    memory: with the bases before.
+    parts: Z Z' of every layer's outputs, for each chunk of images.
+    energy: gamma.
+  """
   grown = {"basis": {}, "num_directions": {}}
   for name, basis in memory["basis"].items():
     count = int(memory["num_directions"][name])
-    moment = sum(part[name].astype(np.float64) for part in parts)
+    moment = functools.reduce(np.add, [part[name].astype(np.float64) for part in parts])
     args = (basis, count, moment, energy)
-    basis, num = bases.grow_padded(*args, first=not count, least=len(basis))
+    basis, num = bases.grow_padded(*args, first=not count, min_width=len(basis))
     if not num:
-      basis, num = bases.grow_padded(*args, first=False, least=len(basis))
+      basis, num = bases.grow_padded(*args, first=False, min_width=len(basis))
     grown["basis"][name] = jnp.asarray(basis)
     grown["num_directions"][name] = jnp.int32(num)
   return grown
 
 
-def _to_coefficients(params, basis):
-  """Replaces the kernels W by B' W, and leaves everything else as it is."""
+def _to_coefficients(params: Params, basis: dict[str, jax.Array]) -> Params:
+  """Replaces the kernels W by B' W, and leaves all other parameters as they are."""
   kernels, rest = trees.split(params)
   return trees.join({n: times(w, basis[n]) for n, w in kernels.items()}, rest)
 
@@ -267,9 +319,9 @@ def _to_coefficients(params, basis):
 
 
 def size(state: State) -> Size:
-  """Counts the bases, and per task coefficients, BatchNorm and head: at first less than the base.
+  """Returns the size with the bases and, for every task, coefficients, BatchNorm and head.
 
-  The working memory is for training.
+  After the first tasks it may be smaller than the base. The working memory is for training alone.
   """
   shared, (first, *later) = state.shared, state.tasks
   kernels, rest = trees.split(first.params)

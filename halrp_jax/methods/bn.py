@@ -1,24 +1,25 @@
 """BN: a frozen base whose BatchNorm and head are trained anew for every task ("BN-Tuned").
 
-Update rule: kernels and biases stay those of task 0; BatchNorm's scale and bias, its statistics
-and the head are trained per task by Adam on the cross-entropy.
+Update rule: kernels and biases stay those of task 0. Each task trains BatchNorm's scale and bias
+and a head with Adam on the cross-entropy, and has its own BatchNorm statistics.
 
 | symbol | here              | meaning |
 |--------|-------------------|---------|
-| W      | shared["kernels"] | kernels after the first task, frozen for ever |
+| W      | shared["kernels"] | kernels after the first task, then frozen |
 
-Phases: task 0 trains everything, as STL does; every later task starts from task 0's BatchNorm
-(method.start) with a fresh head and trains these alone. Nothing is forgotten.
+Phases: task 0 trains everything, as STL does. Every later task starts from task 0's BatchNorm
+(method.start) and a fresh head, and trains these alone. Nothing is forgotten.
 
-References: S. Ioffe and C. Szegedy, 2015, which the HALRP paper cites; the lifelong-learning
-baseline of Y. Wen et al., "BatchEnsemble", 2020, Sect. 4.1. The HALRP paper does not say whether
-biases are trained: `method.train_biases`.
+References: S. Ioffe and C. Szegedy, 2015 (arXiv 1502.03167), which the HALRP paper cites; the
+lifelong-learning baseline of Y. Wen et al., "BatchEnsemble", 2020, Sect. 4.1. The HALRP paper does
+not say whether biases are trained: `method.train_biases`.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -32,21 +33,26 @@ from halrp_jax.weights import trees
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of BN."""
 
   start: str = keys.one_of(
-    "task0", ("task0", "fresh"), "where a later task's BatchNorm starts: task 0's, or anew"
+    "task0",
+    ("task0", "fresh"),
+    "where a later task's BatchNorm starts: from task 0's, or freshly drawn",
   )
   train_biases: bool = keys.flag(False, "later tasks train biases of their own too")
 
 
 class TaskState(NamedTuple):
-  rest: Params  # BatchNorm's scale gamma and bias beta, head; biases of the layers too
+  """State of a task."""
+
+  rest: Params  # BatchNorm's scale gamma and bias beta, the head, and the biases of all layers
   stats: Params  # BatchNorm's statistics
   num_classes: Array  # int32 []
 
 
 def make(config: Config, setup: Setup) -> Method:
+  """Builds BN."""
   initialize = networks.make_initialize(setup)
   fit_base = plain_fit(setup, networks.l2_coefficient(config))
   fit_tuned = make_fit(setup, _tuned_network(setup.model), lambda params, frozen: 0.0)
@@ -75,8 +81,12 @@ def make(config: Config, setup: Setup) -> Method:
   return Method(learn, size, network, serves=("kernels",))
 
 
-def _tuned_network(model) -> Callable:
-  """Builds apply_fn of the network with frozen kernels, and biases unless they are trained too."""
+def _tuned_network(model: nn.Module) -> Callable:
+  """Builds apply_fn of the network with frozen kernels.
+
+  `params` has the "biases" that are trained and "others", BatchNorm and head. `frozen` has
+  "kernels" and all "biases".
+  """
 
   def apply_fn(params, frozen, stats, image, train, key):
     rest = trees.join_biases(frozen["biases"] | params["biases"], params["others"])
@@ -86,14 +96,16 @@ def _tuned_network(model) -> Callable:
   return apply_fn
 
 
-def _start(config: Config, state: State, params: Params, stats: Params):
-  """Returns where a later task starts: what it trains, statistics, what is frozen.
+def _start(
+  config: Config, state: State, params: Params, stats: Params
+) -> tuple[dict, Params, dict]:
+  """Returns `params`, `stats` and `frozen` of a later task before its first step.
 
   Args:
     config: of the method.
-    state: of the tasks before.
-    params: of a fresh network.
-    stats: of a fresh network.
+    state: before the task.
+    params: freshly drawn.
+    stats: freshly drawn.
   """
   kernels, first = state.shared["kernels"], state.tasks[0]
   _, fresh = trees.split(params)
@@ -105,7 +117,7 @@ def _start(config: Config, state: State, params: Params, stats: Params):
 
 
 def _size(state: State, train_biases: bool) -> Size:
-  """Counts the base; later tasks add BatchNorm and head, and biases if they train them."""
+  """Returns the size: later tasks add BatchNorm and head, and biases if they train them."""
   kernels, (first, *later) = state.shared["kernels"], state.tasks
   counts = [sizes.count_rest(p.rest, kernels, int(p.num_classes)) for p in later]
   uncounted = sizes.count_leaves([p.stats for p in state.tasks])

@@ -1,20 +1,22 @@
 """CLR: a frozen base and a depthwise 3x3 convolution per task after each of its convolutions.
 
-Update rule: y = K_t * (W * x), K_t one 3x3 kernel for each channel, the identity at first. Task 0
-trains W; then every task, the first included, trains K_t, BatchNorm and a fresh head by Adam on the
-cross-entropy + l2 |K_t|^2.
+Update rule: y = K_t * (W * x), where * is convolution and K_t has one 3x3 kernel for each channel,
+at first the identity. Task 0 trains W. Then every task, the first included, trains K_t, BatchNorm
+and a fresh head with Adam on the cross-entropy + l2 |K_t|^2.
 
 | paper | here                          | meaning |
 |-------|-------------------------------|---------|
-| W     | shared["kernels"], ["biases"] | after the first task, frozen for ever |
+| W     | shared["kernels"], ["biases"] | those after the first task, then frozen |
+| K_t   | tasks[t].adapters             | depthwise kernels |
 | -     | shared["norm"], ["stats"]     | BatchNorm with method.bn_scope = "shared" |
 
-Phases: base (task 0 alone), reprogram (every task), both of config.epochs.
+Phases: base (task 0 alone) and reprogram (every task), each of `epochs` epochs.
 
-Shared BatchNorm, which every task goes on training, is what the HALRP authors' port does: earlier
-tasks then change, its only forgetting. With BatchNorm per task, as in the original, there is none.
-A bias before BatchNorm stays behind the depthwise kernel: BatchNorm takes it out either way, but at
-the border of the image. Dense layers are frozen and have no adapter.
+As in the HALRP authors' port, all tasks share BatchNorm by default and every task trains it. This
+changes earlier tasks, and is the only cause of forgetting. With BatchNorm per task, as in the
+original, nothing is forgotten. A bias before BatchNorm is added after the depthwise convolution
+instead of before it. BatchNorm removes it in both cases, except at the border of the image. Dense
+layers are frozen and have no adapter.
 
 Reference: Y. Ge et al., "CLR: channel-wise lightweight reprogramming for continual learning", 2023,
 Sect. 3. The original starts from an ImageNet network.
@@ -39,22 +41,25 @@ from halrp_jax.weights import trees
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of CLR."""
 
   bn_scope: str = keys.one_of(
-    "shared", ("shared", "task"), "one BatchNorm that all tasks train, or each its own"
+    "shared", ("shared", "task"), "whether all tasks share BatchNorm, or each task has its own"
   )
 
 
 class TaskState(NamedTuple):
+  """State of a task."""
+
   adapters: dict[str, Array]  # K_t, [3, 3, C] by layer; none after 1x1 convolutions
   norm: Params  # BatchNorm with method.bn_scope = "task", else {}
   head: Params
-  stats: Params  # BatchNorm's statistics then, and always with population statistics
+  stats: Params  # BatchNorm's statistics with bn_scope = "task" or population statistics, else {}
   num_classes: Array  # int32 []
 
 
 def make(config: Config, setup: Setup) -> Method:
+  """Builds CLR."""
   l2, own_norm = networks.l2_coefficient(config), config.bn_scope == "task"
   apply_fn = _reprogrammed_network(setup.model)
 
@@ -69,7 +74,7 @@ def make(config: Config, setup: Setup) -> Method:
     init_key, fit_key, base_key = jax.random.split(key, 3)
     params, stats = initialize(init_key)
     base, head = state.shared, params[trees.HEAD]
-    if not state.tasks:  # Sect. 3 takes an ImageNet network as the base: here the first task's
+    if not state.tasks:  # Sect. 3 takes a network trained on ImageNet as the base
       base = _freeze(*fit_base(params, stats, task, base_key, store.child("base")))
     # Sect. 3: reprogram the base for the task
     start = {"adapters": _identities(base["kernels"]), "norm": base["norm"], "head": head}
@@ -79,8 +84,8 @@ def make(config: Config, setup: Setup) -> Method:
     norm, none = {"norm": trained["norm"], "stats": stats}, {"norm": {}, "stats": {}}
     own, common = (norm, {}) if own_norm else (none, norm)
     parts = {k: trained[k] for k in ("adapters", "head")} | own
-    learned = TaskState(**parts, num_classes=jnp.int32(task.num_classes))
-    return state.append(learned, **(base | common)), {}
+    task_state = TaskState(**parts, num_classes=jnp.int32(task.num_classes))
+    return state.append(task_state, **(base | common)), {}
 
   def logits(shared, task, image):
     norm = task.norm if own_norm else shared["norm"]
@@ -90,23 +95,23 @@ def make(config: Config, setup: Setup) -> Method:
   return Method(learn, size, logits=logits, serves=("kernels", "biases", "norm", "stats"))
 
 
-def _reprogrammed_network(model) -> Callable:
+def _reprogrammed_network(model: nn.Module) -> Callable:
   """Builds apply_fn of the network with a depthwise convolution after each of its convolutions.
 
-  `params` has "adapters", "norm" and "head"; `frozen` "kernels" and "biases".
+  `params` has "adapters", "norm" and "head"; `frozen` has "kernels" and "biases".
   """
 
   def apply_fn(params, frozen, stats, image, train, key):
     rest = trees.join_biases(frozen["biases"], params["norm"] | {trees.HEAD: params["head"]})
     weights = trees.join(frozen["kernels"], rest)
-    with nn.intercept_methods(_reprogrammed(params["adapters"])):
+    with nn.intercept_methods(_adapter_interceptor(params["adapters"])):
       return networks.apply_model(model, weights, stats, image, train, key)
 
   return apply_fn
 
 
 def _freeze(params: Params, stats: Params) -> dict:
-  """Returns the base: kernels and biases; BatchNorm as the first task leaves it."""
+  """Returns the base: frozen kernels and biases, and BatchNorm after the first task."""
   kernels, rest = trees.split(params)
   biases, others = trees.split_biases(rest, kernels)
   norm = {name: x for name, x in others.items() if name != trees.HEAD}
@@ -114,7 +119,7 @@ def _freeze(params: Params, stats: Params) -> dict:
 
 
 def _identities(kernels: Params) -> dict[str, Array]:
-  """Returns a depthwise kernel that changes nothing for every convolution wider than 1x1."""
+  """Returns for every convolution larger than 1x1 a depthwise kernel that changes nothing."""
   identity = jnp.zeros((3, 3)).at[1, 1].set(1.0)
   return {
     name: jnp.tile(identity[:, :, None], w.shape[-1])
@@ -123,7 +128,7 @@ def _identities(kernels: Params) -> dict[str, Array]:
   }
 
 
-def _reprogrammed(adapters: dict[str, Array]) -> Callable:
+def _adapter_interceptor(adapters: dict[str, jax.Array]) -> Callable:
   """Builds an interceptor that convolves the output of every layer that has an adapter."""
 
   def intercept(next_fun, args, kwargs, context):
@@ -137,7 +142,7 @@ def _reprogrammed(adapters: dict[str, Array]) -> Callable:
 
 
 def size(state: State) -> Size:
-  """Counts the base; every task adds its adapters, a later one also its head and own BatchNorm."""
+  """Returns the size: every task adds its adapters, later ones also heads and own BatchNorm."""
   shared, (first, *later) = state.shared, state.tasks
   norm = first.norm or shared["norm"]
   rest = trees.join_biases(shared["biases"], norm | {trees.HEAD: first.head})

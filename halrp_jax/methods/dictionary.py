@@ -4,8 +4,8 @@
 |--------|--------------------|---------|
 | A, B   | shared["A"], ["B"] | [d, F], [F, J] by layer; a kernel seen as a matrix is [d, J] |
 
-Factors that a task uses never change again, and those that come later meet zeros in its z: its
-outputs stay the same bits. F is that of the last task from the beginning.
+Factors that a task uses never change again, and z_t is 0 for all others, so the outputs of a task
+never change. A and B have room for the factors of all tasks from the beginning.
 """
 
 import dataclasses
@@ -24,48 +24,59 @@ from halrp_jax.weights import trees
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of the methods of this file."""
+  """Config keys `method.*` that IRU and IBPWF share."""
 
   start: str = keys.one_of(
     "task_before",
     ("fresh", "task_before"),
-    "where a task's weights of the factors, biases and BatchNorm start: from nothing, or where the "
-    "task before ended",
+    "where a task's z, biases and BatchNorm start: freshly drawn, or from the previous task's",
   )
 
 
 class TaskState(NamedTuple):
-  z: Params  # z_t: [F] by layer, 0 where the task doesn't use a factor
+  """State of a task."""
+
+  z: Params  # z_t: [F] by layer, 0 for factors that the task does not use
   rest: Params  # biases, BatchNorm and head
   stats: Params  # BatchNorm's statistics
   num_classes: Array  # int32 []
 
 
 SERVES = ("A", "B")  # `Method.serves`
-Shapes = Mapping[str, jax.ShapeDtypeStruct]  # of the kernels by layer
+Shapes = Mapping[str, jax.Array | jax.ShapeDtypeStruct]  # of the kernels by layer
 
 
-def kernel_shapes(initialize: Callable) -> Shapes:
-  """Returns the shapes of the kernels that have factors.
+def kernel_shapes(initialize: Callable[[jax.Array], tuple[Params, Params]]) -> Shapes:
+  """Returns the shapes of the kernels that have factors, by layer.
 
-  `initialize` is what `networks.make_initialize` builds.
+  Args:
+    initialize: from `networks.make_initialize`.
   """
   params, _ = jax.eval_shape(initialize, jax.random.key(0))
   return trees.split(params)[0]
 
 
-def matrix_shape(kernel) -> tuple[int, int]:
-  """Returns (d, J): inputs, for a convolution kh * kw * I of them, and outputs."""
+def matrix_shape(kernel: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, int]:
+  """Returns the shape (d, J) of a kernel as a matrix; d is kh * kw * I for a convolution."""
   return math.prod(kernel.shape[:-1]), kernel.shape[-1]
 
 
-def compose(a, b, z, shapes: Shapes) -> dict[str, jax.Array]:
-  """Returns A diag(z) B as kernels by layer."""
+def compose(
+  a: Mapping[str, Array], b: Mapping[str, Array], z: Mapping[str, Array], shapes: Shapes
+) -> dict[str, Array]:
+  """Returns the kernels A diag(z) B by layer.
+
+  Args:
+    a: A [d, F] by layer.
+    b: B [F, J] by layer.
+    z: [F] by layer.
+    shapes: of the kernels, from `kernel_shapes`.
+  """
   return {n: ((a[n] * z[n][None]) @ b[n]).reshape(s.shape) for n, s in shapes.items()}
 
 
 def make_network(shapes: Shapes) -> Callable[[dict, TaskState], Network]:
-  """Builds `Method.network`."""
+  """Builds `Method.network` for kernels of these shapes."""
 
   def network(shared, task):
     kernels = compose(shared["A"], shared["B"], task.z, shapes)
@@ -74,16 +85,25 @@ def make_network(shapes: Shapes) -> Callable[[dict, TaskState], Network]:
   return network
 
 
-def size(state: State, shapes: Shapes, used, coefficients: int, masks: int, training: int) -> Size:
-  """Counts in numbers. There is no dense base: a model may be smaller than the network.
+def size(
+  state: State,
+  shapes: Shapes,
+  used: Mapping[str, int],
+  coefficients: int,
+  mask_bits: int,
+  training_only: int,
+) -> Size:
+  """Returns the size of a method with a dictionary of factors.
+
+  There is no dense base, so a model may be smaller than the network.
 
   Args:
-    state: its tasks are `TaskState`.
+    state: the method state, with task states as `TaskState`.
     shapes: from `kernel_shapes`.
-    used: by layer, how many factors some task uses.
-    coefficients: numbers that all z have.
-    masks: bits that say which factors these belong to.
-    training: numbers kept for training alone.
+    used: by layer, the number of factors that at least one task uses.
+    coefficients: numbers that are stored for the z of all tasks.
+    mask_bits: bits that say which factors these numbers belong to.
+    training_only: numbers that are stored for training alone.
   """
   classes = [int(p.num_classes) for p in state.tasks]
   first, *later = (
@@ -94,9 +114,9 @@ def size(state: State, shapes: Shapes, used, coefficients: int, masks: int, trai
   counted = factors + coefficients + first.counted + first.biases + sum(c.counted for c in later)
   uncounted = sizes.count_leaves([p.stats for p in state.tasks]) + sum(c.biases for c in later)
   dense = counted + uncounted
-  return Size(base, dense, dense, masks, training, counted)
+  return Size(base, dense, dense, mask_bits, training_only, counted)
 
 
-def in_use(learned: TaskState) -> dict[str, int]:
-  """Counts by layer the factors that a task uses."""
-  return {n: int(np.count_nonzero(z)) for n, z in learned.z.items()}
+def in_use(task_state: TaskState) -> dict[str, int]:
+  """Returns by layer how many factors a task uses."""
+  return {n: int(np.count_nonzero(z)) for n, z in task_state.z.items()}

@@ -1,28 +1,34 @@
-"""EWC: one network for all tasks, each parameter held as firmly as the tasks before need it.
+"""EWC: one network for all tasks; parameters that matter to earlier tasks are held more firmly.
 
-Update rule: Adam on the cross-entropy + wd + lambda/2 sum_k sum_p F_kp (theta_p - theta*_kp)^2,
-theta*_k and F_k being the shared parameters and the diagonal Fisher information after task k.
+Update rule: Adam on the cross-entropy + l2 |W|^2 + lambda/2 sum_k sum_p F_kp (theta_p -
+theta*_kp)^2 over earlier tasks k and parameters p. theta*_k are the shared parameters after task k,
+F_k is their diagonal Fisher information then, and W are the kernels.
 
 | paper        | here                       | meaning |
 |--------------|----------------------------|---------|
-| theta        | shared["params"]           | features; heads are the tasks' own |
+| theta        | shared["params"]           | shared parameters: all layers except the head |
 | sum_k F_k    | shared["anchor"]["fisher"] | A |
 | theta*       | shared["anchor"]["center"] | sum_k F_k theta*_k / A |
-| lambda       | method.strength            | |
+| lambda       | method.strength            | coefficient of the penalty |
 
-The sum over tasks is A (theta - center)^2 and a constant, exactly: memory does not grow.
-F = E_x [(d log p(y|x) / d theta)^2] over samples one by one, never of a batch's mean, with true
-labels (empirical Fisher) or labels drawn from the model (method.fisher), BatchNorm in evaluation
-mode (but for batch_norm=running with the statistics of a chunk of samples, held fixed).
+The sum over tasks equals A (theta - center)^2 plus a constant, so memory does not grow with the
+number of tasks. F = E_x [(d log p(y|x) / d theta)^2] is computed sample by sample, not from the
+mean gradient of a batch. The labels y are the true ones (empirical Fisher) or are drawn from the
+model (method.fisher). BatchNorm uses the statistics of a chunk of samples, through which no
+gradient passes; with method.batch_norm = "running", it uses stored ones.
 
-Phases: training; after every task the Fisher information on method.fisher_samples training images.
+Phases: training; then the Fisher information on method.fisher_samples training images.
 
-References: J. Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017,
-Eq. 3; J. Schwarz et al., "Progress & compress", 2018 (online variant); spec/baselines.md 3.4.
+References: J. Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017
+(arXiv 1612.00796), Eq. 3; J. Schwarz et al., "Progress & compress: A scalable framework for
+continual learning", 2018 (arXiv 1805.06370), for the online variant. The HALRP paper does not give
+lambda.
 """
 
 import dataclasses
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,31 +37,43 @@ from halrp_jax import keys, models
 from halrp_jax.methods import anchored
 from halrp_jax.training import batches, losses, networks
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Method
+from halrp_jax.types import Array, Method, Params, Task
 from halrp_jax.weights import trees
 
-_CHUNK = 16  # samples that share the statistics of BatchNorm
+_CHUNK = 16  # samples that share BatchNorm statistics
 
 
-# strength found by `tune`: CIFAR100-Split, order A, seed 0. With a quarter of the training images
-# 1e3 and 1e4 are alike (53.1, 52.8), with 5 % 1e4 is the best by 6 points (docs/tuning.md)
+# The strength was found by `tune` on CIFAR100-Split, order A, seed 0 (docs/measurements.md). With
+# 25 % of the training images 1e3 and 1e4 give 53.1 % and 52.8 %; with 5 %, 1e4 is better than all
+# other values by 6 points.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(anchored.Config):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of EWC."""
 
   strength: float = keys.number(1e4, 0, None, "lambda: coefficient on the Fisher-weighted distance")
-  fisher: str = keys.one_of("true_label", ("true_label", "sampled_label"), "labels of the Fisher")
-  fisher_samples: int = keys.whole(1000, 1, None, "training images of a task for its Fisher")
-  accumulate: str = keys.one_of(
-    "separate", ("separate", "online"), "separate: every task's own anchor; online: the last one's"
+  fisher: str = keys.one_of(
+    "true_label",
+    ("true_label", "sampled_label"),
+    "labels for the Fisher information: the true ones, or drawn from the model",
   )
-  decay: float = keys.number(0.95, 0, 1, "accumulate=online: what earlier Fisher is multiplied by")
+  fisher_samples: int = keys.whole(
+    1000, 1, None, "training images of a task for its Fisher information"
+  )
+  accumulate: str = keys.one_of(
+    "separate",
+    ("separate", "online"),
+    "separate: an anchor for every earlier task; online: one, at the previous task's parameters",
+  )
+  decay: float = keys.number(
+    0.95, 0, 1, "accumulate=online: factor on the Fisher information of earlier tasks"
+  )
 
 
 TaskState = anchored.TaskState
 
 
 def make(config: Config, setup: Setup) -> Method:
+  """Builds EWC."""
   own_norm, sampled = config.bn_scope == "task", config.fisher == "sampled_label"
   fisher_chunk = jax.jit(_fisher_of(setup.measuring, own_norm, sampled))
 
@@ -69,31 +87,47 @@ def make(config: Config, setup: Setup) -> Method:
     return 0.5 * config.strength * sum(jax.tree.leaves(terms))
 
   def following(anchor, params, stats, task):
-    found = fisher(fisher_chunk, params, stats, task, config.fisher_samples, own_norm)
-    here, _ = trees.split_private(params, own_norm)
+    new = fisher(fisher_chunk, params, stats, task, config.fisher_samples, own_norm)
+    shared, _ = trees.split_private(params, own_norm)
     if config.accumulate == "online":
-      total = jax.tree.map(lambda a, f: config.decay * a + f, anchor["fisher"], found)
-      return {"fisher": total, "center": here}
-    total = jax.tree.map(jnp.add, anchor["fisher"], found)
-    center = jax.tree.map(_weighted, anchor["fisher"], anchor["center"], found, here)
+      total = jax.tree.map(lambda a, f: config.decay * a + f, anchor["fisher"], new)
+      return {"fisher": total, "center": shared}
+    total = jax.tree.map(jnp.add, anchor["fisher"], new)
+    center = jax.tree.map(_weighted_mean, anchor["fisher"], anchor["center"], new, shared)
     return {"fisher": total, "center": center}
 
   return anchored.make(config, setup, anchored.Anchor(first, distance, following))
 
 
-def _weighted(a, x, b, y):
-  """(a x + b y) / (a + b), and y where both weights are 0."""
+def _weighted_mean(a: Array, x: Array, b: Array, y: Array) -> jax.Array:
+  """Returns (a x + b y) / (a + b), and y where both weights are 0."""
   total = a + b
   return jnp.where(total > 0, (a * x + b * y) / jnp.where(total > 0, total, 1), y)
 
 
-def fisher(fisher_chunk, params, stats, task, num_samples: int, own_norm: bool):
-  """Diagonal Fisher information of the shared parameters, a mean over training images."""
+def fisher(
+  fisher_chunk: Callable[..., Params],
+  params: Params,
+  stats: Params,
+  task: Task,
+  num_samples: int,
+  own_norm: bool,
+) -> Params:
+  """Returns the diagonal Fisher information of the shared parameters after a task.
+
+  Args:
+    fisher_chunk: the compiled function that `_fisher_of` builds.
+    params: of the whole network after the task.
+    stats: its BatchNorm statistics.
+    task: whose training images are used.
+    num_samples: the number of images that the mean is taken over, at most.
+    own_norm: whether BatchNorm belongs to the task.
+  """
   rows = np.arange(min(num_samples, len(task.train.index)))
   total = jax.tree.map(jnp.zeros_like, trees.split_private(params, own_norm)[0])
   for start in range(0, len(rows), _CHUNK):
     part = rows[start : start + _CHUNK]
-    padded = np.resize(part, _CHUNK)  # one shape for all chunks
+    padded = np.resize(part, _CHUNK)  # one shape for all chunks, so that one function is compiled
     weight = (np.arange(_CHUNK) < len(part)).astype(np.float32)
     image, label = batches.load_batch(task.train, task.inputs, padded)
     key = jax.random.fold_in(jax.random.key(task.id), start)
@@ -102,12 +136,18 @@ def fisher(fisher_chunk, params, stats, task, num_samples: int, own_norm: bool):
   return jax.tree.map(lambda x: x / len(rows), total)
 
 
-def _fisher_of(model, own_norm: bool, sampled: bool):
-  """Builds (params, stats, image, label, weight [B], num_classes, key) -> sum of squares."""
+def _fisher_of(model: nn.Module, own_norm: bool, sampled: bool) -> Callable[..., Params]:
+  """Builds (params, stats, image, label, weight [B], num_classes, key) -> sum of squared gradients.
+
+  Args:
+    model: the network.
+    own_norm: whether BatchNorm belongs to the task.
+    sampled: whether labels are drawn from the model.
+  """
 
   def chunk(params, stats, image, label, weight, num_classes, key):
     shared, private = trees.split_private(params, own_norm)
-    if models.evaluates_with_batch(model):  # the chunk's statistics, held fixed
+    if models.evaluates_with_batch(model):  # with the statistics of the chunk, as constants
       frozen_model, fixed = networks.fix_batch_statistics(model, params, image)
     else:
       frozen_model, fixed = model, stats
@@ -125,7 +165,7 @@ def _fisher_of(model, own_norm: bool, sampled: bool):
       gradient = jax.grad(log_likelihood)(shared, x, y)
       return jax.tree.map(lambda t, g: t + w * g * g, total, gradient), None
 
-    # one by one: vmapped gradients take ten times as long on the CPU, all of it moving memory
+    # a loop, since gradients under jax.vmap take ten times as long on the CPU: they move memory
     zero = jax.tree.map(jnp.zeros_like, shared)
     return jax.lax.scan(add, zero, (image, label, weight))[0]
 

@@ -1,23 +1,23 @@
-"""GPM: one network; later tasks move each kernel only where earlier tasks' inputs don't reach.
+"""GPM: one network; later tasks change each kernel only in directions unused by earlier inputs.
 
-Update rule: dW <- dW - M (M' dW), the columns of M being an orthonormal basis of what the layer saw
-in earlier tasks (a convolution: its patches). Biases and BatchNorm's scale and bias are frozen
-after the first task; every task has its own head.
+Update rule: dW <- dW - M (M' dW), where the columns of M are an orthonormal basis of the layer's
+inputs in earlier tasks (of the patches for a convolution). Biases and BatchNorm's scale and bias
+are frozen after the first task. Every task has its own head.
 
 | paper | here                     | meaning |
 |-------|--------------------------|---------|
-| W     | shared["kernels"]        | features, as a matrix [d, J] per layer; trained by every task |
+| W     | shared["kernels"]        | kernel of a layer as a matrix [d, J]; trained by every task |
 | M     | shared["basis"]          | [d, k] and zero columns; for training alone |
-| k     | shared["num_directions"] | |
-| eps   | method.threshold         | share of a layer's energy that M must carry; + step * t |
+| k     | shared["num_directions"] | number of directions in M |
+| eps   | method.threshold         | share of the inputs' energy that M must carry |
 | -     | shared["others"]         | biases, BatchNorm's scale and bias, frozen after task 0 |
 
-Phases: training; then method.samples training images pass through and M grows (weights/bases.py).
+Phases: training; then M grows with the inputs of method.samples training images (weights/bases.py).
 
-method.optimizer = "sgd" is the paper's: plain gradients, rate method.learning_rate, cut where the
-validation loss stops falling, weights of its lowest. "adam" is the protocol's recipe, and what Adam
-makes of the gradients is projected: Adam on projected gradients would leave the subspace, since it
-scales every weight by itself.
+method.optimizer = "sgd" is the paper's recipe: SGD with method.learning_rate, which is cut when the
+validation loss has stopped falling, and the weights with the lowest validation loss. "adam" is the
+recipe of the protocol. There the updates that Adam returns are projected: with projected gradients
+Adam would leave the subspace, because it scales every weight by itself.
 
 Reference: G. Saha et al., "Gradient projection memory for continual learning", 2021 (arXiv
 2103.09762), Alg. 1 and 2. Its networks have neither biases nor running statistics.
@@ -28,35 +28,42 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax import keys
 from halrp_jax.training import batches, losses, networks, sizes
-from halrp_jax.training.fit import Recipe, make_fit, recipe
+from halrp_jax.training.fit import Fit, Recipe, make_fit, protocol_recipe
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Method, Network, Params, Size, State, Task
 from halrp_jax.weights import bases, taps, trees
 
-_CHUNK = 25  # images whose patches are in memory at once
+_CHUNK = 25  # images whose patches are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of GPM."""
 
   optimizer: str = keys.one_of(
-    "adam", ("sgd", "adam"), "sgd: the paper's recipe; adam: the protocol's, its updates projected"
+    "adam",
+    ("sgd", "adam"),
+    "sgd: the recipe of GPM's paper; adam: the protocol's recipe, with projected updates",
   )
-  learning_rate: float = keys.number(0.01, 0, None, "of optimizer=sgd", True)
-  threshold: float = keys.number(0.97, 0, 1, "eps: share of the energy that the basis carries")
-  threshold_step: float = keys.number(0.003, 0, 1, "added to eps for every task, up to 1")
+  learning_rate: float = keys.number(0.01, 0, None, "optimizer=sgd: learning rate", True)
+  threshold: float = keys.number(
+    0.97, 0, 1, "eps: share of the inputs' energy that the basis carries"
+  )
+  threshold_step: float = keys.number(0.003, 0, 1, "added to eps for every earlier task, up to 1")
   samples: int = keys.whole(125, 1, None, "training images of a task that its basis is made from")
 
 
 class TaskState(NamedTuple):
-  head: Params  # of the task alone; all other parameters are shared
+  """State of a task."""
+
+  head: Params  # all other parameters are shared
   stats: Params  # BatchNorm's statistics
   num_classes: Array  # int32 []
 
@@ -77,17 +84,17 @@ def make(config: Config, setup: Setup) -> Method:
     else:
       shared, stats = state.shared, state.tasks[-1].stats
       start = {"kernels": shared["kernels"], "head": params[trees.HEAD]}
-      held = frozen | {"others": shared["others"], "basis": shared["basis"]}
-      trained, stats = f.fit_later(start, stats, held, *args)
+      frozen_later = frozen | {"others": shared["others"], "basis": shared["basis"]}
+      trained, stats = f.fit_later(start, stats, frozen_later, *args)
       head, shared = trained["head"], shared | {"kernels": trained["kernels"]}
-    learned = TaskState(head, stats, jnp.int32(task.num_classes))
+    task_state = TaskState(head, stats, jnp.int32(task.num_classes))
     energy = min(1.0, config.threshold + config.threshold_step * len(state.tasks))
 
     def grow():  # Alg. 1: update the memory
       params = _whole(shared["kernels"], shared["others"], head)
       return _grow(f, config.samples, params, stats, task, sample_key, shared, energy)
 
-    return state.append(learned, **(shared | store.once("basis", grow))), {}
+    return state.append(task_state, **(shared | store.once("basis", grow))), {}
 
   def network(shared, task):
     return Network(_whole(shared["kernels"], shared["others"], task.head), task.stats)
@@ -99,16 +106,19 @@ def make(config: Config, setup: Setup) -> Method:
 
 
 class _Functions(NamedTuple):
+  """Functions that are compiled once for all tasks."""
+
   initialize: Callable  # (key) -> params, stats
-  fit_first: Callable  # `make_fit` of the plain network
-  fit_later: Callable  # `make_fit` of kernels and head, whose updates are projected
+  fit_first: Fit  # of the plain network
+  fit_later: Fit  # of kernels and head, with projected updates of the kernels
   inputs: Callable  # `_inputs_of`
 
 
 def _build(config: Config, setup: Setup) -> _Functions:
-  how = recipe(setup)
+  """Builds the functions that are compiled once for all tasks."""
+  recipe = protocol_recipe(setup)
   if config.optimizer == "sgd":
-    how = Recipe("sgd", 0.0, config.learning_rate, 1.0, "plateau", "best_loss")
+    recipe = Recipe("sgd", 0.0, config.learning_rate, 1.0, "plateau", "best_loss")
 
   def apply_fn(params, frozen, *args):
     weights = _whole(params["kernels"], frozen["others"], params["head"])
@@ -123,19 +133,19 @@ def _build(config: Config, setup: Setup) -> _Functions:
 
   return _Functions(
     initialize=networks.make_initialize(setup),
-    fit_first=make_fit(setup, *networks.plain_network(setup.model), how=how),
-    fit_later=make_fit(setup, apply_fn, penalty, edit_fn=project, how=how),
+    fit_first=make_fit(setup, *networks.plain_network(setup.model), recipe=recipe),
+    fit_later=make_fit(setup, apply_fn, penalty, edit_fn=project, recipe=recipe),
     inputs=jax.jit(_inputs_of(setup.measuring, config.samples)),
   )
 
 
-def _whole(kernels, others, head) -> Params:
+def _whole(kernels: dict[str, jax.Array], others: Params, head: Params) -> Params:
   """Returns the parameters of a whole network."""
   return trees.join(kernels, others | {trees.HEAD: head})
 
 
-def _project(update, basis):
-  """Removes from an update [.., J] what lies in the span of the basis M [d, k]: dW - M (M' dW)."""
+def _project(update: jax.Array, basis: jax.Array) -> jax.Array:
+  """Removes the part of an update [.., J] in the span of the basis M [d, k]: dW - M (M' dW)."""
   u = update.reshape(-1, update.shape[-1])
   return (u - basis @ (basis.T @ u)).reshape(update.shape)
 
@@ -144,7 +154,7 @@ def _project(update, basis):
 
 
 def _first_shared(params: Params) -> dict:
-  """Returns what tasks share after the first one, with bases that are still empty."""
+  """Returns what all tasks share after the first task, with empty bases."""
   kernels, rest = trees.split(params)
   dims = {n: w.size // w.shape[-1] for n, w in kernels.items()}
   return {
@@ -155,10 +165,14 @@ def _first_shared(params: Params) -> dict:
   }
 
 
-def _inputs_of(model, num_samples: int):
-  """Builds (params, stats, image [B, H, W, C]) -> rows x [n, d] that each layer sees.
+def _inputs_of(model: nn.Module, num_samples: int) -> Callable:
+  """Builds (params, stats, image [B, H, W, C]) -> the inputs of each layer as rows x [n, d].
 
-  Where all samples give more than d rows it is x' x [d, d], in a tuple of one.
+  For a layer of which all samples give more than d rows, the result is a tuple with x' x [d, d].
+
+  Args:
+    model: the network.
+    num_samples: number of images in all chunks together.
   """
 
   def inputs(params, stats, image):
@@ -175,17 +189,37 @@ def _inputs_of(model, num_samples: int):
   return inputs
 
 
-def _grow(f, num_samples: int, params, stats, task: Task, key, shared: dict, energy: float) -> dict:
-  """Returns the bases after a task, and how many directions they have (`bases.grow`)."""
+def _grow(
+  f: _Functions,
+  num_samples: int,
+  params: Params,
+  stats: Params,
+  task: Task,
+  key: jax.Array,
+  shared: dict,
+  energy: float,
+) -> dict:
+  """Returns the bases and their numbers of directions after a task (`bases.grow`).
+
+  Args:
+    f: the compiled functions.
+    num_samples: method.samples.
+    params: of the whole network after the task.
+    stats: its BatchNorm statistics.
+    task: whose training images are used.
+    key: of the choice of images.
+    shared: with the bases before.
+    energy: eps of the task.
+  """
   seen_fn = functools.partial(f.inputs, params, stats)
   parts = batches.over_samples(seen_fn, task, key, num_samples, _CHUNK)
   grown = {"basis": {}, "num_directions": {}}
   for name in shared["kernels"]:
     seen = [part[name] for part in parts]
     if isinstance(seen[0], tuple):
-      moment = sum(x.astype(np.float64) for (x,) in seen)
+      moment = functools.reduce(np.add, [x.astype(np.float64) for (x,) in seen])
     else:
-      moment = bases.of_rows(np.concatenate(seen))
+      moment = bases.moment_or_rows(np.concatenate(seen))
     count = int(shared["num_directions"][name])
     basis, num = bases.grow_padded(shared["basis"][name], count, moment, energy, first=not count)
     grown["basis"][name] = jnp.asarray(basis)
@@ -197,7 +231,7 @@ def _grow(f, num_samples: int, params, stats, task: Task, key, shared: dict, ene
 
 
 def size(state: State) -> Size:
-  """Counts the first task's network and the heads of later tasks; the bases are for training."""
+  """Returns the size: later tasks add their heads. The bases are for training alone."""
   shared, (first, *later) = state.shared, state.tasks
   rest = shared["others"] | {trees.HEAD: first.head}
   base = sizes.network_count(shared["kernels"], rest, int(first.num_classes))

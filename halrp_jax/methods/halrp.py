@@ -1,29 +1,29 @@
 """HALRP: Hessian-aware low-rank perturbation of a frozen base (Li et al., TKDE 2024).
 
-Update rule: W_t = R_t W_base S_t + U_t Sigma_t V_t' for every dense and convolutional layer but
-the head, with ranks chosen for the whole network at once.
+Update rule: W_t = R_t W_base S_t + U_t Sigma_t V_t' for every dense and convolutional layer except
+the head, with ranks chosen for the whole network together.
 
 | paper          | here                          | meaning |
 |----------------|-------------------------------|---------|
-| W_base         | shared["kernels"][layer]      | kernels after the first task, frozen for ever |
+| W_base         | shared["kernels"][layer]      | kernels after the first task, then frozen |
 | W_free         | `free`                        | kernels after the warm-up on task t |
-| g_l            | `importance`                  | gradient of the loss at W_free |
+| g_l            | `layer_importance`            | gradient of the loss at W_free |
 | alpha          | method.alpha                  | share of the total score that is kept |
-| n, n_r         | epochs, method.warmup_epochs  | all epochs of a task, those of the warm-up |
-| lambda_0       | method.l1                     | on |U| and |V| |
-| lambda_1       | method.l2                     | on R^2, S^2, U^2, V^2; on W^2 in the first task |
+| n, n_r         | epochs, method.warmup_epochs  | epochs of a task, and of its warm-up |
+| lambda_0       | method.l1                     | coefficient of |U| and |V| |
+| lambda_1       | method.l2                     | of R^2, S^2, U^2, V^2; of W^2 in the first task |
 | gamma, p       | method.prune_bound            | model growth that is allowed |
 
-Phases (Algorithm 1): task 0 trains freely. Task t > 0: warm-up of the whole network from the base
-with a fresh head, cross-entropy alone (line 3); importance, least squares, SVD, ranks (4 to 6);
-fresh optimizer, fine-tuning of <R, S, U, Sigma, V>, biases, BatchNorm and head (7, 8); pruning of
-all tasks so far (9).
+Phases (Algorithm 1): task 0 trains freely. Later tasks train the whole network from the base and a
+fresh head on the cross-entropy alone (warm-up, line 3). Importance, least squares, SVD and ranks
+follow (lines 4 to 6). Then <R, S, U, Sigma, V>, biases, BatchNorm and head are fine-tuned with a
+fresh optimizer (lines 7 and 8), and all tasks so far are pruned (line 9).
 
-The perturbation of task 0 is the identity, so that all tasks' pytrees have the same shape.
+The perturbation of task 0 is the identity, so that the states of all tasks have the same shapes.
 
-Deviations from the paper are the switches in `VARIANTS`: "paper" is the text to the letter, "code"
-the authors' program as released, "published" what reproduces the published accuracies and sizes
-(docs/reproduction.md).
+Deviations from the paper are switches, whose values `VARIANTS` has: "paper" follows the text to the
+letter, "code" is the authors' program as released, and "published" reproduces the published
+accuracies and sizes (docs/reproduction.md).
 
 Reference: https://arxiv.org/abs/2311.15161.
 """
@@ -39,9 +39,9 @@ import jax.numpy as jnp
 
 from halrp_jax import keys
 from halrp_jax.training import batches, contract, losses, networks, sizes
-from halrp_jax.training.fit import make_fit
+from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Array, Method, Params, State
+from halrp_jax.types import Array, Method, Params, State, Store, Task
 from halrp_jax.weights import kinds, lowrank, trees
 
 _CODE = {
@@ -80,9 +80,11 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.MethodConfig):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of HALRP."""
 
-  variant: str = keys.one_of("published", tuple(VARIANTS), "what the switches left None mean")
+  variant: str = keys.one_of(
+    "published", tuple(VARIANTS), "values of the switches below that are not set"
+  )
   alpha: float = keys.number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all")
   warmup_epochs: int = keys.whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`")
   l1: float = keys.number(0.0, 0, None, "lambda_0: L1 coefficient on U and V")
@@ -104,16 +106,18 @@ class Config(keys.MethodConfig):
   svd: str = keys.one_of(
     "exact",
     ("exact", "randomized"),
-    "how the residual is decomposed; randomized: the largest svd_rank singular values of a layer",
+    "exact: all singular values of a layer's residual; randomized: the largest svd_rank",
   )
   svd_rank: int = keys.whole(256, 1, None, "singular values per layer that svd=randomized finds")
   upper_rank: int = keys.whole(None, 0, None, "largest rank of a layer; 0: no cap")
   min_rank: int = keys.whole(None, 0, None, "smallest rank of a layer")
   importance: str = keys.one_of(
-    None, ("mean", "sum"), "of the squared gradient over a kernel's entries; sum: |g|^2"
+    None,
+    ("mean", "sum"),
+    "importance of a layer: mean of the squared gradient over the kernel's entries, or sum (|g|^2)",
   )
   importance_split: str = keys.one_of(
-    None, ("valid", "train"), "images that the importance is taken on"
+    None, ("valid", "train"), "images that the importance is computed on"
   )
   window_factor: bool = keys.flag(
     None, "a convolution's scores are multiplied by its window's area"
@@ -122,27 +126,32 @@ class Config(keys.MethodConfig):
   sigma: str = keys.one_of(
     None,
     ("folded", "kept"),
-    "folded: sqrt(Sigma) in U and in V, no Sigma trained or counted; kept: trained and counted",
+    "folded: sqrt(Sigma) goes into U and V, and Sigma is neither trained nor counted; kept: Sigma "
+    "is trained and counted",
   )
   base_l2: bool = keys.flag(None, "the first task has the L2 term on its kernels")
-  l2_half: bool = keys.flag(None, "the L2 terms carry a factor 1/2")
+  l2_half: bool = keys.flag(None, "the L2 terms have a factor 1/2")
   decay_target: float = keys.number(None, 0, 1, "value that the L2 term draws R and S to")
-  prune: str = keys.one_of(None, tuple(lowrank.PRUNE_RULES), "what shares one pruning threshold")
+  prune: str = keys.one_of(
+    None, tuple(lowrank.PRUNE_RULES), "which values are pruned with one common threshold"
+  )
   prune_scope: str = keys.one_of(
     None,
     ("new", "all"),
-    "new: a task is pruned when it is learned, to its share of the bound, and never again; all: "
-    "every task is, again and again, whenever the bound is passed",
+    "new: a task is pruned once, when it is learned, to its share of the bound; all: all tasks are "
+    "pruned whenever the bound is exceeded (retrospective pruning)",
   )
   prune_rate: str = keys.one_of(
     None,
     ("excess", "fixed", "fixed_above_bound"),
-    "share pruned by percentile: 1 - bound/growth above the bound; always 1 - bound; 1 - bound "
-    "above the bound",
+    "share of the values that is pruned: excess: 1 - bound/growth above the bound; fixed: always "
+    "1 - bound; fixed_above_bound: 1 - bound above the bound",
   )
 
 
 class TaskState(NamedTuple):
+  """State of a task."""
+
   perturbation: dict[str, lowrank.Perturbation]  # R, S, U, Sigma, V by layer
   rank: dict[str, Array]  # k_l, int32 [] by layer: columns of U and V beyond it are zero
   rest: Params  # biases, BatchNorm and head
@@ -151,8 +160,9 @@ class TaskState(NamedTuple):
 
 
 def check(config: keys.Config) -> list[str]:
-  """Returns errors that concern several keys."""
+  """Returns the errors of a run's config that concern several keys of HALRP."""
   m, errors = config.method, []
+  assert isinstance(m, Config)
   if m.warmup_epochs >= config.epochs:
     errors.append(
       f"method.warmup_epochs = {m.warmup_epochs} must be less than epochs = {config.epochs}: "
@@ -171,7 +181,7 @@ def check(config: keys.Config) -> list[str]:
 
 
 def make(config: Config, setup: Setup) -> Method:
-  """Builds HALRP. Everything jitted is built here, once."""
+  """Builds HALRP, and compiles its functions once for all tasks."""
   f = _build(config, setup)
 
   def learn(state, tasks, key, store):
@@ -192,19 +202,28 @@ def make(config: Config, setup: Setup) -> Method:
 
     perturbation, chosen, seconds = store.once("select", timed_select)
     ranks, epochs = chosen["ranks"], setup.epochs - config.warmup_epochs
-    learned = fine_tune(f, epochs, state, perturbation, ranks, params, stats, task, fine_key, store)
-    state = prune(f, state.append(learned), config, max(1, setup.num_tasks - 1))
+    task_state = fine_tune(
+      f, epochs, state, perturbation, ranks, params, stats, task, fine_key, store
+    )
+    state = prune(f, state.append(task_state), config, max(1, setup.num_tasks - 1))
     return state, chosen | {"select_seconds": seconds}
 
   logits = networks.perturbed_logits(setup.model)
   return Method(learn, sizes.perturbed, networks.merged, logits, ("kernels",))
 
 
-# --- Algorithm 1; f: the jitted functions ------------------------------------------------
+# --- Algorithm 1 -------------------------------------------------------------------------
+# `f` are the compiled functions.
 
 
-def learn_base(f, config: Config, setup: Setup, task, key, store) -> State:
-  """Line 1: the first task trains freely and gives the base."""
+def learn_base(
+  f: "_Functions", config: Config, setup: Setup, task: Task, key: jax.Array, store: Store
+) -> State:
+  """Trains the first task freely (line 1); its kernels are the base.
+
+  Returns:
+    The method state with the first task.
+  """
   init_key, fit_key = jax.random.split(key)
   params, stats = f.initialize(init_key)
   frozen = {"l2": networks.l2_coefficient(config) if config.base_l2 else 0.0}
@@ -213,8 +232,18 @@ def learn_base(f, config: Config, setup: Setup, task, key, store) -> State:
   return first_state(config, task, params, stats, f.shapes(params))
 
 
-def first_state(config: Config, task, params, stats, shapes) -> State:
-  """Returns the state after the first task; `shapes`: (I, J) of each layer's kernel."""
+def first_state(
+  config: Config, task: Task, params: Params, stats: Params, shapes: contract.Shapes
+) -> State:
+  """Returns the method state after the first task.
+
+  Args:
+    config: of the method.
+    task: the first task.
+    params: trained on it.
+    stats: BatchNorm statistics.
+    shapes: (I, J) of every layer's kernel as a matrix.
+  """
   kernels, rest = trees.split(params)
 
   def identity(kernel, shape):
@@ -225,8 +254,14 @@ def first_state(config: Config, task, params, stats, shapes) -> State:
   return State({"kernels": kernels}, (_task_state(task, unchanged, {}, rest, stats),))
 
 
-def warm_up(f, config: Config, state, task, key, store):
-  """Line 3: a free network from the base with a fresh head. -> params, stats"""
+def warm_up(
+  f: "_Functions", config: Config, state: State, task: Task, key: jax.Array, store: Store
+) -> tuple[Params, Params]:
+  """Trains a free network from the base with a fresh head (line 3).
+
+  Returns:
+    Its parameters, whose kernels are W_free, and its BatchNorm statistics.
+  """
   init_key, fit_key = jax.random.split(key)
   fresh, _ = f.initialize(init_key)
   base = state.tasks[0]
@@ -235,11 +270,31 @@ def warm_up(f, config: Config, state, task, key, store):
   return f.fit_free(params, base.stats, {"l2": 0.0}, task, fit_key, epochs, store)
 
 
-def select(f, config: Config, setup: Setup, state, params, stats, task, key):
-  """Lines 4 to 7: from the warmed-up network to perturbations and ranks per layer.
+def select(
+  f: "_Functions",
+  config: Config,
+  setup: Setup,
+  state: State,
+  params: Params,
+  stats: Params,
+  task: Task,
+  key: jax.Array,
+) -> tuple[dict[str, lowrank.Perturbation], dict[str, int], bool]:
+  """Decomposes the warmed-up network and chooses the ranks (lines 4 to 7).
 
-  The last value tells if the ranks are those of the exact SVD: not if a randomised one should have
-  found more singular values than `svd_rank`.
+  Args:
+    f: the compiled functions.
+    config: of the method.
+    setup: of the run.
+    state: before the task.
+    params: after the warm-up.
+    stats: BatchNorm statistics after the warm-up.
+    task: the task.
+    key: of randomised SVD and random factors.
+
+  Returns:
+    Perturbations by layer, ranks by layer, and whether these are the ranks of the exact SVD. They
+    are not if a layer needs more singular values than the `svd_rank` of a randomised SVD.
   """
   kernels = state.shared["kernels"]
   free, _ = trees.split(params)
@@ -264,8 +319,22 @@ def select(f, config: Config, setup: Setup, state, params, stats, task, key):
   return jax.block_until_ready(perturbation), ranks, exact
 
 
-def layer_importance(f, config: Config, batch_size: int, params, stats, task) -> dict[str, float]:
-  """G_l at W_free: |g_l|^2 of every batch, averaged with the batches' sizes."""
+def layer_importance(
+  f: "_Functions", config: Config, batch_size: int, params: Params, stats: Params, task: Task
+) -> dict[str, float]:
+  """Returns by layer the importance |g_l|^2 at W_free, averaged over batches.
+
+  As in the authors' program the mean is weighted with the sizes of the batches. With
+  method.importance = "mean" it is divided by the number of entries of the kernel.
+
+  Args:
+    f: the compiled functions.
+    config: of the method.
+    batch_size: images per batch.
+    params: after the warm-up.
+    stats: BatchNorm statistics after the warm-up.
+    task: whose images are used (method.importance_split).
+  """
   kernels, _ = trees.split(params)
   split = getattr(task, config.importance_split)
   parts = batches.consecutive(len(split.index), batch_size)
@@ -280,11 +349,26 @@ def layer_importance(f, config: Config, batch_size: int, params, stats, task) ->
   return total
 
 
-def choose_ranks(config: Config, decomposition, kernels, importance) -> tuple[dict[str, int], bool]:
-  """Line 6, for the whole network at once (paper Eq. 11). -> ranks, whether they are exact"""
+def choose_ranks(
+  config: Config,
+  decomposition: dict[str, lowrank.Decomposition],
+  kernels: dict[str, jax.Array],
+  importance: dict[str, float],
+) -> tuple[dict[str, int], bool]:
+  """Chooses the ranks of the whole network together (line 6, paper Eq. 11).
+
+  Args:
+    config: of the method.
+    decomposition: by layer.
+    kernels: of the base, by layer.
+    importance: by layer.
+
+  Returns:
+    Ranks by layer, and whether they are those of the exact SVD.
+  """
   found = [d.sigma.size for d in decomposition.values()]
   if config.rank_rule in ("flat", "random"):
-    wanted = ranks = [min(config.upper_rank, d.S.size, d.R.size) for d in decomposition.values()]
+    needed = ranks = [min(config.upper_rank, d.S.size, d.R.size) for d in decomposition.values()]
   else:
     scores = []
     for name, d in decomposition.items():
@@ -292,15 +376,42 @@ def choose_ranks(config: Config, decomposition, kernels, importance) -> tuple[di
       scores.append(window * importance[name] * lowrank.squared_singular_values(d))
     allocate = functools.partial(lowrank.allocate_ranks, scores, config.alpha)
     limits = {"min_rank": config.min_rank, "upper_rank": config.upper_rank}
-    wanted = allocate(crossing=config.crossing)
+    needed = allocate(crossing=config.crossing)
     ranks = allocate(crossing=config.crossing, **limits)
-  exact = all(k <= n for k, n in zip(wanted, found, strict=True))
+  exact = all(k <= n for k, n in zip(needed, found, strict=True))
   ranks = [min(k, n) for k, n in zip(ranks, found, strict=True)]
   return dict(zip(decomposition, ranks, strict=True)), exact
 
 
-def fine_tune(f, epochs, state, perturbation, ranks, params, stats, task, key, store) -> TaskState:
-  """Line 8: <R, S, U, Sigma, V>, biases, BatchNorm and head with a fresh optimizer."""
+def fine_tune(
+  f: "_Functions",
+  epochs: int,
+  state: State,
+  perturbation: dict[str, lowrank.Perturbation],
+  ranks: dict[str, int],
+  params: Params,
+  stats: Params,
+  task: Task,
+  key: jax.Array,
+  store: Store,
+) -> TaskState:
+  """Trains <R, S, U, Sigma, V>, biases, BatchNorm and head with a fresh optimizer (line 8).
+
+  Args:
+    f: the compiled functions.
+    epochs: number of epochs.
+    state: before the task.
+    perturbation: from `select`.
+    ranks: from `select`.
+    params: after the warm-up.
+    stats: BatchNorm statistics after the warm-up.
+    task: the task.
+    key: of the order of images, and of dropout.
+    store: of the task.
+
+  Returns:
+    The state of the task.
+  """
   _, rest = trees.split(params)
   start = {"perturbation": perturbation, "rest": rest}
   store = store.child("finetune")
@@ -308,38 +419,49 @@ def fine_tune(f, epochs, state, perturbation, ranks, params, stats, task, key, s
   return _task_state(task, trained["perturbation"], ranks, trained["rest"], stats)
 
 
-def prune(f, state: State, config: Config, num_later: int) -> State:
-  """Line 9: prunes U and V (paper Sect. 4.4) of the new task, or of every task since the second.
+def prune(f: "_Functions", state: State, config: Config, num_later: int) -> State:
+  """Prunes U and V of the new task, or of all tasks but the first (line 9, paper Sect. 4.4).
 
-  A task pruned when it is learned has a share 1/`num_later` of the bound and never changes again.
-  Pruned with all others whenever the bound is passed, it ends with as many values, but changes
-  after its BatchNorm statistics were taken.
+  With method.prune_scope = "new", a task is pruned when it is learned, to the share 1/`num_later`
+  of the bound, and never changes again. With "all", it ends with as many values, but also changes
+  after its BatchNorm statistics have been measured.
+
+  Args:
+    f: the compiled functions.
+    state: with the new task.
+    config: of the method.
+    num_later: number of the benchmark's tasks except the first.
+
+  Returns:
+    The state with pruned perturbations.
   """
-  bound = None if config.prune_bound == "none" else config.prune_bound
-  known, later = state.tasks[:1], state.tasks[1:]
+  bound = None if isinstance(config.prune_bound, str) else config.prune_bound
+  unchanged, candidates = state.tasks[:1], state.tasks[1:]
   if config.prune_scope == "new":
-    known, later = state.tasks[:-1], state.tasks[-1:]
+    unchanged, candidates = state.tasks[:-1], state.tasks[-1:]
     bound = bound and bound / num_later
-  rate = lowrank.prune_rate(config.prune_rate, bound, sizes.dense_growth(state, later))
+  rate = lowrank.prune_rate(config.prune_rate, bound, sizes.dense_growth(state, candidates))
   if config.prune == "none" or rate is None:
     return state
-  values = [sizes.low_rank_values(p) for p in later]
+  values = [sizes.low_rank_values(p) for p in candidates]
   taus = lowrank.prune_thresholds(values, config.prune, config.prune_threshold, rate)
   pruned = [
     p._replace(perturbation={n: f.prune(q, tau[n]) for n, q in p.perturbation.items()})
-    for p, tau in zip(later, taus, strict=True)
+    for p, tau in zip(candidates, taus, strict=True)
   ]
-  return state._replace(tasks=(*known, *pruned))
+  return state._replace(tasks=(*unchanged, *pruned))
 
 
 # --- jitted functions -------------------------------------------------------------------
 
 
 class _Functions(NamedTuple):
-  shapes: Callable  # (params) -> {layer: (I, J)}
+  """Functions that are compiled once for all tasks."""
+
+  shapes: Callable[[Params], contract.Shapes]  # (params) -> {layer: (I, J)}
   initialize: Callable  # (key) -> params, stats
-  fit_free: Callable  # `make_fit` of the plain network
-  fit_perturbed: Callable  # `make_fit` of the perturbed one
+  fit_free: Fit  # of the plain network
+  fit_perturbed: Fit  # of the perturbed network
   square_gradients: Callable  # (params, stats, image, label, num_classes) -> {layer: |g_l|^2}
   decompose: Callable  # (kernels as matrices, free ones, key) -> {layer: Decomposition}
   truncate: Callable  # `lowrank.truncate`
@@ -347,10 +469,11 @@ class _Functions(NamedTuple):
 
 
 def _build(config: Config, setup: Setup) -> _Functions:
+  """Builds the functions that are compiled once for all tasks."""
   model, measured = setup.model, setup.measuring
 
   def penalty(params, frozen):
-    """Paper Eq. 12. Sigma has no term there, and none here."""
+    """Returns the regularisation of the paper's Eq. 12, which has no term for Sigma."""
     total = 0.0
     for p in params["perturbation"].values():
       scales = losses.sum_squares((p.R - config.decay_target, p.S - config.decay_target))
@@ -359,7 +482,7 @@ def _build(config: Config, setup: Setup) -> _Functions:
     return total
 
   def square_gradients(params, stats, image, label, num_classes):
-    """Of the batch's mean cross-entropy, in evaluation mode."""
+    """Returns by layer |g_l|^2 of the batch's mean cross-entropy, in evaluation mode."""
     kernels, rest = trees.split(params)
 
     def loss_fn(kernels):
@@ -387,12 +510,19 @@ def _build(config: Config, setup: Setup) -> _Functions:
   )
 
 
-def _columns(shape, config: Config) -> int:
-  """Width of U and V: the largest rank the layer can get. `shape`: (I, J)"""
+def _columns(shape: tuple[int, int], config: Config) -> int:
+  """Returns the width of U and V, the largest rank that a layer of `shape` (I, J) can get."""
   full = min(shape)
   return min(config.upper_rank or full, full)
 
 
-def _task_state(task, perturbation, ranks, rest, stats) -> TaskState:
+def _task_state(
+  task: Task,
+  perturbation: dict[str, lowrank.Perturbation],
+  ranks: dict[str, int],
+  rest: Params,
+  stats: Params,
+) -> TaskState:
+  """Returns the state of a task; layers without an entry in `ranks` have rank 0."""
   rank = {name: jnp.int32(ranks.get(name, 0)) for name in perturbation}
   return TaskState(perturbation, rank, rest, stats, jnp.int32(task.num_classes))

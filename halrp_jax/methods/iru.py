@@ -1,32 +1,33 @@
-"""IRU: incremental rank updates, each task adds a few rank-1 factors to every layer.
+"""IRU: incremental rank updates; each task adds a few rank-1 factors to every layer.
 
-Update rule: W_t = sum over k of s_t[k] u_k v_k', k over all factors so far. Task t trains its own
-new u_k and v_k and the selector s_t of all; the factors of the tasks before are frozen.
+Update rule: W_t = sum over k of s_t[k] u_k v_k', with k over all factors so far. Task t trains its
+new u_k and v_k and the selector s_t of all factors. The factors of earlier tasks are frozen.
 
 | paper  | here                           | meaning |
 |--------|--------------------------------|---------|
-| u, v   | shared["A"], ["B"]             | columns and rows, 0 where later tasks will put theirs |
+| u, v   | shared["A"], ["B"]             | columns and rows; 0 for the factors of later tasks |
 | s_t    | tasks[t].z                     | selector, real numbers |
-| r1, r2 | method.{first_factors,factors} | of the first and of each later task, per layer |
+| r1, r2 | method.{first_factors,factors} | factors per layer of the first and of each later task |
 
-At first u, v and the head's kernel are orthogonal, the selector is 1 for new factors; for those of
-earlier tasks it is 0 and biases are too (method.start = "fresh", the notebook's), or both are what
-they were in the task before ("task_before"): with few steps per task the selector hardly leaves 0,
-and what earlier tasks learned stays unused. Nothing is forgotten.
+At the start of a task, u, v and the head's kernel are orthogonal, and the selector is 1 for new
+factors. With method.start = "fresh", as in the published notebook, the selector of earlier factors
+and the biases are 0. With "task_before" they are those of the previous task. This helps if a task
+has few steps, in which a selector that starts at 0 hardly changes and earlier factors stay unused.
+Nothing is forgotten.
 
-There is room for the factors of the benchmark's tasks: no task can be added later.
+A and B have room for the factors of the benchmark's tasks, so no task can be added later.
 
-configs/iru_pmnist20.py is the published notebook: method.loss = "mse" on the softmax, raw pixels,
-first_rate. Convolutions, weight decay and BatchNorm are ours: its network has none of them. A
-convolution's kernel is the matrix [kh * kw * I, J]. No layer gets more factors at once than its
-full rank.
+configs/iru_pmnist20.py is the published notebook: method.loss = "mse" on the softmax, pixels that
+are not normalised, and method.first_rate. Its network has no convolutions, weight decay and
+BatchNorm, so their treatment here is not from the authors. The kernel of a convolution is seen as a
+matrix [kh * kw * I, J]. A task adds no more factors to a layer than its full rank.
 
 References: R. Hyder et al., "Incremental task learning with incremental rank updates", 2022,
 https://arxiv.org/abs/2207.09074; its code: https://github.com/CSIPlab/task-increment-rank-update.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ from jax import lax
 from halrp_jax import keys
 from halrp_jax.methods import dictionary
 from halrp_jax.training import losses, networks
-from halrp_jax.training.fit import make_fit, recipe
+from halrp_jax.training.fit import Fit, make_fit, protocol_recipe
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Method, Params, Size, State
 from halrp_jax.weights import trees
@@ -45,13 +46,16 @@ from halrp_jax.weights import trees
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(dictionary.Config):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of IRU."""
 
-  # 64 and 4 found by `tune` at 0.25: docs/tuning.md; published for another network: 11 and 1
+  # 64 and 4 were found by `tune` with 25 % of the training images (docs/measurements.md). The
+  # published values, for another network, are 11 and 1.
   first_factors: int = keys.whole(64, 1, None, "r1: factors of every layer in the first task")
   factors: int = keys.whole(4, 1, None, "r2: factors that each later task adds to every layer")
   loss: str = keys.one_of(
-    "cross_entropy", ("cross_entropy", "mse"), "mse: between softmax and one-hot labels"
+    "cross_entropy",
+    ("cross_entropy", "mse"),
+    "mse: mean squared error between softmax and one-hot labels",
   )
   first_rate: float = keys.number(
     1.0, 0, None, "factor on the learning rate in the first task", True
@@ -63,7 +67,7 @@ TaskState = dictionary.TaskState
 
 
 def make(config: Config, setup: Setup) -> Method:
-  """Builds IRU. Everything jitted is built here, once."""
+  """Builds IRU, and compiles its functions once for all tasks."""
   f = _build(config, setup)
 
   def learn(state, tasks, key, store):
@@ -76,10 +80,10 @@ def make(config: Config, setup: Setup) -> Method:
     fit = f.fit if t else f.fit_first
     params, stats = fit(params, stats, frozen, task, fit_key, setup.epochs, store.child("train"))
     a, b = f.extend({k: params[k] for k in ("u", "v")}, frozen)
-    learned = TaskState(params["z"], params["rest"], stats, jnp.int32(task.num_classes))
-    return state.append(learned, A=a, B=b), {"ranks": f.num_factors(t + 1)}
+    task_state = TaskState(params["z"], params["rest"], stats, jnp.int32(task.num_classes))
+    return state.append(task_state, A=a, B=b), {"ranks": f.num_factors(t + 1)}
 
-  def size(state) -> Size:
+  def size(state: State) -> Size:
     counts = [f.num_factors(t) for t in range(1, len(state.tasks) + 1)]
     coefficients = sum(sum(count.values()) for count in counts)
     return dictionary.size(state, f.shapes, counts[-1], coefficients, 0, 0)
@@ -88,12 +92,28 @@ def make(config: Config, setup: Setup) -> Method:
   return Method(learn, size, network, serves=dictionary.SERVES, extensible=False)
 
 
-# --- where a task begins ------------------------------------------------------------------
-# f: shapes and jitted functions
+# --- the start of a task ------------------------------------------------------------------
+# `f` are the shapes and the compiled functions.
 
 
-def begin(f, config: Config, state: State, shared, init_key, factor_key) -> tuple[Params, Params]:
-  """Returns what a task trains, and its statistics, as they are before its first step."""
+def begin(
+  f: "_Functions",
+  config: Config,
+  state: State,
+  shared: dict[str, Params],
+  init_key: jax.Array,
+  factor_key: jax.Array,
+) -> tuple[Params, Params]:
+  """Returns the trained parameters and the statistics of a task before its first step.
+
+  Args:
+    f: the shapes and the compiled functions.
+    config: of the method.
+    state: before the task.
+    shared: what tasks share.
+    init_key: of a fresh network.
+    factor_key: of the new factors and the head.
+  """
   t = len(state.tasks)
   at, end = f.num_factors(t), f.num_factors(t + 1)
   head_key, *layer_keys = jax.random.split(factor_key, 1 + len(f.shapes))
@@ -104,15 +124,15 @@ def begin(f, config: Config, state: State, shared, init_key, factor_key) -> tupl
   }
   z = {n: jnp.zeros(len(b)) for n, b in shared["B"].items()}
   if t and config.start == "task_before":
-    before = state.tasks[-1]
-    z, rest, stats = before.z, before.rest, before.stats
+    previous = state.tasks[-1]
+    z, rest, stats = previous.z, previous.rest, previous.stats
   z = {n: jnp.where(_is_new(len(x), at[n], end[n]), 1.0, x) for n, x in z.items()}
   factors = _draw_factors(layer_keys, f.shapes, {n: end[n] - at[n] for n in at})
   return factors | {"z": z, "rest": rest | {trees.HEAD: head}}, stats
 
 
 def num_factors(config: Config, shapes: dictionary.Shapes, num_tasks: int) -> dict[str, int]:
-  """Returns by layer how many factors there are after some tasks."""
+  """Returns by layer the number of factors after `num_tasks` tasks."""
 
   def count(shape):
     full = min(dictionary.matrix_shape(shape))
@@ -122,7 +142,8 @@ def num_factors(config: Config, shapes: dictionary.Shapes, num_tasks: int) -> di
   return {n: count(s) for n, s in shapes.items()}
 
 
-def _no_factors(shapes, width):
+def _no_factors(shapes: dictionary.Shapes, width: dict[str, int]) -> dict[str, Params]:
+  """Returns A and B full of zeros, with room for `width` factors by layer."""
   sizes = {n: dictionary.matrix_shape(s) for n, s in shapes.items()}
   return {
     "A": {n: jnp.zeros((d, width[n])) for n, (d, _) in sizes.items()},
@@ -130,8 +151,10 @@ def _no_factors(shapes, width):
   }
 
 
-def _draw_factors(layer_keys, shapes, num):
-  """Draws orthonormal columns u and rows v."""
+def _draw_factors(
+  layer_keys: Sequence[jax.Array], shapes: dictionary.Shapes, num: dict[str, int]
+) -> dict[str, Params]:
+  """Draws `num` orthonormal columns u and rows v by layer."""
   u, v = {}, {}
   for key, (n, s) in zip(layer_keys, shapes.items(), strict=True):
     (d, j), (u_key, v_key) = dictionary.matrix_shape(s), jax.random.split(key)
@@ -140,12 +163,12 @@ def _draw_factors(layer_keys, shapes, num):
 
 
 def _is_new(width: int, at: int, end: int) -> np.ndarray:
-  """Tells of each of a dictionary's factors if it is one from `at` to before `end`."""
+  """Returns for each of `width` factors whether its index is from `at` to `end` - 1."""
   return (np.arange(width) >= at) & (np.arange(width) < end)
 
 
-def _without_biases(rest, shapes):
-  """Returns everything but the kernels, all biases 0."""
+def _without_biases(rest: Params, shapes: dictionary.Shapes) -> Params:
+  """Returns the parameters `rest` with all biases set to 0."""
   biases, others = trees.split_biases(rest, (*shapes, trees.HEAD))
   return trees.join_biases(jax.tree.map(jnp.zeros_like, biases), others)
 
@@ -154,15 +177,18 @@ def _without_biases(rest, shapes):
 
 
 class _Functions(NamedTuple):
+  """Shapes of a network, and functions that are compiled once for all tasks."""
+
   shapes: dictionary.Shapes
-  num_factors: Callable  # (number of tasks) -> {layer: factors after so many}
+  num_factors: Callable[[int], dict[str, int]]  # (num_tasks) -> {layer: factors after these tasks}
   initialize: Callable  # (key) -> params, stats
-  fit_first: Callable  # `make_fit` of the first task
-  fit: Callable  # `make_fit` of the later ones
+  fit_first: Fit  # of the first task
+  fit: Fit  # of later tasks
   extend: Callable  # ({"u", "v"}, frozen) -> A, B with the new factors
 
 
 def _build(config: Config, setup: Setup) -> _Functions:
+  """Builds the functions that are compiled once for all tasks."""
   initialize = networks.make_initialize(setup)
   shapes = dictionary.kernel_shapes(initialize)
   l2 = networks.l2_coefficient(config)
@@ -181,14 +207,14 @@ def _build(config: Config, setup: Setup) -> _Functions:
   def penalty(params, frozen):
     return l2 * losses.sum_squares(kernels_of(params, frozen))
 
-  def fit_with(rate):
-    how = recipe(setup)
+  def fit_with(factor):
+    recipe = protocol_recipe(setup)
     return make_fit(
       setup,
       apply_fn,
       penalty,
       objective_fn=squared_error if config.loss == "mse" else None,
-      how=how._replace(learning_rate=rate * how.learning_rate),
+      recipe=recipe._replace(learning_rate=factor * recipe.learning_rate),
     )
 
   return _Functions(
@@ -201,8 +227,8 @@ def _build(config: Config, setup: Setup) -> _Functions:
   )
 
 
-def _extend(params, frozen):
-  """Returns A and B with the new factors at their indices."""
+def _extend(params: dict, frozen: dict) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Returns A and B with the new factors u and v from the index `frozen["at"]` on."""
   at = frozen["at"]
   a = {n: lax.dynamic_update_slice(x, params["u"][n], (0, at[n])) for n, x in frozen["A"].items()}
   b = {n: lax.dynamic_update_slice(x, params["v"][n], (at[n], 0)) for n, x in frozen["B"].items()}
@@ -210,11 +236,11 @@ def _extend(params, frozen):
 
 
 def mean_squared_error(logits: jax.Array, label: jax.Array, num_classes: jax.Array) -> jax.Array:
-  """Returns the squared error between softmax and one-hot labels, over batch and classes.
+  """Returns the squared error between softmax and one-hot labels, a mean over batch and classes.
 
   Args:
-    logits: [B, K_max].
-    label: [B].
+    logits: [B, K], where K is the number of classes of the widest task.
+    label: int [B]
     num_classes: of the task.
   """
   p = jax.nn.softmax(losses.mask_classes(logits, num_classes))

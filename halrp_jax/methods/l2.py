@@ -1,17 +1,17 @@
-"""L2: one network for all tasks, held near the weights after the task before ("L2-transfer").
+"""L2: one network for all tasks, held near its weights after the previous task ("L2-transfer").
 
-Update rule: Adam on the cross-entropy + wd + lambda |theta - theta*|^2, theta* being the shared
-parameters when the task began; every task starts there with a fresh head.
+Update rule: Adam on the cross-entropy + l2 |W|^2 + lambda |theta - theta*|^2, where theta* are the
+shared parameters at the start of the task and W are the kernels. Every task starts from theta* with
+a fresh head.
 
 | symbol     | here                       | meaning |
 |------------|----------------------------|---------|
-| theta      | shared["params"]           | features; heads are the tasks' own |
-| theta*     | shared["anchor"]["params"] | the same after the task before |
-| lambda     | method.strength            | 0 for the first task |
-| wd         | method.l2                  | L2 coefficient on the kernels |
+| theta      | shared["params"]           | shared parameters: all layers except the head |
+| theta*     | shared["anchor"]["params"] | shared parameters after the previous task |
+| lambda     | method.strength            | coefficient of the penalty; 0 for the first task |
 
-Reference: a baseline of the HALRP paper (Sect. 5.1) and of APD's (Yoon et al., 2020);
-spec/baselines.md 3.3. Neither says lambda.
+Reference: a baseline of the HALRP paper (Sect. 5.1) and of the APD paper (J. Yoon et al., 2020,
+arXiv 1902.09432). Neither gives lambda.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from halrp_jax.types import Method
 from halrp_jax.weights import trees
 
 
-# found by `tune`: CIFAR100-Split, order A, seed 0, a quarter of the training images (the best
-# of six decades, 1e-4 to 10; docs/tuning.md)
+# The strength was found by `tune` on CIFAR100-Split, order A, seed 0, with 25 % of the training
+# images: the best of the powers of ten from 1e-4 to 10 (docs/measurements.md).
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(anchored.Config):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of L2."""
 
   strength: float = keys.number(10.0, 0, None, "lambda: coefficient on the distance to the anchor")
 
@@ -40,6 +40,8 @@ TaskState = anchored.TaskState
 
 
 def make(config: Config, setup: Setup) -> Method:
+  """Builds L2."""
+
   def first(shared):
     return {"params": shared, "strength": jnp.float32(0)}
 

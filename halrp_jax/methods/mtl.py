@@ -1,22 +1,22 @@
-"""MTL: all tasks at once, one network with a head for each (joint training).
+"""MTL: multi-task learning of all tasks together, in one network with a head for each task.
 
-Update rule: Adam on the mean cross-entropy over the images of all tasks + l2 |W|^2 (kernels of the
-features). An epoch is one pass over all of them. No continual learning: what it may be compared to.
+Update rule: Adam on the mean cross-entropy over the images of all tasks + l2 |W|^2, where W are the
+kernels of all layers except the heads. An epoch is one pass over all images. This is not continual
+learning, but a reference to compare it with.
 
 | symbol | here             | meaning |
 |--------|------------------|---------|
-| W      | shared["params"] | features, for all tasks |
+| W      | shared["params"] | all layers except the heads, for all tasks |
 | -      | shared["stats"]  | BatchNorm's running statistics |
 
-The accuracy matrix has one row, the last; there is no backward transfer.
+The accuracy matrix has one row, the last, so there is no backward transfer.
 
-Reference: the multi-task baseline of the HALRP paper (Sect. 5.1). It does not say whether a batch
-holds images of one task (as its loaders suggest) or of all: `method.mix`. It matters where
-BatchNorm takes the statistics of a batch.
+Reference: the multi-task baseline of the HALRP paper (Sect. 5.1). The paper does not say whether a
+batch holds images of one task, as its loaders suggest, or of all tasks: `method.mix`. This matters
+when BatchNorm uses the statistics of a batch.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from halrp_jax import keys
 from halrp_jax.training import batches, losses, networks, sizes
-from halrp_jax.training.fit import make_fit
+from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Method, Network, Params, Size, State
 from halrp_jax.weights import trees
@@ -32,23 +32,28 @@ from halrp_jax.weights import trees
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of MTL."""
 
   mix: str = keys.one_of(
-    "single", ("single", "mixed"), "images in a batch: of one task, the tasks in turn; of all"
+    "single",
+    ("single", "mixed"),
+    "images of a batch: single: all of one task, and the tasks take turns; mixed: of all tasks",
   )
 
 
 class TaskState(NamedTuple):
-  head: Params  # of the task
-  stats: Params  # BatchNorm's statistics over the task's images, {} until they are measured
+  """State of a task."""
+
+  head: Params
+  stats: Params  # BatchNorm's population statistics, {} until they are measured
   num_classes: Array  # int32 []
 
 
 def make(config: Config, setup: Setup) -> Method:
+  """Builds MTL."""
   width = setup.model.num_classes
-  side_by_side = setup.model.clone(num_classes=setup.num_tasks * width)  # all heads
-  wide = setup._replace(model=side_by_side)
+  wide_model = setup.model.clone(num_classes=setup.num_tasks * width)  # all heads side by side
+  wide = setup._replace(model=wide_model)
   initialize, fit = networks.make_initialize(wide), _joint_fit(wide, width)
   frozen = {"l2": networks.l2_coefficient(config)}
 
@@ -58,21 +63,28 @@ def make(config: Config, setup: Setup) -> Method:
     joint = batches.join_tasks(tasks, config.mix == "mixed")
     params, stats = fit(params, stats, frozen, joint, fit_key, setup.epochs, store.child("train"))
     features, heads = trees.split_private(params, norm=False)
-    learned = tuple(
+    task_states = tuple(
       TaskState(_head_of(t, width, heads[trees.HEAD]), {}, jnp.int32(task.num_classes))
       for t, task in enumerate(tasks)
     )
-    return State({"params": features, "stats": stats}, learned), {}
+    return State({"params": features, "stats": stats}, task_states), {}
 
   def network(shared, task):
     params = shared["params"] | {trees.HEAD: task.head}
     return Network(params, task.stats or shared["stats"])
 
-  return Method(learn, size, network, serves=("params", "stats"), groups=_all_at_once)
+  return Method(learn, size, network, serves=("params", "stats"), groups=_all_together)
 
 
-def _joint_fit(wide: Setup, width: int) -> Callable:
-  """Builds `fit` for all heads side by side; the loss of an image is that of its task's head."""
+def _joint_fit(wide: Setup, width: int) -> Fit:
+  """Builds `fit` of a network with all heads side by side.
+
+  The loss of an image is that of its task's head.
+
+  Args:
+    wide: with that network.
+    width: of one head.
+  """
   apply_fn, penalty_fn = networks.plain_network(wide.model)
 
   def objective(params, frozen, stats, batch, train, key):
@@ -89,12 +101,13 @@ def _head_of(t: int, width: int, heads: Params) -> Params:
   return jax.tree.map(lambda x: x[..., t * width : (t + 1) * width], heads)
 
 
-def _all_at_once(num_tasks: int) -> tuple[tuple[int, ...], ...]:
+def _all_together(num_tasks: int) -> tuple[tuple[int, ...], ...]:
+  """Returns all tasks in one group, for `Method.groups`."""
   return (tuple(range(num_tasks)),)
 
 
 def size(state: State) -> Size:
-  """Counts the features and the heads: every task but the first adds its own."""
+  """Returns the size: later tasks add their heads."""
   first, *later = state.tasks
   kernels, rest = trees.split(state.shared["params"] | {trees.HEAD: first.head})
   base = sizes.network_count(kernels, rest, int(first.num_classes))

@@ -1,10 +1,10 @@
 """STL: single-task learning, an independent network for every task.
 
-Update rule: Adam on the cross-entropy + l2 |W|^2 (kernels of the features), from a fresh
-initialisation for each task. Nothing is shared, nothing is forgotten; the model grows by a whole
-network per task.
+Update rule: Adam on the cross-entropy + l2 |W|^2, where W are the kernels of all layers except the
+head. Every task starts from a fresh network. Nothing is shared and nothing is forgotten; the model
+grows by a whole network per task.
 
-Reference: the baseline of every table of the HALRP paper (Sect. 5.1).
+Reference: the baseline in all tables of the HALRP paper (Sect. 5.1).
 """
 
 import dataclasses
@@ -22,20 +22,21 @@ from halrp_jax.types import Array, Method, Network, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.NetworkConfig):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of STL."""
 
 
 class TaskState(NamedTuple):
-  params: Params  # W: the whole network of the task, its head included
+  """State of a task."""
+
+  params: Params  # of the whole network, its head included
   stats: Params  # BatchNorm's statistics
   num_classes: Array  # int32 []
 
 
 def make(config: Config, setup: Setup) -> Method:
-  fit, initialize = (
-    plain_fit(setup, networks.l2_coefficient(config)),
-    networks.make_initialize(setup),
-  )
+  """Builds STL."""
+  fit = plain_fit(setup, networks.l2_coefficient(config))
+  initialize = networks.make_initialize(setup)
 
   def learn(state, tasks, key, store):
     (task,) = tasks

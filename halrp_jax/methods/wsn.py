@@ -1,27 +1,28 @@
-"""WSN: one network, and in it a binary mask per task that picks a winning subnetwork.
+"""WSN: one network, and for each task a binary mask that selects a winning subnetwork.
 
-Update rule: the weights of task t are theta * m_t, m_t being the c largest |s| of each layer. Adam
-trains theta and the scores s together on the cross-entropy, straight through the mask: the gradient
-of |s| is that of (theta * m) times theta. Weights that an earlier mask holds never change.
+Update rule: the weights of task t are theta * m_t, where the mask m_t is 1 for the share c of each
+layer with the largest |s|. Adam trains theta and the scores s together on the cross-entropy. The
+gradient goes straight through the mask: that of |s| is the gradient of theta * m times theta.
+Weights that an earlier mask selects never change.
 
 | paper | here                    | meaning |
 |-------|-------------------------|---------|
-| theta | shared["kernels"]       | kernels of the features |
-| s     | shared["scores"]        | as the last task left them; for training alone |
-| M     | shared["used"]          | weights that some mask holds; for training alone |
-| c     | method.share            | share of each layer that a mask holds |
+| theta | shared["kernels"]       | kernels of all layers except the head |
+| s     | shared["scores"]        | scores after the latest task; for training alone |
+| M     | shared["used"]          | weights that any mask selects; for training alone |
+| m_t   | tasks[t].mask           | mask of the task |
+| c     | method.share            | share of each layer that a mask selects |
 
-Nothing is forgotten, since head, biases and BatchNorm are the task's own (the paper's networks have
-neither biases nor affine BatchNorm: method.bn = "noaffine"). The scores are not drawn again between
-tasks. There is no weight decay: it would move weights that are held.
+Nothing is forgotten, since head, biases and BatchNorm belong to the task. The paper's networks have
+neither biases nor affine BatchNorm (method.bn = "noaffine"). The scores continue from task to task.
+There is no weight decay, which would change the selected weights of earlier tasks.
 
 Reference: H. Kang et al., "Forget-free continual learning with winning subnetworks", ICML 2022,
-Alg. 1. Its program's `sparsity` is 1 - c.
+Alg. 1. In its program `sparsity` is 1 - c.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from jax import lax
 from halrp_jax import keys
 from halrp_jax.nn.init import uniform_fan_in
 from halrp_jax.training import networks, sizes
-from halrp_jax.training.fit import make_fit
+from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Method, Network, Params, Size, State
 from halrp_jax.weights import trees
@@ -39,15 +40,21 @@ from halrp_jax.weights import trees
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.MethodConfig):
-  """The keys `method.*` of this method."""
+  """Config keys `method.*` of WSN."""
 
-  share: float = keys.number(0.5, 0, 1, "c: share of each layer's weights that a mask holds", True)
+  share: float = keys.number(
+    0.5, 0, 1, "c: share of each layer's weights that a mask selects", True
+  )
   bn: str = keys.one_of(
-    "task", ("task", "noaffine"), "BatchNorm's scale and bias: the task's own, or 1 and 0"
+    "task",
+    ("task", "noaffine"),
+    "task: each task has its own BatchNorm scale and bias; noaffine: they are 1 and 0",
   )
 
 
 class TaskState(NamedTuple):
+  """State of a task."""
+
   mask: dict[str, Array]  # m_t by layer, uint8: eight weights to a byte
   rest: Params  # biases, BatchNorm and head
   stats: Params  # BatchNorm's statistics
@@ -71,11 +78,11 @@ def make(config: Config, setup: Setup) -> Method:
     frozen, store = {"used": shared["used"], "rest": fixed}, store.child("train")
     trained, stats = fit(start, stats, frozen, task, fit_key, setup.epochs, store)
     masks = masks_of(trained["scores"])
-    packed = {n: jnp.packbits(x) for n, x in masks.items()}
-    learned = TaskState(packed, trained["rest"] | fixed, stats, jnp.int32(task.num_classes))
+    packed: dict[str, Array] = {n: jnp.packbits(x) for n, x in masks.items()}
+    task_state = TaskState(packed, trained["rest"] | fixed, stats, jnp.int32(task.num_classes))
     used = {n: shared["used"][n] | x for n, x in masks.items()}  # Alg. 1: accumulate the mask
     kernels, scores = trained["kernels"], trained["scores"]
-    return state.append(learned, kernels=kernels, scores=scores, used=used), {}
+    return state.append(task_state, kernels=kernels, scores=scores, used=used), {}
 
   def network(shared, task):
     kernels = {n: w * _unpack(task.mask[n], w.shape) for n, w in shared["kernels"].items()}
@@ -84,15 +91,24 @@ def make(config: Config, setup: Setup) -> Method:
   return Method(learn, size, network, serves=("kernels",))
 
 
-def _start(state: State, params: Params, stats: Params, score_key):
-  """Returns theta, s and M, biases with BatchNorm and head, and statistics.
+def _start(
+  state: State, params: Params, stats: Params, score_key: jax.Array
+) -> tuple[dict[str, Params], Params, Params]:
+  """Returns the start of a task: all values after the previous task, but a fresh head.
 
-  They are as the task before left them but for the head; `params` and `stats` are fresh ones.
+  Args:
+    state: before the task.
+    params: freshly drawn.
+    stats: freshly drawn.
+    score_key: of the first scores.
+
+  Returns:
+    theta, s and M as in `State.shared`; biases, BatchNorm and head; BatchNorm statistics.
   """
   kernels, rest = trees.split(params)
   if state.tasks:
-    before = state.tasks[-1]
-    return state.shared, networks.fresh_head(before.rest, rest), before.stats
+    previous = state.tasks[-1]
+    return state.shared, networks.fresh_head(previous.rest, rest), previous.stats
   scores = _draw_scores(score_key, kernels)
   used = {n: jnp.zeros(w.shape, bool) for n, w in kernels.items()}
   return {"kernels": kernels, "scores": scores, "used": used}, rest, stats
@@ -101,11 +117,15 @@ def _start(state: State, params: Params, stats: Params, score_key):
 # --- Algorithm 1: one step ----------------------------------------------------------------
 
 
-def _make_fit(config: Config, setup: Setup) -> Callable:
-  """Builds `make_fit` of the masked network: theta and s are trained together."""
+def _make_fit(config: Config, setup: Setup) -> Fit:
+  """Builds `fit` of the masked network, which trains theta and s together.
+
+  `params` has "kernels", "scores" and "rest" with biases, BatchNorm and head. `frozen` has the mask
+  "used" and the parameters "rest" that are not trained.
+  """
 
   def apply_fn(params, frozen, *args):
-    """Runs the network with the weights theta * m_t, m_t being what the scores say now."""
+    """Applies the network with the weights theta * m_t, where m_t is from the current scores."""
     scores = params["scores"]
     kernels = {n: masked_kernel(w, scores[n], config.share) for n, w in params["kernels"].items()}
     weights = trees.join(kernels, params["rest"] | frozen["rest"])
@@ -120,22 +140,32 @@ def _make_fit(config: Config, setup: Setup) -> Callable:
 
 
 def masked_kernel(kernel: jax.Array, score: jax.Array, share: float) -> jax.Array:
-  """Returns theta * m, whose gradient passes the mask on its way to the score."""
+  """Returns theta * m; the gradient of |s| is that of theta * m times theta.
+
+  Args:
+    kernel: theta.
+    score: s, in the kernel's shape.
+    share: c.
+  """
   size = jnp.abs(score)
-  # 0 is added; its gradient makes that of the score
+  # the term added is 0, and gives the score its gradient
   return kernel * (largest(size, share) + (size - lax.stop_gradient(size)))
 
 
 def largest(size: jax.Array, share: float) -> jax.Array:
-  """Returns the mask of the largest values, a share of them.
+  """Returns the mask of the given share of values that are largest.
 
-  The threshold is the k-th smallest value, k = 1 + round((1 - share) (n - 1)). It is searched
-  between two floats, by the values' distribution and every third time in the middle, until they
-  are neighbours: some ten passes, where a sort takes as long as hundreds.
+  The mask is 1 from the k-th smallest value on, k = 1 + round((1 - share) (n - 1)). This threshold
+  is found by a search between two floats, which ends when they are neighbours. The next float to
+  try is interpolated from the numbers of values below, and every third time is the middle. The
+  search takes about ten passes over the values; a sort takes as long as hundreds of passes.
 
   Args:
-    size: values >= 0; equal ones are all in the mask or all outside.
-    share: of the values, in (0, 1].
+    size: values of at least 0; the mask has all or none of equal values.
+    share: in (0, 1].
+
+  Returns:
+    bool, in the shape of `size`.
   """
   size, k = lax.stop_gradient(size), 1 + round((1 - share) * (size.size - 1))
   rows = size.reshape(-1, size.shape[-1])
@@ -147,7 +177,7 @@ def largest(size: jax.Array, share: float) -> jax.Array:
     middle = low + (high - low) // 2
     pivot = jnp.where(turn % 3 == 2, middle, jnp.clip(likely, low + 1, high - 1))
     num = jnp.sum(jnp.sum(rows < _float(pivot), 0))
-    below = num < k  # what is searched for lies at the pivot or above
+    below = num < k  # the threshold is at the pivot or above it
     low, num_low = jnp.where(below, pivot, low), jnp.where(below, num, num_low)
     high, num_high = jnp.where(below, high, pivot), jnp.where(below, num_high, num)
     return low, high, num_low, num_high, turn + 1
@@ -158,41 +188,44 @@ def largest(size: jax.Array, share: float) -> jax.Array:
   return size >= _float(low)
 
 
-def _bits(x):
-  """Returns the bits of floats >= 0 as whole numbers, whose order is that of the floats."""
+def _bits(x: jax.Array) -> jax.Array:
+  """Returns the bits of floats of at least 0 as int32, which are ordered like the floats."""
   return lax.bitcast_convert_type(x, jnp.int32)
 
 
-def _float(bits):
+def _float(bits: jax.Array) -> jax.Array:
   """Inverts `_bits`."""
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _draw_scores(key, kernels):
+def _draw_scores(key: jax.Array, kernels: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """Draws s by layer as PyTorch draws kernels."""
   keys = jax.random.split(key, len(kernels))
   draw = uniform_fan_in()
   return {n: draw(k, w.shape) for k, (n, w) in zip(keys, kernels.items(), strict=True)}
 
 
-def _split_norm(rest):
-  """Returns what is trained, head and biases, and what is not: BatchNorm, of scale 1 and bias 0."""
+def _split_norm(rest: Params) -> tuple[Params, Params]:
+  """Splits parameters into head and biases, which are trained, and BatchNorm, which is not."""
   trained = {n: x for n, x in rest.items() if n == trees.HEAD or not _has(x, "scale")}
   return trained, {n: x for n, x in rest.items() if n not in trained}
 
 
-def _has(tree, name):
-  """Tells whether a parameter of some name is anywhere in a tree."""
+def _has(tree: dict, name: str) -> bool:
+  """Returns whether a tree has a parameter of this name at any depth."""
   return name in tree or any(_has(x, name) for x in tree.values() if isinstance(x, dict))
 
 
-def _unpack(mask, shape):
-  """Returns a packed mask as floats 0 and 1 of the kernel's shape."""
+def _unpack(mask: Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns a packed mask as floats 0 and 1 in the kernel's shape."""
   return jnp.unpackbits(mask)[: math.prod(shape)].reshape(shape).astype(jnp.float32)
 
 
 def size(state: State) -> Size:
-  """Counts masks, heads and BatchNorm; in `paper` 32 bits of a mask are one number."""
+  """Returns the size with masks, heads and BatchNorm.
+
+  `Size.paper` counts 32 bits of a mask as one number.
+  """
   shared, (first, *later) = state.shared, state.tasks
   kernels = shared["kernels"]
   counts = [sizes.count_rest(p.rest, kernels, int(p.num_classes)) for p in later]
@@ -200,13 +233,13 @@ def size(state: State) -> Size:
   counted = sum(c.counted for c in counts)
   uncounted = sum(c.biases for c in counts) + sizes.count_leaves([p.stats for p in state.tasks])
   num_kernels = sizes.count_leaves(kernels)
-  held = sum(int(x.sum()) for x in shared["used"].values())
+  num_used = sum(int(x.sum()) for x in shared["used"].values())
   bits = num_kernels * len(state.tasks)
   dense = base + counted + uncounted
   return Size(
     base=base,
     dense=dense,
-    nonzero=dense - num_kernels + held,
+    nonzero=dense - num_kernels + num_used,
     mask_bits=bits,
     training_only=num_kernels + num_kernels // 32,
     paper=base + counted + bits // 32,

@@ -1,6 +1,8 @@
-"""The networks by name. They are plain Flax Linen modules and know nothing of methods.
+"""The networks by name, as plain Flax Linen modules that know nothing of methods.
 
-To add one: a file beside this one and a line in `NETWORKS`.
+To add one, write a file beside this one and add a line to `NETWORKS`. A network has the field
+`num_classes`, the width of its head. With BatchNorm it has a field `running` too: whether it
+evaluates with stored statistics.
 """
 
 from collections.abc import Callable
@@ -28,17 +30,17 @@ def make(
   precision: str = "float32",
   axis_name: str | None = None,
 ) -> nn.Module:
-  """The network called `name` with `num_classes` outputs.
+  """Returns the network called `name`.
 
   Args:
     name: a key of `NETWORKS`.
     num_classes: width of the head.
-    batch_norm: "population", "running": BatchNorm evaluates with the statistics that are stored;
-      "batch": with those of the batch; "own": as the paper's network of that name does. No effect
+    batch_norm: statistics that BatchNorm evaluates with. "population" and "running": stored ones;
+      "batch": those of the batch; "own": as in the paper's network of that name. It has no effect
       on a network without BatchNorm.
-    precision: "float32", or "bfloat16": so are the products of all layers but the head, and what
-      they give; parameters, statistics and logits stay float32.
-    axis_name: of mapped devices that share a batch in training (`Layout.axis_name`).
+    precision: "float32", or "bfloat16" for the products and outputs of all layers except the head;
+      parameters, statistics and logits stay float32.
+    axis_name: axis of the devices that share a training batch under jax.pmap (`Layout.axis_name`).
   """
   network = NETWORKS[name](num_classes=num_classes)
   if hasattr(network, "axis_name"):
@@ -51,12 +53,17 @@ def make(
 
 
 def evaluates_with_batch(model: nn.Module) -> bool:
-  """Tells whether a prediction depends on the other images of its batch."""
+  """Returns whether a prediction depends on the other images of its batch."""
   return not getattr(model, "running", True)
 
 
 def statistics(batch_norm: str, model: nn.Module) -> str:
-  """Says which statistics BatchNorm evaluates with, for the record of a run."""
+  """Describes the statistics that BatchNorm evaluates with, for the record of a run.
+
+  Args:
+    batch_norm: `method.batch_norm`.
+    model: the network.
+  """
   if not hasattr(model, "running"):
     return "none"
   if evaluates_with_batch(model):
@@ -67,21 +74,26 @@ def statistics(batch_norm: str, model: nn.Module) -> str:
 
 
 def with_stored_statistics(model: nn.Module) -> nn.Module:
-  """Returns the network that evaluates BatchNorm with the statistics that are stored."""
+  """Returns the network with BatchNorm that evaluates with stored statistics."""
   return model.clone(running=True) if evaluates_with_batch(model) else model
 
 
 def with_batch_statistics(model: nn.Module) -> nn.Module:
-  """Returns the network that evaluates BatchNorm with the statistics of the batch."""
+  """Returns the network with BatchNorm that evaluates with the statistics of the batch."""
   return model.clone(running=False) if hasattr(model, "running") else model
 
 
 def in_training(batch_norm: str, model: nn.Module) -> nn.Module:
-  """Returns the network as a method uses it on the images of the task that it is learning.
+  """Returns the network that a method uses on the images of the task that it is learning.
 
-  Gradients, Fisher information and bases are taken between training steps, when the stored
-  statistics do not belong to the weights yet. With `method.batch_norm=population` they are taken
-  with the statistics of the batch, as training steps are. Training is then that of "batch", but for
-  what validation decides inside it (`keep`, `schedule=plateau`).
+  Gradients, Fisher information and bases are computed between training steps, when the stored
+  statistics do not fit the weights yet. With `method.batch_norm=population` they are computed with
+  the statistics of the batch, as training steps are. So training is the same as with "batch",
+  except where it depends on the validation accuracy or loss (`protocol.keep`,
+  `protocol.schedule=plateau`).
+
+  Args:
+    batch_norm: `method.batch_norm`.
+    model: the network.
   """
   return with_batch_statistics(model) if batch_norm == "population" else model

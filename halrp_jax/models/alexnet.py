@@ -1,7 +1,9 @@
-"""The AlexNet of the paper (spec b): Five-dataset (32 pixels) and TinyImageNet (64 pixels).
+"""The AlexNet of the paper, for the Five-dataset (32 pixels) and TinyImageNet (64 pixels).
 
-6,533,450 parameters at 32 pixels and 10 classes, 23,310,666 at 64, 23,300,421 with 5 classes.
-The paper's network evaluates BatchNorm with the statistics of the test batch (`running=False`).
+The layers are those of the authors' program. The network has 6,533,450 parameters for images of
+32 x 32 pixels and 10 classes, 23,310,666 for 64 x 64 pixels and 10 classes, and 23,300,421 for
+64 x 64 pixels and 5 classes. The paper's network evaluates BatchNorm with the statistics of the
+test batch (`running=False`).
 """
 
 import functools
@@ -15,20 +17,20 @@ from halrp_jax.nn.pool import max_pool
 
 
 class AlexNet(nn.Module):
-  """AlexNet: conv-BN-ReLU-dropout-pool three times, dense-BN-ReLU-dropout twice, head."""
+  """AlexNet: three times conv-BN-ReLU-dropout-pool, twice dense-BN-ReLU-dropout, head."""
 
   num_classes: int
   channels: tuple[int, ...] = (64, 128, 256)
-  kernels: tuple[int, ...] = (4, 3, 2)
-  dropout: tuple[float, ...] = (0.2, 0.2, 0.5)
+  kernels: tuple[int, ...] = (4, 3, 2)  # width of each convolution's window
+  dropout: tuple[float, ...] = (0.2, 0.2, 0.5)  # rates after the convolutions
   hidden: tuple[int, ...] = (2048, 2048)
-  running: bool = False  # BatchNorm evaluates with those of the batch
-  axis_name: str | None = None  # of mapped devices that share a batch in training
-  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
+  running: bool = False  # whether BatchNorm evaluates with stored statistics
+  axis_name: str | None = None  # of the devices that share a training batch under jax.pmap
+  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None for float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """[B, H, W, C] -> logits [B, num_classes]"""
+    """Returns logits [B, num_classes] of images [B, H, W, C]."""
     norm = functools.partial(BatchNorm, self.running, axis_name=self.axis_name)
     blocks = zip(self.channels, self.kernels, self.dropout, strict=True)
     for i, (features, width, rate) in enumerate(blocks, 1):

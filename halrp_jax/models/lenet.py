@@ -1,4 +1,4 @@
-"""LeNets: the paper's (spec b), its wide form, and that of GPM and WSN (spec/baselines.md 6.4)."""
+"""The LeNet of the paper, its wide form, and the LeNets of the GPM and WSN programs."""
 
 import functools
 
@@ -11,21 +11,22 @@ from halrp_jax.nn.pool import overlapping_max_pool
 
 
 class LeNet(nn.Module):
-  """LeNet: conv5x5-BN-ReLU-pool twice, dense-BN-ReLU twice, head; biases everywhere.
+  """LeNet: twice conv5x5-BN-ReLU-pool, twice dense-BN-ReLU, head; all layers have biases.
 
-  CIFAR-100 and P-MNIST, 3 x 32 x 32: 2,995,620 parameters with 10 classes, 2,993,115 with 5.
+  For CIFAR-100 and P-MNIST. With images of 32 x 32 x 3 it has 2,995,620 parameters for 10 classes
+  and 2,993,115 for 5.
   """
 
   num_classes: int
   channels: tuple[int, int] = (20, 50)
   hidden: tuple[int, int] = (800, 500)
-  running: bool = True  # BatchNorm evaluates with stored statistics
-  axis_name: str | None = None  # of mapped devices that share a batch in training
-  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
+  running: bool = True  # whether BatchNorm evaluates with stored statistics
+  axis_name: str | None = None  # of the devices that share a training batch under jax.pmap
+  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None for float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """[B, H, W, C] -> logits [B, num_classes]"""
+    """Returns logits [B, num_classes] of images [B, H, W, C]."""
     norm = functools.partial(BatchNorm, self.running, relu=True, axis_name=self.axis_name)
     for i, features in enumerate(self.channels, 1):
       num_in = 5 * 5 * x.shape[-1]
@@ -40,28 +41,29 @@ class LeNet(nn.Module):
 
 
 def wide_lenet(num_classes: int) -> LeNet:
-  """Wide LeNet: LeNet with 64 and 128 channels, 2500 and 1500 hidden units (Omniglot-Rotation).
+  """Returns the LeNet with 64 and 128 channels and 2500 and 1500 hidden units.
 
-  1 x 32 x 32: 24,466,988 parameters with 12 classes.
+  For Omniglot-Rotation. With images of 32 x 32 x 1 and 12 classes it has 24,466,988 parameters.
   """
   return LeNet(num_classes, channels=(64, 128), hidden=(2500, 1500))
 
 
 class SahaLeNet(nn.Module):
-  """LeNet of GPM (Saha et al. 2021): local response normalisation (LRN), no BatchNorm, no biases.
+  """LeNet of GPM's program (Saha et al., 2021), without BatchNorm and biases.
 
-  conv5x5-ReLU-LRN-pool twice, dense-ReLU twice, head; 2,991,500 parameters with 10 classes.
+  Twice conv5x5-ReLU-LRN-pool, twice dense-ReLU, head. LRN is local response normalisation. With
+  images of 32 x 32 x 3 and 10 classes it has 2,991,500 parameters.
   """
 
   num_classes: int
   channels: tuple[int, int] = (20, 50)
   hidden: tuple[int, int] = (800, 500)
-  lrn: bool = True
-  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None: float32
+  lrn: bool = True  # whether it has local response normalisation
+  dtype: jax.typing.DTypeLike | None = None  # of products and activations; None for float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """[B, H, W, C] -> logits [B, num_classes]"""
+    """Returns logits [B, num_classes] of images [B, H, W, C]."""
     for i, features in enumerate(self.channels, 1):
       x = nn.relu(layers.conv(features, 5, padding=2, dtype=self.dtype, name=f"conv{i}")(x))
       x = local_response_norm(x) if self.lrn else x
@@ -75,5 +77,5 @@ class SahaLeNet(nn.Module):
 
 
 def saha_lenet_without_lrn(num_classes: int) -> SahaLeNet:
-  """LeNet of WSN: that of GPM without local response normalisation."""
+  """Returns the LeNet of WSN's program: that of GPM without local response normalisation."""
   return SahaLeNet(num_classes, lrn=False)

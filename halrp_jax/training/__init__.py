@@ -1,0 +1,1 @@
+"""Training and evaluation of networks: batches, losses, the optimisation loop, accuracies."""

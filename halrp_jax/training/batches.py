@@ -1,4 +1,4 @@
-"""Images of a task as batches: what the network gets, in which order."""
+"""Batches of images: which images a batch has, and how they become network input."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,32 +9,40 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from halrp_jax.types import Array, Inputs, Split, Task
+from halrp_jax.types import Array, Inputs, Params, Split, Task
 
 
 class Batch(NamedTuple):
+  """Images and labels of one optimizer step or one pass of an evaluation."""
+
   image: jax.Array  # float32 [B, H, W, C] network input
-  label: jax.Array  # int32 [B]
-  num_classes: jax.Array  # int32 [], or [B, 1] where several tasks are learned at once
-  owner: jax.Array | None  # int32 [B] which of them; None: one task
+  label: jax.Array  # int32 [B] class within the task
+  num_classes: Array  # int32 []; [B, 1] where several tasks are learned together
+  owner: jax.Array | None  # int32 [B] index of each image's task among them; None: one task
 
 
 class Joint(NamedTuple):
-  """Several tasks to be learned at once. Made by `join_tasks`; `fit` takes it like a `Task`."""
+  """Several tasks that are learned together. Made by `join_tasks`; `fit` takes it like a `Task`."""
 
   train: Split
   valid: Split
-  inputs: Inputs  # with a leading axis [T]
+  inputs: Inputs  # its arrays with a leading axis [T]
   num_classes: Array  # int32 [T]
-  blocks: tuple[int, ...]  # numbers of consecutive training rows that share no batch with others
+  blocks: tuple[int, ...]  # sizes of consecutive blocks of training images; a batch is of one block
 
 
 def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> jax.Array:
-  """Returns uint8 images [B, H, W, C] as float32 network input (`Inputs` says how).
+  """Converts stored images to network input.
 
-  `owner` [B]: which row of `inputs` is each image's, if they have a leading axis.
+  Args:
+    image: uint8 [B, H, W, C]
+    inputs: the conversion; with `owner`, its arrays have a leading axis [T].
+    owner: int32 [B], for each image the row of `inputs` that is used.
+
+  Returns:
+    float32 [B, H, W, C]
   """
-  x = image.astype(jnp.float32) / 255
+  x: Params = image.astype(jnp.float32) / 255
   if owner is None:
     if inputs.permutation is not None:
       x = x.reshape(x.shape[0], -1)[:, inputs.permutation].reshape(*x.shape[:3], -1)
@@ -46,23 +54,29 @@ def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> 
 
 
 def stack_inputs(tasks: Sequence[Task]) -> Inputs:
-  """Returns the inputs of all the tasks with a leading axis, for `prepare_images` with `owner`."""
+  """Stacks the `Inputs` of all tasks along a leading axis, for `prepare_images` with `owner`."""
   mean, std = (jnp.stack([task.inputs[i] for task in tasks]) for i in (0, 1))
   permutation = None
   if any(task.inputs.permutation is not None for task in tasks):
-    same = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
-    own = [task.inputs.permutation for task in tasks]
-    permutation = jnp.stack([same if p is None else p for p in own])
+    identity = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
+    permutations: list[Params] = [task.inputs.permutation for task in tasks]
+    permutation = jnp.stack([identity if p is None else jnp.asarray(p) for p in permutations])
   return Inputs(mean, std, permutation)
 
 
 def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
-  """Returns tasks to be learned at once; `mixed`: a batch holds images of several of them."""
+  """Joins tasks that are learned together.
 
-  def join(kind):
-    splits = [getattr(task, kind) for task in tasks]
+  Args:
+    tasks: the tasks.
+    mixed: whether a batch holds images of several tasks.
+  """
+
+  def join(name: str) -> Split:
+    splits: list[Split] = [getattr(task, name) for task in tasks]
     owner = np.concatenate([np.full(len(s.index), t, np.int32) for t, s in enumerate(splits)])
-    index, label = (jnp.concatenate([s[i] for s in splits]) for i in (1, 2))
+    index = jnp.concatenate([s.index for s in splits])
+    label = jnp.concatenate([s.label for s in splits])
     return Split(splits[0].image, index, label, jnp.asarray(owner))
 
   sizes = tuple(len(task.train.index) for task in tasks)
@@ -76,7 +90,14 @@ def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:
 
 
 def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: float = 0) -> jax.Array:
-  """Crops each image [B, H, W, C], padded with `fill`, at random and mirrors half of them."""
+  """Pads images, crops each at random to its old size, and mirrors half of them.
+
+  Args:
+    key: of the crops and the mirroring.
+    image: [B, H, W, C]
+    padding: pixels added on every side.
+    fill: value of the added pixels.
+  """
   crop_key, flip_key = jax.random.split(key)
   num_images, height, width, _ = image.shape
   pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
@@ -89,8 +110,22 @@ def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: floa
   return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
 
 
-def make_batch(split: Split, inputs: Inputs, num_classes, rows, image_fn=lambda image: image):
-  """Returns some rows [B] of a split as the network gets them."""
+def make_batch(
+  split: Split,
+  inputs: Inputs,
+  num_classes: Array,
+  rows: Array,
+  image_fn: Callable[[Array], Array] = lambda image: image,
+) -> Batch:
+  """Returns the batch of some rows of a split.
+
+  Args:
+    split: of one task, or of several that are learned together.
+    inputs: the conversion of images to network input.
+    num_classes: int32 [], or [T] of several tasks.
+    rows: int [B], rows of `split`.
+    image_fn: applied to the stored images uint8 [B, H, W, C], to augment them.
+  """
   image, label = image_fn(split.image[split.index[rows]]), split.label[rows]
   if split.owner is None:
     return Batch(prepare_images(image, inputs), label, num_classes, None)
@@ -106,15 +141,28 @@ def consecutive(num_images: int, batch_size: int) -> list[np.ndarray]:
 
 @jax.jit
 def load_batch(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, jax.Array]:
-  """Returns network inputs [B, H, W, C] and labels [B] of some rows of a split."""
+  """Returns network inputs float32 [B, H, W, C] and labels int32 [B] of some rows of a split."""
   return prepare_images(split.image[split.index[rows]], inputs), split.label[rows]
 
 
-def over_samples(fn: Callable, task: Task, key: jax.Array, num_samples: int, chunk: int) -> list:
-  """Returns fn(image [B, H, W, C]) of chunks of random training images, as host arrays."""
+def over_samples(
+  fn: Callable[[jax.Array], Params], task: Task, key: jax.Array, num_samples: int, chunk: int
+) -> list[Params]:
+  """Applies a function to random training images of a task, chunk by chunk.
+
+  Args:
+    fn: (image [B, H, W, C]) -> a pytree of arrays.
+    task: whose training images are used.
+    key: of the choice of images.
+    num_samples: number of images; all of them if there are fewer.
+    chunk: number of images B that `fn` gets at once; the last chunk may be smaller.
+
+  Returns:
+    The results of all chunks, as numpy arrays.
+  """
   chosen = np.asarray(jax.random.permutation(key, len(task.train.index)))[:num_samples]
-  parts = []
+  results = []
   for rows in np.split(chosen, range(chunk, len(chosen), chunk)):
     image, _ = load_batch(task.train, task.inputs, rows)
-    parts.append(jax.tree.map(np.asarray, fn(image)))
-  return parts
+    results.append(jax.tree.map(np.asarray, fn(image)))
+  return results

@@ -1,4 +1,4 @@
-"""One epoch of training, for `training.fit`."""
+"""One epoch of training: the order of the images, and the loop over the optimizer steps."""
 
 import functools
 import time
@@ -12,22 +12,24 @@ from jax import lax
 from halrp_jax.devices import processes, replicas
 from halrp_jax.training.setup import Setup
 
-_CHUNK_SECONDS = 2.0  # of training handed over to the device at once
+_CHUNK_SECONDS = 2.0  # time of the steps that are sent to the device at once
 
 
 def make(setup: Setup, step: Callable) -> Callable:
   """Builds `epoch(gang, state, frozen, data, blocks, key, progress) -> state, sums over images`.
 
-  `state` is donated. The steps are handed over in chunks of some two seconds, so that signals and
-  progress get through; how an epoch is cut does not change a bit of it.
+  `state` is donated. The steps are sent to the device in chunks of about two seconds, so that
+  signals are handled and progress is shown in between. The division into chunks does not change a
+  bit of the result.
 
-  `gang` is None, or the threads of several runs, whose epochs are then one program.
+  `gang` is None, or stands for the threads of several runs, whose epochs then are one program
+  (`devices.replicas`). `progress(state, sums, step, num_steps)` is called between chunks.
 
   Args:
-    setup: its protocol, batch size, loop and layout.
+    setup: its protocol, batch size, loop and layout are used.
     step: (state, rows [B], frozen, data, key) -> state, sums over the images of the batch.
   """
-  epoch_rows = _make_rows(setup)
+  epoch_rows = _make_epoch_rows(setup)
 
   def one_step(carry, rows, frozen, data, key):
     state, sums = carry
@@ -37,8 +39,8 @@ def make(setup: Setup, step: Callable) -> Callable:
   def many_steps(carry, batches, start, stop, *args):
     return lax.fori_loop(start, stop, lambda i, c: one_step(c, batches[i], *args), carry)
 
-  choose = _make_choose(setup, one_step, many_steps)
-  advance, is_loop = None, setup.loop == "steps"
+  choose_loop = _make_choose_loop(setup, one_step, many_steps)
+  run_steps, is_python_loop = None, setup.loop == "steps"
 
   def begin(state, frozen, data, blocks, key):
     shuffle_key, key = jax.random.split(key)
@@ -46,23 +48,27 @@ def make(setup: Setup, step: Callable) -> Callable:
     return (state, jnp.zeros(2)), rows, (frozen, data, key)
 
   def epoch(state, frozen, data, blocks, key, progress):
-    nonlocal advance, is_loop
+    nonlocal run_steps, is_python_loop
     carry, rows, args = begin(state, frozen, data, blocks, key)
-    if rows and advance is None:
-      advance, is_loop = choose(carry, rows[0], 0, 1, *args)
-    return _run(carry, rows, progress, advance, *args)
+    if rows and run_steps is None:
+      run_steps, is_python_loop = choose_loop(carry, rows[0], 0, 1, *args)
+    return _run_chunks(carry, rows, progress, run_steps, *args)
 
-  parts, devices = replicas.Parts(begin, many_steps, _run), setup.layout.num_run_devices
-  return replicas.make_epoch(epoch, parts, lambda: not is_loop, devices)
+  parts = replicas.Parts(begin, many_steps, _run_chunks)
+  num_devices = setup.layout.num_run_devices
+  return replicas.make_epoch(epoch, parts, lambda: not is_python_loop, num_devices)
 
 
-def _make_rows(setup: Setup) -> Callable:
-  """Builds `epoch_rows(blocks, key)`: the rows of an epoch's batches."""
+def _make_epoch_rows(setup: Setup) -> Callable:
+  """Builds `epoch_rows(blocks, key)`, which returns the rows of all batches of an epoch."""
   drop = setup.protocol.last_batch == "drop"
 
   @functools.partial(jax.jit, static_argnums=0)
   def epoch_rows(blocks, key):
-    """Returns the rows of an epoch: full batches [n, B], the blocks taking turns, then the rest."""
+    """Returns arrays of rows: all full batches [n, B], then the smaller last ones by their size.
+
+    A batch has images of one block. The full batches of the blocks take turns.
+    """
     keys = (key,) if len(blocks) == 1 else jax.random.split(key, len(blocks))
     full, rest, turns, begin = [], {}, [], 0
     for t, (num_images, key) in enumerate(zip(blocks, keys, strict=True)):
@@ -80,10 +86,11 @@ def _make_rows(setup: Setup) -> Callable:
   return epoch_rows
 
 
-def _make_choose(setup: Setup, one_step: Callable, many_steps: Callable) -> Callable:
-  """Builds `choose(*args of many_steps)`.
+def _make_choose_loop(setup: Setup, one_step: Callable, many_steps: Callable) -> Callable:
+  """Builds `choose_loop(*args of many_steps)`.
 
-  It returns what does many steps, and whether that is a Python loop over compiled ones.
+  It returns a function that does what `many_steps` does, and whether that is a Python loop over
+  compiled steps rather than one compiled loop.
   """
   jit_one, jit_many = (setup.layout.compile(f) for f in (one_step, many_steps))
 
@@ -92,27 +99,33 @@ def _make_choose(setup: Setup, one_step: Callable, many_steps: Callable) -> Call
       carry = jit_one.call(carry, batches[i], *args)
     return carry
 
-  def choose(*args):
-    """XLA:CPU runs the gradient of a plain convolution tens of times slower inside a loop."""
+  def choose_loop(*args):
     if setup.loop == "auto" and jax.default_backend() == "cpu":
-      is_loop = "stablehlo.convolution" in jit_many.lower(*args).as_text()
+      # XLA:CPU computes the gradient of a plain convolution tens of times slower inside a loop
+      is_python_loop = "stablehlo.convolution" in jit_many.lower(*args).as_text()
     else:
-      is_loop = setup.loop == "steps"
-    return loop_over_steps if is_loop else jit_many.call, is_loop
+      is_python_loop = setup.loop == "steps"
+    return loop_over_steps if is_python_loop else jit_many.call, is_python_loop
 
-  return choose
+  return choose_loop
 
 
-def _run(carry, rows, progress, advance, *args):
-  """Trains all steps of an epoch; returns the last carry."""
+@processes.by_first
+def _next_chunk(steps_per_second: float) -> int:
+  """Returns the number of steps in the next chunk, the same in all processes."""
+  return max(1, int(_CHUNK_SECONDS * steps_per_second))
+
+
+def _run_chunks(carry, rows, progress, run_steps, *args):
+  """Trains all steps of an epoch, chunk by chunk; returns the last carry."""
   for batches in rows:
     done, chunk, num_steps = 0, 1, batches.shape[-2]
     while done < num_steps:
-      start, stop = time.perf_counter(), min(done + chunk, num_steps)
-      carry = jax.block_until_ready(advance(carry, batches, done, stop, *args))
-      pace = (stop - done) / (time.perf_counter() - start)
+      begin, stop = time.perf_counter(), min(done + chunk, num_steps)
+      carry = jax.block_until_ready(run_steps(carry, batches, done, stop, *args))
+      steps_per_second = (stop - done) / (time.perf_counter() - begin)
       done = stop
       if done < num_steps:
-        chunk = processes.first_does(lambda pace=pace: max(1, int(_CHUNK_SECONDS * pace)))
+        chunk = _next_chunk(steps_per_second)
       progress(*carry, done, num_steps)
   return carry

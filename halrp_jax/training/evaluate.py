@@ -1,21 +1,27 @@
-"""evaluate(): the only accuracy."""
+"""Predictions, and accuracies on the splits of tasks."""
 
 import math
 from collections.abc import Callable, Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax.devices import processes
 from halrp_jax.training import batches, networks
-from halrp_jax.types import Method, Task
-
-# --- evaluation -----------------------------------------------------------------------
+from halrp_jax.types import Array, Method, Network, Params, Task
 
 
-def logits_of(model, network: Callable) -> Callable:
-  """Builds `Method.logits` of a method that has a plain network for every task."""
+def logits_of(
+  model: nn.Module, network: Callable[[dict, Params], Network]
+) -> Callable[[dict, Params, Array], Array]:
+  """Builds `Method.logits` of a method that has a plain network for every task.
+
+  Args:
+    model: the network.
+    network: `Method.network`.
+  """
 
   def logits(shared, task, image):
     return networks.apply_model(model, *network(shared, task), image, False, None)[0]
@@ -23,8 +29,12 @@ def logits_of(model, network: Callable) -> Callable:
   return logits
 
 
-def make_predict(method: Method) -> Callable:
-  """Builds `Method.predict` from `Method.logits`: compiled once, a task's own classes alone."""
+def make_predict(method: Method) -> Callable[..., Array]:
+  """Builds `Method.predict` from `Method.logits`.
+
+  It is compiled once for all tasks, and returns the logits of a task's own classes alone.
+  """
+  assert method.logits is not None, "make_predict needs a method with logits"
   logits_fn = jax.jit(method.logits)
 
   def predict(state, t, image):
@@ -35,29 +45,33 @@ def make_predict(method: Method) -> Callable:
 
 
 @jax.jit
-def _count_hits(logits, label):
+def _count_hits(logits: jax.Array, label: jax.Array) -> jax.Array:
+  """Returns how many images of a batch are classified correctly."""
   return jnp.sum(jnp.argmax(logits, -1) == label)
 
 
 def evaluate(
-  predict_fn: Callable, tasks: Sequence[Task], split: str, batch_size: int
+  predict_fn: Callable[[int, jax.Array], Array],
+  tasks: Sequence[Task],
+  split: str,
+  batch_size: int,
 ) -> list[float]:
-  """Returns the accuracy in percent on one split of every task, NaN where it is empty.
+  """Returns the accuracy in percent on one split of every task, NaN where the split is empty.
 
-  All batches of all tasks are handed to the device before the first result is read. Of several
-  processes each has some of the batches.
+  The batches of all tasks are sent to the device before the first result is read. With several
+  processes, each evaluates some of the batches.
 
   Args:
-    predict_fn: (position in `tasks`, image [B, H, W, C]) -> logits [B, K]
-    tasks: what to evaluate on.
+    predict_fn: (index in `tasks`, image [B, H, W, C]) -> logits [B, K]
+    tasks: the tasks.
     split: "train", "valid" or "test".
     batch_size: images per batch; with `method.batch_norm=batch` accuracies depend on it.
   """
   hits = []
   for i, task in enumerate(tasks):
     data = getattr(task, split)
-    mine = batches.consecutive(len(data.index), batch_size)[processes.index() :: processes.count()]
-    parts = (batches.load_batch(data, task.inputs, rows) for rows in mine)
+    own = batches.consecutive(len(data.index), batch_size)[processes.index() :: processes.count()]
+    parts = (batches.load_batch(data, task.inputs, rows) for rows in own)
     hits.append([_count_hits(predict_fn(i, image), label) for image, label in parts])
   hits = processes.total(np.array([sum(map(int, h)) for h in hits], np.int32))
   sizes = [len(getattr(task, split).index) for task in tasks]

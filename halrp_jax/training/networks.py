@@ -1,66 +1,118 @@
-"""Networks as `fit` takes them: plain, with a trained head alone, with perturbed kernels."""
+"""Networks as functions of their parameters, for `fit`: plain, head only, or perturbed."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from halrp_jax.keys import NetworkConfig
 from halrp_jax.nn.norm import MOMENTUM
 from halrp_jax.training import contract, losses
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Network, Params
+from halrp_jax.types import Array, Network, Params
 from halrp_jax.weights import perturb, trees
+
+
+class HasL2(Protocol):
+  """Config of a method with an L2 term on kernels."""
+
+  @property
+  def l2(self) -> float:
+    """Returns the coefficient."""
+    ...
+
+  @property
+  def l2_half(self) -> bool:
+    """Returns whether the term has a factor 1/2."""
+    ...
+
 
 # --- the plain network: first tasks, single-task learning, warm-up --------------------
 
 
-def initialize(model, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Params, Params]:
-  """Returns fresh (params, stats) of a model. `image_shape` is [H, W, C]."""
+def initialize(
+  model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]
+) -> tuple[Params, Params]:
+  """Returns fresh parameters and BatchNorm statistics of a network.
+
+  Args:
+    model: the network.
+    key: of the parameters.
+    image_shape: [H, W, C] of its input.
+
+  Raises:
+    UserError: if the network's call has no argument `train`.
+  """
   contract.check_call(model)
   variables = model.init({"params": key}, jnp.zeros((1, *image_shape)), train=False)
   variables = nn.meta.unbox(variables)
   return variables["params"], variables.get("batch_stats", {})
 
 
-def statistics_of(model, image_shape: tuple[int, ...]) -> Params:
-  """Returns shapes and types of a model's BatchNorm statistics; empty without BatchNorm."""
+def statistics_of(model: nn.Module, image_shape: tuple[int, ...]) -> Params:
+  """Returns shapes and dtypes of a network's BatchNorm statistics; {} without BatchNorm."""
   return jax.eval_shape(lambda key: initialize(model, key, image_shape), jax.random.key(0))[1]
 
 
-def make_initialize(setup: Setup) -> Callable:
+def make_initialize(setup: Setup) -> Callable[[jax.Array], tuple[Params, Params]]:
   """Builds the jitted `initialize(key) -> params, stats`."""
   return jax.jit(lambda key: initialize(setup.model, key, setup.image_shape))
 
 
-def l2_coefficient(config: NetworkConfig) -> float:
-  """Returns what |W|^2 is multiplied by. `config`: of the method, with `l2` and `l2_half`."""
+def l2_coefficient(config: HasL2) -> float:
+  """Returns the coefficient of |W|^2 in the loss, from `method.l2` and `method.l2_half`."""
   return config.l2 * (0.5 if config.l2_half else 1.0)
 
 
-def apply_model(model, params, stats, image, train, key):
-  """Applies a model with stored statistics; returns logits [B, K] and new statistics."""
+def apply_model(
+  model: nn.Module,
+  params: Params,
+  stats: Params,
+  image: jax.Array,
+  train: bool,
+  key: jax.Array | None,
+) -> tuple[jax.Array, Params]:
+  """Applies a network; returns logits float32 [B, K] and new BatchNorm statistics.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    stats: its BatchNorm statistics, {} if it has none.
+    image: float32 [B, H, W, C]
+    train: whether it is trained. If not, the statistics stay as they are.
+    key: of dropout; None in evaluation.
+  """
+  apply_fn: Callable[..., Params] = model.apply
   variables = {"params": params, "batch_stats": stats}
   if not train:
-    return model.apply(variables, image, train=False), stats
-  logits, updates = model.apply(
+    return apply_fn(variables, image, train=False), stats
+  logits, updates = apply_fn(
     variables, image, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
   )
   return logits, updates.get("batch_stats", {})
 
 
-def fix_batch_statistics(model, params, image):
-  """Returns a model that evaluates with stored statistics, and those of a batch to be stored.
+def fix_batch_statistics(
+  model: nn.Module, params: Params, image: jax.Array
+) -> tuple[nn.Module, Params]:
+  """Returns a network that evaluates with stored statistics, and the statistics of a batch.
 
-  Of no effect on a network without BatchNorm.
+  The statistics are constants: no gradient passes through them. A network without BatchNorm is
+  returned as it is, with {}.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    image: float32 [B, H, W, C], the batch.
   """
   if not hasattr(model, "running"):
     return model, {}
-  mapped = {"axis_name": None} if hasattr(model, "axis_name") else {}  # this is no mapped step
-  running = model.clone(running=True, **mapped)
+  # one device computes this, even if training is mapped over several
+  single = model.clone(axis_name=None) if hasattr(model, "axis_name") else model
+  running = single.clone(running=True)
   start = running.init(jax.random.key(0), image[:1], train=False)["batch_stats"]
-  # after one step s1 = (1 - momentum) s0 + momentum b: solve for the batch's b
+  # one training step gives s1 = (1 - momentum) s0 + momentum b: solve for the batch's b
   variables = {"params": params, "batch_stats": start}
   _, updates = running.apply(
     variables, image, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"]
@@ -72,10 +124,11 @@ def fix_batch_statistics(model, params, image):
   return running, jax.lax.stop_gradient(stats)
 
 
-def plain_network(model) -> tuple[Callable, Callable]:
-  """Builds (apply_fn, penalty_fn) of the plain network; `frozen` is {"l2": coefficient}.
+def plain_network(model: nn.Module) -> tuple[Callable, Callable]:
+  """Builds apply_fn and penalty_fn of the plain network, for `make_fit`.
 
-  The penalty is l2 |W|^2 over the kernels of the features: no head, no bias, no BatchNorm.
+  The penalty is l2 |W|^2 over the kernels of all layers except the head; biases and BatchNorm have
+  none. `frozen` is {"l2": coefficient}.
   """
 
   def apply_fn(params, frozen, stats, image, train, key):
@@ -88,10 +141,14 @@ def plain_network(model) -> tuple[Callable, Callable]:
   return apply_fn, penalty_fn
 
 
-def head_network(model) -> tuple[Callable, Callable]:
-  """Builds (apply_fn, penalty_fn) that train the head alone, the network being in evaluation.
+def head_network(model: nn.Module) -> tuple[Callable, Callable]:
+  """Builds apply_fn and penalty_fn for training the head alone, for `make_fit`.
 
-  `params` is {"head": its parameters}; `frozen` {"params": the others}.
+  The rest of the network is in evaluation mode, and there is no penalty. `params` is
+  {"head": its parameters}, `frozen` is {"params": the other parameters}.
+
+  Raises:
+    UserError: if the network's call has no argument `train`.
   """
   contract.check_call(model)
 
@@ -101,10 +158,11 @@ def head_network(model) -> tuple[Callable, Callable]:
   return apply_fn, lambda params, frozen: 0.0
 
 
-def perturbed_network(model) -> Callable:
-  """Builds apply_fn of the network with perturbed kernels.
+def perturbed_network(model: nn.Module) -> Callable:
+  """Builds apply_fn of the network with perturbed kernels, for `make_fit`.
 
-  `params` is {"perturbation": by layer, "rest": all but the kernels}; `frozen` has "kernels".
+  `params` is {"perturbation": by layer path, "rest": all parameters except the kernels}, `frozen`
+  has the "kernels" by layer path.
   """
 
   def apply_fn(params, frozen, stats, image, train, key):
@@ -118,8 +176,8 @@ def perturbed_network(model) -> Callable:
   return apply_fn
 
 
-def perturbed_logits(model) -> Callable:
-  """Builds `Method.logits` of tasks with a `perturbation` of shared kernels and a `rest`."""
+def perturbed_logits(model: nn.Module) -> Callable[[dict, Params, Array], Array]:
+  """Builds `Method.logits` for task states with `perturbation` of the shared kernels and `rest`."""
   apply_fn = perturbed_network(model)
 
   def logits(shared, task, image):
@@ -129,11 +187,16 @@ def perturbed_logits(model) -> Callable:
   return logits
 
 
-def merged(shared, task) -> Network:
-  """Returns the `Method.network` of a task with a `perturbation` of shared kernels and a `rest`."""
+def merged(shared: dict, task: Params) -> Network:
+  """Returns the plain network of a task: `Method.network` for perturbed kernels.
+
+  Args:
+    shared: with the frozen "kernels".
+    task: a task state with `perturbation`, `rest` and `stats`.
+  """
   return Network(perturb.merge(shared["kernels"], task.perturbation, task.rest), task.stats)
 
 
 def fresh_head(rest: Params, fresh: Params) -> Params:
-  """Returns `rest` with the head of freshly drawn parameters."""
+  """Returns the parameters `rest` with the head of the freshly drawn parameters `fresh`."""
   return rest | {trees.HEAD: fresh[trees.HEAD]}

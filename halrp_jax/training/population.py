@@ -1,12 +1,13 @@
-"""BatchNorm statistics over all training images of a task, for a model that answers for one image.
+"""Population statistics: BatchNorm statistics over all training images of a task.
 
-The statistics of a layer are mean and unbiased variance of what reaches it when every layer before
-it uses its own population statistics. They are the one fixed point of "measure all layers with the
-statistics of the round before": after k rounds the first k layers are exact, so a network with L
-BatchNorm layers needs at most L passes over the images, whatever it starts from.
+With them a prediction for one image does not depend on other images. The statistics of a layer are
+mean and unbiased variance of its input when every earlier layer uses its own population statistics.
+They are found in rounds: each measures all layers with the statistics of the previous round. After
+k rounds the first k layers are exact, so a network with L BatchNorm layers needs at most L rounds,
+whatever the statistics are at the start.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -17,20 +18,22 @@ from flax import traverse_util
 from halrp_jax.devices import processes
 from halrp_jax.nn.norm import BatchNorm
 from halrp_jax.training import batches
-from halrp_jax.types import Method, Params, State, Task, UserError
+from halrp_jax.types import Array, Learn, Method, Params, State, Task, UserError
 
 
-def keep(method: Method, logits_fn: Callable, batch_size: int) -> Callable:
-  """Wraps `Method.learn`: each new task keeps the statistics of its own training images.
+def wrap_learn(
+  method: Method, logits_fn: Callable[[dict, Params, Array], Array], batch_size: int
+) -> Learn:
+  """Wraps `Method.learn`, so that each new task state gets the statistics of its own images.
 
-  They are taken after the last change of the task's weights in `learn`, and never again: where
-  later tasks change shared weights, their images say nothing about what an earlier task's layers
-  see.
+  They are measured after the last change of the task's weights in `learn`, and never again: when
+  later tasks change shared weights, their images say nothing about the inputs of an earlier task's
+  layers.
 
   Args:
-    method: with `learn` and `serves`.
+    method: its `learn` and `serves` are used.
     logits_fn: (shared, tasks[t], image) -> logits, evaluating with stored statistics.
-    batch_size: images per pass of the network; of no effect but for rounding.
+    batch_size: images per pass through the network; it changes nothing but rounding.
   """
   measure = make_measure(logits_fn, batch_size)
 
@@ -39,15 +42,16 @@ def keep(method: Method, logits_fn: Callable, batch_size: int) -> Callable:
     shared = method.served(state)
     known, new = state.tasks[: -len(tasks)], state.tasks[-len(tasks) :]
 
+    # `check` waits for all processes, but only process 0 measures
     check = store.keep.check if processes.count() == 1 else lambda: None
     measured = []
-    for i, (learned, task) in enumerate(zip(new, tasks, strict=True)):
+    for i, (task_state, task) in enumerate(zip(new, tasks, strict=True)):
 
-      def taken(learned=learned, task=task):
-        return processes.first_does(lambda: measure(shared, learned, task, check))
+      def measure_task(task_state=task_state, task=task):
+        return processes.first_does(lambda: measure(shared, task_state, task, check))
 
-      stats = jax.tree.map(jnp.asarray, store.once(f"population{i}", taken))
-      measured.append(learned._replace(stats=stats))
+      stats = jax.tree.map(jnp.asarray, store.once(f"population{i}", measure_task))
+      measured.append(task_state._replace(stats=stats))
       store.keep.check()
     return State(state.shared, (*known, *measured)), history
 
@@ -55,21 +59,26 @@ def keep(method: Method, logits_fn: Callable, batch_size: int) -> Callable:
 
 
 def require_measurable(model: nn.Module, image_shape: tuple[int, ...]) -> None:
-  """Refuses a network whose BatchNorm layers can't be watched from outside, before it is trained.
+  """Checks that the inputs of all BatchNorm layers of a network can be recorded.
+
+  Args:
+    model: the network, before it is trained.
+    image_shape: [H, W, C] of its input.
 
   Raises:
-    UserError: if a layer is inside `nn.remat`, `nn.scan` or another transformation of Flax's.
+    UserError: if a layer is inside `nn.remat`, `nn.scan` or another transformation of Flax.
   """
 
   def run(key):
     image, found = jnp.zeros((1, *image_shape)), {}
     variables = model.init(key, image, train=False)
-    with nn.intercept_methods(_tap(found, jnp.ones(1))):
+    with nn.intercept_methods(_recorder(found, jnp.ones(1))):
       model.apply(variables, image, train=False)
     return found
 
   try:
-    jax.jit(run)(jax.random.key(0))  # tracing alone does not find what leaks out of a layer
+    # jax.jit, not jax.eval_shape: only it raises the error if a value leaks out of a layer
+    jax.jit(run)(jax.random.key(0))
   except jax.errors.UnexpectedTracerError as e:
     raise UserError(
       f"{type(model).__name__}: a BatchNorm inside nn.remat, nn.scan or nn.vmap can't be measured "
@@ -78,11 +87,14 @@ def require_measurable(model: nn.Module, image_shape: tuple[int, ...]) -> None:
 
 
 def complete(state: State, stats: Params) -> State:
-  """Fills in the statistics that older versions did not keep, as NaN: they were not measured.
+  """Adds missing statistics to a method state as NaN, which means "not measured".
+
+  States that older versions stored have none if their network evaluated with the statistics of the
+  batch.
 
   Args:
-    state: of a run whose network evaluated with the statistics of the batch.
-    stats: statistics of any value, for their shapes.
+    state: the method state; one that has statistics is returned as it is.
+    stats: statistics of any value, or their shapes and dtypes.
   """
   if not jax.tree.leaves(stats) or any(_has_statistics(state, p) for p in state.tasks):
     return state
@@ -98,46 +110,54 @@ def complete(state: State, stats: Params) -> State:
 
 
 def unmeasured(state: State) -> tuple[int, ...]:
-  """Returns the positions of the tasks whose statistics were not measured (`complete`)."""
+  """Returns the indices of the tasks whose statistics were not measured (`complete`)."""
 
-  def unknown(learned):
-    return any(np.isnan(x).any() for x in jax.tree.leaves(learned.stats))
+  def is_unmeasured(task_state):
+    return any(np.isnan(x).any() for x in jax.tree.leaves(task_state.stats))
 
-  return tuple(t for t, p in enumerate(state.tasks) if unknown(p))
-
-
-def _has_statistics(state: State, learned: Params) -> bool:
-  return bool(learned.stats or state.shared.get("stats"))
+  return tuple(t for t, p in enumerate(state.tasks) if is_unmeasured(p))
 
 
-def make_measure(logits_fn: Callable, batch_size: int) -> Callable:
-  """Builds `measure(shared, learned, task, check)`: statistics as {layer: {"mean", "var"}}.
+def _has_statistics(state: State, task_state: Params) -> bool:
+  """Returns whether a task has BatchNorm statistics, of its own or shared."""
+  return bool(task_state.stats or state.shared.get("stats"))
 
-  `check` is called between two passes over the images and may raise (`Keep.check`).
-  Runs whole on one device, so that one device, several, and several processes give the same bits.
-  A network without BatchNorm gives an empty tree.
+
+def make_measure(
+  logits_fn: Callable[[dict, Params, Array], Array], batch_size: int
+) -> Callable[..., Params]:
+  """Builds `measure(shared, task_state, task, check) -> stats`, which measures the statistics.
+
+  They are a tree like `task_state.stats`: {"mean", "var"} for every BatchNorm layer, {} without
+  BatchNorm. `check` is called between two passes over the images and may raise (`Keep.check`).
+  Everything is computed on one device, so that one device, several devices and several processes
+  give the same bits.
+
+  Args:
+    logits_fn: (shared, tasks[t], image) -> logits, evaluating with stored statistics.
+    batch_size: images per pass through the network.
   """
 
   @jax.jit
-  def moments(shared, learned, image, inputs, index, weight):
+  def moments(shared, task_state, image, inputs, index, weight):
     """Returns {path: (count, mean [C], sum of squared deviations [C])} of some images [B]."""
     found = {}
-    with nn.intercept_methods(_tap(found, weight)):
-      logits_fn(shared, learned, batches.prepare_images(image[index], inputs))
+    with nn.intercept_methods(_recorder(found, weight)):
+      logits_fn(shared, task_state, batches.prepare_images(image[index], inputs))
     return {path: _merge(parts) for path, parts in found.items()}
 
-  def measure(shared: Params, learned: Params, task: Task, check=lambda: None) -> Params:
-    stats = learned.stats or shared.get("stats", {})
+  def measure(shared: Params, task_state: Params, task: Task, check=lambda: None) -> Params:
+    stats = task_state.stats or shared.get("stats", {})
     if not jax.tree.leaves(stats):
       return stats
-    shared, learned, stats, image, inputs = _on_one_device(
-      (shared, learned, stats, task.train.image, task.inputs)
+    shared, task_state, stats, image, inputs = _on_one_device(
+      (shared, task_state, stats, task.train.image, task.inputs)
     )
-    batches = list(_padded(np.asarray(task.train.index), batch_size))
+    padded = list(_padded_batches(np.asarray(task.train.index), batch_size))
     flat = _flatten(stats)
     for _ in flat:
-      held = learned._replace(stats=_unflatten(flat))
-      parts = [moments(shared, held, image, inputs, *batch) for batch in batches]
+      current = task_state._replace(stats=_unflatten(flat))
+      parts = [moments(shared, current, image, inputs, *batch) for batch in padded]
       measured = flat | _statistics(parts)
       if jax.tree.all(jax.tree.map(np.array_equal, measured, flat)):
         break
@@ -148,8 +168,8 @@ def make_measure(logits_fn: Callable, batch_size: int) -> Callable:
   return measure
 
 
-def _padded(index: np.ndarray, batch_size: int):
-  """Yields (index [B], weight [B]) with B = `batch_size`; what fills up the last has weight 0."""
+def _padded_batches(index: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields (index [B], weight [B]) with B = `batch_size`; images that fill it up have weight 0."""
   for start in range(0, len(index), batch_size):
     part = index[start : start + batch_size]
     weight = (np.arange(batch_size) < len(part)).astype(np.float32)
@@ -157,7 +177,7 @@ def _padded(index: np.ndarray, batch_size: int):
 
 
 def _on_one_device(tree: Params) -> Params:
-  """Returns the arrays as they are on this process's first device."""
+  """Returns a tree with its arrays on the first device of this process."""
   device = jax.local_devices()[0]
 
   def place(x):
@@ -168,14 +188,20 @@ def _on_one_device(tree: Params) -> Params:
   return jax.tree.map(place, tree)
 
 
-def _tap(found: dict[str, list], weight: jax.Array) -> Callable:
-  """Builds an interceptor that adds the moments of every BatchNorm's input to `found`."""
+def _recorder(found: dict[str, list], weight: jax.Array) -> Callable:
+  """Builds an interceptor that appends the moments of every BatchNorm's input to `found`.
+
+  Args:
+    found: by layer path the moments of every call.
+    weight: [B], 1 for images that count and 0 for others.
+  """
 
   def intercept(next_fun, args, kwargs, context):
     module = context.module
     if isinstance(module, BatchNorm | nn.BatchNorm) and context.method_name == "__call__":
       count, mean, squares = _moments(args[0], getattr(module, "axis", -1), weight)
-      if getattr(module, "num_in", 0):  # stored as if the bias of the layer before had been added
+      if getattr(module, "num_in", 0):
+        # this BatchNorm holds the bias of the layer before it, which its input does not include
         mean += module.get_variable("params", "input_bias")
       found.setdefault("/".join(module.path), []).append((count, mean, squares))
     return next_fun(*args, **kwargs)
@@ -183,8 +209,10 @@ def _tap(found: dict[str, list], weight: jax.Array) -> Callable:
   return intercept
 
 
-def _moments(x: jax.Array, axis, weight: jax.Array):
-  """Returns count, mean and sum of squared deviations over all axes but the features' `axis`."""
+def _moments(
+  x: jax.Array, axis: int | Sequence[int], weight: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns count, mean and sum of squared deviations over all axes except the features' `axis`."""
   features = {a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)}
   axes = tuple(a for a in range(x.ndim) if a not in features)
   x, weight = x.astype(jnp.float32), weight.reshape(-1, *(1,) * (x.ndim - 1))
@@ -194,8 +222,8 @@ def _moments(x: jax.Array, axis, weight: jax.Array):
   return count, mean.reshape(squares.shape), squares
 
 
-def _merge(parts: Sequence):
-  """Returns the moments of several sets of values as those of one (Chan et al., 1979)."""
+def _merge(parts: Sequence) -> tuple:
+  """Combines the moments of several sets of values into those of one set (Chan et al., 1979)."""
   if len(parts) == 1:
     return parts[0]
   counts, means, squares = (sum(p[i] * (p[0] if i == 1 else 1) for p in parts) for i in range(3))
@@ -204,7 +232,7 @@ def _merge(parts: Sequence):
 
 
 def _statistics(parts: Sequence) -> dict[str, dict[str, np.ndarray]]:
-  """Pools the moments of all batches in float64. Returns {path: {"mean", "var"}} in float32."""
+  """Combines the moments of all batches in float64; returns {path: {"mean", "var"}} in float32."""
   pooled = {}
   parts = jax.tree.map(lambda x: np.asarray(x, np.float64), parts)
   for path in parts[0]:
@@ -217,11 +245,11 @@ def _statistics(parts: Sequence) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _flatten(stats: Params) -> dict[str, dict[str, np.ndarray]]:
-  """Returns {path of a layer: {"mean", "var"}}."""
-  layers_ = {}
+  """Returns statistics as {path of a layer: {"mean", "var"}}."""
+  flat: dict[str, dict[str, np.ndarray]] = {}
   for path, x in traverse_util.flatten_dict(stats).items():
-    layers_.setdefault("/".join(path[:-1]), {})[path[-1]] = np.asarray(x)
-  return layers_
+    flat.setdefault("/".join(path[:-1]), {})[path[-1]] = np.asarray(x)
+  return flat
 
 
 def _unflatten(flat: dict[str, dict]) -> Params:

@@ -1,4 +1,4 @@
-"""What a method is made from, beside its own config: the network, the protocol, the machine."""
+"""What a method is made from besides its own config: the network, the protocol, the devices."""
 
 from typing import NamedTuple
 
@@ -9,19 +9,19 @@ from halrp_jax.devices import parallel
 
 
 class Setup(NamedTuple):
-  """Made once for a run by `methods.make`, and handed down."""
+  """Settings of a run that all methods use. Made once per run by `methods.setup_of`."""
 
   model: nn.Module
   image_shape: tuple[int, int, int]  # [H, W, C] of the network's input
   num_tasks: int
-  max_classes: int  # of the task that has most
+  max_classes: int  # number of classes of the widest task
   epochs: int  # per task
   batch_size: int
   evaluation_batch_size: int
   learning_rate: float
   train_fraction: float  # share of each task's training images that is used
   batch_norm: str  # `method.batch_norm`
-  loop: str
+  loop: str  # `config.loop`
   protocol: keys.Protocol
   checkpoint: keys.Checkpoint
   layout: parallel.Layout

@@ -1,48 +1,69 @@
-"""Counts of parameters."""
+"""Sizes of models: counts of parameters and of the other numbers that a method stores."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import traverse_util
 
-from halrp_jax.types import Params, Size
+from halrp_jax.types import Params, Size, State
 from halrp_jax.weights import trees
 
 
 class RestCount(NamedTuple):
+  """Number of parameters without the kernels of all layers except the head."""
+
   counted: int  # BatchNorm's scale and bias, and the head
-  biases: int  # of the layers with a kernel (BatchNorm may keep them): the paper leaves them out
+  biases: int  # of the layers with a kernel, wherever they are stored; the paper leaves them out
 
 
-def count_rest(rest: Params, kernels: Params, num_classes: int) -> RestCount:
-  """Counts everything but the kernels of the features; the head at a task's own width."""
-  flat = traverse_util.flatten_dict(rest, sep="/")
+def count_rest(rest: Params, kernels: Mapping[str, object], num_classes: int) -> RestCount:
+  """Counts parameters other than kernels.
+
+  Args:
+    rest: all parameters of a network except the kernels.
+    kernels: anything by the paths of the layers that the kernels are from.
+    num_classes: of the task; outputs of the head beyond them are not counted.
+  """
+  flat: Params = traverse_util.flatten_dict(rest, sep="/")
   biases = sum(x.size for path, x in flat.items() if trees.is_bias(path, kernels))
   head = sum(x.size // x.shape[-1] * num_classes for x in rest[trees.HEAD].values())
   others = sum(x.size for path, x in flat.items() if not path.startswith(f"{trees.HEAD}/"))
   return RestCount(others - biases + head, biases)
 
 
-def network_count(kernels: Params, rest: Params, num_classes: int) -> int:
-  """Returns the parameters of a whole network, the head at a task's own width."""
+def network_count(
+  kernels: Mapping[str, jax.Array | jax.ShapeDtypeStruct], rest: Params, num_classes: int
+) -> int:
+  """Counts the parameters of a whole network.
+
+  Args:
+    kernels: of all layers except the head, by path.
+    rest: the other parameters.
+    num_classes: of the task; outputs of the head beyond them are not counted.
+  """
   count = count_rest(rest, kernels, num_classes)
   return sum(w.size for w in kernels.values()) + count.counted + count.biases
 
 
 def count_leaves(tree: Params) -> int:
-  """Returns how many numbers a pytree has."""
+  """Counts the numbers in a pytree."""
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def count_statistics(state) -> tuple[int, int]:
-  """Counts BatchNorm's statistics: those that predictions use, those kept for training alone.
+def count_statistics(state: State) -> tuple[int, int]:
+  """Counts BatchNorm's statistics.
 
-  Where all tasks have their own, the running ones they share serve training.
+  If the tasks have statistics of their own, predictions use these, and the shared running ones are
+  needed for training alone.
+
+  Returns:
+    The number of statistics that predictions use, and of those for training alone.
   """
-  own = [p.stats for p in state.tasks]
-  of_tasks, of_training = count_leaves(own), count_leaves(state.shared.get("stats", {}))
-  return (of_tasks, of_training) if of_tasks else (of_training, 0)
+  of_tasks = count_leaves([p.stats for p in state.tasks])
+  shared = count_leaves(state.shared.get("stats", {}))
+  return (of_tasks, shared) if of_tasks else (shared, 0)
 
 
 def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) -> Size:
@@ -50,26 +71,30 @@ def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) 
 
   Args:
     base: parameters of the network of the first task.
-    counted: numbers that later tasks add and the paper counts (spec a.9).
-    uncounted: those it leaves out: biases of later tasks, BatchNorm's statistics of all.
-    training_only: numbers kept for training alone.
+    counted: numbers that later tasks add and that the authors' program counts for the paper.
+    uncounted: numbers that it leaves out: biases of later tasks, BatchNorm's statistics of all.
+    training_only: numbers that are stored for training alone.
   """
   dense = base + counted + uncounted
   return Size(base, dense, dense, 0, training_only, base + counted)
 
 
-def whole_networks(state) -> Size:
-  """Returns the size where every task has a network of its own, `params`."""
+def whole_networks(state: State) -> Size:
+  """Returns the size of a method whose task states each have a whole network, `params`."""
   counts = [network_count(*trees.split(p.params), int(p.num_classes)) for p in state.tasks]
   return dense_size(counts[0], sum(counts[1:]), count_leaves([p.stats for p in state.tasks]))
 
 
 # --- perturbations of shared kernels -----------------------------------------------------
-# of task states with `perturbation`, `rest`, `stats`, and `rank` where U and V are padded
+# Task states have `perturbation`, `rest`, `stats`, and `rank` if U and V are padded.
 
 
-def low_rank_values(task) -> dict[str, np.ndarray]:
-  """Returns all entries of U and V below the chosen rank, per layer; padding is no value."""
+def low_rank_values(task: Params) -> dict[str, np.ndarray]:
+  """Returns by layer path all entries of U and V without their padding, as an array [n].
+
+  Args:
+    task: a task state.
+  """
   values = {}
   for name, p in task.perturbation.items():
     columns = int(task.rank[name]) if hasattr(task, "rank") else p.U.shape[1]
@@ -77,16 +102,24 @@ def low_rank_values(task) -> dict[str, np.ndarray]:
   return values
 
 
-def dense_growth(state, tasks) -> float:
-  """Returns what some tasks add to the base if zeros count too: the bound is on this."""
+def dense_growth(state: State, tasks: Sequence[Params]) -> float:
+  """Returns how much some tasks add to the model if zeros count too, as a fraction of the base.
+
+  `method.prune_bound` limits this growth.
+
+  Args:
+    state: the method state.
+    tasks: states of the tasks, not the first.
+  """
   dense = sum(_fixed_count(p) + sum(v.size for v in low_rank_values(p).values()) for p in tasks)
   return dense / _base_count(state)
 
 
-def perturbed(state) -> Size:
-  """Returns the size of a base and perturbations of it, in numbers.
+def perturbed(state: State) -> Size:
+  """Returns the size of a method whose task states have perturbations of the shared kernels.
 
-  The paper counts neither the biases of later tasks nor BatchNorm's statistics.
+  As in the authors' program, `Size.paper` has neither the biases of later tasks nor BatchNorm's
+  statistics, and of U and V only entries larger than 1e-8.
   """
   base = _base_count(state)
   paper, dense, nonzero, mask_bits = base, base, base, 0
@@ -105,14 +138,15 @@ def perturbed(state) -> Size:
   return Size(base, dense, int(nonzero), int(mask_bits), 0, int(paper))
 
 
-def _fixed_count(task) -> int:
-  """Returns the values of a later task that the paper counts and pruning can't touch."""
+def _fixed_count(task: Params) -> int:
+  """Counts the numbers of a later task that the paper counts and that are never pruned."""
   count = count_rest(task.rest, task.perturbation, int(task.num_classes)).counted
   for name, p in task.perturbation.items():
     count += p.R.size + p.S.size + (0 if p.sigma is None else int(task.rank[name]))
   return count
 
 
-def _base_count(state) -> int:
+def _base_count(state: State) -> int:
+  """Counts the parameters of the network of the first task."""
   first = state.tasks[0]
   return network_count(state.shared["kernels"], first.rest, int(first.num_classes))

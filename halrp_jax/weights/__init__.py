@@ -1,0 +1,1 @@
+"""Operations on parameters: low-rank perturbations, shared bases, and what layers receive."""

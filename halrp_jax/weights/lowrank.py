@@ -1,4 +1,4 @@
-"""The mathematics of HALRP (paper Sect. 4.1 to 4.4). Arrays in, arrays out.
+"""The mathematics of HALRP (paper Sect. 4.1 to 4.4) as functions of arrays.
 
 | symbol | argument     | shape              | meaning |
 |--------|--------------|--------------------|---------|
@@ -10,10 +10,11 @@
 | Sigma  | `sigma`      | [K] or None        | singular values; None: folded into U and V |
 | V      | `V`          | [I, K]             | right factors |
 
-W_t[w, i, j] = R[j] W[w, i, j] S[i] + sum_k U[j, k] Sigma[k] V[i, k]; a convolution's low-rank part
-is the same at every position w of its window. `*window` is empty for dense layers.
+W_t[w, i, j] = R[j] W[w, i, j] S[i] + sum_k U[j, k] Sigma[k] V[i, k]. The low-rank part of a
+convolution is the same at every position w of its window. `*window` is empty for dense layers.
 
-All functions of arrays check ranks, shapes and types with chex when they are called or traced.
+The functions check the ranks, shapes and types of their arguments with chex when they are called
+or traced, and raise AssertionError.
 """
 
 import math
@@ -24,23 +25,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_TINY = 1e-20  # the authors' lower clamp of the denominators
+_TINY = 1e-20  # lower bound of the denominators, as in the authors' program
+_OVERSAMPLING, _POWER_ITERATIONS = 16, 3  # of the randomised SVD
 
 
 class Perturbation(NamedTuple):
-  """<R, S, U, Sigma, V> of one layer for one task."""
+  """Perturbation <R, S, U, Sigma, V> of one layer for one task (paper Eq. 2)."""
 
-  R: jax.Array
-  S: jax.Array
-  U: jax.Array
-  sigma: jax.Array | None
-  V: jax.Array
+  R: jax.Array  # [J]
+  S: jax.Array  # [I]
+  U: jax.Array  # [J, K]
+  sigma: jax.Array | None  # [K]; None: folded into U and V
+  V: jax.Array  # [I, K]
 
 
 class Decomposition(NamedTuple):
-  """A warmed-up kernel as scaled base plus residual: input of the rank choice.
+  """Warmed-up kernel of one layer as scaled base plus residual, from which ranks are chosen.
 
-  The exact one has all m = min(I, J) singular triplets, the randomised one the largest m.
+  `decompose` finds all m = min(I, J) singular triplets, `decompose_randomized` the largest m.
   """
 
   R: jax.Array  # [J]
@@ -48,13 +50,13 @@ class Decomposition(NamedTuple):
   U: jax.Array  # [J, m]
   sigma: jax.Array  # [m] descending
   V: jax.Array  # [I, m]
-  energy: jax.Array  # scalar, sum of *all* squared singular values: |residual|_F^2
+  energy: jax.Array  # scalar, the sum of all squared singular values: |residual|_F^2
 
 
-# --- checks: of shapes and types alone, so they cost nothing in a compiled function ---------
+# --- checks of shapes and types, which cost nothing in a compiled function ------------------
 
 
-def _check_kernels(**kernels) -> None:
+def _check_kernels(**kernels: jax.Array) -> None:
   """Raises AssertionError if kernels are not floating point [*window, I, J], all of one shape."""
   for name, x in kernels.items():
     message = f"{name} must be a floating-point kernel [*window, I, J]"
@@ -64,14 +66,14 @@ def _check_kernels(**kernels) -> None:
   chex.assert_equal_shape([*kernels.values()], custom_message=message)
 
 
-def _check_factors(p, base: jax.Array | None = None) -> None:
-  """Raises AssertionError if the arrays of a perturbation or decomposition do not fit together.
+def _check_factors(p: Perturbation | Decomposition, base: jax.Array | None = None) -> None:
+  """Raises AssertionError if R, S, U, sigma and V have shapes that do not fit together.
 
   Args:
-    p: its R, S, U, sigma and V.
-    base: the kernel [*window, I, J] that they belong to, if it is at hand.
+    p: what they are fields of.
+    base: the kernel [*window, I, J] that they must fit too, if given.
   """
-  sizes = {} if base is None else dict(zip("IJ", base.shape[-2:], strict=True))
+  sizes: dict[str, int] = {} if base is None else dict(zip("IJ", base.shape[-2:], strict=True))
   for name, axes in {"R": "J", "S": "I", "U": "JK", "sigma": "K", "V": "IK"}.items():
     if (x := getattr(p, name)) is None:
       continue
@@ -87,7 +89,13 @@ def _check_factors(p, base: jax.Array | None = None) -> None:
 
 
 def identity(base: jax.Array, columns: int, fold: bool) -> Perturbation:
-  """The perturbation that changes nothing: R = S = 1, no low-rank part."""
+  """Returns the perturbation that changes nothing: R = S = 1, U = Sigma = V = 0.
+
+  Args:
+    base: kernel [*window, I, J].
+    columns: width K of U and V.
+    fold: whether Sigma is None, folded into U and V.
+  """
   _check_kernels(base=base)
   num_in, num_out = base.shape[-2:]
   sigma = None if fold else jnp.zeros((columns,), base.dtype)
@@ -101,7 +109,15 @@ def identity(base: jax.Array, columns: int, fold: bool) -> Perturbation:
 
 
 def compose(base: jax.Array, p: Perturbation) -> jax.Array:
-  """W_t of one layer (paper Eq. 2 and 7). [*window, I, J] -> [*window, I, J]"""
+  """Returns the perturbed kernel W_t of one layer (paper Eq. 2 and 7).
+
+  Args:
+    base: W [*window, I, J].
+    p: the perturbation of the layer.
+
+  Returns:
+    [*window, I, J]
+  """
   _check_kernels(base=base)
   _check_factors(p, base)
   right = p.V if p.sigma is None else p.V * p.sigma[None]  # [I, K]
@@ -109,19 +125,24 @@ def compose(base: jax.Array, p: Perturbation) -> jax.Array:
 
 
 def _expand(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Leading axes of length 1, so that `x` broadcasts against `like`."""
+  """Adds leading axes of length 1, so that `x` broadcasts against `like`."""
   return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
 
 
 def _scaled(base: jax.Array, R: jax.Array, S: jax.Array) -> jax.Array:
-  """R W S. [*window, I, J]"""
+  """Returns the scaled kernel R W S [*window, I, J]."""
   return base * _expand(R, base) * _expand(S[:, None], base)
 
 
 def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """R that minimises |F - R W|^2, then S that minimises |F - R W S|^2 given R (paper Eq. 3, 4).
+  """Returns the scales R [J] and S [I] by least squares (paper Eq. 3 and 4).
 
-  One pass, as in the authors' code. Returns R [J], S [I].
+  R minimises |F - R W|^2; then S minimises |F - R W S|^2 for this R. There is one pass, as in the
+  authors' program.
+
+  Args:
+    base: W [*window, I, J].
+    free: F [*window, I, J].
   """
   _check_kernels(base=base, free=free)
   window = tuple(range(base.ndim - 2))
@@ -133,8 +154,15 @@ def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, j
 
 
 def residual(base: jax.Array, free: jax.Array, R: jax.Array, S: jax.Array) -> jax.Array:
-  """What R and S leave over, averaged over the window: the least-squares optimum of a
-  perturbation that is constant in the window (paper Sect. 4.2). -> [J, I]
+  """Returns the residual F - R W S [J, I], averaged over the window (paper Sect. 4.2).
+
+  The average is the least-squares optimum of a perturbation that is constant in the window.
+
+  Args:
+    base: W [*window, I, J].
+    free: F [*window, I, J].
+    R: [J]
+    S: [I]
   """
   _check_kernels(base=base, free=free)
   chex.assert_shape((R, S), (base.shape[-1:], base.shape[-2:-1]), custom_message="R [J], S [I]")
@@ -143,27 +171,40 @@ def residual(base: jax.Array, free: jax.Array, R: jax.Array, S: jax.Array) -> ja
 
 
 def decompose(base: jax.Array, free: jax.Array) -> Decomposition:
-  """Steps 4 and 5 of Algorithm 1: scales, residual, thin SVD."""
+  """Returns scales, residual and its thin SVD (paper Alg. 1, lines 4 and 5).
+
+  Args:
+    base: W [*window, I, J].
+    free: F [*window, I, J].
+  """
   R, S = least_squares_scales(base, free)
   rest = residual(base, free, R, S)
   U, sigma, Vt = jnp.linalg.svd(rest, full_matrices=False)
   return Decomposition(R, S, U, sigma, Vt.T, jnp.sum(rest**2))
 
 
-_OVERSAMPLING, _POWER_ITERATIONS = 16, 3
-
-
 def decompose_randomized(
   base: jax.Array, free: jax.Array, key: jax.Array, rank: int
 ) -> Decomposition:
-  """`decompose` for the largest `rank` singular triplets only (Halko, Martinsson, Tropp 2011,
-  Alg. 4.4: subspace iteration). The exact one where that would be hardly more than all of them.
+  """Decomposes as `decompose` does, but finds only the largest `rank` singular triplets.
+
+  They are found by randomised subspace iteration (Halko, Martinsson and Tropp, 2011, Alg. 4.4). A
+  layer with hardly more singular values than `rank` is decomposed exactly.
+
+  Args:
+    base: W [*window, I, J].
+    free: F [*window, I, J].
+    key: of the random start.
+    rank: number of singular triplets.
   """
-  with jax.default_matmul_precision("float32"):  # accelerators take less by default
+  with jax.default_matmul_precision("float32"):  # accelerators take a lower one by default
     return _decompose_randomized(base, free, key, rank)
 
 
-def _decompose_randomized(base, free, key, rank):
+def _decompose_randomized(
+  base: jax.Array, free: jax.Array, key: jax.Array, rank: int
+) -> Decomposition:
+  """Computes `decompose_randomized` in the current precision of products."""
   _check_kernels(base=base, free=free)
   num_in, num_out = base.shape[-2:]
   width = rank + _OVERSAMPLING
@@ -171,41 +212,44 @@ def _decompose_randomized(base, free, key, rank):
     return decompose(base, free)
   R, S = least_squares_scales(base, free)
   rest = residual(base, free, R, S)  # [J, I]
-  Q, _ = jnp.linalg.qr(rest @ jax.random.normal(key, (num_in, width)))
+  q, _ = jnp.linalg.qr(rest @ jax.random.normal(key, (num_in, width)))
   for _ in range(_POWER_ITERATIONS):
-    P, _ = jnp.linalg.qr(rest.T @ Q)
-    Q, _ = jnp.linalg.qr(rest @ P)
-  U, sigma, Vt = jnp.linalg.svd(Q.T @ rest, full_matrices=False)
-  U = Q @ U
+    p, _ = jnp.linalg.qr(rest.T @ q)
+    q, _ = jnp.linalg.qr(rest @ p)
+  left, sigma, Vt = jnp.linalg.svd(q.T @ rest, full_matrices=False)
+  U = q @ left
   return Decomposition(R, S, U[:, :rank], sigma[:rank], Vt[:rank].T, jnp.sum(rest**2))
 
 
 def squared_singular_values(d: Decomposition) -> np.ndarray:
-  """All min(I, J) of them, descending. float64
+  """Returns all min(I, J) squared singular values of the residual, descending, in float64.
 
-  Those that a randomised decomposition has not found share the energy that is left, each as large
-  as it can be: the last one found. So the rank choice is the exact one if it keeps none of these.
+  The values that a randomised decomposition has not found are replaced by an upper bound: the
+  remaining energy is divided among them, each as large as the last one found until nothing remains.
+  So the choice of ranks is the exact one if it keeps none of these.
   """
   _check_factors(d)
   found = np.asarray(d.sigma, np.float64) ** 2
-  missing = min(d.U.shape[0], d.V.shape[0]) - found.size
-  left = max(float(d.energy) - found.sum(), 0.0)
-  tail = np.clip(left - found[-1] * np.arange(missing), 0, found[-1])
+  num_missing = min(d.U.shape[0], d.V.shape[0]) - found.size
+  remaining = max(float(d.energy) - found.sum(), 0.0)
+  tail = np.clip(remaining - found[-1] * np.arange(num_missing), 0, found[-1])
   return np.concatenate([found, tail])
 
 
-def truncate(d: Decomposition, rank: jax.Array, columns: int, fold: bool) -> Perturbation:
-  """Keeps `rank` singular triplets (paper Eq. 6), padded with zeros to `columns`.
+def truncate(
+  d: Decomposition, rank: jax.typing.ArrayLike, columns: int, fold: bool
+) -> Perturbation:
+  """Returns the perturbation with the largest `rank` singular triplets (paper Eq. 6).
 
-  Columns from `rank` on are zero in U, Sigma and V *together*, which makes them a fixed point
-  of training: with two of the three zero every gradient of the third is zero too. (With
-  orthonormal U and V, zeroing Sigma alone would not do: dL/dSigma = u' dL/dB v.)
+  The columns from `rank` on are zero in U, Sigma and V together. This makes them a fixed point of
+  training: with two of the three zero, every gradient of the third is zero too. Zeros in Sigma
+  alone would not be enough: its gradient is u' dL/dB v with the singular vectors u and v.
 
   Args:
     d: the decomposition.
     rank: int scalar, 0 <= rank <= min(columns, m); may be traced.
     columns: static width K of the result.
-    fold: sqrt(Sigma) goes into U and V and Sigma is None (the authors' code); otherwise it stays.
+    fold: whether sqrt(Sigma) goes into both U and V and Sigma is None, as in the authors' program.
   """
   _check_factors(d)
   chex.assert_rank(rank, 0, custom_message="rank must be a scalar")
@@ -213,26 +257,32 @@ def truncate(d: Decomposition, rank: jax.Array, columns: int, fold: bool) -> Per
   sigma = jnp.where(used, d.sigma, 0)
   left, right = (jnp.sqrt(sigma),) * 2 if fold else (used, used)
 
-  def fit(x):  # [..., m] -> [..., columns]
+  def resize(x: jax.Array) -> jax.Array:  # [..., m] -> [..., columns]
     x = x[..., :columns]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
 
   return Perturbation(
-    d.R, d.S, fit(d.U * left[None]), None if fold else fit(sigma), fit(d.V * right[None])
+    d.R, d.S, resize(d.U * left[None]), None if fold else resize(sigma), resize(d.V * right[None])
   )
 
 
 def random_factors(key: jax.Array, d: Decomposition, rank: int, columns: int) -> Perturbation:
-  """Random-LRP ablation (paper Table 6): least-squares R and S, random U and V.
+  """Returns least-squares R and S with random U and V: Random LRP of the paper's Table 6.
 
-  The paper does not say how; here both are uniform as a fresh dense layer of their width would
-  be: V in +-1/sqrt(I), U in +-1/sqrt(rank). Sigma is folded.
+  The paper does not say how U and V are drawn. Here they are uniform like the kernels of fresh
+  dense layers: V within +-1/sqrt(I), U within +-1/sqrt(rank). Sigma is folded.
+
+  Args:
+    key: of U and V.
+    d: the decomposition, of which R and S are used.
+    rank: number of columns that are drawn; the others are zero.
+    columns: width K of U and V.
   """
   _check_factors(d)
   key_u, key_v = jax.random.split(key)
   used = jnp.arange(columns) < rank
 
-  def draw(key, rows, fan_in):
+  def draw(key: jax.Array, rows: int, fan_in: int) -> jax.Array:
     bound = 1 / math.sqrt(max(fan_in, 1))
     x = jax.random.uniform(key, (rows, columns), minval=-bound, maxval=bound)
     return jnp.where(used[None], x, 0)
@@ -249,17 +299,19 @@ def allocate_ranks(
   min_rank: int = 0,
   upper_rank: int = 0,
 ) -> list[int]:
-  """Greedy water-filling of one rank budget over all layers (paper Eq. 11).
+  """Returns a rank for every layer, chosen for all layers together (paper Eq. 11).
 
-  The scores of all layers are pooled and poured out in descending order until their sum passes
-  `alpha` of the total. Ties keep the order of layers and columns.
+  The scores of all layers are pooled and taken in descending order until their sum exceeds the
+  share `alpha` of the total. The rank of a layer is the number of its scores that are taken. Of
+  equal scores, those of earlier layers and columns come first.
 
   Args:
-    scores: per layer [m_l], descending: ||g_l||^2 sigma_lk^2 (times the window's area).
-    alpha: share of the total score to keep; >= 1 keeps everything.
-    crossing: the element that first carries the sum past alpha is kept too.
-    min_rank: no layer gets less (the authors' code: 1).
-    upper_rank: no layer gets more; what the cap frees is not given to others. 0: no cap.
+    scores: for every layer [m_l], descending: ||g_l||^2 sigma_lk^2 (times the window's area).
+    alpha: share of the total score to keep; 1 or more keeps everything.
+    crossing: whether the score that first carries the sum past `alpha` is kept too.
+    min_rank: smallest rank of a layer; 1 in the authors' program.
+    upper_rank: largest rank of a layer, 0 for no limit. The ranks that it cuts off are not given to
+      other layers.
 
   Returns:
     A rank per layer, at most m_l.
@@ -277,7 +329,7 @@ def allocate_ranks(
   total = pooled.sum()
   num_kept = len(pooled)
   if alpha < 1 and total > 0:
-    # strictly greater: the first element is kept even at alpha = 0
+    # strictly greater, so that the first score is kept even at alpha = 0
     beyond = np.cumsum(pooled[order]) / total > alpha
     if beyond.any():
       num_kept = int(np.argmax(beyond)) + bool(crossing)
@@ -288,8 +340,8 @@ def allocate_ranks(
   ]
 
 
-PRUNE_RULES = {
-  # rule: (what shares one percentile, whether the absolute threshold counts too)
+PRUNE_RULES: dict[str, tuple[str | None, bool]] = {
+  # rule: (values that share one percentile, whether the absolute threshold applies too)
   "none": (None, False),
   "absolute": (None, True),
   "relative": ("layer", False),
@@ -302,15 +354,18 @@ PRUNE_RULES = {
 
 
 def prune_rate(rule: str, bound: float | None, increment: float) -> float | None:
-  """Share of the low-rank values to prune, or None: nothing is pruned this time.
+  """Returns the share of the low-rank values to prune, or None if nothing is to be pruned.
 
   Args:
-    rule: "excess" (the authors' boundAlltask: nothing below the bound, above it the share
-      1 - bound / increment that would bring the *dense* growth back to the bound), "fixed" (always
-      1 - bound), "fixed_above_bound" (1 - bound, only above it: paper Alg. 1 line 9 and
-      Sect. 4.4 (2), "the (1 - gamma)-percentile").
-    bound: growth that is allowed, as a fraction of the base; None: any.
-    increment: dense growth now (zeros count), as a fraction of the base.
+    rule: one of
+
+      * "excess": below the bound None, above it the share 1 - bound / increment that would bring
+        the dense growth back to the bound (the authors' option boundAlltask);
+      * "fixed": always 1 - bound;
+      * "fixed_above_bound": below the bound None, above it 1 - bound (paper Alg. 1, line 9, and
+        Sect. 4.4 (2): "the (1 - gamma)-percentile").
+    bound: growth that is allowed, as a fraction of the base; None allows any.
+    increment: dense growth of the model, in which zeros count, as a fraction of the base.
   """
   if bound is None:
     return 0.0
@@ -322,24 +377,24 @@ def prune_rate(rule: str, bound: float | None, increment: float) -> float | None
 def prune_thresholds(
   values: list[dict[str, np.ndarray]], rule: str, absolute: float, rate: float
 ) -> list[dict[str, float]]:
-  """Thresholds tau per task and layer; entries with |x| <= tau are to be zeroed (Sect. 4.4).
+  """Returns thresholds tau per task and layer: entries with |x| <= tau are pruned (Sect. 4.4).
 
   Args:
-    values: per task a dict layer -> 1-D array of all its low-rank values, old zeros included,
-      padding excluded.
+    values: for every task and layer a 1-D array of all low-rank values, with the zeros of earlier
+      pruning but without padding.
     rule: a key of `PRUNE_RULES`.
     absolute: the absolute threshold.
-    rate: share of the pool below the percentile, 0..1; 0: no percentile.
+    rate: share of the pooled values below the percentile, from 0 to 1; 0 for no percentile.
 
   Returns:
-    The same structure with one float per layer; -1 prunes nothing.
+    For every task and layer a threshold; -1 prunes nothing.
   """
   arrays = [v for task in values for v in task.values()]
   chex.assert_rank(arrays, 1, custom_message="values must be one array [n] per task and layer")
   pool, use_absolute = PRUNE_RULES[rule]
   floor = absolute if use_absolute else -1.0
 
-  def percentile(pooled):
+  def percentile(pooled: list[np.ndarray]) -> float:
     magnitudes = np.abs(np.concatenate(pooled)) if pooled else np.zeros(0)
     if pool is None or rate <= 0 or not magnitudes.size:
       return floor
@@ -353,12 +408,12 @@ def prune_thresholds(
   return [{layer: percentile([v]) for layer, v in task.items()} for task in values]
 
 
-def prune(p: Perturbation, tau: jax.Array) -> Perturbation:
-  """Zeroes the entries of U and V whose magnitude does not exceed `tau`."""
+def prune(p: Perturbation, tau: jax.typing.ArrayLike) -> Perturbation:
+  """Sets the entries of U and V to 0 whose magnitude does not exceed the scalar `tau`."""
   _check_factors(p)
   chex.assert_rank(tau, 0, custom_message="tau must be a scalar")
 
-  def keep(x):
+  def zero_small(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) > tau, x, 0)
 
-  return p._replace(U=keep(p.U), V=keep(p.V))
+  return p._replace(U=zero_small(p.U), V=zero_small(p.V))

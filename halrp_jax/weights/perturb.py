@@ -1,12 +1,15 @@
-"""Any Flax Linen model + frozen base kernels + <R, S, U, Sigma, V> per layer -> apply, merge.
+"""Low-rank perturbations of any Flax Linen model: create them, apply them, merge them.
 
   kernels, perturbation, rest = perturb.init(key, model, variables, x, rank=8, pattern="*/attn/*")
   y = perturb.apply(model, kernels, perturbation, variables | {"params": rest}, x)
   params = perturb.merge(kernels, perturbation, rest)    # model.apply({"params": params}, x) == y
 
-The model stays an ordinary Flax module: while it is applied, `nn.intercept_methods` replaces the
-call of each perturbed Dense, Conv and DenseGeneral (the projections of attention). `kinds` says how
-a kernel is seen as a matrix [I, J]. Two exact ways to compute such a layer:
+`kernels` are the frozen kernels of the base, `perturbation` has <R, S, U, Sigma, V> of every layer,
+and `rest` are the other parameters. The model stays an ordinary Flax module: while it is applied,
+`nn.intercept_methods` replaces the call of each perturbed Dense, Conv and DenseGeneral (the
+projections of attention). `kinds` says how a kernel is seen as a matrix [I, J].
+
+There are two exact ways to compute such a layer:
 
 * composed: W_t is formed and the ordinary layer applied;
 * factored: y = R * layer(S * x, W) + U (Sigma (V' x)) + b. The gradient of the frozen W is never
@@ -16,12 +19,14 @@ a kernel is seen as a matrix [I, J]. Two exact ways to compute such a layer:
 import fnmatch
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.module import InterceptorContext
+from jax.core import Tracer
 
 from halrp_jax.nn.conv import times
 from halrp_jax.types import Params, UserError, brief
@@ -32,51 +37,54 @@ def init(
   key: jax.Array,
   model: nn.Module,
   variables: Mapping[str, Params],
-  *args,
+  *args: Params,
   rank: int,
   pattern: str = "*",
-  **kwargs,
+  **kwargs: object,
 ) -> tuple[dict[str, jax.Array], dict[str, lowrank.Perturbation], Params]:
-  """Returns perturbations of some layers of any Linen model, that change nothing yet.
+  """Creates perturbations of some layers of a Linen model, which change nothing yet.
 
-  R and S are 1, U is 0 and V random, within +-1/sqrt(I): the first gradient moves R, S and U.
+  R and S are 1, U is 0, and V is random within +-1/sqrt(I), so that the first gradient moves R, S
+  and U. Sigma is None, folded into U and V.
 
   Args:
-    key: of V.
+    key: of V, such as jax.random.key(0).
     model: any Linen model.
-    variables: its {"params", other collections}: the base.
-    *args: an example of what `model.apply` takes. The network is computed on it, unchanged and
-      changed, and each form compared with the ordinary network; under jax.jit it is only traced.
-    rank: columns of U and V; at most min(I, J) of a layer.
-    pattern: which layers, as in file names: "*" is any text, with slashes in it ("*/attn/*"). The
-      head (`trees.HEAD`) is never one of them.
-    **kwargs: as *args.
+    variables: of the base: {"params": ..., other collections}.
+    *args: an example of what `model.apply` takes. The network is computed on it with unchanged and
+      with changed kernels, and both forms are compared with the ordinary network. Under jax.jit it
+      is only traced.
+    rank: columns of U and V; a layer has at most min(I, J).
+    pattern: which layers to perturb, as in file names: "*" stands for any text, slashes included
+      ("*/attn/*"). The head (`trees.HEAD`) is never perturbed.
+    **kwargs: further arguments of `model.apply`.
 
   Returns:
     Kernels by layer path, perturbations by layer path, the other parameters.
 
   Raises:
-    UserError: if no layer matches, one that does is not perturbed exactly, or an argument is of
-      the wrong kind.
+    UserError: if no layer matches, if a layer that matches can't be perturbed exactly, or if an
+      argument is of the wrong kind.
   """
-  if not isinstance(rank, int | np.integer) or rank < 0:
-    raise UserError(f"rank = {rank!r} must be a whole number, at least 0")
-  if not isinstance(pattern, str):
-    raise UserError(f"pattern = {pattern!r} must be a text such as '*/attn/*'")
+  _check_rank_and_pattern(rank, pattern)
   variables = proof.check_network(model, variables)
   params = variables["params"]
   names = [n for n in trees.layer_names(params) if fnmatch.fnmatchcase(n, pattern)]
   if not names:
     known = ", ".join(trees.layer_names(params)) or "none"
-    raise UserError(f"no layer's path matches {pattern!r}; those with a kernel: {known}")
+    raise UserError(f"no layer's path matches {pattern!r}; layers with a kernel: {known}")
 
-  found = proof.find_layers(lambda v: model.apply(v, *args, **kwargs), names, variables)
-  is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, args)))
+  apply_fn: Callable[..., Params] = model.apply
+  found = proof.find_layers(lambda v: apply_fn(v, *args, **kwargs), names, variables)
+  is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((variables, args)))
   for name, layer in found.items():
     if is_traced and not layer.is_sure:
-      raise UserError(f"{name}: that it is exact can't be proved under jax.jit: call init outside")
+      raise UserError(
+        f"{name}: under jax.jit it can't be proved that its perturbation is exact: call init "
+        "outside of jax.jit"
+      )
   kernels, rest = trees.take_out(names, params)
-  perturbation = {}
+  perturbation: dict[str, lowrank.Perturbation] = {}
   for layer_key, (name, kernel) in zip(_split(key, len(names)), kernels.items(), strict=True):
     num_in, num_out = found[name].shape
     columns, bound = min(rank, num_in, num_out), 1 / math.sqrt(num_in)
@@ -88,73 +96,118 @@ def init(
   return kernels, perturbation, rest
 
 
-def _split(key, num: int):
+def _check_rank_and_pattern(rank: object, pattern: object) -> None:
+  """Raises UserError if an argument of `init` is of the wrong kind."""
+  if not isinstance(rank, int | np.integer) or rank < 0:
+    raise UserError(f"rank = {rank!r} must be a whole number, at least 0")
+  if not isinstance(pattern, str):
+    raise UserError(f"pattern = {pattern!r} must be a text such as '*/attn/*'")
+
+
+def _split(key: jax.Array, num: int) -> jax.Array:
+  """Returns `num` keys split from `key`; raises UserError if it is no key."""
   try:
     return jax.random.split(key, num)
   except (TypeError, ValueError) as e:
-    raise UserError(f"key: expected one such as jax.random.key(0), got {key!r}") from e
+    raise UserError(f"key: expected one such as jax.random.key(0), given {key!r}") from e
 
 
-def _prove(model, kernels, perturbation, variables, args, kwargs) -> None:
-  """Computes the network with unchanged kernels and with changed ones, in both forms.
+def _prove(
+  model: nn.Module,
+  kernels: dict[str, jax.Array],
+  perturbation: dict[str, lowrank.Perturbation],
+  variables: dict[str, Params],
+  args: tuple[Params, ...],
+  kwargs: Mapping[str, object],
+) -> None:
+  """Proves on an example that `apply` equals `model.apply` on the merged parameters.
 
-  What a layer computes is proved on random parameters too: normalised weights are normalised
-  already while they are fresh, and give nothing away.
+  Every layer is compared on its own with random parameters and inputs, then the whole network with
+  the perturbation given and with one that changes every kernel. The parameters are random because
+  fresh ones can hide a fault: normalised weights are already normalised.
+
+  Args:
+    model: the model.
+    kernels: by layer path.
+    perturbation: by layer path.
+    variables: {"params": parameters without the kernels, other collections}.
+    args: further arguments of `model.apply`.
+    kwargs: further arguments of `model.apply`.
 
   Raises:
-    UserError: if `apply` is not `model.apply` on the merged parameters; it names the layer.
+    UserError: if they differ; it names the layer.
   """
   key = jax.random.key(0)
+  apply_fn: Callable[..., Params] = model.apply
 
-  def moved(name, i):
-    """Far enough from the identity that whatever is left out is seen."""
-    p = perturbation[name]
-    window = kernels[name].size // (p.R.size * p.S.size)
-    return p._replace(
-      R=p.R + 0.5 * jnp.sin(i + jnp.arange(p.R.size)).astype(p.R.dtype),
-      S=p.S + 0.5 * jnp.cos(i + jnp.arange(p.S.size)).astype(p.S.dtype),
-      U=jax.random.normal(jax.random.fold_in(key, i), p.U.shape, p.U.dtype) / window,
-    )
-
-  def centred(w, p):
-    """A kernel's stand-in as large as fresh ones are."""
-    return (4 * (w - 0.75) / math.sqrt(w.size / p.R.size)).astype(w.dtype)
-
-  others = {n: moved(n, i) for i, n in enumerate(kernels)}
-
-  def run(variables, kernels):
+  def run(variables: Mapping[str, Params], kernels: Mapping[str, jax.Array]) -> Params:
     params = trees.join(kernels, variables["params"])
-    return model.apply(variables | {"params": params}, *args, **kwargs)
+    return apply_fn({**variables, "params": params}, *args, **kwargs)
 
-  is_pair = kwargs.get("mutable", False) is not False  # of the output and changed collections
-  drawn, changed = proof.stand_ins(key, (kernels, variables))
-  drawn = {n: centred(w, others[n]) for n, w in drawn.items()}
-  proof.prove_layers(run, changed, drawn, [others], key)
+  changed = {n: _change(key, i, w, perturbation[n]) for i, (n, w) in enumerate(kernels.items())}
+  random_kernels, random_variables = proof.stand_ins(key, (kernels, variables))
+  random_kernels = {n: _centre(w, changed[n].R.size) for n, w in random_kernels.items()}
+  proof.prove_layers(run, random_variables, random_kernels, [changed], key)
 
   @functools.partial(jax.jit, static_argnames="names")
-  def perturbed(p, variables, kernels, names):
-    """The layers `names` by `apply`, the others merged."""
+  def run_perturbed(
+    p: Mapping[str, lowrank.Perturbation],
+    variables: Mapping[str, Params],
+    kernels: dict[str, jax.Array],
+    names: tuple[str, ...],
+  ) -> Params:
+    """Applies the network with the layers `names` perturbed by `apply` and the others merged."""
     chosen = {n: kernels[n] for n in names}
     merged = {n: kinds.compose(w, p[n]) for n, w in kernels.items() if n not in chosen}
-    variables = variables | {"params": trees.join(merged, variables["params"])}
+    variables = {**variables, "params": trees.join(merged, variables["params"])}
     return apply(model, chosen, p, variables, *args, form="composed", **kwargs)
 
-  def fault(p, want, names):
-    """What is wrong if these layers alone are perturbed by `apply`; "" if nothing."""
+  def find_fault(
+    p: Mapping[str, lowrank.Perturbation], expected: Params, names: tuple[str, ...]
+  ) -> str:
+    """Returns what is wrong if `apply` perturbs these layers alone; "" if nothing is."""
     try:
-      with proof.exactly():
-        got = perturbed(p, variables, kernels, names)
+      with proof.full_precision():
+        actual = run_perturbed(p, variables, kernels, names)
     except Exception as e:
       return f"its kernel is used outside of the layer ({brief(e)})"
-    same = proof.is_same(*((got[0], want[0]) if is_pair else (got, want)))
-    return "" if same else "perturbed, the network gives something else than merged"
+    if kwargs.get("mutable", False) is not False:  # then the network returns collections too
+      actual, expected = actual[0], expected[0]
+    if proof.is_same(actual, expected):
+      return ""
+    return "the network differs between the perturbed and the merged layer"
 
-  both = (perturbation, others)  # unchanged, and changed
-  for p, want in zip(both, proof.prove_layers(run, variables, kernels, both), strict=True):
-    if what := fault(p, want, tuple(kernels)):
-      alone = [(n, found) for n in kernels if (found := fault(p, want, (n,)))]
-      name, what = alone[0] if alone else (", ".join(kernels), what)
-      raise UserError(f"{name}: {what}: {proof.REFUSED}")
+  both = (perturbation, changed)
+  outputs = proof.prove_layers(run, variables, kernels, both)
+  for p, expected in zip(both, outputs, strict=True):
+    if fault := find_fault(p, expected, tuple(kernels)):
+      alone = [(n, found) for n in kernels if (found := find_fault(p, expected, (n,)))]
+      name, fault = alone[0] if alone else (", ".join(kernels), fault)
+      raise UserError(f"{name}: {fault}: {proof.ADVICE}")
+
+
+def _change(
+  key: jax.Array, i: int, kernel: jax.Array, p: lowrank.Perturbation
+) -> lowrank.Perturbation:
+  """Returns a perturbation so far from the identity that every part of it shows in the output.
+
+  Args:
+    key: for all layers.
+    i: index of the layer.
+    kernel: of the layer.
+    p: the perturbation to start from.
+  """
+  window_size = kernel.size // (p.R.size * p.S.size)
+  return p._replace(
+    R=p.R + 0.5 * jnp.sin(i + jnp.arange(p.R.size)).astype(p.R.dtype),
+    S=p.S + 0.5 * jnp.cos(i + jnp.arange(p.S.size)).astype(p.S.dtype),
+    U=jax.random.normal(jax.random.fold_in(key, i), p.U.shape, p.U.dtype) / window_size,
+  )
+
+
+def _centre(kernel: jax.Array, num_out: int) -> jax.Array:
+  """Shifts and scales a kernel with values in [0.5, 1) to the size of a freshly drawn one."""
+  return (4 * (kernel - 0.75) / math.sqrt(kernel.size / num_out)).astype(kernel.dtype)
 
 
 compose = kinds.compose  # of one layer
@@ -165,7 +218,13 @@ def merge(
   perturbation: Mapping[str, lowrank.Perturbation],
   rest: Params,
 ) -> Params:
-  """Ordinary parameters of one task: the perturbed kernels W_t and everything else."""
+  """Returns the ordinary parameters of one task: the perturbed kernels W_t and the rest.
+
+  Args:
+    kernels: frozen kernels by layer path.
+    perturbation: <R, S, U, Sigma, V> by layer path.
+    rest: the other parameters.
+  """
   return trees.join({n: kinds.compose(w, perturbation[n]) for n, w in kernels.items()}, rest)
 
 
@@ -174,56 +233,69 @@ def apply(
   kernels: Mapping[str, jax.Array],
   perturbation: Mapping[str, lowrank.Perturbation],
   variables: Mapping[str, Params],
-  *args,
+  *args: Params,
   form: str = "auto",
-  **kwargs,
-):
-  """`model.apply` with perturbed kernels.
+  **kwargs: object,
+) -> Params:
+  """Applies a model with perturbed kernels.
 
   Args:
-    model: any Linen model whose perturbed layers are nn.Dense, nn.Conv or nn.DenseGeneral.
+    model: a Linen model whose perturbed layers are nn.Dense, nn.Conv or nn.DenseGeneral.
     kernels: frozen kernels by layer path (`trees.split`, `init`).
     perturbation: <R, S, U, Sigma, V> by layer path.
-    variables: {"params": everything but the perturbed kernels, other collections}.
+    variables: {"params": all parameters except the perturbed kernels, other collections}.
     *args: passed to `model.apply`.
-    form: "factored", "composed", or "auto": the cheaper one for each layer.
+    form: how a layer is computed: "factored", "composed", or "auto" for the cheaper one.
     **kwargs: passed to `model.apply`.
 
   Returns:
     What `model.apply` returns.
   """
 
-  def intercept(next_fun, call_args, call_kwargs, context):
-    if not (name := proof.is_call_of(kernels, context)):
+  def intercept(
+    next_fun: Callable[..., Params],
+    call_args: tuple[Params, ...],
+    call_kwargs: dict[str, Params],
+    context: InterceptorContext,
+  ) -> Params:
+    if not (name := proof.called_layer(kernels, context)):
       return next_fun(*call_args, **call_kwargs)
     module = context.module
     (x,) = (*call_args, *call_kwargs.values())
     bias = module.get_variable("params", "bias") if module.use_bias else None
     return kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)
 
+  apply_fn: Callable[..., Params] = model.apply
   with nn.intercept_methods(intercept):
-    return model.apply(variables, *args, **kwargs)
+    return apply_fn(variables, *args, **kwargs)
 
 
 def stack(
   perturbations: Iterable[Mapping[str, lowrank.Perturbation]],
 ) -> dict[str, lowrank.Perturbation]:
-  """Perturbations of several tasks -> one, every leaf with a leading axis [T, ...].
+  """Stacks the perturbations of several tasks along a new leading axis, for `apply_many`.
 
-  U, Sigma and V are cut to the columns that some task uses, since `apply_many` gathers them.
+  U, Sigma and V are cut to the columns that some task uses, since `apply_many` copies them for
+  every sample.
+
+  Args:
+    perturbations: of each task, by layer path.
+
+  Returns:
+    By layer path a perturbation whose arrays are [T, ...].
   """
 
-  def used(p):
+  def used_columns(p: lowrank.Perturbation) -> int:
     scale = 1 if p.sigma is None else p.sigma
     columns = np.flatnonzero(np.any(p.U * scale, axis=0) & np.any(p.V, axis=0))
     return int(columns.max(initial=-1)) + 1
 
-  def cut(p, columns):
+  def cut(p: lowrank.Perturbation, columns: int) -> lowrank.Perturbation:
     sigma = None if p.sigma is None else p.sigma[:columns]
     return p._replace(U=p.U[:, :columns], sigma=sigma, V=p.V[:, :columns])
 
   by_task = [jax.tree.map(np.asarray, dict(p)) for p in perturbations]
-  width = {name: max(used(p[name]) for p in by_task) for name in by_task[0]}
+  width = {name: max(used_columns(p[name]) for p in by_task) for name in by_task[0]}
   return {
     name: jax.tree.map(lambda *x: jnp.stack(x), *[cut(p[name], k) for p in by_task])
     for name, k in width.items()
@@ -237,50 +309,51 @@ def apply_many(
   variables: Mapping[str, Params],
   t: jax.Array,
   x: jax.Array,
-  **kwargs,
+  **kwargs: object,
 ) -> jax.Array:
-  """`apply` where every sample of a batch has a task of its own.
+  """Applies a model to a batch in which every sample has its own task.
 
-  One product with the frozen kernels for the whole batch; the small parts are gathered. A layer
-  that can't be factored is composed for every sample.
+  The frozen kernels take one product for the whole batch; the small arrays are copied for every
+  sample. A layer that can't be factored is composed for every sample.
 
   Args:
-    model: as for `apply`; what it says of a sample may not depend on the batch.
+    model: as for `apply`; its output for a sample may not depend on the rest of the batch.
     kernels: as for `apply`.
     perturbation: from `stack`.
-    variables: as for `apply`, every leaf with a leading axis [T, ...].
-    t: int [B], which row of `perturbation` and `variables` is each sample's.
-    x: [B, ...]
+    variables: as for `apply`, every array with a leading axis [T, ...].
+    t: int [B], for each sample the row of `perturbation` and `variables` that is used.
+    x: [B, ...], the samples.
     **kwargs: passed to `model.apply`.
 
   Returns:
     [B, ...], what `apply` returns for each sample.
   """
 
-  def one(own, sample):
+  def apply_one(own: tuple[Params, Params], sample: jax.Array) -> jax.Array:
     p, variables = own
     return apply(model, kernels, p, variables, sample[None], form="factored", **kwargs)[0]
 
-  return jax.vmap(one)(jax.tree.map(lambda leaf: leaf[t], (dict(perturbation), dict(variables))), x)
+  own = jax.tree.map(lambda leaf: leaf[t], (dict(perturbation), dict(variables)))
+  return jax.vmap(apply_one)(own, x)
 
 
 def apply_in_bases(
   model: nn.Module,
   bases: Mapping[str, jax.Array],
   variables: Mapping[str, Params],
-  *args,
-  **kwargs,
-):
-  """`model.apply` with kernels A B' in place of A, B [J, J] spanning what a layer's outputs may be.
+  *args: Params,
+  **kwargs: object,
+) -> Params:
+  """Applies a model whose kernels are products A B', where B [J, J] spans a layer's outputs.
 
-  Each layer takes the form with fewer multiply-adds: x (A B'), or (x A) B' where the batch has
-  fewer places than A has rows. Zero columns of A leave no trace, whatever B has there: columns that
-  B gets later change no bit.
+  Each layer takes the form with fewer multiply-adds: x (A B'), or (x A) B' where x has fewer rows
+  than A. Where a column of A is zero, that of B has no effect: columns that B gets later do not
+  change a bit of the result.
 
   Args:
-    model: any Linen model whose layers named in `bases` are nn.Dense or nn.Conv.
+    model: a Linen model whose layers named in `bases` are nn.Dense or nn.Conv.
     bases: B by layer path.
-    variables: {"params": with A [.., J] as those layers' kernels, other collections}.
+    variables: {"params": with A [.., J] as the kernels of those layers, other collections}.
     *args: passed to `model.apply`.
     **kwargs: passed to `model.apply`.
 
@@ -288,18 +361,23 @@ def apply_in_bases(
     What `model.apply` returns.
   """
 
-  def intercept(next_fun, call_args, call_kwargs, context):
+  def intercept(
+    next_fun: Callable[..., Params],
+    call_args: tuple[Params, ...],
+    call_kwargs: dict[str, Params],
+    context: InterceptorContext,
+  ) -> Params:
     module, name = context.module, trees.SEPARATOR.join(context.module.path)
     if name not in bases or context.method_name != "__call__":
       return next_fun(*call_args, **call_kwargs)
     (x,), kernel = call_args, module.get_variable("params", "kernel")
-    few_places = x.size // x.shape[-1] < kernel.size // kernel.shape[-1]
-    if not few_places:
+    few_rows = x.size // x.shape[-1] < kernel.size // kernel.shape[-1]
+    if not few_rows:
       kernel = times(kernel, bases[name].T)
-    detached = module.clone(parent=None, name=None, use_bias=False)
-    y = detached.apply({"params": {"kernel": kernel}}, x)
-    y = times(y, bases[name].T) if few_places else y
+    y = kinds.run_detached(module.clone(use_bias=False), {"kernel": kernel}, x)
+    y = times(y, bases[name].T) if few_rows else y
     return y + kinds.channels(module.get_variable("params", "bias"), y) if module.use_bias else y
 
+  apply_fn: Callable[..., Params] = model.apply
   with nn.intercept_methods(intercept):
-    return model.apply(variables, *args, **kwargs)
+    return apply_fn(variables, *args, **kwargs)

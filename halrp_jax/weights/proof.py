@@ -1,13 +1,14 @@
 """Proof on an example that a network can be perturbed: its layers are found, and each is exact.
 
-Two things can go wrong unnoticed: a layer may compute with another kernel than the parameter at its
-path (normalised weights, a network applied inside another), or in a way that a perturbed layer
-does not reproduce. Both are found by computing, not by a list of names.
+Two things can go wrong unnoticed. A layer may compute with another kernel than the parameter at its
+path (normalised weights, a network applied inside another). Or it may compute in a way that a
+perturbed layer does not reproduce. Both are found by computing the network, not by a list of known
+layers.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,20 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from flax.linen.module import InterceptorContext
 
 from halrp_jax.types import Params, UserError, brief
-from halrp_jax.weights import kinds, lowrank
+from halrp_jax.weights import kinds, lowrank, trees
 
-_SEPARATOR = "/"
-_LOOSEST = 1e-3  # relative to the largest value; or 32 times the dtype's epsilon, if that is more
-REFUSED = "not perturbed (perturb.init leaves out what `pattern` does not match)"
-_NOT_ITS_OWN = (
+# Largest difference of equal results, relative to the largest value; 32 times the epsilon of the
+# dtype if that is more.
+_TOLERANCE = 1e-3
+ADVICE = "it can't be perturbed; leave it out with the argument `pattern` of perturb.init"
+_OTHER_KERNEL = (
   "the kernel it computes with is not the parameter at its path (a normalised or otherwise "
-  f"transformed kernel, or a network applied inside another): {REFUSED}"
+  f"transformed kernel, or a network applied inside another): {ADVICE}"
 )
 
 
-def check_network(model, variables) -> dict[str, Params]:
+def check_network(model: object, variables: object) -> dict[str, Params]:
   """Returns `variables` with plain arrays in place of Flax's boxes (nn.with_partitioning).
 
   Raises:
@@ -37,101 +40,112 @@ def check_network(model, variables) -> dict[str, Params]:
   check_module(model)
   if not isinstance(variables, Mapping):
     raise UserError(
-      f"variables: expected a dict such as {type(model).__name__}.init returns, got "
+      f"variables: expected a dict such as {type(model).__name__}.init returns, given "
       f"{type(variables).__name__}"
     )
   if not isinstance(variables.get("params"), Mapping) or not variables["params"]:
-    known = ", ".join(map(str, variables)) or "nothing"
+    keys = ", ".join(map(str, variables)) or "nothing"
     raise UserError(
-      f'variables: expected {{"params": ..., other collections}}, found {known}; '
+      f'variables: expected {{"params": ..., other collections}}, given {keys}; '
       'if these are the parameters, pass {"params": params}'
     )
   return nn.meta.unbox(dict(variables))
 
 
-def check_module(model) -> None:
+def check_module(model: object) -> None:
   """Raises UserError if `model` is no instance of a Linen module."""
   if isinstance(model, type) and issubclass(model, nn.Module):
     raise UserError(f"{model.__name__} is a class: pass an instance, {model.__name__}(...)")
   if not isinstance(model, nn.Module):
     raise UserError(
-      f"expected a Flax Linen module (flax.linen.Module), got {type(model).__name__}; "
-      "for flax.nnx: flax.nnx.bridge.to_linen"
+      f"expected a Flax Linen module (flax.linen.Module), given {type(model).__name__}; "
+      "convert a module of flax.nnx with flax.nnx.bridge.to_linen"
     )
 
 
-def is_call_of(names: Iterable[str], context) -> str:
+def called_layer(names: Collection[str], context: InterceptorContext) -> str:
   """Returns the path of an intercepted layer if it is one of `names`, otherwise ""."""
   if context.method_name != "__call__" or not kinds.is_known(context.module):
     return ""
-  name = _SEPARATOR.join(context.module.path)
+  name = trees.SEPARATOR.join(context.module.path)
   return name if name in names else ""
 
 
 class Layer(NamedTuple):
+  """Properties of a layer that `find_layers` has found."""
+
   shape: tuple[int, int]  # (I, J) of its kernel as a matrix
   is_plain: bool  # `kinds.is_plain`
   is_sure: bool  # its kernel is the parameter at its path; False: tracing alone does not tell
 
 
-def find_layers(run_fn: Callable, names: Iterable[str], variables: dict) -> dict[str, Layer]:
-  """Traces a network; nothing is computed.
+def find_layers(
+  run_fn: Callable[[Params], Params], names: Collection[str], variables: Mapping[str, Params]
+) -> dict[str, Layer]:
+  """Finds the layers that shall be perturbed in a network, which is traced but not computed.
 
   Args:
-    run_fn: variables -> what the network returns.
-    names: the layers to be perturbed, by path.
-    variables: parameters and other collections, without boxes.
+    run_fn: (variables) -> what the network returns.
+    names: paths of the layers.
+    variables: parameters and other collections, without Flax's boxes.
 
   Raises:
     UserError: if a layer can't be perturbed.
   """
-  found, others, names = {}, {}, frozenset(names)
+  found: dict[str, Layer] = {}
+  unknown: dict[str, nn.Module] = {}
+  names = frozenset(names)
 
-  def run(variables):
-    flat = traverse_util.flatten_dict(variables["params"], sep=_SEPARATOR)
+  def run(variables: Mapping[str, Params]) -> Params:
+    flat: Params = traverse_util.flatten_dict(variables["params"], sep=trees.SEPARATOR)
 
-    def intercept(next_fun, args, kwargs, context):
-      module, path = context.module, _SEPARATOR.join(context.module.path)
-      if name := is_call_of(names, context):
+    def intercept(
+      next_fun: Callable[..., Params],
+      args: tuple[Params, ...],
+      kwargs: dict[str, Params],
+      context: InterceptorContext,
+    ) -> Params:
+      module, path = context.module, trees.SEPARATOR.join(context.module.path)
+      if name := called_layer(names, context):
         kernel, own = module.get_variable("params", "kernel"), flat[f"{name}/kernel"]
         if kernel is None or kernel.shape != own.shape:
           raise UserError(
             f"{name}: its kernel is one of a stack (nn.scan, nn.vmap), or of a network inside "
-            f"another: {REFUSED}"
+            f"another: {ADVICE}"
           )
         is_sure = kernel is own and (name not in found or found[name].is_sure)
         shape = kinds.matrix_shape(name, module, kernel)
         found[name] = Layer(shape, kinds.is_plain(module), is_sure)
       elif path in names and not kinds.is_known(module):
-        others.setdefault(path, module)
+        unknown.setdefault(path, module)
       return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
       return run_fn(variables)
 
-  with explained():
+  with as_user_errors():
     jax.eval_shape(run, variables)
   for name in sorted(names - found.keys()):
-    if name in others:
-      kinds.matrix_shape(name, others[name], None)
-    raise UserError(f"{name}: is never called as a layer here: {REFUSED}")
+    if name in unknown:
+      kinds.check_known(name, unknown[name])
+    raise UserError(f"{name}: the network never calls it as a layer: {ADVICE}")
   return found
 
 
 def prove_layers(
-  run_fn: Callable,
+  run_fn: Callable[[Params, dict[str, jax.Array]], Params],
   variables: Params,
   kernels: Mapping[str, jax.Array],
   perturbations: Sequence[Mapping[str, lowrank.Perturbation]],
   key: jax.Array | None = None,
-) -> list:
-  """Computes a network and, at every perturbed layer, both forms of its perturbation beside it.
+) -> list[Params]:
+  """Computes a network, and compares every perturbed layer with both forms of its perturbation.
 
   Args:
-    run_fn: (variables, kernels by path) -> what the network returns with them.
-    variables: parameters but `kernels`, and other collections.
-    kernels: before the perturbation, by path.
-    perturbations: each by path.
+    run_fn: (variables, kernels by path) -> what the network returns with these kernels.
+    variables: parameters without `kernels`, and other collections.
+    kernels: unperturbed, by path.
+    perturbations: the network is computed with each of them; by path.
     key: if given, layers are compared on random inputs instead of those that reach them.
 
   Returns:
@@ -140,60 +154,95 @@ def prove_layers(
   Raises:
     UserError: if a layer computes something else than its perturbed kernel says.
   """
-  faults = {}
+  faults: dict[str, str] = {}
 
-  def note(name, what, right):
-    if not np.all(right):
-      faults.setdefault(name, what)
-
-  def watch(name, what, right):
-    # a callback leaves nn.remat and nn.scan too
-    jax.debug.callback(functools.partial(note, name, what), right)
+  def note(name: str, fault: str, is_right: np.ndarray) -> None:
+    if not np.all(is_right):
+      faults.setdefault(name, fault)
 
   @jax.jit
-  def run(variables, kernels, merged, perturbation):
-    def intercept(next_fun, args, kwargs, context):
-      if not (name := is_call_of(kernels, context)):
-        return next_fun(*args, **kwargs)
-      module, (x,) = context.module, (*args, *kwargs.values())
-      own = module.get_variable("params", "kernel")
-      bias = module.get_variable("params", "bias") if module.use_bias else None
-      watch(name, _NOT_ITS_OWN, jnp.array_equal(own, merged[name], equal_nan=True))
-      want = y = next_fun(*args, **kwargs)
-      x = jnp.asarray(x)
-      if key is not None:
-        x = _random_like(key, x)
-        params = {"kernel": own} | ({} if bias is None else {"bias": bias})
-        want = module.clone(parent=None, name=None).apply({"params": params}, x)
-      for form in ("composed", "factored"):
-        got = kinds.apply(module, kernels[name], perturbation[name], bias, x, form=form)
-        what = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}: {REFUSED}"
-        watch(name, what, _agree(got, want, own.dtype))
+  def run(
+    variables: Params,
+    kernels: Mapping[str, jax.Array],
+    merged: dict[str, jax.Array],
+    perturbation: Mapping[str, lowrank.Perturbation],
+  ) -> Params:
+    def intercept(
+      next_fun: Callable[..., Params],
+      args: tuple[Params, ...],
+      kwargs: dict[str, Params],
+      context: InterceptorContext,
+    ) -> Params:
+      y = next_fun(*args, **kwargs)
+      if name := called_layer(kernels, context):
+        (x,) = (*args, *kwargs.values())
+        layer_args = (kernels[name], merged[name], perturbation[name])
+        for fault, is_right in _compare(context.module, *layer_args, x, y, key).items():
+          # unlike a returned value, a callback gets through nn.remat and nn.scan
+          jax.debug.callback(functools.partial(note, name, fault), is_right)
       return y
 
     with nn.intercept_methods(intercept):
       return run_fn(variables, merged)
 
-  out = []
-  with explained(), exactly():
+  outputs: list[Params] = []
+  with as_user_errors(), full_precision():
     for p in perturbations:
       merged = {n: kinds.compose(w, p[n]) for n, w in kernels.items()}
-      out.append(run(variables, kernels, merged, p))
+      outputs.append(run(variables, kernels, merged, p))
     jax.effects_barrier()
   for name in sorted(faults):
     raise UserError(f"{name}: {faults[name]}")
-  return out
+  return outputs
 
 
-def exactly():
-  """A context in which accelerators multiply float32 as such, not with less by default."""
+def _compare(
+  module: nn.Module,
+  kernel: jax.Array,
+  merged: jax.Array,
+  p: lowrank.Perturbation,
+  x: jax.typing.ArrayLike,
+  y: jax.Array,
+  key: jax.Array | None,
+) -> dict[str, jax.Array]:
+  """Compares a layer with both forms of its perturbation.
+
+  Args:
+    module: the layer, bound to its parameters.
+    kernel: unperturbed.
+    merged: the perturbed kernel, which the layer should compute with.
+    p: the perturbation.
+    x: the layer's input.
+    y: the layer's output.
+    key: as for `prove_layers`.
+
+  Returns:
+    For every possible fault whether it is absent, a boolean [].
+  """
+  own = module.get_variable("params", "kernel")
+  bias = module.get_variable("params", "bias") if module.use_bias else None
+  absent = {_OTHER_KERNEL: jnp.array_equal(own, merged, equal_nan=True)}
+  x, expected = jnp.asarray(x), y
+  if key is not None:
+    x = _random_like(key, x)
+    params = {"kernel": own} | ({} if bias is None else {"bias": bias})
+    expected = kinds.run_detached(module, params, x)
+  for form in ("composed", "factored"):
+    actual = kinds.apply(module, kernel, p, bias, x, form=form)
+    fault = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}: {ADVICE}"
+    absent[fault] = _agree(actual, expected, own.dtype)
+  return absent
+
+
+def full_precision() -> contextlib.AbstractContextManager[object]:
+  """Returns a context in which accelerators multiply float32 without rounding it to fewer bits."""
   return jax.default_matmul_precision("float32")
 
 
-def is_same(a, b) -> bool:
-  """Whether two pytrees agree but for what rounding makes of a whole network, 16 bits in it or not.
+def is_same(a: Params, b: Params) -> bool:
+  """Returns whether two pytrees agree up to the rounding of a whole network in 16 bits.
 
-  How exact the layers are is known already (`prove_layers`).
+  The precision of the layers themselves is tested by `prove_layers`.
   """
   a, b = jax.tree.leaves(a), jax.tree.leaves(b)
   return len(a) == len(b) and all(
@@ -201,24 +250,27 @@ def is_same(a, b) -> bool:
   )
 
 
-def _agree(a, b, *dtypes) -> jax.Array:
-  """Whether two arrays are the same within the rounding of their dtype and of `dtypes`."""
-  if jax.dtypes.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
+def _agree(
+  a: jax.typing.ArrayLike, b: jax.typing.ArrayLike, *dtypes: jax.typing.DTypeLike
+) -> jax.Array:
+  """Returns whether two arrays agree up to the rounding of their dtype and of `dtypes`."""
+  if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
     a, b = jax.random.key_data(a), jax.random.key_data(b)
   a, b = jnp.asarray(a), jnp.asarray(b)
   if a.shape != b.shape or a.dtype != b.dtype:
     return jnp.array(False)
   if not jnp.issubdtype(a.dtype, jnp.inexact):
     return jnp.all(a == b)
-  tolerance = max(_LOOSEST, *(32 * float(jnp.finfo(d).eps) for d in (a.dtype, *dtypes)))
-  limit = float(jnp.finfo(a.dtype).max) / 16  # near it one form may overflow and not the other
+  tolerance = max(_TOLERANCE, *(32 * float(jnp.finfo(d).eps) for d in (a.dtype, *dtypes)))
+  limit = float(jnp.finfo(a.dtype).max) / 16  # above it one form may overflow and not the other
   a, b = (x if jnp.iscomplexobj(x) else x.astype(jnp.float32) for x in (a, b))
   counted = jnp.abs(b) < limit
   largest = jnp.max(jnp.abs(b), initial=0.0, where=counted)
   return jnp.max(jnp.abs(a - b), initial=0.0, where=counted) <= tolerance * largest
 
 
-def _random_like(key, x):
+def _random_like(key: jax.Array, x: jax.Array) -> jax.Array:
+  """Draws an array of the shape and dtype of `x`; whole numbers are at least 0."""
   if jnp.issubdtype(x.dtype, jnp.floating):
     return jax.random.normal(key, x.shape, x.dtype)
   if x.dtype == bool:
@@ -227,14 +279,14 @@ def _random_like(key, x):
 
 
 def stand_ins(key: jax.Array, tree: Params) -> Params:
-  """Returns `tree` with random real numbers in [0.5, 1) in place of its own; the rest as it is.
+  """Returns `tree` with its floating-point arrays drawn anew, uniformly from [0.5, 1).
 
-  What a layer computes is to be proved whatever the parameters and statistics are: normalised
-  weights change nothing while they are still as `init` made them.
+  The proof must hold for any parameters and statistics. Freshly initialised ones can hide a fault:
+  normalised weights, for example, equal the weights until these have been trained.
   """
   leaves, treedef = jax.tree.flatten(tree)
 
-  def draw(key, x):
+  def draw(key: jax.Array, x: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
       return x
     return jax.random.uniform(key, jnp.shape(x), jnp.asarray(x).dtype, 0.5, 1)
@@ -244,8 +296,8 @@ def stand_ins(key: jax.Array, tree: Params) -> Params:
 
 
 @contextlib.contextmanager
-def explained(what: str = "the network"):
-  """A context in which whatever a network raises becomes a UserError."""
+def as_user_errors(what: str = "the network") -> Generator[None]:
+  """Turns every exception of the block into a UserError: `what` can't be applied."""
   try:
     yield
   except UserError:

@@ -1,42 +1,73 @@
-"""What reaches the layers of a network, and what they give."""
+"""Functions that record the inputs and the outputs of a network's layers."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
 
 from halrp_jax.types import Params
 from halrp_jax.weights import kinds, trees
 
 
 def layer_inputs(
-  model: nn.Module, names: Iterable[str], variables: Mapping[str, Params], image: jax.Array
+  model: nn.Module, names: Collection[str], variables: Mapping[str, Params], image: jax.Array
 ) -> dict[str, jax.Array]:
-  """What reaches the layers `names` in evaluation: rows that their kernels are multiplied with.
+  """Returns the rows that the kernels of the layers `names` are multiplied with in evaluation.
 
-  -> by layer path [B, d], for a convolution its patches [B, H', W', d]; the kernel seen as a matrix
-  is [d, J].
+  A kernel is seen as a matrix [d, J] here.
+
+  Args:
+    model: a network whose layers `names` are plain (`kinds.is_plain`).
+    names: paths of layers.
+    variables: of the network: {"params": ..., "batch_stats": ...}.
+    image: [B, H, W, C]
+
+  Returns:
+    By layer path float32 [B, d], for a convolution its patches [B, H', W', d].
   """
-  return _tapped(model, names, variables, image, lambda module, x, y: kinds.rows(module, x))
+  return _record(model, names, variables, image, lambda module, x, y: kinds.rows(module, x))
 
 
 def layer_outputs(
-  model: nn.Module, names: Iterable[str], variables: Mapping[str, Params], image: jax.Array
+  model: nn.Module, names: Collection[str], variables: Mapping[str, Params], image: jax.Array
 ) -> dict[str, jax.Array]:
-  """What the layers `names` give in evaluation, before anything else: by layer path [B, .., J]."""
-  return _tapped(model, names, variables, image, lambda module, x, y: y)
+  """Returns the outputs of the layers `names` in evaluation, before BatchNorm and ReLU.
+
+  Args:
+    model: a network.
+    names: paths of layers.
+    variables: of the network: {"params": ..., "batch_stats": ...}.
+    image: [B, H, W, C]
+
+  Returns:
+    By layer path float32 [B, .., J].
+  """
+  return _record(model, names, variables, image, lambda module, x, y: y)
 
 
-def _tapped(model, names, variables, image, tap_fn):
-  """-> tap_fn(module, input, output) by layer path."""
-  found = {}
+def _record(
+  model: nn.Module,
+  names: Collection[str],
+  variables: Mapping[str, Params],
+  image: jax.Array,
+  record_fn: Callable[[nn.Module, jax.Array, jax.Array], jax.Array],
+) -> dict[str, jax.Array]:
+  """Returns record_fn(module, input, output) of the layers `names`, by path, as float32."""
+  found: dict[str, jax.Array] = {}
 
-  def intercept(next_fun, args, kwargs, context):
+  def intercept(
+    next_fun: Callable[..., Params],
+    args: tuple[Params, ...],
+    kwargs: dict[str, Params],
+    context: InterceptorContext,
+  ) -> Params:
     module, name = context.module, trees.SEPARATOR.join(context.module.path)
     y = next_fun(*args, **kwargs)
     if name in names and context.method_name == "__call__":
-      found[name] = tap_fn(module, args[0], y).astype(jnp.float32)
+      found[name] = record_fn(module, args[0], y).astype(jnp.float32)
     return y
 
   with nn.intercept_methods(intercept):
@@ -44,10 +75,18 @@ def _tapped(model, names, variables, image, tap_fn):
   return found
 
 
-def without_head():
-  """A context in which `model.apply` returns what reaches the head, [B, F]; it needs no head."""
+def without_head() -> contextlib.AbstractContextManager[None]:
+  """Returns a context in which `model.apply` returns the input of the head, float32 [B, F].
 
-  def intercept(next_fun, args, kwargs, context):
+  The parameters of the head may be missing.
+  """
+
+  def intercept(
+    next_fun: Callable[..., Params],
+    args: tuple[Params, ...],
+    kwargs: dict[str, Params],
+    context: InterceptorContext,
+  ) -> Params:
     is_head = context.module.path == (trees.HEAD,) and context.method_name == "__call__"
     return args[0].astype(jnp.float32) if is_head else next_fun(*args, **kwargs)
 

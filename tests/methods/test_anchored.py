@@ -66,7 +66,7 @@ def test_many_anchors_are_one():
   fishers, anchors = rng.random((5, 20)), rng.normal(size=(5, 20))
   a, center = np.zeros(20), np.zeros(20)
   for f, x in zip(fishers, anchors, strict=True):
-    a, center = a + f, np.asarray(ewc._weighted(a, center, f, x))
+    a, center = a + f, np.asarray(ewc._weighted_mean(a, center, f, x))
   one, other = rng.normal(size=(2, 20))
 
   def separate(theta):
@@ -77,7 +77,7 @@ def test_many_anchors_are_one():
 
   assert separate(one) - separate(other) == pytest.approx(joined(one) - joined(other), rel=1e-5)
   np.testing.assert_array_equal(
-    ewc._weighted(np.zeros(2), np.ones(2), np.zeros(2), np.full(2, 3)), 3
+    ewc._weighted_mean(np.zeros(2), np.ones(2), np.zeros(2), np.full(2, 3)), 3
   )
 
 

@@ -77,7 +77,7 @@ def test_later_consolidation_renews_what_is_shared_and_keeps_its_centroids():
 
 def test_more_clusters_than_a_consolidation_has_tasks_are_refused(digits_config):
   config = digits_config("apd", **{"method.every": 3, "method.clusters": 4})
-  with pytest.raises(UserError, match="method.clusters must be <= method.every, got 4 and 3"):
+  with pytest.raises(UserError, match="method.clusters = 4 must be at most method.every = 3"):
     resolve(config)
 
 

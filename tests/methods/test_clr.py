@@ -58,11 +58,11 @@ def test_identities_change_nothing_and_1x1_convolutions_have_none():
   kernels, _ = trees.split(params)
   adapters = clr._identities(kernels)
   assert len(adapters) == 9 and not any("shortcut" in name for name in adapters)
-  with nn.intercept_methods(clr._reprogrammed(adapters)):
+  with nn.intercept_methods(clr._adapter_interceptor(adapters)):
     got = model.apply({"params": params}, image)
   np.testing.assert_array_equal(got, model.apply({"params": params}, image))
   other = jax.tree.map(lambda x: 2 * x + 0.1, adapters)
-  with nn.intercept_methods(clr._reprogrammed(other)):
+  with nn.intercept_methods(clr._adapter_interceptor(other)):
     changed = model.apply({"params": params}, image)
   assert np.abs(changed - got).max() > 1e-2
 

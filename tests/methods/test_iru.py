@@ -9,7 +9,7 @@ from halrp_jax import arguments, data, methods, models
 from halrp_jax.config import resolve
 from halrp_jax.methods import dictionary, iru
 from halrp_jax.training import batches
-from halrp_jax.training.fit import recipe
+from halrp_jax.training.fit import protocol_recipe
 from halrp_jax.types import State
 
 from ..conftest import ROOT
@@ -92,8 +92,8 @@ def test_the_notebooks_config_is_the_notebooks(real_data):
   tasks = benchmark.tasks
   assert [task.id for task in tasks] == list(range(20))
   assert all(len(task.train.index) == 60_000 and not len(task.valid.index) for task in tasks)
-  how = recipe(methods.setup_of(config, models.make("mlp", 10), benchmark))
-  assert how.learning_rate == 1e-4 and how.gradient_scale == 1 and how.keep == "last"
+  recipe = protocol_recipe(methods.setup_of(config, models.make("mlp", 10), benchmark))
+  assert recipe.learning_rate == 1e-4 and recipe.gradient_scale == 1 and recipe.keep == "last"
 
 
 @pytest.mark.parametrize("normalise", [True, False])

@@ -365,7 +365,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(half, monkeypatch):
 
 def test_infinite_loss_says_where_and_what_to_try(digits_config, tmp_path):
   config = digits_config("stl", learning_rate=1e30)
-  with pytest.raises(Diverged, match=r"task00/train, epoch \d, step \d+ of \d+: the loss is"):
+  with pytest.raises(Diverged, match=r"task00/train, epoch \d, step \d+ of \d+: the loss became"):
     experiment.run(config, str(tmp_path))
   saved, _ = checkpoint.load(tmp_path / "checkpoints" / "now.task00.train.diverged")
   assert saved["step"] > 0 and not np.isfinite(saved["params"]["fc1"]["kernel"]).all()

@@ -83,7 +83,7 @@ def test_our_networks_meet_it_and_are_not_traced_for_it(network):
   assert contract.is_own(model)
   variables = contract.check(model, shape, 10)
   contract.check_plain(model, variables, shape, "any")
-  found = contract._layers(model, variables, shape)
+  found = contract._find_layers(model, variables, shape)
   guessed = contract.guessed_matrix_shapes(variables["params"])
   assert {name: layer.shape for name, layer in found.items()} == guessed
 

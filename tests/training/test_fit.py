@@ -228,7 +228,7 @@ def test_a_recipe_may_treat_parts_of_the_parameters_differently(digits_config):
     None,
     lambda params, frozen: 0.0,
     objective_fn=objective,
-    how=Recipe(
+    recipe=Recipe(
       optax.masked(decayed, {"held": True, "free": False}), 0.0, 0.01, 10.0, "constant", "last"
     ),
   )
@@ -250,7 +250,7 @@ def test_a_recipe_may_treat_parts_of_the_parameters_differently(digits_config):
     ({"label": jnp.float32}, r"train: index, label and owner must be integers \[n\]"),
     ({"label": slice(5)}, r"train: index, label and owner must be integers \[n\]"),
     ({"index": None}, r"train: index, label and owner must be integers \[n\]"),
-    ({"num_classes": 10}, "num_classes must be a number of one task"),
+    ({"num_classes": 10}, "num_classes must be a scalar for one task"),
   ],
 )
 def test_arguments_of_other_types_and_shapes_are_refused(digits_config, change, message):

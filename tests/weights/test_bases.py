@@ -50,7 +50,8 @@ def test_rows_and_second_moment_give_the_same():
   few = bases.grow(np.zeros((12, 0)), rows, 0.99, first=True)
   many = bases.grow(np.zeros((12, 0)), rows.T @ rows, 0.99, first=True)
   same_span(few, many)
-  assert bases.of_rows(rows).shape == (7, 12) and bases.of_rows(rows_of(0)).shape == (12, 12)
+  assert bases.moment_or_rows(rows).shape == (7, 12)
+  assert bases.moment_or_rows(rows_of(0)).shape == (12, 12)
 
 
 def test_what_is_carried_already_adds_nothing():
@@ -63,6 +64,6 @@ def test_what_is_carried_already_adds_nothing():
 
 
 def test_padding_is_to_powers_of_two():
-  widths = [bases.padded(np.ones((300, k))).shape[1] for k in (0, 1, 32, 33, 200, 257, 300)]
+  widths = [bases.pad(np.ones((300, k))).shape[1] for k in (0, 1, 32, 33, 200, 257, 300)]
   assert widths == [32, 32, 32, 64, 256, 300, 300]
-  assert bases.padded(np.ones((10, 3))).shape == (10, 10)
+  assert bases.pad(np.ones((10, 3))).shape == (10, 10)

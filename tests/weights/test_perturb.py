@@ -293,7 +293,7 @@ class Odd(nn.Module):
     ("transposed", "transposed: ConvTranspose is not perturbed"),
     ("local", "local: ConvLocal is not perturbed"),
     ("batched", "batched: DenseGeneral with batch_dims"),
-    ("missing*", "no layer's path matches 'missing.'; those with a kernel: batched, good, local"),
+    ("missing*", "no layer's path matches 'missing.'; layers with a kernel: batched, good, local"),
   ],
 )
 def test_what_can_not_be_perturbed_is_refused_by_name(pattern, says):

@@ -180,7 +180,9 @@ def test_init_works_under_jit_where_tracing_tells_enough():
     return jax.jit(f)(jax.random.key(1), variables)
 
   assert run(Net(functools.partial(nn.Dense, 5))).keys() == {"layer"}
-  with pytest.raises(UserError, match="layer/inner: .* under jax.jit: call init outside"):
+  with pytest.raises(
+    UserError, match="layer/inner: under jax.jit it can't be proved .* call init outside"
+  ):
     run(Net(Remat))
 
 
@@ -304,14 +306,17 @@ DENSE = Net(functools.partial(nn.Dense, 5))
   ("arguments", "says"),
   [
     (lambda k, v: (k, Net, v, X), r"Net is a class: pass an instance, Net\(...\)"),
-    (lambda k, v: (k, nnx.Linear(4, 5, rngs=nnx.Rngs(0)), v, X), "got Linear; for flax.nnx"),
-    (lambda k, v: (k, v, DENSE, X), "expected a Flax Linen module .*, got dict"),
-    (lambda k, v: (k, DENSE, v["params"], X), 'found layer, head; .* pass {"params": params}'),
-    (lambda k, v: (k, DENSE, {}, X), "found nothing"),
+    (
+      lambda k, v: (k, nnx.Linear(4, 5, rngs=nnx.Rngs(0)), v, X),
+      "given Linear; convert a module of flax.nnx",
+    ),
+    (lambda k, v: (k, v, DENSE, X), "expected a Flax Linen module .*, given dict"),
+    (lambda k, v: (k, DENSE, v["params"], X), 'given layer, head; .* pass {"params": params}'),
+    (lambda k, v: (k, DENSE, {}, X), "given nothing"),
     (lambda k, v: (k, DENSE, X, v), "variables: expected a dict"),
     (lambda k, v: (k, DENSE, v), "can't be applied .* missing 1 required positional argument: 'x'"),
     (lambda k, v: (k, DENSE, v, jnp.ones((2, 7))), "can't be applied to this example: .*shape"),
-    (lambda k, v: (0, DENSE, v, X), r"key: expected one such as jax.random.key\(0\), got 0"),
+    (lambda k, v: (0, DENSE, v, X), r"key: expected one such as jax.random.key\(0\), given 0"),
   ],
 )
 def test_arguments_of_the_wrong_kind_are_named(arguments, says):
