@@ -143,12 +143,12 @@ def run(
   _require_one_run(config, overwrite)
   if not overwrite and (record := identity.finished_record(path, config.to_dict())):
     known = read or identity.shared_read()
-    processes.first_does(lambda: identity.require_same_data(config, path, known, show))
+    processes.run_on_leader(lambda: identity.require_same_data(config, path, known, show))
     show({"event": "finished"})
     return record
   if config.deterministic:
     determinism.require()
-  built = processes.all_do(lambda: gang.build(build, config) if gang else build(config))
+  built = processes.run_on_all(lambda: gang.build(build, config) if gang else build(config))
   benchmark = built[0]
   processes.require_same("other images", lambda: benchmark.split_hash)
   now = standing.of(benchmark)

@@ -63,7 +63,7 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
     )
 
 
-@processes.by_first
+@processes.on_leader
 def finished_record(path: str, config: dict) -> dict | None:
   """The record of a finished run of this config; None if there is none."""
   file = pathlib.Path(path) / RECORD

@@ -91,7 +91,7 @@ class Workdir:
   @_of_folder
   def log(self, event: dict) -> None:
     """Appends an event; what an interrupted run wrote after its last saved state goes first."""
-    if not processes.is_first():
+    if not processes.is_leader():
       return
     if self._metrics is None:
       self._metrics = self._cut_metrics()
@@ -115,7 +115,7 @@ class Workdir:
 
   def check(self) -> None:
     """Raises Stopped if the run was asked to stop."""
-    if processes.any_says(self.stop_asked()):
+    if processes.any_process(self.stop_asked()):
       raise Stopped
 
   def _read(self, name: str, like=None):
@@ -125,7 +125,7 @@ class Workdir:
       return jax.tree.map(_to_device, found)
     return jax.tree.structure(like).unflatten(found)
 
-  @processes.by_first
+  @processes.on_leader
   @_of_folder
   def _read_item(self, name: str, like):
     folder = self.items / _item(name)
@@ -143,7 +143,7 @@ class Workdir:
     self._num_events = max(self._num_events, about["events"])
     return tree
 
-  @processes.by_first
+  @processes.on_leader
   def _write(self, name: str, tree) -> str:
     folder = self.items / _item(name)
     self._submit(folder, tree, {"events": self._num_events})
@@ -167,13 +167,13 @@ class Workdir:
 
   # --- between tasks ----------------------------------------------------------------
 
-  @processes.by_first
+  @processes.on_leader
   @_of_folder
   def describe(self, benchmark: Benchmark) -> None:
     """Writes what predicting needs of the data."""
     files.write_json(self.folder / TASKS, cards.of_benchmark(benchmark))
 
-  @processes.by_first
+  @processes.on_leader
   @_of_folder
   def save_state(self, position: int, state: State, results: dict) -> None:
     """Saves the state after a group of tasks; parts that have not changed are not written again."""
@@ -212,7 +212,7 @@ class Workdir:
     position, state, results = found
     return position, jax.tree.map(jnp.asarray, state), results
 
-  @processes.by_first
+  @processes.on_leader
   @_of_folder
   def _newest_state(self) -> tuple[int, State, dict] | None:
     known, found, problems = states.find_states(self.items), None, []
@@ -246,7 +246,7 @@ class Workdir:
 
   # --- the end ----------------------------------------------------------------------
 
-  @processes.by_first
+  @processes.on_leader
   @_of_folder
   def finish(self, record: dict) -> None:
     """Writes the record; the last state stays, so that the model can be used."""
@@ -279,7 +279,7 @@ def opened(
   run.stop_asked = stop_asked
   with contextlib.ExitStack() as stack:
     prepare = functools.partial(_prepare, stack, run, path, config, overwrite, now)
-    run.standing, run.said = processes.first_does(prepare)
+    run.standing, run.said = processes.run_on_leader(prepare)
     yield run
 
 

@@ -113,6 +113,6 @@ def _run(carry, rows, progress, advance, *args):
       pace = (stop - done) / (time.perf_counter() - start)
       done = stop
       if done < num_steps:
-        chunk = processes.first_does(lambda pace=pace: max(1, int(_CHUNK_SECONDS * pace)))
+        chunk = processes.run_on_leader(lambda pace=pace: max(1, int(_CHUNK_SECONDS * pace)))
       progress(*carry, done, num_steps)
   return carry

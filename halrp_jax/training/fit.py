@@ -183,7 +183,7 @@ def make_fit(
       loss, accuracy = (float(x) / num_images for x in total)
       event |= {"loss": loss, "train_accuracy": 100 * accuracy}
       if is_judged:
-        valid = processes.first_does(lambda s=state: validate(s, frozen, task, num_classes))
+        valid = processes.run_on_leader(lambda s=state: validate(s, frozen, task, num_classes))
         event |= {"valid_loss": valid[0], "valid_accuracy": valid[1]}
         best = _keep_best(how.keep, best, state, *valid)
         plateau = _slow_down(setup.protocol, plateau, valid[0])
@@ -294,7 +294,7 @@ def _slow_down(protocol, plateau: Plateau, loss: float) -> Plateau:
   return Plateau(plateau.best, patience, np.float64(plateau.rate * protocol.plateau_factor))
 
 
-@processes.by_first
+@processes.on_leader
 def _is_due(often, num_epochs: int, kept_at: float) -> bool:
   """Returns whether to write a checkpoint, which takes longer than a short epoch computes."""
   elapsed = time.perf_counter() - kept_at

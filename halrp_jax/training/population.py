@@ -44,7 +44,7 @@ def keep(method: Method, logits_fn: Callable, batch_size: int) -> Callable:
     for i, (learned, task) in enumerate(zip(new, tasks, strict=True)):
 
       def taken(learned=learned, task=task):
-        return processes.first_does(lambda: measure(shared, learned, task, check))
+        return processes.run_on_leader(lambda: measure(shared, learned, task, check))
 
       stats = jax.tree.map(jnp.asarray, store.once(f"population{i}", taken))
       measured.append(learned._replace(stats=stats))
