@@ -60,7 +60,7 @@ def make_layout(mode: str) -> Layout:
   """Builds the layout of a run. Starts JAX's backend unless the mode is "none".
 
   Args:
-    mode: the config key `parallel`, resolved: "sharded", "replicas", "pmap" or "none".
+    mode: the config key `parallel`; "auto" has the same effect as "sharded".
   """
   count = 1 if mode in ("none", "replicas") else jax.device_count()
   is_mapped = mode == "pmap" and count > 1
