@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     print(_task_line(task))
     wrong += _oddities(task, image)
   if benchmark.partial:
-    wrong += [] if complete else data.lacking(config)
+    wrong += [] if complete else data.shortages(config)
   for line in wrong[:_MOST_LINES]:
     print(f"WRONG  {line}")
   if len(wrong) > _MOST_LINES:
