@@ -155,7 +155,7 @@ def _draw_test(
     data: the images.
     pool: the rows to draw from.
     key: seed of the random numbers.
-    fraction: share of the test images. Every class keeps at least one image for training.
+    fraction: share of test images in every class. At least one image remains for training.
 
   Returns:
     The rows of "train" and "test".

@@ -127,8 +127,8 @@ def is_hidden(name: str) -> bool:
   return name.startswith(".") or name.lower() in _SYSTEM
 
 
-def counts(name: str) -> bool:
-  """Returns whether a path with slashes is used: `is_hidden` is False for all its parts."""
+def is_visible(name: str) -> bool:
+  """Returns whether no part of a path with slashes is hidden (see `is_hidden`)."""
   return not any(map(is_hidden, name.split("/")))
 
 

@@ -31,7 +31,9 @@ def labelled(data_dir: str, name: str, shape: tuple[int, int, int]) -> ImageSet:
   (x, y), (x_test, y_test), info = _read(data_dir, name, ("image", "label"))
   for image in (x, x_test):
     if image.shape[1:] != shape:
-      raise UserError(f"TFDS set {name}: images are {image.shape[1:]}, expected {shape}")
+      raise UserError(
+        f"TFDS set {name}: images are {image.shape[1:]}, expected {shape}; use data.source=original"
+      )
   names = tuple(info.features["label"].names)
   return ImageSet(np.concatenate([x, x_test]), np.concatenate([y, y_test]), len(x), names)
 

@@ -444,7 +444,7 @@ def _zip(path: pathlib.Path, folder: str, most: int) -> Files:
       _require_size(path, total, most)
       if not info.is_dir() and info.filename.startswith(f"{folder}/"):
         members[info.filename.removeprefix(f"{folder}/")] = info
-    members = {name: info for name, info in members.items() if folders.counts(name)}
+    members = {name: info for name, info in members.items() if folders.is_visible(name)}
 
   def stream(names):
     with _reading(path), zipfile.ZipFile(path) as opened:
@@ -478,7 +478,7 @@ def _tar(path: pathlib.Path, folder: str, most: int) -> Files:
         if member.isfile() and name in requested:
           yield name, opened.extractfile(member).read()
 
-  return Files(path, tuple(sorted(filter(folders.counts, set(names)))), stream)
+  return Files(path, tuple(sorted(filter(folders.is_visible, set(names)))), stream)
 
 
 @contextlib.contextmanager
