@@ -113,7 +113,7 @@ def svhn(contents: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
   if len(label) != image.shape[3] or not np.isin(label, np.arange(11)).all():
     raise UserError(
       f"{name}: y has {len(label)} labels, expected one from 1 to 10 for each of {image.shape[3]} "
-      "images; damaged, delete it and download it again"
+      "images; the file is damaged, delete it and download it again"
     )
   return np.ascontiguousarray(image.transpose(3, 0, 1, 2)), label.real.astype(np.int64) % 10
 
