@@ -9,7 +9,8 @@ says how the classes were drawn, so NumPy's random permutation with seed 0 is us
 
 Images are normalised as in the authors' program and not augmented.
 
-Reference: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
+References: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009; R. Hyder
+et al., "Incremental task learning with incremental rank updates", 2022, arXiv:2207.09074 (IRU).
 """
 
 from collections.abc import Iterable, Sequence

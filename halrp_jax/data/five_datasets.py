@@ -7,7 +7,8 @@ test images. (The paper uses the split of HAT, which is not published as a list.
 `allow_partial` a missing data set is left out.
 
 References: Y. Netzer et al., "Reading digits in natural images", 2011 (SVHN); H. Xiao et al.,
-"Fashion-MNIST", 2017; Y. Bulatov, notMNIST, 2011.
+"Fashion-MNIST", 2017; Y. Bulatov, notMNIST, 2011; J. Serrà et al., "Overcoming catastrophic
+forgetting with hard attention to the task", ICML 2018 (HAT).
 """
 
 import warnings

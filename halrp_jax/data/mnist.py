@@ -9,7 +9,8 @@ PMNIST-20 follows IRU's notebook: images of 28 x 28; task 0 is not permuted; eac
 shuffles the permutation of the task before it.
 
 References: Y. LeCun et al., "Gradient-based learning applied to document recognition", 1998;
-I. Goodfellow et al., "An empirical investigation of catastrophic forgetting", 2013.
+I. Goodfellow et al., "An empirical investigation of catastrophic forgetting", 2013; R. Hyder et
+al., "Incremental task learning with incremental rank updates", 2022, arXiv:2207.09074 (IRU).
 """
 
 from collections.abc import Sequence
