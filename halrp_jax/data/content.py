@@ -9,7 +9,7 @@ import hashlib
 
 import numpy as np
 
-from halrp_jax.types import Split, Task
+from halrp_jax.types import Array, Split, Task
 
 _CHUNK = 1024  # number of images whose channels are compared in one step
 
@@ -31,7 +31,7 @@ def with_hashes(whole: list[Task], drawn: list[Task]) -> list[Task]:
   ]
 
 
-def image_digests(image: np.ndarray) -> np.ndarray:
+def image_digests(image: Array) -> np.ndarray:
   """Computes the SHA-256 of every image.
 
   Equal channels are hashed as a single one, because the other tasks may decide whether a grey image

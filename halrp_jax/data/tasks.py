@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halrp_jax.types import Array, Inputs, Split, Task
+from halrp_jax.types import Inputs, Split, Task
 
 
 class TaskOutline(NamedTuple):
@@ -28,7 +28,7 @@ class Outline(NamedTuple):
 class ImageSet(NamedTuple):
   """The images of a data set, training images first."""
 
-  image: Array  # uint8 [N, H, W, C]
+  image: np.ndarray  # uint8 [N, H, W, C]
   label: np.ndarray  # int [N]
   num_train: int
   class_names: tuple[str, ...]
