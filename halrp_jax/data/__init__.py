@@ -313,7 +313,7 @@ def _draw_and_hold_out(task: Task, config: Config, is_own: bool) -> Task:
   drawn = _draw_fraction(pool, config, key, 1 + every_class, is_own)
   num_valid = math.floor(fraction * len(drawn.index))
   spare = int(is_own or len(drawn.index) - num_valid >= task.num_classes)
-  held_out = _first_of_classes(drawn.label, num_valid, int(every_class), spare)
+  held_out = _first_of_classes(np.asarray(drawn.label), num_valid, int(every_class), spare)
   counts = np.bincount(drawn.label[held_out], minlength=task.num_classes)
   if every_class and not counts.all():
     raise UserError(
@@ -415,13 +415,13 @@ def _draw_fraction(
   else:
     count = math.ceil(fraction * len(rows))
     least = least if is_own or count >= len(np.unique(label)) else 0
-    rows = rows[_first_of_classes(label, count, least, 0)]
+    rows = rows[_first_of_classes(np.asarray(label), count, least, 0)]
   return Split(split.image, split.index[rows], split.label[rows])
 
 
 def _hash(tasks: list[Task]) -> str:
   """Returns the SHA-256 of images, index sets, labels and input transformations of all tasks."""
-  digest = hashlib.sha256(np.ascontiguousarray(tasks[0].train.image))
+  digest = hashlib.sha256(np.ascontiguousarray(tasks[0].train.image).data)
   for task in tasks:
     for split in (task.train, task.valid, task.test):
       digest.update(np.asarray(split.index, np.int64).tobytes())

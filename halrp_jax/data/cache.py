@@ -105,4 +105,4 @@ def _decode_into(
 
 def digest(image: np.ndarray) -> str:
   """Returns the SHA-256 of an array's bytes, in hexadecimal digits."""
-  return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
+  return hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()

@@ -49,7 +49,7 @@ def image_digests(image: Array) -> np.ndarray:
     grey = (part == part[..., :1]).all((1, 2, 3))
     for i, (x, is_grey) in enumerate(zip(part, grey, strict=True), start):
       x = np.ascontiguousarray(x[..., 0]) if is_grey else x
-      found[i] = np.frombuffer(hashlib.sha256(x).digest(), np.uint8)
+      found[i] = np.frombuffer(hashlib.sha256(x.data).digest(), np.uint8)
   return found
 
 

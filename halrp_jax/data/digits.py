@@ -5,6 +5,8 @@ Repository, 1998). Training and validation images are drawn from the first 1,297
 the test images. There are 10 tasks, and each permutes the pixels in a different way.
 """
 
+from typing import Any
+
 import numpy as np
 
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
@@ -26,7 +28,7 @@ def read(config: Config) -> list[Task]:
   del config
   from sklearn.datasets import load_digits  # takes a second to import
 
-  digits = load_digits()
+  digits: Any = load_digits()  # a Bunch, whose attributes have no types
   image = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # [1797, 8, 8, 1]
   label = digits.target.astype(np.int32)
   data = ImageSet(image, label, NUM_TRAIN, tuple(str(n) for n in digits.target_names))

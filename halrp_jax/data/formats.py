@@ -9,9 +9,10 @@ import pathlib
 import struct
 import warnings
 import zlib
+from typing import cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from halrp_jax.data import sources
 from halrp_jax.types import UserError, brief
@@ -115,7 +116,7 @@ def svhn(contents: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
       f"{name}: y has {len(label)} labels, expected one from 1 to 10 for each of {image.shape[3]} "
       "images; the file is damaged, delete it and download it again"
     )
-  return np.ascontiguousarray(image.transpose(3, 0, 1, 2)), label.real.astype(np.int64) % 10
+  return np.ascontiguousarray(image.transpose(3, 0, 1, 2)), np.real(label).astype(np.int64) % 10
 
 
 def _require_svhn(name: str, variable: str, shape: tuple[int, ...], kind: str) -> None:
@@ -329,9 +330,10 @@ def _kind_of(contents: bytes) -> tuple[str, bool]:
   return "none of PNG, JPEG, WebP, BMP, GIF, TIFF and PPM", True
 
 
-def _as_seen(image: Image.Image, mode: str) -> tuple[Image.Image, int]:
+def _as_seen(opened: ImageFile.ImageFile, mode: str) -> tuple[Image.Image, int]:
   """Returns an opened image as a viewer shows it, and its conversions as bits (see `photo`)."""
-  deep = _is_deep(image) or any(";16" in str(tile) for tile in image.tile)
+  image: Image.Image = opened
+  deep = _is_deep(image) or any(";16" in str(tile) for tile in opened.tile)
   done = _DEEP * deep | _FRAMES * _has_frames(image)
   # Pillow rotates a TIFF image when it is loaded, and then forgets the orientation.
   orientation = _orientation(image) if image.format == "TIFF" else 1
@@ -360,7 +362,8 @@ def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
   if image.mode in ("La", "RGBa"):
     image = image.convert(image.mode.upper())
   image = image.convert("RGBA")
-  transparent = image.getchannel("A").getextrema()[0] < 255
+  lowest, _ = cast("tuple[int, int]", image.getchannel("A").getextrema())  # of a single channel
+  transparent = lowest < 255
   white = Image.new("RGBA", image.size, "white")
   return Image.alpha_composite(white, image).convert("L" if grey else "RGB"), transparent
 

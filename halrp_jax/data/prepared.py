@@ -6,6 +6,7 @@ not prepared yet is prepared here if TensorFlow is installed (the extra [tfds]).
 
 import importlib.util
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,13 +29,13 @@ def labelled(data_dir: str, name: str, shape: tuple[int, int, int]) -> ImageSet:
   Raises:
     UserError: if the data set can't be read or has images of another shape.
   """
-  (x, y), (x_test, y_test), info = _read(data_dir, name, ("image", "label"))
+  (x, y), (x_test, y_test), features = _read(data_dir, name, ("image", "label"))
   for image in (x, x_test):
     if image.shape[1:] != shape:
       raise UserError(
         f"TFDS set {name}: images are {image.shape[1:]}, expected {shape}; use data.source=original"
       )
-  names = tuple(info.features["label"].names)
+  names = tuple(features["label"].names)
   return ImageSet(np.concatenate([x, x_test]), np.concatenate([y, y_test]), len(x), names)
 
 
@@ -51,11 +52,11 @@ def cifar100(data_dir: str) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
     UserError: if the data set can't be read.
   """
   keys = ("image", "label", "coarse_label")
-  (x, *y), (x_test, *y_test), info = _read(data_dir, "cifar100", keys)
+  (x, *y), (x_test, *y_test), features = _read(data_dir, "cifar100", keys)
   fine, coarse = (np.concatenate(pair) for pair in zip(y, y_test, strict=True))
-  names = tuple(info.features["label"].names)
+  names = tuple(features["label"].names)
   data = ImageSet(np.concatenate([x, x_test]), fine, len(x), names)
-  return data, coarse, tuple(info.features["coarse_label"].names)
+  return data, coarse, tuple(features["coarse_label"].names)
 
 
 def any_images(data_dir: str, name: str, size: int) -> ImageSet:
@@ -69,8 +70,8 @@ def any_images(data_dir: str, name: str, size: int) -> ImageSet:
   Raises:
     UserError: if the data set can't be read or has not both features.
   """
-  (x, y), (x_test, y_test), info = _read(data_dir, name, ("image", "label"), size)
-  names = tuple(info.features["label"].names)
+  (x, y), (x_test, y_test), features = _read(data_dir, name, ("image", "label"), size)
+  names = tuple(features["label"].names)
   return ImageSet(np.concatenate([x, x_test]), np.concatenate([y, y_test]), len(x), names)
 
 
@@ -78,7 +79,7 @@ def _read(data_dir: str, name: str, keys: tuple[str, ...], size: int | None = No
   """Reads the splits "train" and "test" of a data set; the first key is that of the images.
 
   Returns:
-    Two lists of arrays, one array for each key, and the `DatasetInfo`.
+    Two lists of arrays, one array for each key, and the features by name.
   """
   import tensorflow_datasets as tfds  # takes seconds to import
 
@@ -91,13 +92,13 @@ def _read(data_dir: str, name: str, keys: tuple[str, ...], size: int | None = No
       "https://www.tensorflow.org/datasets/catalog"
     ) from e
   _prepare(tfds, builder)
-  info = builder.info
-  if missing := [k for k in keys if k not in (info.features or {})]:
+  features: Any = builder.info.features or {}
+  if missing := [k for k in keys if k not in features]:
     raise UserError(
       f"TFDS set {name}: has no feature {missing[0]!r}; choose a set with image and label"
     )
   parts = [_arrays(builder, name, split, keys, size) for split in ("train", "test")]
-  return *parts, info
+  return *parts, features
 
 
 def _prepare(tfds, builder) -> None:

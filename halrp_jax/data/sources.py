@@ -54,6 +54,7 @@ _IDX = (
   "t10k-images-idx3-ubyte",
   "t10k-labels-idx1-ubyte",
 )
+_Stream = IO[bytes] | gzip.GzipFile
 _GZIP = b"\x1f\x8b"  # the first bytes of every gzip file
 
 
@@ -475,21 +476,25 @@ def _tar(path: pathlib.Path, folder: str, most: int) -> Files:
     with _reading(path), _opened_tar(path, most) as (opened, _):
       for member in opened:  # in the order of the archive, since compressed data can't be skipped
         name = member.name.removeprefix(f"{folder}/")
-        if member.isfile() and name in requested:
-          yield name, opened.extractfile(member).read()
+        if member.isfile() and name in requested and (contents := opened.extractfile(member)):
+          yield name, contents.read()
 
   return Files(path, tuple(sorted(filter(folders.is_visible, set(names)))), stream)
 
 
 @contextlib.contextmanager
-def _opened_tar(path: pathlib.Path, most: int) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
+def _opened_tar(path: pathlib.Path, most: int) -> Iterator[tuple[tarfile.TarFile, _Stream]]:
   """Yields an opened tar archive, gzipped or not, and the decompressed stream it is read from."""
   with open(path, "rb") as packed:
     is_gzip = packed.read(2) == _GZIP
     packed.seek(0)
     with (
       gzip.open(packed) if is_gzip else contextlib.nullcontext(packed) as plain,
-      tarfile.open(fileobj=_ForwardStream(plain, 2 * most), mode="r:") as opened,
+      # The stubs require methods that tarfile calls only when it writes.
+      tarfile.open(  # pyright: ignore[reportCallIssue]
+        fileobj=_ForwardStream(plain, 2 * most),  # pyright: ignore[reportArgumentType]
+        mode="r:",
+      ) as opened,
     ):
       yield opened, plain
 
@@ -505,7 +510,7 @@ class _ForwardStream:
     most: largest position in bytes.
   """
 
-  def __init__(self, stream: IO[bytes], most: int) -> None:
+  def __init__(self, stream: _Stream, most: int) -> None:
     self._stream, self._most, self.tell = stream, most, stream.tell
 
   def read(self, size: int) -> bytes:
@@ -608,7 +613,14 @@ def _fetch(remote: Remote, path: pathlib.Path, notify: Callable[[str], None]) ->
   pooch.get_logger().setLevel("WARNING")  # without pooch's own line about the download
   get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=2**16, timeout=60)
   try:
-    pooch.retrieve(remote.url, known_hash=remote.hash, fname=remote.name, path=path, downloader=get)
+    pooch.retrieve(
+      remote.url,
+      known_hash=remote.hash,
+      fname=remote.name,
+      path=path,
+      # pooch's own downloader does not have the types that pooch declares
+      downloader=get,  # pyright: ignore[reportArgumentType]
+    )
   except Exception as e:  # requests, urllib3, pooch and the operating system raise many types
     raise UserError(
       f"--download: {remote.url}: the published file could not be downloaded to {path} "

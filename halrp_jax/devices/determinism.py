@@ -48,7 +48,8 @@ def _backend_has_started() -> bool:
   number of CPU devices.
   """
   with _probing:
-    before = jax.config.jax_num_cpu_devices
+    # JAX defines its options when it is imported.
+    before = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     try:
       jax.config.update("jax_num_cpu_devices", 2 if before == 1 else 1)
     except RuntimeError:

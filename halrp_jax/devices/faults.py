@@ -57,7 +57,9 @@ def unusable() -> str | None:
     jax.devices()
     return None
   except Exception as e:  # for cuda without a GPU: AssertionError; with python -O: AttributeError
-    platforms, text = jax.config.jax_platforms, str(e) if isinstance(e, RuntimeError) else ""
+    # JAX defines its options when it is imported.
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    text = str(e) if isinstance(e, RuntimeError) else ""
   if not platforms:
     return f"jax finds no device that it can use{_in_brackets(text)}"
   try:

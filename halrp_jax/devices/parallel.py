@@ -16,13 +16,14 @@ The results of one device and of several agree up to rounding. Dropout with pmap
 each device draws its own random bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")  # a pytree of arrays, returned with the same structure
@@ -77,8 +78,8 @@ def make_layout(mode: str) -> Layout:
   )
 
 
-def shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
-  """Returns two shardings over devices: split along the first axis, and replicated."""
+def shardings(devices: list) -> tuple[NamedSharding, NamedSharding]:
+  """Returns two shardings over a list of devices: along the first axis, and replicated."""
   mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
   return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
 
@@ -129,7 +130,7 @@ def _make_shard(count: int, is_mapped: bool) -> Callable:
   def shard(x):
     if not x.ndim:
       return x
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
       return jax.device_put(x, local_shardings[bool(len(x) % num_local)])
     if is_mapped:
       size = len(x) // lax.axis_size(AXIS)

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import numpy as np
@@ -215,9 +215,12 @@ def run_on_leader(fn: Callable[[], T]) -> T:
   """
   if count() == 1:
     return fn()
-  outcome = _result_or_error(fn) if is_leader() else None
-  received = _broadcast(outcome)
-  return result_of(outcome if is_leader() else received)
+  if is_leader():
+    outcome: T | Exception = _result_or_error(fn)
+    _broadcast(outcome)
+  else:
+    outcome = _broadcast(None)
+  return result_of(outcome)
 
 
 def on_leader(fn: Callable[P, T]) -> Callable[P, T]:
@@ -306,7 +309,7 @@ def _decode(data: np.ndarray):
   return _ERRORS[value["error"]](value["text"]) if "error" in value else value["value"]
 
 
-def _broadcast(value: object):
+def _broadcast(value: T | Exception | None) -> T | Exception:
   """Returns the leader's `value` in every process; what the others pass is ignored.
 
   The size of the message goes first, together with the beginning of the message. The rest follows
@@ -320,11 +323,11 @@ def _broadcast(value: object):
   head = np.asarray(multihost_utils.broadcast_one_to_all(head))
   size = int(np.frombuffer(head[:8].tobytes(), np.int64)[0])
   if size <= _SHORT:
-    return _decode(head[8:])
+    return cast("T | Exception", _decode(head[8:]))
   rest = np.zeros(_next_power_of_two(size), np.uint8)
   if is_leader():
     rest[:size] = data
-  return _decode(np.asarray(multihost_utils.broadcast_one_to_all(rest)))
+  return cast("T | Exception", _decode(np.asarray(multihost_utils.broadcast_one_to_all(rest))))
 
 
 def _gather(value: object) -> list[Any]:

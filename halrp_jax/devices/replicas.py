@@ -169,7 +169,8 @@ def make_epoch(
   def all_epochs(calls):
     if len(calls) == 1 or not can_join():
       return one_by_one(calls)
-    groups, results = {}, [None] * len(calls)
+    groups: dict[tuple, list[int]] = {}
+    results: list[Any] = [None] * len(calls)
     for i, call in enumerate(calls):
       groups.setdefault(_signature(*call), []).append(i)
     for members in groups.values():

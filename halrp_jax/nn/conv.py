@@ -8,6 +8,7 @@ operation. Both agree up to rounding (tests/nn/test_layers.py).
 import functools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,12 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   def shifted(x, kernel):
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (h // 2, h // 2), (w // 2, w // 2), (0, 0)))
-    return sum(
+    parts = (
       x[:, i : i + height, j : j + width] * kernel[i, j][None, None, None]
       for i in range(h)
       for j in range(w)
     )
+    return cast("jax.Array", sum(parts))  # not the int 0: there are parts
 
   return lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
 
@@ -145,10 +147,12 @@ def conv_general_dilated(
     return plain(lhs, rhs)
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
-  padding = tuple((int(a), int(b)) for a, b in padding)
-  if not all(0 <= p < k for k, pair in zip(rhs.shape[:2], padding, strict=True) for p in pair):
+  rows, columns = ((int(a), int(b)) for a, b in padding)
+  if not all(
+    0 <= p < k for k, pair in zip(rhs.shape[:2], (rows, columns), strict=True) for p in pair
+  ):
     return plain(lhs, rhs)
-  fast = functools.partial(_fast_conv, padding=padding, stride=strides[0])
+  fast = functools.partial(_fast_conv, padding=(rows, columns), stride=strides[0])
   return lax.platform_dependent(lhs, rhs, cpu=fast, default=plain)
 
 
@@ -216,7 +220,7 @@ def _fold(z: jax.Array, axis: int, starts: tuple[int, ...], sizes: tuple[int, in
       part = lax.slice_in_dim(part, max(-s, 0), min(m, n - s), axis=axis)
       missing = (max(s, 0), max(n - s - m, 0))
       y += jnp.pad(part, [missing if a == axis else (0, 0) for a in range(z.ndim)])
-    return y
+    return cast("jax.Array", y)  # not the int 0: there are parts
 
   return isolate.call(total, z)
 

@@ -4,6 +4,7 @@ On the CPU, BatchNorm is fused with the ReLU and the max pooling that follow it.
 """
 
 import functools
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from halrp_jax.nn import isolate
 from halrp_jax.nn.init import uniform_fan_in
 from halrp_jax.nn.pool import max_pool, window_cells, window_max, window_max_gradient
 
+_OutputAndMoments = tuple[jax.Array, jax.Array, jax.Array]
 MOMENTUM = 0.1  # weight of the new batch in BatchNorm's running statistics
 
 
@@ -63,11 +65,13 @@ class BatchNorm(nn.Module):
     shift = 0.0
     if self.num_in:
       shift = self.param("input_bias", uniform_fan_in(self.num_in), (features,))
-    stored = train or self.running or self.is_initializing()
-    if stored:
+    stored = None
+    if train or self.running or self.is_initializing():
       mean_ = self.variable("batch_stats", "mean", jnp.zeros, (features,))
       var_ = self.variable("batch_stats", "var", jnp.ones, (features,))
-    if self.running and not train:
+      stored = mean_, var_
+    if stored and self.running and not train:
+      mean_, var_ = stored
       y = _affine(x, mean_.value - shift, var_.value, scale, bias, self.epsilon)
       y = max_pool(y, self.pool) if self.pool > 1 else y
       return (nn.relu(y) if self.relu else y).astype(dtype)
@@ -78,7 +82,8 @@ class BatchNorm(nn.Module):
       cpu=lambda x, scale, bias: _fused_batch_norm(x, scale, bias, *settings),
       default=lambda x, scale, bias: _plain_batch_norm(x, scale, bias, *settings),
     )
-    if train and not self.is_initializing():
+    if stored and train and not self.is_initializing():
+      mean_, var_ = stored
       count = x.size // features * (1 if axis_name is None else lax.axis_size(axis_name))
       unbiased = var * count / max(count - 1, 1)
       mean_.value = (1 - self.momentum) * mean_.value + self.momentum * (mean + shift)
@@ -140,7 +145,15 @@ def _moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]
   return whole, lax.pmean(var + (mean - whole) ** 2, axis_name)
 
 
-def _plain_batch_norm(x, scale, bias, epsilon, relu, pool, axis_name):
+def _plain_batch_norm(
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  relu: bool,
+  pool: int,
+  axis_name: str | None,
+) -> _OutputAndMoments:
   """Applies BatchNorm, max pooling and ReLU one after another.
 
   Returns:
@@ -152,7 +165,15 @@ def _plain_batch_norm(x, scale, bias, epsilon, relu, pool, axis_name):
   return nn.relu(y) if relu else y, mean, var
 
 
-def _fused_batch_norm(x, scale, bias, epsilon, relu, pool, axis_name):
+def _fused_batch_norm(
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  relu: bool,
+  pool: int,
+  axis_name: str | None,
+) -> _OutputAndMoments:
   """Computes what `_plain_batch_norm` does, with a gradient that is fast on the CPU.
 
   If the pooling windows do not cover the image exactly, pooling is a separate step.
@@ -160,12 +181,21 @@ def _fused_batch_norm(x, scale, bias, epsilon, relu, pool, axis_name):
   if pool > 1 and not (x.shape[1] % pool or x.shape[2] % pool):
     cells = window_cells(x, pool)
     return _batch_norm_relu_pool(cells, scale, bias, epsilon, relu, True, axis_name)
-  y, mean, var = _batch_norm_relu_pool(x, scale, bias, epsilon, relu, False, axis_name)
+  out = _batch_norm_relu_pool(x, scale, bias, epsilon, relu, False, axis_name)
+  y, mean, var = cast("_OutputAndMoments", out)  # `partial` does not pass the type on
   return max_pool(y, pool) if pool > 1 else y, mean, var
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _batch_norm_relu_pool(x, scale, bias, epsilon, relu, pool, axis_name):
+def _batch_norm_relu_pool(
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  relu: bool,
+  pool: bool,
+  axis_name: str | None,
+) -> _OutputAndMoments:
   """Applies BatchNorm, the maximum over axis -2 if `pool`, and ReLU if `relu`.
 
   One gradient for all three reads and writes the activations fewer times than three gradients.
@@ -191,7 +221,7 @@ def _batch_norm_relu_pool(x, scale, bias, epsilon, relu, pool, axis_name):
 def _batch_norm_relu_pool_fwd(x, scale, bias, epsilon, relu, pool, axis_name):
   """Returns the output of `_batch_norm_relu_pool` and what its gradient needs."""
   out = _batch_norm_relu_pool(x, scale, bias, epsilon, relu, pool, axis_name)
-  y, mean, var = out
+  y, mean, var = cast("_OutputAndMoments", out)
   return out, (x, y if relu else None, mean, lax.rsqrt(var + epsilon), scale)
 
 

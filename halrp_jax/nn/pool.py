@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,8 @@ def window_sum(
     ):
       x = jnp.pad(x, [pads if a == axis else (0, 0) for a in range(x.ndim)])
       last = x.shape[axis] - width
-      x = sum(lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(width))
+      parts = [lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(width)]
+      x = cast("jax.Array", sum(parts))  # not the int 0: there are parts
     return x
 
   return lax.platform_dependent(x, cpu=functools.partial(isolate.call, axis_by_axis), default=plain)
