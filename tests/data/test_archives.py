@@ -27,7 +27,7 @@ from . import originals
 def test_folders_by_our_name_and_by_others(tmp_path, place):
   originals.mnist(tmp_path, place)
   files = sources.find(str(tmp_path), "mnist")
-  assert files.place == tmp_path / place and len(files.names) == 4
+  assert files.path == tmp_path / place and len(files.names) == 4
 
 
 def test_the_folder_itself_only_under_its_own_name(tmp_path):
