@@ -91,9 +91,9 @@ def _main(argv: list[str], stop_asked: Callable[[], bool]) -> int:
         determinism.require()  # before `start`, which may initialise the backend
       processes.start(args.coordinator, args.num_processes, args.process_id)
       compile_cache.use(args.compile_cache)
-      with terminal.live_display(sys.stdout if processes.is_first() else None) as show:
+      with terminal.live_display(sys.stdout if processes.is_leader() else None) as show:
         record = experiment.run(args.config, args.workdir, show, args.overwrite, stop_asked)
-      if processes.is_first():
+      if processes.is_leader():
         print(terminal.record_text(record, args.workdir))
   except Diverged as e:
     print(f"error: {one_line(e)}", file=sys.stderr)

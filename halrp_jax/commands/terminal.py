@@ -312,7 +312,7 @@ def plan_text(plan: dict) -> str:
 def list_text(benchmarks: dict, networks: dict, methods: dict) -> str:
   """Returns what --list prints: names, each with the first line of its docstring."""
   sections = {
-    "benchmarks": {name: family.outline.__doc__ for name, family in benchmarks.items()},
+    "benchmarks": {name: family.summary for name, family in benchmarks.items()},
     "networks": {name: make.__doc__ for name, make in networks.items()},
     "methods": {name: module.__doc__ for name, module in methods.items()},
   }

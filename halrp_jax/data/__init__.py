@@ -1,15 +1,19 @@
-"""The benchmarks by name, and what all of them share: fractions, validation split, order, hash.
+"""The benchmarks by name, and the steps that are the same for all of them.
 
-A family gives two functions of the config: `outline` (what the protocol asks for, known without
-the data) and `read` (the tasks in the order of their ids, `train` being the whole pool and `valid`
-empty, but where the benchmark has a validation set of its own). To add one: a file beside this one
-and a line in `BENCHMARKS`.
+These steps are: drawing a fraction of the training images, holding out validation images, putting
+the tasks in order, and hashing the data.
+
+The module of a benchmark family has two functions of the config. `outline` describes the tasks of
+the protocol without reading the data. `read` reads the tasks in the order of their ids. Their
+training split has all images that are not for testing, and their validation split is empty, unless
+the benchmark itself has validation images. To add a benchmark, add a module to this folder and a
+line to `BENCHMARKS`.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -30,79 +34,146 @@ from halrp_jax.data.tasks import Outline
 from halrp_jax.keys import Config
 from halrp_jax.types import Benchmark, Split, Task, UserError
 
+T = TypeVar("T")
+
 
 class Family(NamedTuple):
-  outline: Callable[..., Outline | None]  # (config) -> what the protocol asks for; None: anything
+  """A benchmark: how to describe its tasks and how to read them."""
+
+  summary: str  # one line for --list
+  outline: Callable[[Config], Outline | None]  # the protocol; None: the data alone decide
   read: Callable[..., list[Task]]  # (config) -> tasks by id
-  originals: tuple[str, ...] = ()  # data sets it is made of: keys of `sources.ORIGINALS`
-  tells: bool = False  # read(config, tell) calls tell with lines about the files
+  originals: tuple[str, ...] = ()  # the data sets that it uses: keys of `sources.ORIGINALS`
+  notifies: bool = False  # read(config, notify) calls notify with lines about the files
 
 
 BENCHMARKS: dict[str, Family] = {
-  "cifar100_split": Family(cifar100.outline_split, cifar100.read_split, ("cifar100",)),
-  "cifar100_superclass": Family(
-    cifar100.outline_superclass, cifar100.read_superclass, ("cifar100",)
+  "cifar100_split": Family(
+    "CIFAR100-Split: 10 tasks of 10 classes.",
+    cifar100.outline_split,
+    cifar100.read_split,
+    ("cifar100",),
   ),
-  "pmnist": Family(mnist.outline, mnist.read, ("mnist",)),
-  "five_datasets": Family(five_datasets.outline, five_datasets.read, five_datasets.NAMES),
-  "omniglot_rotation": Family(omniglot.outline, omniglot.read, ("omniglot",)),
-  "tinyimagenet20": Family(tinyimagenet.outline_20, tinyimagenet.read_20, ("tiny_imagenet",)),
-  "tinyimagenet40": Family(tinyimagenet.outline_40, tinyimagenet.read_40, ("tiny_imagenet",)),
-  "pmnist20": Family(mnist.outline_20, mnist.read_20, ("mnist",)),
-  "cifar100_20": Family(cifar100.outline_random, cifar100.read_random, ("cifar100",)),
-  "digits": Family(digits.outline, digits.read),
-  "custom": Family(custom.outline, custom.read, tells=True),
+  "cifar100_superclass": Family(
+    "CIFAR100-SuperClass: 20 tasks of 5 classes, the superclasses.",
+    cifar100.outline_superclass,
+    cifar100.read_superclass,
+    ("cifar100",),
+  ),
+  "pmnist": Family(
+    "P-MNIST: 10 permutations of MNIST, 32 x 32 x 3.", mnist.outline, mnist.read, ("mnist",)
+  ),
+  "five_datasets": Family(
+    "Five-dataset: CIFAR-10, MNIST, SVHN, FashionMNIST, notMNIST.",
+    five_datasets.outline,
+    five_datasets.read,
+    five_datasets.NAMES,
+  ),
+  "omniglot_rotation": Family(
+    "Omniglot-Rotation: 100 tasks of 12 characters in 4 rotations, 32 x 32.",
+    omniglot.outline,
+    omniglot.read,
+    ("omniglot",),
+  ),
+  "tinyimagenet20": Family(
+    "TinyImageNet 20-split: 20 tasks of 10 classes, 64 x 64.",
+    tinyimagenet.outline_20,
+    tinyimagenet.read_20,
+    ("tiny_imagenet",),
+  ),
+  "tinyimagenet40": Family(
+    "TinyImageNet 40-split: 40 tasks of 5 classes, 64 x 64.",
+    tinyimagenet.outline_40,
+    tinyimagenet.read_40,
+    ("tiny_imagenet",),
+  ),
+  "pmnist20": Family(
+    "PMNIST-20: 20 permutations of MNIST, 28 x 28 (IRU's setting).",
+    mnist.outline_20,
+    mnist.read_20,
+    ("mnist",),
+  ),
+  "cifar100_20": Family(
+    "CIFAR100-20: 20 tasks of 5 random classes (IRU's setting).",
+    cifar100.outline_random,
+    cifar100.read_random,
+    ("cifar100",),
+  ),
+  "digits": Family(
+    "Permuted digits: 10 permutations of 8 x 8 digits; needs no files.",
+    digits.outline,
+    digits.read,
+  ),
+  "custom": Family(
+    "Your own tasks: folders of images, .npz files, or TFDS sets (see data/custom.py).",
+    custom.outline,
+    custom.read,
+    notifies=True,
+  ),
 }
 
 
 def load(config: Config) -> Benchmark:
-  """Returns the benchmark a config names, split, in the order of training, images on the device.
+  """Reads the benchmark of a config and puts its arrays on the device.
 
-  Raises: as `read`.
+  Returns:
+    What `read` returns, with the images as one array that all tasks share.
+
+  Raises:
+    sources.Missing: if the data are not found.
+    UserError: if the data are damaged or too few, or the config has no valid task order.
   """
   benchmark = read(config)
-  image = jax.device_put(benchmark.tasks[0].train.image)  # one array for all tasks
+  image = jax.device_put(benchmark.tasks[0].train.image)
   return benchmark._replace(tasks=tuple(_on_device(task, image) for task in benchmark.tasks))
 
 
 def read(config: Config) -> Benchmark:
-  """Returns what `load` does, with the images as they were read.
+  """Reads the benchmark of a config into memory.
+
+  Returns:
+    The tasks in the order of training, each split into training, validation and test images.
 
   Raises:
-    sources.Missing: if the data are not there.
-    UserError: if they are damaged or too few, or the order is none.
+    sources.Missing: if the data are not found.
+    UserError: if the data are damaged or too few, or the config has no valid task order.
   """
-  drawn, lacks, notes = _drawn(config)
+  drawn, missing, notes = _read_and_split(config)
   tasks = in_order(config, {task.id: task for task in drawn})
-  is_partial = bool(lacks) or len(tasks) < len(drawn)
+  is_partial = bool(missing) or len(tasks) < len(drawn)
   return Benchmark(config.benchmark, tasks, _hash(drawn), is_partial, notes)
 
 
-def in_order(config: Config, found: dict[int, object]) -> tuple:
-  """Returns what belongs to the tasks, by their ids, in the order of training."""
+def in_order(config: Config, found: dict[int, T]) -> tuple[T, ...]:
+  """Returns the values of a dict with task ids as keys, in the order of training."""
   outline = BENCHMARKS[config.benchmark].outline(config)
   order = _order(config, len(outline.tasks) if outline else len(found))
   return tuple(found[i] for i in order if i in found)
 
 
-def _drawn(config: Config) -> tuple[list[Task], list[str], tuple[str, ...]]:
-  """Returns the tasks by their ids, split and hashed; what the data lack; notes on the files."""
+def _read_and_split(config: Config) -> tuple[list[Task], list[str], tuple[str, ...]]:
+  """Reads the tasks of a benchmark, splits their images and hashes them.
+
+  Returns:
+    The tasks in the order of their ids, lines that say what is missing of the protocol, and notes
+    for the user about the files.
+  """
   family = BENCHMARKS[config.benchmark]
   outline = family.outline(config)
   if outline:
-    _order(config, len(outline.tasks))  # refused before the data are read
-  notes = []
-  tasks = family.read(config, notes.append) if family.tells else family.read(config)
+    _order(config, len(outline.tasks))  # raises an error before the data are read
+  notes: list[str] = []
+  tasks = family.read(config, notes.append) if family.notifies else family.read(config)
   for task in tasks:
     _require_classes(task)
-  lacks = _lacks(tasks, outline) if outline else []
-  if lacks and not config.allow_partial:
-    more = f" (and {len(lacks) - 1} more)" if len(lacks) > 1 else ""
-    raise UserError(f"{lacks[0]}{more}; complete the data, or set allow_partial=True")
-  tasks = tasks if config.data.normalise else [_raw(task) for task in tasks]
-  splits = [_hold_out(task, config, not outline) for task in tasks]
+  missing = _shortages(tasks, outline) if outline else []
+  if missing and not config.allow_partial:
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    raise UserError(f"{missing[0]}{more}; complete the data, or set allow_partial=True")
+  tasks = tasks if config.data.normalise else [_without_normalisation(task) for task in tasks]
+  splits = [_draw_and_hold_out(task, config, not outline) for task in tasks]
   notes += _empty_classes(splits, config)
-  return content.with_hashes(tasks, splits), lacks, tuple(notes)
+  return content.with_hashes(tasks, splits), missing, tuple(notes)
 
 
 def load_task(
@@ -110,35 +181,49 @@ def load_task(
   config: Config,
   shape: tuple[int, int, int],
   task_id: int,
-  tell: Callable[[str], None] = lambda line: None,
+  notify: Callable[[str], None] = lambda line: None,
 ) -> Task:
-  """One task of the user's own images, split as a config says, images on the device.
+  """Reads one task of the user's own images, splits it, and puts its arrays on the device.
 
   Args:
-    text: path of a folder with a folder per class, or an .npz (custom.py).
-    config: resolved.
-    shape: [H, W, C] that its images get.
-    task_id: its number.
-    tell: is called with lines that say what was converted or is not used.
+    text: path of a folder with a folder for each class, or of an .npz file (see custom.py).
+    config: the config whose fractions and seed apply.
+    shape: [H, W, C] to which images are converted.
+    task_id: the id that the task gets.
+    notify: is called with lines that say what was converted and which files are not used.
+
+  Raises:
+    UserError: if the images can't be read or are too few.
   """
-  task = custom.read_one(text, config, shape, task_id, tell)
+  task = custom.read_one(text, config, shape, task_id, notify)
   _require_classes(task)
-  whole = task if config.data.normalise else _raw(task)
-  (task,) = content.with_hashes([whole], [_hold_out(whole, config, True)])
+  whole = task if config.data.normalise else _without_normalisation(task)
+  (task,) = content.with_hashes([whole], [_draw_and_hold_out(whole, config, True)])
   return _on_device(task, jax.device_put(task.train.image))
 
 
-def lacking(config: Config) -> list[str]:
-  """Lines that say what the data lack of the protocol."""
+def shortages(config: Config) -> list[str]:
+  """Reads the data and returns lines that say which tasks and images of the protocol are missing.
+
+  Raises:
+    sources.Missing: if the data are not found.
+    UserError: if the data are damaged.
+  """
   family = BENCHMARKS[config.benchmark]
   outline = family.outline(config)
-  return _lacks(family.read(config), outline) if outline else []
+  return _shortages(family.read(config), outline) if outline else []
 
 
 def planned(config: Config) -> tuple[tuple[int, int, int], list[dict]] | None:
-  """What `load` would give if the data were there: image shape, tasks in the order of training.
+  """Describes what `load` returns for complete data, without reading any.
 
-  None: the benchmark asks for nothing certain.
+  Returns:
+    The shape [H, W, C] of the network's input, and a dict for each task, in the order of training,
+    with its id, name, number of classes and numbers of images. None if the tasks depend on the
+    data.
+
+  Raises:
+    UserError: if the config has no valid task order.
   """
   outline = BENCHMARKS[config.benchmark].outline(config)
   if outline is None:
@@ -157,94 +242,102 @@ def planned(config: Config) -> tuple[tuple[int, int, int], list[dict]] | None:
 
 
 def _planned_fraction(config: Config, num_images: int, num_classes: int) -> int:
-  """How many images `_fraction` leaves, if the classes are equally large."""
+  """Returns how many images `_draw_fraction` draws if all classes have equally many."""
   groups = num_classes if config.protocol.fraction_per_class else 1
   return min(num_images, groups * math.ceil(config.train_fraction * (num_images / groups)))
 
 
 def _order(config: Config, num_tasks: int) -> tuple[int, ...]:
+  """Returns the ids of the tasks in the order of training."""
   return orders.resolve(config.order, config.benchmark, num_tasks, config.protocol.order_source)
 
 
 def _require_classes(task: Task) -> None:
+  """Raises UserError if a class has no training images or no test images."""
   for split, kind in ((task.train, "training"), (task.test, "test")):
     counts = np.bincount(split.label, minlength=task.num_classes)
     if not counts.all():
       name = task.class_names[int(counts.argmin())]
       raise UserError(
-        f"task {task.name!r} has no {kind} images of class {name!r}; complete the data: every "
-        "class needs some, also with allow_partial"
+        f"task {task.name!r} has no {kind} images of class {name!r}; add some: every class needs "
+        "them, also with allow_partial=True"
       )
 
 
-def _lacks(tasks: list[Task], outline: Outline) -> list[str]:
-  """Lines that say which task has fewer images than the protocol asks for, and by how many."""
+def _shortages(tasks: list[Task], outline: Outline) -> list[str]:
+  """Returns a line for each task that is missing or has fewer images than the protocol."""
   found, lines = {task.id: task for task in tasks}, []
-  for i, wanted in enumerate(outline.tasks):
+  for i, expected in enumerate(outline.tasks):
     if i not in found:
-      lines.append(f"task {wanted.name!r} is missing")
+      lines.append(f"task {expected.name!r} is missing")
       continue
     counts = [len(split.index) for split in (found[i].train, found[i].test, found[i].valid)]
-    asked = (wanted.num_train, wanted.num_test, wanted.num_valid)
-    for count, ask, kind in zip(counts, asked, ("training", "test", "validation"), strict=True):
-      if count < ask:
+    sizes = (expected.num_train, expected.num_test, expected.num_valid)
+    for count, size, kind in zip(counts, sizes, ("training", "test", "validation"), strict=True):
+      if count < size:
         lines.append(
-          f"task {wanted.name!r} has {count:,} {kind} images, {ask - count:,} fewer than the "
-          f"{ask:,} of the protocol"
+          f"task {expected.name!r} has {count:,} {kind} images, {size - count:,} fewer than the "
+          f"{size:,} of the protocol"
         )
   return lines
 
 
-def _raw(task: Task) -> Task:
-  """Network inputs from 0 to 255."""
+def _without_normalisation(task: Task) -> Task:
+  """Returns a task whose network inputs are the stored values, from 0 to 255."""
   mean, std = np.zeros_like(task.inputs.mean), np.full_like(task.inputs.std, 1 / 255)
   return task._replace(inputs=task.inputs._replace(mean=mean, std=std))
 
 
-def _hold_out(task: Task, config: Config, is_own: bool) -> Task:
-  """Takes `train_fraction` of the images and holds out the validation images.
+def _draw_and_hold_out(task: Task, config: Config, is_own: bool) -> Task:
+  """Draws `train_fraction` of the training images, and holds out validation images from them.
 
-  Keyed by seed and the task's own id: the same images in every order. The test set stays whole. No
-  class is left without training images, if as many images as classes are asked for; of a user's own
-  images, none without training and validation images whatever is asked for.
+  The draw depends on the seed and on the task's id, so it is the same in every task order. The
+  test images stay complete. Every class keeps at least one training image if as many images as
+  classes are drawn. A class of the user's own images always keeps at least one training image, and
+  at least one validation image unless `validation_fraction` is 0.
+
+  Args:
+    task: the task with all its images.
+    config: has seed, `train_fraction` and `protocol.validation_fraction`.
+    is_own: whether these are the user's own images.
 
   Raises:
     UserError: if there are too few images.
   """
-  task = task._replace(test=_mixed(task.test, task.id))
+  task = task._replace(test=_shuffle_if_sorted(task.test, task.id))
   pool, fraction, key = task.train, config.protocol.validation_fraction, (config.seed, task.id)
   if len(task.valid.index):
-    train = _fraction(pool, config, key, 1, is_own)
-    return task._replace(train=train, valid=_fraction(task.valid, config, key, 1, is_own))
-  asked = is_own and fraction > 0  # for validation images of every class
-  used = _fraction(pool, config, key, 1 + asked, is_own)
-  num_valid = math.floor(fraction * len(used.index))
-  spare = int(is_own or len(used.index) - num_valid >= task.num_classes)
-  held_out = _first_of_classes(used.label, num_valid, int(asked), spare)
-  counts = np.bincount(used.label[held_out], minlength=task.num_classes)
-  if asked and not counts.all():
+    train = _draw_fraction(pool, config, key, 1, is_own)
+    return task._replace(train=train, valid=_draw_fraction(task.valid, config, key, 1, is_own))
+  every_class = is_own and fraction > 0  # every class must have validation images
+  drawn = _draw_fraction(pool, config, key, 1 + every_class, is_own)
+  num_valid = math.floor(fraction * len(drawn.index))
+  spare = int(is_own or len(drawn.index) - num_valid >= task.num_classes)
+  held_out = _first_of_classes(np.asarray(drawn.label), num_valid, int(every_class), spare)
+  counts = np.bincount(drawn.label[held_out], minlength=task.num_classes)
+  if every_class and not counts.all():
     raise UserError(
       f"task {task.name!r}: class {task.class_names[int(counts.argmin())]!r} has 1 image beside "
-      f"those for testing, and protocol.validation_fraction = {fraction} needs 2, to train and to "
-      "validate on: add images of this class, or set protocol.validation_fraction=0"
+      f"its test images, but protocol.validation_fraction = {fraction} needs 2, one for training "
+      "and one for validation: add images of this class, or set protocol.validation_fraction=0"
     )
   if fraction > 0 and not counts.any():
     larger_helps = math.floor(fraction * len(pool.index)) and config.train_fraction < 1
     raise UserError(
-      f"train_fraction = {config.train_fraction} leaves task {task.name!r} {len(used.index)} "
-      f"training and 0 validation images of {len(pool.index)}: take a larger fraction"
+      f"train_fraction = {config.train_fraction} leaves task {task.name!r} with {len(drawn.index)} "
+      f"training and 0 validation images of {len(pool.index)}: set a larger train_fraction"
       if larger_helps
-      else f"protocol.validation_fraction = {fraction} of the {len(used.index)} images of task "
-      f"{task.name!r} is less than one: take a larger one, or 0, or add images"
+      else f"protocol.validation_fraction = {fraction} of the {len(drawn.index)} images of task "
+      f"{task.name!r} is less than one image: set a larger fraction, or 0, or add images"
     )
   valid, train = (
-    Split(used.image, used.index[rows], used.label[rows]) for rows in (held_out, ~held_out)
+    Split(drawn.image, drawn.index[rows], drawn.label[rows]) for rows in (held_out, ~held_out)
   )
   return task._replace(valid=valid, train=train)
 
 
-def _empty_classes(tasks, config: Config) -> list[str]:
-  """Returns a line that counts the classes without training images, if there are any."""
+def _empty_classes(tasks: list[Task], config: Config) -> list[str]:
+  """Returns a line with the number of classes without training images; no line if it is 0."""
   counts = [np.bincount(t.train.label, minlength=t.num_classes) for t in tasks]
   num_empty = sum(int((c == 0).sum()) for c in counts)
   line = (
@@ -255,26 +348,28 @@ def _empty_classes(tasks, config: Config) -> list[str]:
 
 
 def _first_of_classes(label: np.ndarray, count: int, least: int, spare: int) -> np.ndarray:
-  """Marks the first `count` of drawn images, changed as little as these need: of each class at
-  least its first `least`, and not its last `spare`.
+  """Marks the first `count` images, with a minimum and a maximum for each class.
+
+  Of each class, at least its first `least` images are marked, and its last `spare` images are not.
+  If marking the first `count` images breaks such a limit, as few marks as possible are moved.
 
   Args:
-    label: in the order of drawing. [N]
-    count: number of images to mark; more are if `least` needs it, fewer if `spare` does.
-    least: of each class, if it has so many.
-    spare: of each class.
+    label: labels of the images in the order in which they were drawn. [N]
+    count: number of images to mark. More are marked if `least` requires it, fewer if `spare` does.
+    least: minimum number of marked images of a class, if the class has that many.
+    spare: minimum number of unmarked images of a class, if the class has that many.
 
   Returns:
-    bool [N].
+    The marks, bool [N].
   """
   sizes = np.bincount(label)
   most = np.maximum(sizes - spare, 0)
   n = np.bincount(label[:count], minlength=len(sizes)).clip(least, None).clip(None, most)
-  for c in label[count:]:  # the next ones, in the place of those that are spared
+  for c in label[count:]:  # too few marks: later images replace the spared ones
     if n.sum() >= count:
       break
     n[c] += n[c] < most[c]
-  for c in label[:count][::-1]:  # the last ones, whose place is needed
+  for c in label[:count][::-1]:  # too many marks: the last ones make room for the minimum
     if n.sum() <= count:
       break
     n[c] -= n[c] > least
@@ -294,13 +389,21 @@ def _mixed(split: Split, task_id: int) -> Split:
   return Split(split.image, split.index[rows], split.label[rows])
 
 
-def _fraction(
+def _draw_fraction(
   split: Split, config: Config, key: tuple[int, int], least: int, is_own: bool
 ) -> Split:
-  """Draws `train_fraction` of a split, of every class or of all images together.
+  """Draws `train_fraction` of a split.
 
-  At least `least` images of each class, if it has so many and there are to be as many images as
-  classes or they are the user's own.
+  The fraction is of every class or of all images together, by `protocol.fraction_per_class`.
+
+  Args:
+    split: all images.
+    config: has `train_fraction` and `protocol.fraction_per_class`.
+    key: seed of the random numbers.
+    least: minimum number of drawn images of a class, if the class has that many. If the fraction is
+      of all images together, it applies to the user's own images, and to others if at least as many
+      images as classes are drawn.
+    is_own: whether these are the user's own images.
   """
   rows = np.random.default_rng(key).permutation(len(split.index))
   label, fraction = split.label[rows], config.train_fraction
@@ -311,13 +414,13 @@ def _fraction(
   else:
     count = math.ceil(fraction * len(rows))
     least = least if is_own or count >= len(np.unique(label)) else 0
-    rows = rows[_first_of_classes(label, count, least, 0)]
+    rows = rows[_first_of_classes(np.asarray(label), count, least, 0)]
   return Split(split.image, split.index[rows], split.label[rows])
 
 
-def _hash(tasks) -> str:
-  tasks = list(tasks)
-  digest = hashlib.sha256(np.ascontiguousarray(tasks[0].train.image))
+def _hash(tasks: list[Task]) -> str:
+  """Returns the SHA-256 of images, index sets, labels and input transformations of all tasks."""
+  digest = hashlib.sha256(np.ascontiguousarray(tasks[0].train.image).data)
   for task in tasks:
     for split in (task.train, task.valid, task.test):
       digest.update(np.asarray(split.index, np.int64).tobytes())
@@ -328,6 +431,8 @@ def _hash(tasks) -> str:
 
 
 def _on_device(task: Task, image: jax.Array) -> Task:
+  """Returns a task with all arrays on the device and `image` as the images of its splits."""
+
   def move(split):
     index, label = (jax.device_put(np.asarray(x, np.int32)) for x in (split.index, split.label))
     return Split(image, index, label)
@@ -340,8 +445,18 @@ def _on_device(task: Task, image: jax.Array) -> Task:
   )
 
 
-def download(config: Config, tell: Callable[[str], None]) -> None:
-  """Fetches the original files that the config's benchmark needs and `data_dir` lacks."""
+def download(config: Config, notify: Callable[[str], None]) -> None:
+  """Downloads the original files of the config's benchmark that are missing in `data_dir`.
+
+  Args:
+    config: has `data_dir` and the name of the benchmark.
+    notify: is called with a line for each file.
+
+  Raises:
+    UserError: if a file can't be downloaded, or the config asks for data of TFDS.
+  """
   if config.data.source == "tfds":
-    raise UserError("--download fetches originals; with data.source=tfds, TFDS prepares its own")
-  sources.download(config.data_dir, BENCHMARKS[config.benchmark].originals, tell)
+    raise UserError(
+      "--download fetches original files only; with data.source=tfds, TFDS prepares the data itself"
+    )
+  sources.download(config.data_dir, BENCHMARKS[config.benchmark].originals, notify)

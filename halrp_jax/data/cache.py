@@ -1,11 +1,14 @@
-"""Decoded images on the disk, memory-mapped: the second start takes seconds.
+"""A cache of decoded images on disk, so that the second start of a program takes seconds.
 
-  KEY.npy     uint8 [N, H, W, C]
+An entry consists of two files:
+
+  KEY.npy     the images, uint8 [N, H, W, C], memory-mapped when they are read
   KEY.json    SHA-256 of the array's bytes, written last
 
-The key has the hash of the source's contents in it, so that other files make another entry, also
-those of equal size and date, and moved ones make none. To compute it, the files (of a folder the
-images, or the archive) are read at every start, but not decoded. Delete the folder at any time.
+The key contains a hash of the contents of the original files. Files with other contents, even of
+the same size and date, get another entry; files that are moved keep theirs. To compute the hash,
+every start reads the files (the archive, or the images of a folder) without decoding them. The
+folder of the cache can be deleted at any time.
 """
 
 import hashlib
@@ -22,7 +25,11 @@ from halrp_jax.types import UserError
 
 
 def folder(setting: str) -> pathlib.Path | None:
-  """Returns the folder that the config key `data.cache` means; None: keep nothing."""
+  """Returns the folder of the cache, or None if nothing is to be stored.
+
+  Args:
+    setting: the config key `data.cache`: a path, "off", or "" for a folder in the user's cache.
+  """
   if setting == "off":
     return None
   if setting:
@@ -34,52 +41,61 @@ def folder(setting: str) -> pathlib.Path | None:
 def images(
   setting: str, key: str, shape: tuple[int, ...], decode: Callable[[np.ndarray], None]
 ) -> np.ndarray:
-  """The array that `decode` fills, from the cache if it is there.
+  """Returns decoded images from the cache, or decodes them and stores them there.
 
   Args:
     setting: the config key `data.cache`.
-    key: name of the entry: what was decoded, how, and the hash of its source.
-    shape: of the array, uint8.
-    decode: fills the array it is given.
+    key: name of the entry: what is decoded, in which way, and the hash of the original files.
+    shape: shape of the array. [N, H, W, C]
+    decode: function that fills the uint8 array that it is given.
+
+  Returns:
+    A uint8 array of that shape.
 
   Raises:
-    UserError: if a folder was named and can't be written.
+    UserError: if `setting` names a folder that can't be used. If the default folder can't be used,
+      the images are decoded and not stored.
   """
-  place = folder(setting)
-  if place is not None:
+  path = folder(setting)
+  if path is not None:
     whole = hashlib.sha256(os.fsencode(f"{key} {shape}")).hexdigest()
     name = f"{re.sub(r'[^A-Za-z0-9._-]', '_', key[:40])}-{whole[:24]}"  # a key may hold a path
     try:
-      place.mkdir(parents=True, exist_ok=True)
-      found = _load(place / f"{name}.npy", shape)
-      return _fill(place / f"{name}.npy", shape, decode) if found is None else found
+      path.mkdir(parents=True, exist_ok=True)
+      found = _load(path / f"{name}.npy", shape)
+      return _decode_into(path / f"{name}.npy", shape, decode) if found is None else found
     except OSError as e:
       if setting:
         raise UserError(
           f"data.cache={setting}: {e.strerror or e}; name a folder that can be written and has "
-          "room, or off"
+          "enough space, or off"
         ) from e
   image = np.empty(shape, np.uint8)
   decode(image)
   return image
 
 
-def _load(path: pathlib.Path, shape) -> np.ndarray | None:
+def _load(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray | None:
+  """Returns the array of an entry; None if it does not exist, is damaged or has another shape."""
   try:
     sums = files.load_json(path.with_suffix(".json"))
     image = np.lib.format.open_memmap(path, mode="r")
     if image.shape == tuple(shape) and image.dtype == np.uint8 and sums["sha256"] == digest(image):
       return image
-  except Exception:  # what is damaged makes json and numpy raise almost anything
+  except Exception:  # json and numpy may raise anything when they read a damaged file
     pass
   return None
 
 
-def _fill(path: pathlib.Path, shape, decode) -> np.ndarray:
+def _decode_into(
+  path: pathlib.Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], None]
+) -> np.ndarray:
+  """Decodes images into a new entry and returns its array."""
   files.delete_left_behind(path.parent)
   with files.replacing(path) as temporary:
     image = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=tuple(shape))
-    with open(temporary, "r+b") as stream:  # a full disk is an error here, a crash later
+    # On a full disk this raises an error; writing to the memory map would crash the process.
+    with open(temporary, "r+b") as stream:
       os.posix_fallocate(stream.fileno(), 0, temporary.stat().st_size)
     decode(image)
     image.flush()
@@ -88,5 +104,5 @@ def _fill(path: pathlib.Path, shape, decode) -> np.ndarray:
 
 
 def digest(image: np.ndarray) -> str:
-  """SHA-256 of an array's bytes."""
-  return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
+  """Returns the SHA-256 of an array's bytes, in hexadecimal digits."""
+  return hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()

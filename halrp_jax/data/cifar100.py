@@ -1,12 +1,19 @@
-"""CIFAR-100: 10 tasks of 10 classes, the 20 superclasses, or 20 tasks of 5 classes by chance.
+"""CIFAR-100, divided into tasks in three ways.
 
-Split: task i holds the fine labels 10i to 10i+9. SuperClass: task i holds the fine labels whose
-coarse label is i. Both normalised as in the authors' program; no augmentation. CIFAR100-20 is the
-setting of IRU (paper Table 4): "classes randomly divided into 20 tasks of 5"; nobody says how, so
-it is numpy's permutation of seed 0.
+CIFAR100-Split has 10 tasks of 10 classes: task i has the fine labels from 10 i to 10 i + 9.
 
-Reference: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
+CIFAR100-SuperClass has 20 tasks of 5 classes: task i has the fine labels whose coarse label is i.
+
+CIFAR100-20 has 20 tasks of 5 random classes, the setting of IRU in Table 4 of the paper. No source
+says how the classes were drawn, so NumPy's random permutation with seed 0 is used.
+
+Images are normalised as in the authors' program and not augmented.
+
+References: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009; R. Hyder
+et al., "Incremental task learning with incremental rank updates", 2022, arXiv:2207.09074 (IRU).
 """
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,8 +22,11 @@ from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
 from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
 
-_MEAN, _STD = np.float32([0.507, 0.487, 0.441]), np.float32([0.267, 0.256, 0.276])
-# The superclasses as the archive names them; the images say which classes they hold.
+_MEAN, _STD = (
+  np.array([0.507, 0.487, 0.441], np.float32),
+  np.array([0.267, 0.256, 0.276], np.float32),
+)
+# Names of the superclasses in the archive. Which classes belong to one follows from the labels.
 _COARSE = (
   "aquatic_mammals",
   "fish",
@@ -42,44 +52,56 @@ _COARSE = (
 
 
 def outline_split(config: Config) -> Outline:
-  """CIFAR100-Split: 10 tasks of 10 classes."""
+  """Describes CIFAR100-Split: 10 tasks of 10 classes."""
   return _outline([f"classes {10 * i} to {10 * i + 9}" for i in range(10)], 10)
 
 
 def outline_superclass(config: Config) -> Outline:
-  """CIFAR100-SuperClass: 20 tasks of 5 classes, the superclasses."""
+  """Describes CIFAR100-SuperClass: 20 tasks of 5 classes."""
   return _outline(_COARSE, 5)
 
 
 def outline_random(config: Config) -> Outline:
-  """CIFAR100-20: 20 tasks of 5 classes by chance (IRU's setting)."""
+  """Describes CIFAR100-20: 20 tasks of 5 random classes."""
   return _outline([f"group {i}" for i in range(20)], 5)
 
 
-def _outline(names, num_classes) -> Outline:
+def _outline(names: Sequence[str], num_classes: int) -> Outline:
+  """Describes tasks that all have the same number of classes."""
   sizes = (num_classes, 500 * num_classes, 100 * num_classes)
   return Outline((32, 32, 3), tuple(TaskOutline(name, *sizes) for name in names))
 
 
 def read_split(config: Config) -> list[Task]:
+  """Reads the tasks of CIFAR100-Split. Errors as in `read`."""
   data, _, _ = read(config)
   groups = [(t.name, range(10 * i, 10 * i + 10)) for i, t in enumerate(outline_split(config).tasks)]
   return _tasks(data, groups)
 
 
 def read_superclass(config: Config) -> list[Task]:
+  """Reads the tasks of CIFAR100-SuperClass. Errors as in `read`."""
   data, coarse, names = read(config)
   return _tasks(data, [(name, np.unique(data.label[coarse == i])) for i, name in enumerate(names)])
 
 
 def read_random(config: Config) -> list[Task]:
+  """Reads the tasks of CIFAR100-20. Errors as in `read`."""
   data, _, _ = read(config)
   groups = np.random.RandomState(0).permutation(100).reshape(20, 5)
   return _tasks(data, [(f"group {i}", sorted(g)) for i, g in enumerate(groups)])
 
 
 def read(config: Config) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
-  """Images with fine labels, coarse labels [N], names of the superclasses."""
+  """Reads CIFAR-100 from the original files or from TFDS, by `data.source`.
+
+  Returns:
+    The images with their fine labels, the coarse labels [N], and the names of the superclasses.
+
+  Raises:
+    sources.Missing: if the files are not found.
+    UserError: if a file is damaged.
+  """
   if config.data.source == "tfds":
     from halrp_jax.data import prepared
 
@@ -88,23 +110,24 @@ def read(config: Config) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
   names = ("train.bin", "test.bin", "fine_label_names.txt", "coarse_label_names.txt")
   train, test, fine, coarse = files.read(*names)
   (x, y), (x_test, y_test) = (
-    formats.cifar(c, f"{files.place}: {n}", 2) for c, n in ((train, names[0]), (test, names[1]))
+    formats.cifar(c, f"{files.path}: {n}", 2) for c, n in ((train, names[0]), (test, names[1]))
   )
   label = np.concatenate([y, y_test])
   if label[:, 0].max() >= 20 or label[:, 1].max() >= 100:
     raise UserError(
-      f"{files.place}: a label is out of range; damaged, delete and download it again"
+      f"{files.path}: a label is out of range; the file is damaged, delete and download it again"
     )
   data = ImageSet(
     np.concatenate([x, x_test]),
     label[:, 1],
     len(x),
-    _names(fine, f"{files.place}: {names[2]}", 100),
+    _names(fine, f"{files.path}: {names[2]}", 100),
   )
-  return data, label[:, 0], _names(coarse, f"{files.place}: {names[3]}", 20)
+  return data, label[:, 0], _names(coarse, f"{files.path}: {names[3]}", 20)
 
 
 def _names(contents: bytes, name: str, expected: int) -> tuple[str, ...]:
+  """Returns the names in a text file; raises UserError if their number is not `expected`."""
   names = tuple(contents.decode("utf-8", "replace").split())
   if len(names) != expected:
     raise UserError(
@@ -113,6 +136,7 @@ def _names(contents: bytes, name: str, expected: int) -> tuple[str, ...]:
   return names
 
 
-def _tasks(data: ImageSet, groups) -> list[Task]:
+def _tasks(data: ImageSet, groups: Iterable[tuple[str, Sequence[int] | np.ndarray]]) -> list[Task]:
+  """Makes a task of each (name, fine labels)."""
   inputs = Inputs(_MEAN, _STD, None)
   return [make_task(i, name, data, classes, inputs) for i, (name, classes) in enumerate(groups)]

@@ -1,27 +1,28 @@
-"""Hashes of what a task consists of. Paths, dates and file formats make no difference to them.
+"""Hashes of the images and labels of tasks.
 
-Every image is hashed once; the hashes of the tasks are made of these. A task's hashes depend
-neither on the other tasks nor on the order of training.
+A hash depends on what the files contain, not on their paths, dates or formats. Every image is
+hashed once, and the hash of a task is computed from the hashes of its images. It depends neither on
+the other tasks nor on the order of training.
 """
 
 import hashlib
 
 import numpy as np
 
-from halrp_jax.types import Split, Task
+from halrp_jax.types import Array, Split, Task
 
-_CHUNK = 1024  # images whose channels are compared at once
+_CHUNK = 1024  # number of images whose channels are compared in one step
 
 
 def with_hashes(whole: list[Task], drawn: list[Task]) -> list[Task]:
-  """Fills in `data_hash` and `split_hash`.
+  """Returns tasks with the fields `data_hash` and `split_hash` filled in.
 
   Args:
-    whole: the tasks before any images are left out or held out. All splits share one image array.
-    drawn: the same tasks with the splits that are learned.
+    whole: the tasks with all their images. All splits share one image array.
+    drawn: the same tasks after drawing a fraction of the images and holding out validation images.
 
   Returns:
-    `drawn` with the hashes.
+    The tasks in `drawn`, with the hashes.
   """
   digests = image_digests(whole[0].train.image)
   return [
@@ -30,11 +31,17 @@ def with_hashes(whole: list[Task], drawn: list[Task]) -> list[Task]:
   ]
 
 
-def image_digests(image: np.ndarray) -> np.ndarray:
-  """Hashes every image of uint8 [N, H, W, C] with SHA-256; returns uint8 [N, 32].
+def image_digests(image: Array) -> np.ndarray:
+  """Computes the SHA-256 of every image.
 
-  Three equal channels count as one: whether a grey image is stored in one channel or in three can
-  depend on the other tasks.
+  Equal channels are hashed as a single one, because the other tasks may decide whether a grey image
+  is stored in one channel or in three.
+
+  Args:
+    image: uint8 [N, H, W, C]
+
+  Returns:
+    uint8 [N, 32]
   """
   found = np.empty((len(image), 32), np.uint8)
   for start in range(0, len(image), _CHUNK):
@@ -42,15 +49,16 @@ def image_digests(image: np.ndarray) -> np.ndarray:
     grey = (part == part[..., :1]).all((1, 2, 3))
     for i, (x, is_grey) in enumerate(zip(part, grey, strict=True), start):
       x = np.ascontiguousarray(x[..., 0]) if is_grey else x
-      found[i] = np.frombuffer(hashlib.sha256(x).digest(), np.uint8)
+      found[i] = np.frombuffer(hashlib.sha256(x.data).digest(), np.uint8)
   return found
 
 
 def _data_hash(task: Task, digests: np.ndarray) -> str:
-  """Hashes all images with their labels as a set, so that no draw makes a difference.
+  """Computes a hash of all images and labels that does not depend on any random draw.
 
-  Which of them are test images counts where the data set itself says so. Means and standard
-  deviations don't count: they may be those of the images that were drawn for training.
+  The images are hashed as a set. If the data set itself defines the test images, they form a second
+  set. Means and standard deviations are not included, because they may be computed from the
+  images that were drawn for training.
   """
   found = _begin(task)
   train, valid, test = (_rows(s, digests) for s in (task.train, task.valid, task.test))
@@ -61,7 +69,7 @@ def _data_hash(task: Task, digests: np.ndarray) -> str:
 
 
 def _split_hash(task: Task, digests: np.ndarray) -> str:
-  """Hashes images and labels of training, validation and test, each in the order of the split."""
+  """Computes a hash of the three splits: their images and labels, in the order of each split."""
   found = _begin(task)
   for split in (task.train, task.valid, task.test):
     rows = _rows(split, digests)
@@ -70,6 +78,7 @@ def _split_hash(task: Task, digests: np.ndarray) -> str:
 
 
 def _begin(task: Task):
+  """Returns a SHA-256 object that contains image size, class names and permutation of a task."""
   names = "\n".join(task.class_names)
   found = hashlib.sha256(f"{task.train.image.shape[1:3]} {len(names)} {names}".encode())
   if task.inputs.permutation is not None:
@@ -78,6 +87,6 @@ def _begin(task: Task):
 
 
 def _rows(split: Split, digests: np.ndarray) -> np.ndarray:
-  """Returns uint8 [n, 40]: the hash of every image, then its label."""
+  """Returns 32 bytes of hash and 8 bytes of label for each image of a split: uint8 [n, 40]."""
   label = np.ascontiguousarray(np.asarray(split.label, "<i8")[:, None]).view(np.uint8)
   return np.concatenate([digests[np.asarray(split.index)], label], axis=1)

@@ -1,7 +1,8 @@
-"""Images without labels, to be classified: a folder, or `image` of an .npz file.
+"""Images without labels that a trained network is to classify.
 
-A folder's images, also those of its sub-folders, are read and resized as in custom.py. An .npz has
-images of the network's size.
+They are the images of a folder, or the array `image` of an .npz file. Images of a folder and of its
+subfolders are decoded and resized as in custom.py. Images of an .npz file must have the size of the
+network's input.
 """
 
 import pathlib
@@ -15,48 +16,55 @@ from halrp_jax.types import UserError, brief
 
 
 class Batch(NamedTuple):
+  """A batch of images and their names."""
+
   names: list[str]
   image: np.ndarray  # uint8 [B, H, W, C]
-  skipped: list[str]  # lines that say what could not be read, and why
-  done: np.ndarray = np.zeros(0, np.uint8)  # what was done to the images: `formats.conversions`
+  skipped: list[str]  # for each file that could not be read, a line that says why
+  done: np.ndarray = np.zeros(0, np.uint8)  # [B] conversions as bits, for `formats.conversions`
 
 
 class Incoming(NamedTuple):
-  total: int  # images, the damaged ones too
-  batches: Iterator[Batch]  # all but the last one with as many good images as asked for
-  unused: str = ""  # a text that counts the files that are no images; empty if there are none
+  """The images of a folder or an .npz file."""
+
+  total: int  # number of images, including damaged ones
+  batches: Iterator[Batch]  # all but the last have `batch_size` readable images
+  unused: str = ""  # one line about files that are not images; empty if there are none
 
 
 def open_images(text: str, shape: tuple[int, int, int], batch_size: int) -> Incoming:
-  """Opens the images that the user names, in the order of their names.
+  """Opens images, which are then read batch by batch, in the order of their names.
 
   Args:
-    text: path of a folder or an .npz.
-    shape: [H, W, C] as the network's images are stored.
-    batch_size: images per batch.
+    text: path of a folder or of an .npz file, given as --images.
+    shape: [H, W, C] of the network's stored images.
+    batch_size: number of images in a batch.
 
   Raises:
-    UserError: if there are none, or an .npz has others.
+    UserError: if there are no images, or those of an .npz file have another shape or type.
   """
-  place = sources.path_of("--images", text)
-  if place.is_dir():
-    tree = folders.walk(place, f"--images={text}")
+  path = sources.path_of("--images", text)
+  if path.is_dir():
+    tree = folders.walk(path, f"--images={text}")
     names = [n for n in tree.files if folders.is_image(n) or folders.is_unread_image(n)]
     unused = folders.unused(set(tree.files).union(tree.skipped) - set(names))
     names = sorted([*names, *tree.broken], key=folders.path_order)
     if not names:
-      raise UserError(f"--images={text}: holds no images{unused and f'; {unused}'}")
-    return Incoming(len(names), _folder(tree, names, shape, batch_size), unused)
-  if place.suffix.lower() != ".npz":
-    raise UserError(f"--images={text}: neither a folder nor an .npz that is there")
-  image = _npz(place, shape)
+      raise UserError(f"--images={text}: contains no images{unused and f'; {unused}'}")
+    return Incoming(len(names), _folder_batches(tree, names, shape, batch_size), unused)
+  if path.suffix.lower() != ".npz":
+    raise UserError(f"--images={text}: expected an existing folder or .npz file")
+  image = _read_npz(path, shape)
   starts = range(0, len(image), batch_size)
   names = [str(i) for i in range(len(image))]
   parts = (slice(i, i + batch_size) for i in starts)
   return Incoming(len(image), (Batch(names[part], image[part], []) for part in parts))
 
 
-def _folder(tree: folders.Tree, names, shape, batch_size) -> Iterator[Batch]:
+def _folder_batches(
+  tree: folders.Tree, names: list[str], shape: tuple[int, int, int], batch_size: int
+) -> Iterator[Batch]:
+  """Yields the images of a folder in batches."""
   names_read, images, skipped, done = [], [], [], []
   for i, name in enumerate(names, 1):
     try:
@@ -74,15 +82,16 @@ def _folder(tree: folders.Tree, names, shape, batch_size) -> Iterator[Batch]:
       names_read, images, skipped, done = [], [], [], []
 
 
-def _npz(path: pathlib.Path, shape) -> np.ndarray:
+def _read_npz(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
+  """Reads the array `image` of an .npz file as uint8 [N, H, W, C]."""
   try:
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
       image = archive["image"] if "image" in archive.files else None
-  except Exception as e:  # zipfile, zlib and numpy raise many kinds
+  except Exception as e:  # zipfile, zlib and numpy raise many types of exceptions
     raise UserError(f"{path}: can't be read ({brief(e)}); write it with numpy.savez") from e
   expected = " x ".join(map(str, shape))
   if image is None:
-    raise UserError(f"{path}: holds no array 'image'; expected uint8 [N, {expected}]")
+    raise UserError(f"{path}: contains no array 'image'; expected uint8 [N, {expected}]")
   grey = image.ndim == 3
   found = (*image.shape[1:], 1) if grey else image.shape[1:]
   if image.dtype != np.uint8 or found not in (shape, (*shape[:2], 1)) or not len(image):

@@ -1,14 +1,19 @@
-"""Permuted MNIST as the paper has it (P-MNIST), and as IRU has it (PMNIST-20).
+"""Permuted MNIST: P-MNIST of the paper, and PMNIST-20 of IRU.
 
-P-MNIST (spec c): images resized to 32 x 32 and repeated in three channels; one permutation of all
-3,072 values per task, channels mixed. A permutation is a leaf that is applied inside jit: the
-images are stored once, in one channel. `data.mnist_size` = 28 keeps the original images (784
-values).
-PMNIST-20: 28 x 28, task 0 unpermuted, the others by shuffles that add up (IRU's notebook).
+P-MNIST follows the authors' program: images are resized to 32 x 32 and repeated in three channels,
+and each task permutes all 3,072 values, across channels. The images are stored once, in one
+channel; the permutation is an array that is applied inside jit. With `data.mnist_size` = 28 the
+images keep their original size, and 784 values are permuted.
+
+PMNIST-20 follows IRU's notebook: images of 28 x 28; task 0 is not permuted; each later task
+shuffles the permutation of the task before it.
 
 References: Y. LeCun et al., "Gradient-based learning applied to document recognition", 1998;
-I. Goodfellow et al., "An empirical investigation of catastrophic forgetting", 2013.
+I. Goodfellow et al., "An empirical investigation of catastrophic forgetting", 2013; R. Hyder et
+al., "Incremental task learning with incremental rank updates", 2022, arXiv:2207.09074 (IRU).
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -19,37 +24,41 @@ from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task
 
 _MEAN, _STD = 0.1307, 0.3081
-# position of every task in the order in which the authors' program wrote its cache (spec c)
-_WRITTEN = (2, 8, 4, 9, 1, 6, 7, 3, 0, 5)
+# The task order of the run in which the authors' program wrote its prepared data. The seed of a
+# task's permutation depends on the position of the task in it.
+_ORDER = (2, 8, 4, 9, 1, 6, 7, 3, 0, 5)
 
 
 def outline(config: Config) -> Outline:
-  """P-MNIST: 10 permutations of MNIST, 32 x 32 x 3."""
+  """Describes P-MNIST: 10 permutations of MNIST."""
   size = config.data.mnist_size
   shape = (32, 32, 3) if size == 32 else (size, size, 1)
   return Outline(shape, tuple(_outline(f"permutation {i}") for i in range(10)))
 
 
 def outline_20(config: Config) -> Outline:
-  """PMNIST-20: 20 permutations of MNIST, 28 x 28 (IRU's setting)."""
+  """Describes PMNIST-20: 20 permutations of MNIST, 28 x 28."""
   return Outline((28, 28, 1), tuple(_outline(f"permutation {i}") for i in range(20)))
 
 
 def _outline(name: str) -> TaskOutline:
+  """Describes a task of all images of MNIST."""
   return TaskOutline(name, 10, 60_000, 10_000)
 
 
 def read(config: Config) -> list[Task]:
+  """Reads the tasks of P-MNIST. Errors as in `mnist_family.read`."""
   size = config.data.mnist_size
   data = mnist_family.read(config, "mnist")
   if size == 32:
     image = _resized(data.image, config.data.cache)
     return _tasks(data._replace(image=image), [_joint_permutation(i) for i in range(10)], 3)
-  seeds = [100 * i + _WRITTEN.index(i) for i in range(10)]
+  seeds = [100 * i + _ORDER.index(i) for i in range(10)]
   return _tasks(data, [np.random.RandomState(s).permutation(size**2) for s in seeds], 1)
 
 
 def read_20(config: Config) -> list[Task]:
+  """Reads the tasks of PMNIST-20. Errors as in `mnist_family.read`."""
   values, permutations = np.arange(28 * 28), []
   for i in range(20):
     if i:
@@ -58,7 +67,14 @@ def read_20(config: Config) -> list[Task]:
   return _tasks(mnist_family.read(config, "mnist"), permutations, 1)
 
 
-def _tasks(data: ImageSet, permutations, channels: int) -> list[Task]:
+def _tasks(data: ImageSet, permutations: Sequence[np.ndarray], channels: int) -> list[Task]:
+  """Makes a task of each permutation.
+
+  Args:
+    data: the images.
+    permutations: for each task, the row of the flattened stored image of each input value.
+    channels: number of channels of the network's input.
+  """
   mean, std = (np.full(channels, x, np.float32) for x in (_MEAN, _STD))
   return [
     make_task(i, f"permutation {i}", data, range(10), Inputs(mean, std, np.asarray(p, np.int32)))
@@ -67,17 +83,26 @@ def _tasks(data: ImageSet, permutations, channels: int) -> list[Task]:
 
 
 def _joint_permutation(i: int) -> np.ndarray:
-  """Which of the 1,024 stored values each of the 3,072 input values [32, 32, 3] of task i is.
+  """Returns the permutation of task i, from 1,024 stored values to 3,072 input values.
 
-  The authors permute values in the order channel, row, column; channels are equal copies.
+  The authors' program permutes values in the order channel, row, column. All channels of an image
+  are equal, so a value of any channel is read from the only stored channel.
+
+  Returns:
+    For each value of the input [32, 32, 3], the row in the flattened stored image. [3072]
   """
-  permutation = np.random.RandomState(100 * i + _WRITTEN.index(i)).permutation(3 * 32 * 32)
+  permutation = np.random.RandomState(100 * i + _ORDER.index(i)).permutation(3 * 32 * 32)
   grey = permutation % (32 * 32)
   return grey.reshape(3, 32, 32).transpose(1, 2, 0).reshape(-1)
 
 
 def _resized(image: np.ndarray, setting: str) -> np.ndarray:
-  """[N, 28, 28, 1] -> [N, 32, 32, 1], bilinear as Pillow does it"""
+  """Resizes images with Pillow's bilinear filter: [N, 28, 28, 1] -> [N, 32, 32, 1].
+
+  Args:
+    image: the original images.
+    setting: the config key `data.cache`.
+  """
 
   def decode(out):
     for i, x in enumerate(image[..., 0]):

@@ -1,11 +1,12 @@
-"""Omniglot-Rotation: 100 tasks of 12 characters, each drawing also turned by 90, 180, 270 degrees.
+"""Omniglot-Rotation: 100 tasks of 12 characters, with drawings rotated by 0, 90, 180, 270 degrees.
 
-As in the loader of WSN, which the paper follows (spec c): all 1,623 characters in the order of
-their paths (background before evaluation), the first 1,200 of them; 1 x 32 x 32, value / 255. Of
-the 80 images of a character 60 are for training, 20 for testing, drawn once for all seeds.
+The paper refers to WSN for this benchmark, and so its loader is followed: the 1,623 characters are
+sorted by their paths, those of images_background before those of images_evaluation, and the first
+1,200 are used. Images have 32 x 32 pixels and one channel; values are divided by 255. Of the 80
+images of a character, 60 are for training and 20 for testing, drawn in the same way for all seeds.
 
-Reference: B. Lake et al., "Human-level concept learning through probabilistic program induction",
-2015.
+References: B. Lake et al., "Human-level concept learning through probabilistic program induction",
+2015; H. Kang et al., "Forget-free continual learning with winning subnetworks", ICML 2022 (WSN).
 """
 
 import numpy as np
@@ -16,32 +17,43 @@ from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
 from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
 
-_NUM_TASKS, _NUM_CLASSES, _DRAWINGS, _TURNS, _NUM_TEST = 100, 12, 20, 4, 20
+_NUM_TASKS, _NUM_CLASSES = 100, 12
+_DRAWINGS, _ROTATIONS, _NUM_TEST = 20, 4, 20  # of a character: drawings, rotations, test images
 _ALPHABETS = ("images_background", "images_evaluation")
-_MOST = 400_000_000  # bytes of one archive, unpacked
+_MOST_BYTES = 400_000_000  # of one archive, unpacked
 
 
 def outline(config: Config) -> Outline:
-  """Omniglot-Rotation: 100 tasks of 12 characters in 4 rotations, 32 x 32."""
-  num_train = _NUM_CLASSES * (_DRAWINGS * _TURNS - _NUM_TEST)
+  """Describes Omniglot-Rotation: 100 tasks of 12 characters."""
+  num_train = _NUM_CLASSES * (_DRAWINGS * _ROTATIONS - _NUM_TEST)
   task = (_NUM_CLASSES, num_train, _NUM_CLASSES * _NUM_TEST)
   names = (f"characters {12 * i} to {12 * i + 11}" for i in range(_NUM_TASKS))
   return Outline((32, 32, 1), tuple(TaskOutline(name, *task) for name in names))
 
 
 def read(config: Config) -> list[Task]:
+  """Reads the tasks.
+
+  Raises:
+    sources.Missing: if the files are not found.
+    UserError: if a file is damaged, or a character does not have 20 drawings and `allow_partial` is
+      False.
+  """
   archives = _archives(config.data_dir, config.allow_partial)
   characters = _characters(archives, config.allow_partial)
-  wanted = [(archive, name) for _, files in characters for archive, name in files]
+  drawings = [drawing for _, of_character in characters for drawing in of_character]
   fingerprint = "-".join(
-    sources.fingerprint(files, [name for archive, name in wanted if archive == half])
+    sources.fingerprint(files, [name for archive, name in drawings if archive == half])
     for half, files in archives.items()
   )
-  shape = (len(wanted) * _TURNS, 32, 32, 1)
+  shape = (len(drawings) * _ROTATIONS, 32, 32, 1)
   image = cache.images(
-    config.data.cache, f"omniglot-{fingerprint}", shape, lambda out: _decode(archives, wanted, out)
+    config.data.cache,
+    f"omniglot-{fingerprint}",
+    shape,
+    lambda out: _decode(archives, drawings, out),
   )
-  sizes = [len(files) * _TURNS for _, files in characters]
+  sizes = [len(of_character) * _ROTATIONS for _, of_character in characters]
   data = ImageSet(
     image,
     np.repeat(np.arange(len(characters)), sizes),
@@ -59,22 +71,24 @@ def read(config: Config) -> list[Task]:
 
 
 def _archives(data_dir: str, allow_partial: bool) -> dict[str, sources.Files]:
-  """The two halves, each a zip file or its folder."""
+  """Returns the files of images_background and images_evaluation, each a zip file or a folder."""
   files = sources.find(data_dir, "omniglot")
   found = {}
   for half in _ALPHABETS:
     if f"{half}.zip" in files.names:
-      found[half] = sources.archive(files.place / f"{half}.zip", half, _MOST)
-    elif (files.place / half).is_dir():
-      found[half] = sources.folder(files.place / half, _MOST)
+      found[half] = sources.archive(files.path / f"{half}.zip", half, _MOST_BYTES)
+    elif (files.path / half).is_dir():
+      found[half] = sources.folder(files.path / half, _MOST_BYTES)
     elif not allow_partial or not found:
-      raise UserError(f"{files.place}: neither {half}/ nor {half}.zip is there; get the archive")
+      raise UserError(f"{files.path}: found neither {half}/ nor {half}.zip; download the archive")
   return found
 
 
-def _characters(archives, allow_partial: bool) -> list[tuple[str, list[tuple[str, str]]]]:
-  """The first 1,200 characters: name, its drawings as (archive, file)."""
-  drawings = {}
+def _characters(
+  archives: dict[str, sources.Files], allow_partial: bool
+) -> list[tuple[str, list[tuple[str, str]]]]:
+  """Returns the first 1,200 characters: the name of each, and its drawings as (archive, file)."""
+  drawings: dict[tuple[str, str], list[tuple[str, str]]] = {}
   for half, files in archives.items():
     for name in files.names:
       if name.endswith(".png") and name.count("/") == 2:
@@ -84,31 +98,42 @@ def _characters(archives, allow_partial: bool) -> list[tuple[str, list[tuple[str
   for (half, name), files in characters:
     if len(files) < 2 or (len(files) != _DRAWINGS and not allow_partial):
       raise UserError(
-        f"{archives[half].place}: character {name} has {len(files)} drawings, expected {_DRAWINGS};"
-        " get the original archive again"
+        f"{archives[half].path}: character {name} has {len(files)} drawings, expected {_DRAWINGS};"
+        " download the original archive again"
       )
   if not characters:
-    raise UserError(f"{archives[_ALPHABETS[0]].place}: holds no drawings; get the original archive")
+    raise UserError(
+      f"{archives[_ALPHABETS[0]].path}: contains no drawings; download the original archive"
+    )
   return [(name, files) for (_, name), files in characters]
 
 
-def _decode(archives, wanted, out: np.ndarray) -> None:
+def _decode(
+  archives: dict[str, sources.Files], drawings: list[tuple[str, str]], out: np.ndarray
+) -> None:
+  """Decodes the drawings and their rotations into an array.
+
+  Args:
+    archives: the files, by archive.
+    drawings: the drawings as (archive, file).
+    out: the array to fill, each drawing followed by its rotations. uint8 [N, 32, 32, 1]
+  """
   for half, files in archives.items():
-    place = {name: i for i, (archive, name) in enumerate(wanted) if archive == half}
+    index = {name: i for i, (archive, name) in enumerate(drawings) if archive == half}
 
-    def decode_one(item, files=files, place=place):
+    def decode_one(item, files=files, index=index):
       name, contents = item
-      drawing = formats.picture(contents, f"{files.place}: {name}", "L", (105, 105))
+      drawing = formats.picture(contents, f"{files.path}: {name}", "L", (105, 105))
       small = np.asarray(drawing.resize((32, 32), Image.Resampling.BILINEAR))
-      for turn in range(_TURNS):
-        out[_TURNS * place[name] + turn, :, :, 0] = np.rot90(small, turn)
+      for turn in range(_ROTATIONS):
+        out[_ROTATIONS * index[name] + turn, :, :, 0] = np.rot90(small, turn)
 
-    folders.for_all(decode_one, files.stream(frozenset(place)))
+    folders.for_all(decode_one, files.stream(frozenset(index)))
 
 
 def _drawn(data: ImageSet, c: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of character c for training and for testing."""
+  """Returns the rows of character c for training and for testing."""
   rows = np.flatnonzero(data.label == c)
   rows = np.random.default_rng((0, c)).permutation(rows)
-  num_test = max(1, len(rows) * _NUM_TEST // (_DRAWINGS * _TURNS))
+  num_test = max(1, len(rows) * _NUM_TEST // (_DRAWINGS * _ROTATIONS))
   return rows[num_test:], rows[:num_test]

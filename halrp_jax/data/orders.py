@@ -1,4 +1,4 @@
-"""Task orders of the paper (Appendix F.1) and, where they differ, of the authors' program."""
+"""Task orders of the paper (Appendix F.1), and those of the authors' program where they differ."""
 
 import random
 
@@ -7,13 +7,18 @@ import numpy as np
 from halrp_jax.types import UserError
 
 
-def _numpy(num_tasks: int, seeds=range(5)) -> dict[str, tuple[int, ...]]:
-  """The rule behind most lists of the paper: numpy's permutation of the seed number."""
-  return {str(s): tuple(map(int, np.random.RandomState(s).permutation(num_tasks))) for s in seeds}
+def _numpy(num_tasks: int) -> dict[str, tuple[int, ...]]:
+  """Returns NumPy's random permutations for the seeds 0 to 4, as in most lists of the paper."""
+  return {
+    str(s): tuple(map(int, np.random.RandomState(s).permutation(num_tasks))) for s in range(5)
+  }
 
 
 def _shuffled(num_tasks: int) -> dict[str, tuple[int, ...]]:
-  """The rule of the authors' TinyImageNet program."""
+  """Returns Python's random permutations for the seeds 0 to 4.
+
+  The authors' program for TinyImageNet uses them.
+  """
   lists = {str(s): list(range(num_tasks)) for s in range(5)}
   for seed, ids in lists.items():
     random.Random(int(seed)).shuffle(ids)
@@ -21,6 +26,7 @@ def _shuffled(num_tasks: int) -> dict[str, tuple[int, ...]]:
 
 
 def _ids(text: str) -> tuple[int, ...]:
+  """Returns task ids from a text in which they are separated by spaces."""
   return tuple(map(int, text.split()))
 
 
@@ -50,27 +56,27 @@ PAPER = {
     "4": _ids("17 19 10 14 5 18 16 11 4 8 6 0 13 1 2 15 12 3 9 7"),
   },
   "tinyimagenet40": _numpy(40),
-  # Ours, not the paper's, by the same rule.
+  # These benchmarks have no orders in the paper; the same rule is used.
   "digits": _numpy(10),
   "pmnist20": _numpy(20),
   "cifar100_20": _numpy(20),
 }
-# Only where it differs from PAPER.
+# Orders of the authors' program, for the benchmarks where they differ from PAPER.
 CODE = {"pmnist": _numpy(10), "five_datasets": _numpy(5), "tinyimagenet40": _shuffled(40)}
 
 
 def resolve(order: str, benchmark: str, num_tasks: int, source: str = "paper") -> tuple[int, ...]:
-  """Text of the config key `order` -> task ids in the order of training.
+  """Returns task ids in the order of training, for a value of the config key `order`.
 
   Args:
-    order: a letter or seed number of the benchmark's table, "natural" (0, 1, 2 ...), or ids such as
-      "2,0,1"; those that are not named are not learned.
+    order: a letter or seed number that names an order of the benchmark; "natural" for 0, 1, 2 ...;
+      or ids separated by commas such as "2,0,1". Tasks whose ids are not given are not learned.
     benchmark: name of the benchmark.
-    num_tasks: number of its tasks.
-    source: "paper" or "code": whose table.
+    num_tasks: number of tasks of the benchmark.
+    source: "paper" for the orders of the paper, "code" for those of the authors' program.
 
   Raises:
-    UserError: if it is none of these, or the ids are not different ones of 0..num_tasks-1.
+    UserError: if `order` is none of these, or an id is out of range or given twice.
   """
   named = PAPER.get(benchmark, {}) | (CODE.get(benchmark, {}) if source == "code" else {})
   if order in named:
@@ -84,7 +90,7 @@ def resolve(order: str, benchmark: str, num_tasks: int, source: str = "paper") -
   if not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(num_tasks)):
     names = f"one of {', '.join(named)}, natural, or " if named else "natural, or "
     raise UserError(
-      f"order must be {names}different ids from 0 to {num_tasks - 1} with commas for {benchmark}, "
-      f"got {order!r}"
+      f"order must be {names}different ids from 0 to {num_tasks - 1} separated by commas for "
+      f"{benchmark}, given {order!r}"
     )
   return ids

@@ -1,6 +1,6 @@
-"""Where the original files are, how they are fetched, what is inside an archive.
+"""The original files of the data sets: where to find, how to download and how to read them.
 
-Archives are read in place: nothing is ever extracted to the disk.
+Archives are read in place and never extracted to the disk.
 """
 
 import contextlib
@@ -14,33 +14,33 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from halrp_jax.data import folders
 from halrp_jax.types import UserError, UserErrors, brief
 
 
 class Remote(NamedTuple):
-  """A file as it is published."""
+  """A published file."""
 
   name: str
   url: str
   size: int  # bytes
-  hash: str  # "sha256:..." or "md5:..."; empty: nobody publishes one
+  hash: str  # "sha256:..." or "md5:..."; empty if no checksum is published
 
 
 class Original(NamedTuple):
   """A data set as its authors publish it."""
 
-  folders: tuple[str, ...]  # its folder below data_dir: ours first, then what others call it
+  folders: tuple[str, ...]  # names of its folder in data_dir: ours, then those of other programs
   files: tuple[Remote, ...]
-  marker: str  # a file that its folder always has
-  most: int  # bytes its files may have together when unpacked; more is a forgery
-  archive: bool = False  # the one file is an archive of the folder
+  marker: str  # a file that the folder always has
+  most: int  # largest total size of the decompressed files in bytes; an archive with more is forged
+  archive: bool = False  # whether the only file is an archive of the folder
 
 
 class Missing(UserError):
-  """The files are not there (as against damaged)."""
+  """The files of a data set were not found. Damaged files raise UserError itself."""
 
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz/"
@@ -54,17 +54,20 @@ _IDX = (
   "t10k-images-idx3-ubyte",
   "t10k-labels-idx1-ubyte",
 )
-_GZIP = b"\x1f\x8b"  # what every gzip file starts with
+_Stream = IO[bytes] | gzip.GzipFile
+_GZIP = b"\x1f\x8b"  # the first bytes of every gzip file
 
 
 def _idx(base: str, published: tuple[tuple[int, str], ...]) -> tuple[Remote, ...]:
+  """Returns the files of a data set in MNIST's format, given sizes and SHA-256 checksums."""
   return tuple(
     Remote(f"{name}.gz", f"{base}{name}.gz", size, f"sha256:{digest}")
     for name, (size, digest) in zip(_IDX, published, strict=True)
   )
 
 
-# SHA-256 as in TFDS's lists of checksums; that of TinyImageNet is an MD5 many readers carry.
+# The checksums are those in the lists of TFDS. TinyImageNet is not there; its MD5 is the one that
+# several other readers of the data set use.
 ORIGINALS: dict[str, Original] = {
   "cifar10": Original(
     ("cifar-10-batches-bin",),
@@ -194,103 +197,138 @@ ORIGINALS: dict[str, Original] = {
 class Files(NamedTuple):
   """The files of a data set, in a folder or inside an archive."""
 
-  place: pathlib.Path
+  path: pathlib.Path  # the folder or the archive
   names: tuple[str, ...]  # relative to the data set's folder, sorted
-  stream: Callable[[frozenset[str]], Iterator[tuple[str, bytes]]]  # in whatever order they lie
+  # Yields (name, contents) of the named files, in the order in which they are stored.
+  stream: Callable[[frozenset[str]], Iterator[tuple[str, bytes]]]
 
   def read(self, *names: str) -> list[bytes]:
-    """Contents of some files, in the order asked for."""
+    """Returns the contents of some files, in the given order.
+
+    Args:
+      *names: names of the files.
+
+    Raises:
+      UserError: if a file is missing or can't be read.
+    """
     for name in names:
       if name not in self.names:
-        raise UserError(f"{self.place}: {name} is missing; get the original archive again")
+        raise UserError(f"{self.path}: {name} is missing; download the original archive again")
     found = dict(self.stream(frozenset(names)))
     return [found[name] for name in names]
 
 
-# --- finding --------------------------------------------------------------------------
+# --- search ---------------------------------------------------------------------------
 
 
 def find(data_dir: str, name: str) -> Files:
-  """The files of one of `ORIGINALS` below a folder of the user's.
+  """Finds the files of a data set, in a folder or an archive.
+
+  Args:
+    data_dir: the user's folder with data sets, or the folder of the data set itself.
+    name: a key of `ORIGINALS`.
 
   Raises:
-    Missing: if they are not there; the text says what was looked for and where it is published.
-    UserError: if the archive is damaged, or holds what no honest one does.
+    Missing: if they are not found; says what was looked for and where it is published.
+    UserError: if the archive is damaged or forged.
   """
   original = ORIGINALS[name]
   if not data_dir:
-    raise Missing(f"data_dir is not set: give the folder that holds {_wanted(original)}")
+    raise Missing(f"data_dir is not set: give the folder that contains {_expected(original)}")
   root = path_of("data_dir", data_dir)
   try:
-    places = [root / name for name in original.folders]
-    places += [root] if root.name in original.folders else []
-    for place in places:
-      if _has(place, original.marker):
-        return folder(place, original.most)
+    paths = [root / name for name in original.folders]
+    paths += [root] if root.name in original.folders else []
+    for path in paths:
+      if _has(path, original.marker):
+        return folder(path, original.most)
     if original.archive:
-      for path in (root / original.files[0].name, *(p / original.files[0].name for p in places)):
+      for path in (root / original.files[0].name, *(p / original.files[0].name for p in paths)):
         if path.is_file():
           return archive(path, original.folders[0], original.most)
   except OSError as e:
     raise UserError(f"data_dir={data_dir}: {e.filename or root}: {e.strerror or e}") from e
-  raise Missing(f"data_dir={data_dir}: {_missing(root, name, original)}")
+  raise Missing(f"data_dir={data_dir}: {_missing_text(root, name, original)}")
 
 
 def path_of(key: str, text: str) -> pathlib.Path:
-  """A path that the user gave for some key; ~ is the home."""
+  """Returns the path that the user gave for a key, with ~ replaced by the home folder.
+
+  Args:
+    key: name of the key or flag, for the error message.
+    text: the path.
+
+  Raises:
+    UserError: if ~ can't be replaced.
+  """
   try:
     return pathlib.Path(text).expanduser()
-  except RuntimeError as e:  # ~nobody, or a user without a home
-    raise UserError(f"{key}={text}: ~ stands for no folder here; write the whole path") from e
+  except RuntimeError as e:  # an unknown user after ~, or a user without a home folder
+    raise UserError(
+      f"{key}={text}: ~ does not stand for a folder here; write the whole path"
+    ) from e
 
 
-def _has(place: pathlib.Path, marker: str) -> bool:
-  return any((place / (marker + suffix)).exists() for suffix in ("", ".gz", ".zip"))
+def _has(path: pathlib.Path, name: str) -> bool:
+  """Returns whether a folder contains a file, compressed or not."""
+  return any((path / (name + suffix)).exists() for suffix in ("", ".gz", ".zip"))
 
 
-def _wanted(original: Original, either: str = "or") -> str:
+def _expected(original: Original, conjunction: str = "or") -> str:
+  """Returns a text with the folder and the files of a data set, joined by "or" or "nor"."""
   names = ", ".join(f.name for f in original.files)
   return f"{original.folders[0]}/" + (
-    f" {either} {names}" if original.archive else f" with {names}"
+    f" {conjunction} {names}" if original.archive else f" with {names}"
   )
 
 
-def _missing(root: pathlib.Path, name: str, original: Original) -> str:
+def _missing_text(root: pathlib.Path, name: str, original: Original) -> str:
+  """Returns a text that says what was not found and where it is published."""
   pickled = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
   }
   found = ""
   if any((root / p).exists() for p in pickled.get(name, ())):
-    found = "found the python version, which is a pickle and is not read; "
+    found = "found the python version, which consists of pickles and is not read; "
   fetch = "--download fetches: " + ", ".join(_published(f) for f in original.files)
   if not all(f.hash for f in original.files):
     fetch = "get it by hand: " + ", ".join(_published(f) for f in original.files)
   what = "neither " if original.archive else "no "
-  return f"{found}found {what}{_wanted(original, 'nor')}; {fetch}"
+  return f"{found}found {what}{_expected(original, 'nor')}; {fetch}"
 
 
 def _published(remote: Remote) -> str:
+  """Returns a text with address, size and checksum of a file."""
   return f"{remote.url} ({remote.size:,} bytes, {remote.hash or 'no published checksum'})"
 
 
 # --- folders and archives -------------------------------------------------------------
 
 
-def folder(place: pathlib.Path, most: int) -> Files:
-  """Returns the files below a folder, without hidden and system files.
+def folder(path: pathlib.Path, most: int) -> Files:
+  """Returns the files in a folder at any depth, without hidden and system files.
+
+  Args:
+    path: the folder.
+    most: largest accepted size of a file in bytes.
 
   Raises:
-    UserError: if one of them can't be read, for example a link that leads nowhere.
+    UserError: if one of them can't be read, for example a link to a missing file.
   """
-  tree = folders.walk(place)
+  tree = folders.walk(path)
   if tree.broken:
     raise UserErrors(tree.broken.values())
   return files_of(tree, most)
 
 
 def files_of(tree: folders.Tree, most: int) -> Files:
-  """Returns the files of a folder; most: bytes of one."""
+  """Returns the files of a folder that was listed already.
+
+  Args:
+    tree: the folder.
+    most: largest accepted size of a file in bytes.
+  """
 
   def stream(names):
     for name in sorted(names):
@@ -300,66 +338,98 @@ def files_of(tree: folders.Tree, most: int) -> Files:
 
 
 def read_file(path: pathlib.Path, most: int) -> bytes:
-  """A file of the user's; UserError if it can't be read or is too large."""
+  """Returns the contents of a file.
+
+  Args:
+    path: the file.
+    most: largest accepted size in bytes.
+
+  Raises:
+    UserError: if the file can't be read or is too large.
+  """
   try:
     if path.stat().st_size > most:
-      raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than it can have")
+      raise UserError(f"{path}: {path.stat().st_size:,} bytes, expected at most {most:,}")
     return path.read_bytes()
   except OSError as e:
     raise UserError(f"{path}: {e.strerror or e}") from e
 
 
 def gunzip(contents: bytes, name: str, most: int) -> bytes:
-  """Unpacks gzip, at most `most` bytes; what is not packed is returned as it is."""
+  """Decompresses a gzip file; other contents are returned unchanged.
+
+  Args:
+    contents: the file.
+    name: name of the file in an error message.
+    most: largest accepted size of the result in bytes.
+
+  Raises:
+    UserError: if the file is damaged or the result is too large.
+  """
   if contents[:2] != _GZIP:
     return contents
-  with _refusing(name), gzip.open(io.BytesIO(contents)) as stream:
+  with _reading(name), gzip.open(io.BytesIO(contents)) as stream:
     plain = stream.read(most + 1)
   if len(plain) > most:
-    raise UserError(f"{name}: unpacks to more than {most:,} bytes; it is not the original")
+    raise UserError(
+      f"{name}: decompresses to more than {most:,} bytes, so it is not the original file; delete "
+      "it and download it again"
+    )
   return plain
 
 
 def archive(path: pathlib.Path, folder: str, most: int) -> Files:
-  """The files below `folder/` inside a zip, tar or tar.gz archive.
+  """Returns the files of one folder inside a zip, tar or tar.gz archive.
+
+  Args:
+    path: the archive.
+    folder: name of the folder at the top of the archive.
+    most: largest accepted total size of all members in bytes.
 
   Raises:
-    UserError: if it is damaged, or if a member has an absolute path, a path with .., is a link out
-      of the archive or a device, or if they declare more than `most` bytes together.
+    UserError: if the archive is damaged; if a member has an absolute path or a path with "..", is a
+      link out of the archive or a device; or if the declared sizes exceed `most`.
   """
-  with _refusing(path):
+  with _reading(path):
     if zipfile.is_zipfile(path):
       return _zip(path, folder, most)
     return _tar(path, folder, most)
 
 
 @contextlib.contextmanager
-def _refusing(place):
+def _reading(path: pathlib.Path | str) -> Iterator[None]:
+  """Turns any exception of the block, which reads an archive, into a UserError that names it."""
   try:
     yield
   except UserError:
     raise
-  except Exception as e:  # a damaged archive makes its reader raise almost anything
-    if isinstance(e, OSError) and e.errno:  # the disk's own
-      raise UserError(f"{place}: {e.strerror}") from e
+  except Exception as e:  # readers may raise anything for a damaged archive
+    if isinstance(e, OSError) and e.errno:  # an error of the operating system, not of the contents
+      raise UserError(f"{path}: {e.strerror}") from e
     raise UserError(
-      f"{place}: damaged or truncated ({brief(e)}); delete it and download it again"
+      f"{path}: damaged or truncated ({brief(e)}); delete it and download it again"
     ) from e
 
 
-def _require_inside(path, name: str) -> None:
+def _require_inside(path: pathlib.Path, name: str) -> None:
+  """Raises UserError if the path of a member leads out of the archive."""
   parts = pathlib.PurePosixPath(name.replace("\\", "/")).parts
   if name.startswith(("/", "\\")) or ".." in parts or ":" in (parts or ("",))[0]:
-    raise UserError(f"{path}: refused, since its member {name!r} points out of the archive")
+    raise UserError(f"{path}: refused, since its member {name!r} leads out of the archive")
 
 
-def _require_size(path, total: int, most: int) -> None:
+def _require_size(path: pathlib.Path, total: int, most: int) -> None:
+  """Raises UserError if the members of an archive declare more than `most` bytes."""
   if total > most:
-    raise UserError(f"{path}: refused, since it declares {total:,} bytes; at most {most:,} are due")
+    raise UserError(
+      f"{path}: refused, since it declares {total:,} bytes, expected at most {most:,}"
+    )
 
 
-def _zip(path, folder: str, most: int) -> Files:
-  members, total = {}, 0
+def _zip(path: pathlib.Path, folder: str, most: int) -> Files:
+  """Returns the files of one folder of a zip archive (see `archive`)."""
+  members: dict[str, zipfile.ZipInfo] = {}
+  total = 0
   with zipfile.ZipFile(path) as opened:
     for info in opened.infolist():
       _require_inside(path, info.filename)
@@ -367,23 +437,28 @@ def _zip(path, folder: str, most: int) -> Files:
       if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UserError(f"{path}: refused, since {info.filename!r} is a link or a device")
       if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{path}: refused, since {info.filename!r} is encrypted or oddly packed")
+        raise UserError(
+          f"{path}: refused, since {info.filename!r} is encrypted or compressed by an unexpected "
+          "method"
+        )
       total += info.file_size
       _require_size(path, total, most)
       if not info.is_dir() and info.filename.startswith(f"{folder}/"):
         members[info.filename.removeprefix(f"{folder}/")] = info
-    members = {name: info for name, info in members.items() if folders.counts(name)}
+    members = {name: info for name, info in members.items() if folders.is_visible(name)}
 
   def stream(names):
-    with _refusing(path), zipfile.ZipFile(path) as opened:
+    with _reading(path), zipfile.ZipFile(path) as opened:
       for name in sorted(names):
         yield name, opened.read(members[name])
 
   return Files(path, tuple(sorted(members)), stream)
 
 
-def _tar(path, folder: str, most: int) -> Files:
-  names, total = [], 0
+def _tar(path: pathlib.Path, folder: str, most: int) -> Files:
+  """Returns the files of one folder of a tar archive, gzipped or not (see `archive`)."""
+  names: list[str] = []
+  total = 0
   with _opened_tar(path, most) as (opened, plain):
     for member in opened:
       _require_tar_member(path, member)
@@ -391,58 +466,71 @@ def _tar(path, folder: str, most: int) -> Files:
       _require_size(path, total, most)
       if member.isfile() and member.name.startswith(f"{folder}/"):
         names.append(member.name.removeprefix(f"{folder}/"))
-    # tarfile takes a damaged header for the end; reading on makes gzip check its checksum, too
+    # tarfile takes a damaged header for the end of the archive. So the rest must be zeros; reading
+    # it also makes gzip verify its checksum.
     while block := plain.read(2**16):
       if any(block):
-        raise ValueError("something follows its last member")
+        raise ValueError("its last member is followed by other data")
 
-  def stream(wanted):
-    with _refusing(path), _opened_tar(path, most) as (opened, _):
-      for member in opened:  # in order: a compressed tar can't be searched
+  def stream(requested):
+    with _reading(path), _opened_tar(path, most) as (opened, _):
+      for member in opened:  # in the order of the archive, since compressed data can't be skipped
         name = member.name.removeprefix(f"{folder}/")
-        if member.isfile() and name in wanted:
-          yield name, opened.extractfile(member).read()
+        if member.isfile() and name in requested and (contents := opened.extractfile(member)):
+          yield name, contents.read()
 
-  return Files(path, tuple(sorted(filter(folders.counts, set(names)))), stream)
+  return Files(path, tuple(sorted(filter(folders.is_visible, set(names)))), stream)
 
 
 @contextlib.contextmanager
-def _opened_tar(path, most: int):
-  """A tar archive, gzipped or not, and the stream it is read from."""
+def _opened_tar(path: pathlib.Path, most: int) -> Iterator[tuple[tarfile.TarFile, _Stream]]:
+  """Yields an opened tar archive, gzipped or not, and the decompressed stream it is read from."""
   with open(path, "rb") as packed:
     is_gzip = packed.read(2) == _GZIP
     packed.seek(0)
     with (
       gzip.open(packed) if is_gzip else contextlib.nullcontext(packed) as plain,
-      tarfile.open(fileobj=_Forward(plain, 2 * most), mode="r:") as opened,
+      # The stubs require methods that tarfile calls only when it writes.
+      tarfile.open(  # pyright: ignore[reportCallIssue]
+        fileobj=_ForwardStream(plain, 2 * most),  # pyright: ignore[reportArgumentType]
+        mode="r:",
+      ) as opened,
     ):
       yield opened, plain
 
 
-class _Forward:
-  """A stream that goes forward only, and not beyond some byte.
+class _ForwardStream:
+  """A stream that moves forward only, and only up to a given position.
 
-  tarfile believes every size that a header declares: a negative one takes it back to where it was,
-  for ever; a huge one makes it read all of an archive, unpacked, into the memory.
+  tarfile trusts every size that a header declares. A negative size would make it read the same
+  header again and again; a huge one would make it read the whole decompressed archive into memory.
+
+  Args:
+    stream: the stream to read.
+    most: largest position in bytes.
   """
 
-  def __init__(self, stream, most: int):
+  def __init__(self, stream: _Stream, most: int) -> None:
     self._stream, self._most, self.tell = stream, most, stream.tell
 
   def read(self, size: int) -> bytes:
-    self._require(self.tell() + size)
+    """Reads `size` bytes."""
+    self._require_position(self.tell() + size)
     return self._stream.read(size)
 
   def seek(self, position: int) -> int:
-    self._require(position)
+    """Moves to a position and returns it."""
+    self._require_position(position)
     return self._stream.seek(position)
 
-  def _require(self, end: int) -> None:
-    if not self.tell() <= end <= self._most:
+  def _require_position(self, position: int) -> None:
+    """Raises ValueError if a position is behind the current one or too large."""
+    if not self.tell() <= position <= self._most:
       raise ValueError("a header declares an impossible size")
 
 
-def _require_tar_member(path, member: tarfile.TarInfo) -> None:
+def _require_tar_member(path: pathlib.Path, member: tarfile.TarInfo) -> None:
+  """Raises UserError if a member leads out of the archive, is a device, or has a negative size."""
   _require_inside(path, member.name)
   if member.islnk() or member.issym():
     _require_inside(path, member.linkname)
@@ -453,37 +541,45 @@ def _require_tar_member(path, member: tarfile.TarInfo) -> None:
 
 
 def fingerprint(files: Files, names: Iterable[str]) -> str:
-  """Hashes what some files contain and their names in the order given: SHA-256.
+  """Returns a SHA-256 of the contents of files and of their names in the given order.
 
-  Every file of a folder is read, since sizes and times stay the same under some changes; of an
-  archive its bytes are hashed.
+  The files of a folder are read completely, since a change need not affect size and time. Of an
+  archive, the bytes of the archive itself are hashed.
+
+  Args:
+    files: the data set.
+    names: names of the files.
+
+  Raises:
+    UserError: if a file can't be read.
   """
   names = list(names)
-  if files.place.is_file():
+  if files.path.is_file():
     try:
-      with open(files.place, "rb") as stream:
+      with open(files.path, "rb") as stream:
         found = {"": hashlib.file_digest(stream, "sha256").hexdigest()}
     except OSError as e:
-      raise UserError(f"{files.place}: {e.strerror or e}") from e
+      raise UserError(f"{files.path}: {e.strerror or e}") from e
   else:
     found = {n: hashlib.sha256(x).hexdigest() for n, x in files.stream(frozenset(names))}
   text = json.dumps([names, sorted(found.items())])
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-# --- fetching -------------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------
 
 
-def download(data_dir: str, names: Iterable[str], tell: Callable[[str], None]) -> None:
-  """Fetches what is missing of some `ORIGINALS`; a file appears when its checksum is right.
+def download(data_dir: str, names: Iterable[str], notify: Callable[[str], None]) -> None:
+  """Downloads the missing files of data sets. A file is kept only if its checksum is correct.
 
   Args:
-    data_dir: the user's folder; made if it isn't there.
+    data_dir: the user's folder with data sets; created if it does not exist.
     names: keys of `ORIGINALS`.
-    tell: is called with a line per file.
+    notify: is called with a line for each file.
 
   Raises:
-    UserError: if a file can't be fetched, is not the published one, or has no published checksum.
+    UserError: if a file can't be downloaded, differs from the published one, or has no published
+      checksum.
   """
   if not data_dir:
     raise UserError("data_dir is not set: name the folder to download to")
@@ -491,35 +587,42 @@ def download(data_dir: str, names: Iterable[str], tell: Callable[[str], None]) -
   for name in names:
     original = ORIGINALS[name]
     try:
-      place, found = find(data_dir, name).place, True
+      path, found = find(data_dir, name).path, True
     except Missing:
-      place, found = root if original.archive else root / original.folders[0], False
+      path, found = root if original.archive else root / original.folders[0], False
     for remote in original.files:
-      if not (found and (original.archive or _has(place, _unpacked(remote.name)))):
-        _fetch(remote, place, tell)
+      if not (found and (original.archive or _has(path, _without_suffix(remote.name)))):
+        _fetch(remote, path, notify)
 
 
-def _unpacked(name: str) -> str:
+def _without_suffix(name: str) -> str:
+  """Returns the name of a file without the suffix of a compressed file."""
   return name.removesuffix(".gz").removesuffix(".zip")
 
 
-def _fetch(remote: Remote, place: pathlib.Path, tell) -> None:
-  import pooch  # half a second to import, needed for this alone
+def _fetch(remote: Remote, path: pathlib.Path, notify: Callable[[str], None]) -> None:
+  """Downloads one file into the folder `path`."""
+  import pooch  # takes half a second to import
 
   if not remote.hash:
     raise UserError(
-      f"--download: nobody publishes a checksum of {remote.name}, so it is not fetched unseen; "
-      f"get {remote.url} by hand and put it into {place}"
+      f"--download: nobody publishes a checksum of {remote.name}, so it can't be verified; "
+      f"download {remote.url} by hand and put it into {path}"
     )
-  tell(f"downloading {_published(remote)} to {place}")
-  pooch.get_logger().setLevel("WARNING")  # `tell` has said it
+  notify(f"downloading {_published(remote)} to {path}")
+  pooch.get_logger().setLevel("WARNING")  # without pooch's own line about the download
   get = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=2**16, timeout=60)
   try:
     pooch.retrieve(
-      remote.url, known_hash=remote.hash, fname=remote.name, path=place, downloader=get
+      remote.url,
+      known_hash=remote.hash,
+      fname=remote.name,
+      path=path,
+      # pooch's own downloader does not have the types that pooch declares
+      downloader=get,  # pyright: ignore[reportArgumentType]
     )
-  except Exception as e:  # requests, urllib3, pooch and the disk raise what they like
+  except Exception as e:  # requests, urllib3, pooch and the operating system raise many types
     raise UserError(
-      f"--download: {remote.url} is not in {place} as published ({brief(e)}); try again, or get "
-      "it by hand"
+      f"--download: {remote.url}: the published file could not be downloaded to {path} "
+      f"({brief(e)}); try again, or download it by hand"
     ) from e

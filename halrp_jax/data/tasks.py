@@ -1,74 +1,94 @@
-"""What the families share: what a protocol asks for, arrays of images, tasks made of them."""
+"""Building blocks of the benchmark families: outlines, sets of images, and tasks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from halrp_jax.types import Array, Inputs, Split, Task
+from halrp_jax.types import Inputs, Split, Task
 
 
 class TaskOutline(NamedTuple):
+  """Name and sizes of one task of a protocol."""
+
   name: str
   num_classes: int
-  num_train: int  # images in the pool that training and validation images come from
+  num_train: int  # images to draw training images from, and validation images if `num_valid` is 0
   num_test: int
-  num_valid: int = 0  # of a validation set of its own, apart from the pool
+  num_valid: int = 0  # images of a separate validation set
 
 
 class Outline(NamedTuple):
-  """What a protocol asks for, known without the data. Tasks by id."""
+  """The tasks of a protocol and their sizes, known without the data."""
 
-  image_shape: tuple[int, int, int]  # of the network's input [H, W, C]
-  tasks: tuple[TaskOutline, ...]
+  image_shape: tuple[int, int, int]  # shape [H, W, C] of the network's input
+  tasks: tuple[TaskOutline, ...]  # in the order of their ids, 0, 1, 2 ...
 
 
 class ImageSet(NamedTuple):
   """The images of a data set, training images first."""
 
-  image: Array  # uint8 [N, H, W, C]
+  image: np.ndarray  # uint8 [N, H, W, C]
   label: np.ndarray  # int [N]
   num_train: int
   class_names: tuple[str, ...]
 
-  def rows(self, classes: Sequence[int], test: bool) -> np.ndarray:
-    """Rows of the training or of the test images of some classes, in the order of the file."""
+  def rows(self, classes: Sequence[int] | np.ndarray, test: bool) -> np.ndarray:
+    """Returns the rows of the training or test images of some classes, in ascending order.
+
+    Args:
+      classes: labels.
+      test: whether to return test images, not training images.
+    """
     is_test = np.arange(len(self.label)) >= self.num_train
     return np.flatnonzero(np.isin(self.label, classes) & (is_test == test))
 
 
 def make_task(
-  id: int, name: str, data: ImageSet, classes: Sequence[int], inputs: Inputs, **rows: np.ndarray
+  id: int,
+  name: str,
+  data: ImageSet,
+  classes: Sequence[int] | np.ndarray,
+  inputs: Inputs,
+  **rows: np.ndarray,
 ) -> Task:
-  """A task of some classes; the label within it is the position of the class in `classes`.
+  """Makes a task of some classes. A label within the task is the index of its class in `classes`.
 
   Args:
     id: the benchmark's number for the task.
-    name: its name.
+    name: name of the task.
     data: the images.
-    classes: labels of `data` that belong to the task, ascending.
-    inputs: how its images become network inputs.
-    **rows: train, valid, test: rows of `data`; all images of these classes, no validation set of
-      its own, where not given. `test`: the data set itself has no test set for the task.
+    classes: labels of `data` that belong to the task, in ascending order.
+    inputs: how images become network inputs.
+    **rows: `train`, `valid` and `test`: rows of `data` in each split. By default `train` and `test`
+      are all training and test images of these classes, and `valid` is empty. Rows for `test` mean
+      that the data set itself does not define test images for the task.
   """
-  classes = np.asarray(classes)
+  labels = np.asarray(classes)
 
   def split(rows):
-    return Split(data.image, rows, np.searchsorted(classes, data.label[rows]))
+    return Split(data.image, rows, np.searchsorted(labels, data.label[rows]))
 
-  train, test = (rows.get(n, data.rows(classes, n == "test")) for n in ("train", "test"))
-  names = tuple(data.class_names[c] for c in classes)
+  train, test = (rows.get(n, data.rows(labels, n == "test")) for n in ("train", "test"))
+  names = tuple(data.class_names[c] for c in labels)
   valid = rows.get("valid", np.zeros(0, np.int64))
   own_test = "test" not in rows
   return Task(id, name, names, inputs, split(train), split(valid), split(test), own_test)
 
 
 def join(sets: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """One array of several, all splits of a benchmark being index sets over one. -> all, offsets"""
+  """Concatenates arrays of images, because all splits of a benchmark index the same array.
+
+  Args:
+    sets: arrays [N_i, H, W, C] of equal image shape.
+
+  Returns:
+    The array [N, H, W, C], and the row at which each set begins.
+  """
   offsets = np.cumsum([0, *(len(x) for x in sets)])[:-1]
   return (sets[0] if len(sets) == 1 else np.concatenate(sets)), offsets
 
 
 def grey_to_rgb(image: np.ndarray) -> np.ndarray:
-  """[N, H, W] -> [N, H, W, 3]"""
+  """Repeats grey images in three channels: [N, H, W] -> [N, H, W, 3]."""
   return np.repeat(image[..., None], 3, axis=3)

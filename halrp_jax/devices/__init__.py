@@ -1,0 +1,1 @@
+"""The machine: devices, processes, compiled programs, memory and signals."""

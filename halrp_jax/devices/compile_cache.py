@@ -1,4 +1,4 @@
-"""XLA's compiled programs kept from one start of a program to the next."""
+"""A cache on disk of the programs that XLA compiled, so that the next start need not compile."""
 
 import contextlib
 import hashlib
@@ -14,25 +14,27 @@ import jax
 from halrp_jax import files
 from halrp_jax.types import UserError
 
-_STILL_WRITING = 60.0  # seconds after which nobody is any more
-_ZSTANDARD = b"\x28\xb5\x2f\xfd"
+_WRITING_SECONDS = 60.0  # nobody is still writing an entry older than this
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of data compressed with Zstandard
 
 
 def use(folder: str) -> pathlib.Path | None:
-  """Keeps compiled programs in a folder that is the user's own.
+  """Makes JAX store compiled programs in a private folder and reuse them.
 
-  A program in it is run as it is, hence nobody else may be able to write there; and it fits one
-  kind of processor alone, hence a folder for each below it. JAX's own JAX_COMPILATION_CACHE_DIR
-  goes first. Delete the folder at any time.
+  JAX runs a stored program without checking it, so nobody else may be able to write to the folder.
+  A program fits one kind of processor only, so each kind gets a folder of its own inside. The
+  environment variable JAX_COMPILATION_CACHE_DIR takes precedence. The folder can be deleted at any
+  time.
 
   Args:
-    folder: "" for halrp_jax in $XDG_CACHE_HOME or ~/.cache, "off" for none, or a folder.
+    folder: path of the folder; "" for halrp_jax in $XDG_CACHE_HOME or ~/.cache; "off" for none.
 
   Returns:
-    The folder in use; None if there is none.
+    The folder that JAX uses, or None if this function set none.
 
   Raises:
-    UserError: if a folder was named and can't be used. The default is then left alone silently.
+    UserError: if `folder` names a folder that can't be used. If the default folder can't be used,
+      programs are not stored and no error is raised.
   """
   if folder == "off" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     return None
@@ -44,8 +46,8 @@ def use(folder: str) -> pathlib.Path | None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_private(path.parent)
     _require_private(path)
-    with contextlib.suppress(OSError):  # one that can be read alone is of use, too
-      _drop_damaged(path)
+    with contextlib.suppress(OSError):  # a folder that can only be read is useful, too
+      _delete_truncated(path)
   except OSError as e:
     if folder:
       raise UserError(
@@ -59,6 +61,7 @@ def use(folder: str) -> pathlib.Path | None:
 
 
 def _require_private(path: pathlib.Path) -> None:
+  """Raises OSError if the folder belongs to another user or others can write to it."""
   status = path.stat()
   if status.st_uid != os.getuid():
     raise OSError(f"{path} belongs to another user")
@@ -66,23 +69,29 @@ def _require_private(path: pathlib.Path) -> None:
     raise OSError(f"{path} can be written by others")
 
 
-def _drop_damaged(path: pathlib.Path) -> None:
-  """Deletes what a process was killed while writing, of the entries since the last look.
+def _delete_truncated(path: pathlib.Path) -> None:
+  """Deletes entries that a killed process left incomplete. Checks each entry once.
 
-  JAX writes them in place and never again, so it would warn and compile at every start.
+  JAX writes an entry in place and never overwrites it. So it would warn about an incomplete one at
+  every start and compile the program again.
   """
-  look = path / ".looked"
-  since = look.stat().st_mtime if look.exists() else 0.0
+  marker = path / ".looked"  # its modification time is that of the last check
+  since = marker.stat().st_mtime if marker.exists() else 0.0
   for entry in path.glob("*-cache"):
-    with contextlib.suppress(FileNotFoundError):  # another process may do the same
+    with contextlib.suppress(FileNotFoundError):  # another process may delete it at the same time
       written = entry.stat().st_mtime
-      if since - _STILL_WRITING <= written < time.time() - _STILL_WRITING and _is_cut(entry):
+      is_due = since - _WRITING_SECONDS <= written < time.time() - _WRITING_SECONDS
+      if is_due and _is_truncated(entry):
         entry.unlink()
-  look.touch()
+  marker.touch()
 
 
-def _is_cut(entry: pathlib.Path) -> bool:
-  """Of entries that zlib compressed, as JAX does unless zstandard is installed."""
+def _is_truncated(entry: pathlib.Path) -> bool:
+  """Returns whether an entry compressed with zlib is incomplete.
+
+  JAX compresses with zlib unless the package zstandard is installed. Entries compressed with
+  Zstandard are not checked.
+  """
   data = entry.read_bytes()
   if data.startswith(_ZSTANDARD):
     return False
@@ -93,7 +102,7 @@ def _is_cut(entry: pathlib.Path) -> bool:
 
 
 def _processor() -> str:
-  """A name for processors that can run the same program."""
+  """Returns a name that is the same for all processors that can run the same programs."""
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")

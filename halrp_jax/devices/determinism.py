@@ -1,4 +1,4 @@
-"""XLA's deterministic GPU kernels, asked for before XLA starts."""
+"""XLA's deterministic GPU kernels, which must be requested before XLA starts."""
 
 import os
 import threading
@@ -8,45 +8,48 @@ import jax
 from halrp_jax.types import UserError
 
 FLAG = "--xla_gpu_deterministic_ops"
-_asking = threading.Lock()
+_probing = threading.Lock()
 
 
 def require() -> None:
-  """Puts --xla_gpu_deterministic_ops into XLA_FLAGS, for this process and those it starts.
+  """Adds --xla_gpu_deterministic_ops to XLA_FLAGS, for this process and its child processes.
 
-  XLA reads the variable once, when its first backend starts. With the flag it promises the same
-  bits from run to run on one kind of GPU; on other platforms it means nothing.
+  XLA reads the variable once, when its first backend starts. With the flag it computes the same
+  bits in every run on the same kind of GPU; on other platforms the flag has no effect.
 
   Raises:
-    UserError: if it would come too late, or XLA_FLAGS says something else.
+    UserError: if XLA has started already, or XLA_FLAGS contradicts the flag or names a file.
   """
   flags = os.environ.get("XLA_FLAGS", "").split()
   if flags and not flags[0].startswith("-"):
     raise UserError(
       f"deterministic = True: XLA_FLAGS={flags[0]} names a file, to which nothing can be added; "
-      f"write {FLAG} into it and leave the key False"
+      f"write {FLAG} into that file and set deterministic=False"
     )
-  said = [value.lower() for name, _, value in (f.partition("=") for f in flags) if name == FLAG]
-  if said and said[-1] in ("false", "0"):
-    raise UserError(f"deterministic = True, but XLA_FLAGS has {FLAG}={said[-1]}: take it out")
-  if said:
+  values = [value.lower() for name, _, value in (f.partition("=") for f in flags) if name == FLAG]
+  if values and values[-1] in ("false", "0"):
+    raise UserError(
+      f"deterministic = True contradicts {FLAG}={values[-1]} in XLA_FLAGS; remove that flag"
+    )
+  if values:
     return
   if _backend_has_started():
     raise UserError(
-      "deterministic = True comes too late: JAX is at work in this process already; begin with "
-      f"this run, or set XLA_FLAGS={FLAG}=true before the start"
+      "deterministic = True comes too late: JAX has started in this process already; make this run "
+      f"the first one of the process, or set XLA_FLAGS={FLAG}=true before the process starts"
     )
   os.environ["XLA_FLAGS"] = " ".join([*flags, f"{FLAG}=true"])
 
 
 def _backend_has_started() -> bool:
-  """Tells whether JAX's backend has started, without starting it.
+  """Returns whether JAX's backend has started, without starting it.
 
-  JAX has no public function for it. But once the backend has started, it refuses to change the
+  JAX has no public function for this. But once the backend has started, JAX refuses to change the
   number of CPU devices.
   """
-  with _asking:
-    before = jax.config.jax_num_cpu_devices
+  with _probing:
+    # JAX defines its options when it is imported.
+    before = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     try:
       jax.config.update("jax_num_cpu_devices", 2 if before == 1 else 1)
     except RuntimeError:

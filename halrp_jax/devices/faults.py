@@ -1,4 +1,4 @@
-"""What goes wrong with the machine and its devices, told on one line."""
+"""Explanations, on one line each, of errors whose cause is the machine or one of its devices."""
 
 import jax
 import jax.extend
@@ -7,7 +7,8 @@ from halrp_jax.devices import processes
 from halrp_jax.types import brief
 
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "OUT_OF_MEMORY")
-_TAKEN = (  # what CUDA's libraries and libtpu say of a device whose memory another process holds
+# Messages of CUDA's libraries and of libtpu about a device whose memory another process has taken.
+_IN_USE = (
   "CUDA_ERROR_DEVICE_UNAVAILABLE",
   "busy or unavailable",
   "already in use",
@@ -21,38 +22,46 @@ _TAKEN = (  # what CUDA's libraries and libtpu say of a device whose memory anot
 
 
 def explain(error: BaseException) -> str | None:
-  """Returns one line for an error that the machine is the cause of, None for all others."""
-  if processes.count() == 1 and (line := unusable()):  # of several, all would have to start it
+  """Returns one line about an error that the machine caused, or None for any other error."""
+  # With several processes, starting the platform would need all of them to call this function.
+  if processes.count() == 1 and (line := unusable()):
     return line
   text = str(error)
   if isinstance(error, MemoryError):
-    return f"this machine has no memory left{_said(text)}; end other programs or use fewer images"
+    return (
+      f"this machine has no memory left{_in_brackets(text)}; end other programs or use fewer images"
+    )
   if not isinstance(error, jax.errors.JaxRuntimeError):
     return None
   device = jax.local_devices()[0].device_kind
   if any(words in text for words in _NO_MEMORY):
     return (
-      f"{device}: out of memory{_said(text)}; end what else uses the device, or take a smaller "
-      "batch_size or network"
+      f"{device}: out of memory{_in_brackets(text)}; end other programs that use the device, or "
+      "set a smaller batch_size or network"
     )
-  if any(words in text for words in _TAKEN):
-    return f"{device}: can't be used now{_said(text)}; another program uses it: wait or end that"
+  if any(words in text for words in _IN_USE):
+    return (
+      f"{device}: not available{_in_brackets(text)}; another program uses it: wait for that "
+      "program or end it"
+    )
   return None
 
 
 def unusable() -> str | None:
-  """Returns one line if jax finds no device of the platform that it is told to use.
+  """Returns one line if JAX finds no device of the platform it is configured to use, else None.
 
-  Starts the platform. Where it fails, jax is left with the devices that there are: for a process
-  that ends.
+  Starts the platform. If that fails, JAX is reconfigured to use any available platform, so the
+  process should end afterwards.
   """
   try:
     jax.devices()
     return None
-  except Exception as e:  # for cuda without a GPU AssertionError, with python -O AttributeError
-    asked, said = jax.config.jax_platforms, str(e) if isinstance(e, RuntimeError) else ""
-  if not asked:
-    return f"jax finds no device that it can use{_said(said)}"
+  except Exception as e:  # for cuda without a GPU: AssertionError; with python -O: AttributeError
+    # JAX defines its options when it is imported.
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    text = str(e) if isinstance(e, RuntimeError) else ""
+  if not platforms:
+    return f"jax finds no device that it can use{_in_brackets(text)}"
   try:
     jax.config.update("jax_platforms", "")
     jax.extend.backend.clear_backends()
@@ -60,10 +69,11 @@ def unusable() -> str | None:
   except Exception:
     found = "none"
   return (
-    f"JAX_PLATFORMS={asked}: jax finds no such device{_said(said)}; platforms that can be used "
-    f"here: {found}. Set JAX_PLATFORMS to one of them or leave it unset"
+    f"JAX_PLATFORMS={platforms}: jax finds no such device{_in_brackets(text)}; platforms that can "
+    f"be used here: {found}. Set JAX_PLATFORMS to one of them or leave it unset"
   )
 
 
-def _said(text: str) -> str:
+def _in_brackets(text: str) -> str:
+  """Returns a library's message, shortened, with a space and brackets; empty for an empty one."""
   return f" ({brief(ValueError(text))})" if text.strip() else ""

@@ -1,16 +1,16 @@
-"""Several runs at once: one program with a leading axis [R] for the runs, sharded over the devices.
+"""Several runs learned at once: one program whose arrays have a leading axis [R] for the runs.
 
-Runs that differ only in order and seed are the same computation on other numbers. Each has a thread
-of its own (`run_all`) and is written as if it were the only one; the threads are a `Gang`. Where a
-run trains an epoch (`make_epoch`), its thread hands in the arguments and waits. As soon as all
-threads wait, one of them stacks the arguments, trains all epochs as one program and gives every
-thread its result.
+Runs that differ only in order and seed perform the same computation on different numbers. Each run
+has a thread of its own (`run_all`), and its code is written as if it were the only run. The threads
+form a `Gang`. Where a run trains an epoch (`make_epoch`), its thread submits the arguments and
+waits. As soon as all threads wait, one of them stacks the arguments, trains all epochs as one
+program, sharded over the devices by run, and hands every thread its result.
 """
 
 import functools
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +19,36 @@ import numpy as np
 from halrp_jax.devices import parallel
 from halrp_jax.types import Split, result_of
 
+T = TypeVar("T")
+
 # --- threads ----------------------------------------------------------------------------
 
 
 class Gang:
-  """Threads that do their common work at once; one that ends must `leave`."""
+  """Threads that do equal work at once. A thread that ends must call `leave`.
 
-  def __init__(self, size: int):
+  Args:
+    size: number of threads.
+  """
+
+  def __init__(self, size: int) -> None:
     self._size = size
     self._changed = threading.Condition()
-    self._waiting = {}  # thread -> (fn, arguments)
-    self._results = {}  # thread -> its result, or the exception
+    self._waiting: dict[int, tuple[Callable, tuple]] = {}  # thread -> (fn, arguments)
+    self._results: dict[int, Any] = {}  # thread -> its result, or the exception
     self._building = threading.Lock()
-    self._built = None  # what the first call of `build` has built
+    self._built: tuple | None = None  # result of the first call of `build`
 
-  def gather(self, fn: Callable[[list[tuple]], list], args: tuple):
-    """Returns this thread's part of fn([args of every thread that called with this fn]).
+  def gather(self, fn: Callable[[list[tuple]], list[T]], args: tuple) -> T:
+    """Waits for the other threads, and returns this thread's part of a joint call of fn.
 
-    An exception in the place of a result is raised in its thread; one that fn raises, in all.
+    Args:
+      fn: takes the arguments of all threads that wait with this same function, and returns a list
+        with a result for each of them. An exception in the list is raised in its thread alone.
+      args: this thread's arguments.
+
+    Raises:
+      Exception: in all threads that wait with this function, if fn itself raises.
     """
     me = threading.get_ident()
     with self._changed:
@@ -46,16 +58,21 @@ class Gang:
       return result_of(self._results.pop(me))
 
   def leave(self) -> None:
-    """Tells the others not to wait for this thread any more."""
+    """Removes this thread from the gang, so that the others do not wait for it."""
     with self._changed:
       self._size -= 1
       self._work_if_all_wait()
 
-  def build(self, build_one: Callable, config) -> tuple:
-    """Returns build_one(config), a benchmark and what belongs to it, sharing what can be shared.
+  def build(self, build_one: Callable[[T], tuple], config: T) -> tuple:
+    """Returns build_one(config), with as much as possible shared between the threads.
 
-    The threads' configs differ in order and seed alone. So the first one's model, method and
-    layout, with their compiled functions, are those of all, and equal images are held once.
+    The configs of the threads differ in order and seed only. So all threads use the model, method
+    and layout of the first call, with their compiled functions. Images that are equal are stored
+    once.
+
+    Args:
+      build_one: returns a tuple that begins with a `Benchmark`.
+      config: the config of this thread's run.
     """
     with self._building:
       benchmark, *others = build_one(config)
@@ -69,6 +86,7 @@ class Gang:
       return shared, *self._built[1:]
 
   def _work_if_all_wait(self) -> None:
+    """Calls each submitted function for all threads that wait with it, if all threads wait."""
     if not self._waiting or len(self._waiting) < self._size:
       return
     waiting, self._waiting = self._waiting, {}
@@ -83,7 +101,7 @@ class Gang:
 
 
 def run_all(jobs: list[Callable[[Gang], None]]) -> None:
-  """Runs every job(gang) in a thread of its own; then raises the first exception of a job."""
+  """Runs every job(gang) in a thread of its own, then raises the first exception of a job."""
   gang, raised = Gang(len(jobs)), []
 
   def work(job):
@@ -103,11 +121,11 @@ def run_all(jobs: list[Callable[[Gang], None]]) -> None:
     raise e
 
 
-def serialize(fn: Callable) -> Callable:
-  """Builds call(): it calls fn(), of several threads one after another."""
+def serialize(fn: Callable[[], object]) -> Callable[[], None]:
+  """Wraps fn so that threads that call it at the same time run it one after another."""
   lock = threading.Lock()
 
-  def call():
+  def call() -> None:
     with lock:
       fn()
 
@@ -118,7 +136,7 @@ def serialize(fn: Callable) -> Callable:
 
 
 class Parts(NamedTuple):
-  """What an epoch of one run is made of; `data[0]` is the `Split` with the images."""
+  """The functions that make up an epoch of one run; `data[0]` is the `Split` with the images."""
 
   begin: Callable  # (state, frozen, data, blocks, key) -> carry, rows, args
   steps: Callable  # (carry, batches, start, stop, *args) -> carry; pure
@@ -128,30 +146,35 @@ class Parts(NamedTuple):
 def make_epoch(
   epoch: Callable, parts: Parts, can_join: Callable[[], bool], num_devices: int
 ) -> Callable:
-  """Builds epoch(gang, *args), which trains the epochs of all the gang's threads at once.
+  """Builds epoch(gang, *args), which trains one epoch of every thread of the gang at once.
 
-  Epochs of equal shapes over the same images are one program; others run one after another.
-  `state` is donated.
+  Epochs with arrays of equal shapes over the same images become one program; other epochs run one
+  after another. `state` is donated.
 
   Args:
-    epoch: (state, frozen, data, blocks, key, progress) -> state, sums: of one run.
-    parts: the same in parts.
-    can_join: says whether several epochs may be one program.
-    num_devices: over which the runs are spread.
+    epoch: (state, frozen, data, blocks, key, progress) -> state, sums; an epoch of a single run.
+    parts: the functions that `epoch` is made of.
+    can_join: returns whether several epochs may become one program.
+    num_devices: number of devices over which the runs are sharded.
+
+  Returns:
+    A function of a `Gang` (None: the run is the only one) and the arguments of `epoch`, which
+    returns what `epoch` returns.
   """
   joint_epoch = _make_joint_epoch(parts, num_devices)
 
-  def each(calls):
+  def one_by_one(calls):
     return [_attempt(epoch, call) for call in calls]
 
   def all_epochs(calls):
     if len(calls) == 1 or not can_join():
-      return each(calls)
-    groups, results = {}, [None] * len(calls)
+      return one_by_one(calls)
+    groups: dict[tuple, list[int]] = {}
+    results: list[Any] = [None] * len(calls)
     for i, call in enumerate(calls):
-      groups.setdefault(_kind(*call), []).append(i)
+      groups.setdefault(_signature(*call), []).append(i)
     for members in groups.values():
-      train = joint_epoch if len(members) > 1 else each
+      train = joint_epoch if len(members) > 1 else one_by_one
       for i, result in zip(members, train([calls[i] for i in members]), strict=True):
         results[i] = result
     return results
@@ -162,7 +185,7 @@ def make_epoch(
   return call
 
 
-def _attempt(fn, args):
+def _attempt(fn: Callable[..., T], args: tuple) -> T | Exception:
   """Returns fn(*args), or the exception that it raises."""
   try:
     return fn(*args)
@@ -170,15 +193,15 @@ def _attempt(fn, args):
     return e
 
 
-def _kind(state, frozen, data, blocks, key, progress) -> tuple:
-  """Returns what epochs must have in common to be one program."""
+def _signature(state, frozen, data, blocks, key, progress) -> tuple:
+  """Returns a value that is equal for epochs that can become one program."""
   leaves, structure = jax.tree.flatten((state, frozen, data))
   shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
   return id(data[0].image), blocks, structure, shapes
 
 
 def _with_image(tree, image):
-  """Returns a tree in which every split has another array of images."""
+  """Returns a tree in which the images of every `Split` are replaced by `image`."""
 
   def is_split(x):
     return isinstance(x, Split)
@@ -189,9 +212,13 @@ def _with_image(tree, image):
 
 
 def _make_joint_epoch(parts: Parts, num_devices: int) -> Callable:
-  """Builds the epoch of several runs: arguments of each -> result or exception of each.
+  """Builds the joint epoch of several runs.
 
-  All arrays get a leading axis [R], but for the images, which the runs share.
+  All arrays get a leading axis [R], except the images, which the runs share.
+
+  Returns:
+    A function of a list with the arguments of each run, which returns a list with the result or the
+    exception of each run.
   """
 
   def steps(carry, batches, start, stop, args, image):
@@ -199,7 +226,7 @@ def _make_joint_epoch(parts: Parts, num_devices: int) -> Callable:
 
   joint_steps = jax.jit(jax.vmap(steps, in_axes=(0, 0, None, None, 0, None)), donate_argnums=0)
   stack = jax.jit(lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))
-  shard, replicate = _make_placing(num_devices)
+  shard, replicate = _make_shard_and_replicate(num_devices)
 
   @functools.partial(jax.jit, static_argnums=1)
   def unstack(tree, num_runs):
@@ -209,45 +236,46 @@ def _make_joint_epoch(parts: Parts, num_devices: int) -> Callable:
     return parts.begin(state, frozen, _with_image(data, None), blocks, key)
 
   def joint_epoch(calls):
-    failed, watchers = {}, [call[-1] for call in calls]
+    failed, reports = {}, [call[-1] for call in calls]  # `progress` is the last argument
     image = replicate(calls[0][2][0].image)
     carry, rows, args = shard(stack([begin(*call) for call in calls]))
 
-    def watch_all(state, sums, done, num_steps):
+    def joint_progress(state, sums, done, num_steps):
       sums = np.asarray(sums)
-      for i, watch in enumerate(watchers):
+      for i, report in enumerate(reports):
         if i not in failed:
           bad = None if np.isfinite(sums[i]).all() else jax.tree.map(lambda x, i=i: x[i], state)
-          error = _attempt(watch, (bad, sums[i], done, num_steps))
+          error = _attempt(report, (bad, sums[i], done, num_steps))
           failed.update({i: error} if error else {})
-      if len(failed) == len(watchers):
+      if len(failed) == len(reports):
         raise failed[0]
 
-    carry = parts.finish(carry, rows, watch_all, joint_steps, args, image)
+    carry = parts.finish(carry, rows, joint_progress, joint_steps, args, image)
     return [failed.get(i, part) for i, part in enumerate(unstack(carry, len(calls)))]
 
   return joint_epoch
 
 
-def _make_placing(num_devices: int) -> tuple[Callable, Callable]:
+def _make_shard_and_replicate(num_devices: int) -> tuple[Callable, Callable]:
   """Builds shard(tree) and replicate(x) for runs that are learned at once.
 
-  shard: spreads arrays [R, ...] over the devices by run, where their number divides R. replicate:
-  puts an array whole on every device; one that comes again is there already.
+  `shard` shards arrays [R, ...] over the devices by run, or replicates them if R is not a multiple
+  of the number of devices. `replicate` copies an array to every device; if it gets the same array
+  as in the last call, it returns the same copies.
   """
   if num_devices == 1:
     return (lambda tree: tree), (lambda x: x)
-  by_first_axis, whole = parallel.shardings(jax.local_devices())
+  by_run, replicated = parallel.shardings(jax.local_devices())
   last = []
 
   def replicate(x):
     if not last or last[0] is not x:
-      last[:] = x, jax.device_put(x, whole)
+      last[:] = x, jax.device_put(x, replicated)
     return last[1]
 
   def shard(tree):
     def place(x):
-      return jax.device_put(x, whole if len(x) % num_devices else by_first_axis)
+      return jax.device_put(x, replicated if len(x) % num_devices else by_run)
 
     return jax.tree.map(place, tree)
 

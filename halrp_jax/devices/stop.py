@@ -1,32 +1,37 @@
-"""SIGTERM and SIGINT: stop at the next good place, soon in any case. For the command line only."""
+"""Handling of SIGTERM and SIGINT: a run stops at a point from which it can be resumed.
+
+For the command line only.
+"""
 
 import os
 import signal
 import threading
+from collections.abc import Callable
 
-EXIT_CODE = 75  # "try again later": the same command goes on
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the run
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _GRACE_SECONDS = 25.0
 
 
-def listen():
-  """Takes over both signals for the process. Call it before jax starts threads.
+def listen() -> Callable[[], bool]:
+  """Takes over SIGTERM and SIGINT for the whole process. Must be called before JAX starts threads.
 
-  A thread waits for them, since Python's own handlers don't run while XLA computes. After the
-  first signal the function returned is True; 25 seconds later, or at a second signal, the process
-  ends with exit code 75 at once: what is on disk is always whole.
+  A thread waits for the signals, because Python's own handlers don't run while XLA computes. The
+  first signal only makes the returned function return True. 25 seconds later, or at a second
+  signal, the process exits at once with code 75. That is safe at any moment: files are written
+  whole or not at all.
 
   Returns:
-    A function without arguments that tells if a signal has come.
+    A function without arguments: whether a signal has been received.
   """
   signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-  asked = threading.Event()
+  received = threading.Event()
 
-  def wait():
+  def wait() -> None:
     signal.sigwait(_SIGNALS)
-    asked.set()
+    received.set()
     signal.sigtimedwait(_SIGNALS, _GRACE_SECONDS)
     os._exit(EXIT_CODE)
 
   threading.Thread(target=wait, daemon=True, name="signals").start()
-  return asked.is_set
+  return received.is_set

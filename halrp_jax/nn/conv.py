@@ -1,25 +1,37 @@
-"""Convolution, BatchNorm and pooling as the models use them: the same numbers on every platform.
+"""Convolutions that are fast on the CPU, too.
 
-XLA:CPU has no fast gradient of a convolution (and inside `lax.scan` one that is tens of times
-slower still), so on the CPU a convolution is written as matrix products. Accelerators get the
-plain operation. Both agree to rounding (tests/nn/test_layers.py).
+XLA:CPU has no fast gradient of a convolution, and inside `lax.scan` its gradient is tens of times
+slower still. So on the CPU a convolution is computed as matrix products. Accelerators use XLA's own
+operation. Both agree up to rounding (tests/nn/test_layers.py).
 """
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from halrp_jax.nn import isolate
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-_FEW_CHANNELS = 4  # up to here a convolution is faster on 2x2 blocks (space to depth)
+_FEW_CHANNELS = 4  # with at most so many input channels, 2 x 2 blocks (space to depth) are faster
+_Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Every channel by itself. [B, H, W, C], kernel [h, w, C] (odd) -> [B, H, W, C], zero-padded"""
+  """Convolves every channel with its own kernel, with zero padding and stride 1.
+
+  Args:
+    x: [B, H, W, C]
+    kernel: [h, w, C], h and w odd.
+
+  Returns:
+    [B, H, W, C]
+  """
   h, w, channels = kernel.shape
   kernel = kernel.astype(x.dtype)
 
@@ -32,22 +44,28 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   def shifted(x, kernel):
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (h // 2, h // 2), (w // 2, w // 2), (0, 0)))
-    return sum(
+    parts = (
       x[:, i : i + height, j : j + width] * kernel[i, j][None, None, None]
       for i in range(h)
       for j in range(w)
     )
+    return cast("jax.Array", sum(parts))  # not the int 0: there are parts
 
   return lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
 
 
-def patches(x: jax.Array, window, strides, padding) -> jax.Array:
-  """What a convolution's kernel is multiplied with, place by place.
+def patches(
+  x: jax.Array,
+  window: Sequence[int],
+  strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+) -> jax.Array:
+  """Extracts the patch of the input that a convolution multiplies with its kernel, at each output.
 
   Args:
     x: [B, H, W, C]
-    window: height and width of the kernel.
-    strides: along height and width.
+    window: height h and width w of the kernel.
+    strides: strides along height and width.
     padding: "SAME", "VALID" or ((top, bottom), (left, right)).
 
   Returns:
@@ -69,18 +87,38 @@ def patches(x: jax.Array, window, strides, padding) -> jax.Array:
 
 
 def conv_general_dilated(
-  lhs,
-  rhs,
-  window_strides,
-  padding,
-  lhs_dilation=None,
-  rhs_dilation=None,
-  dimension_numbers=None,
-  feature_group_count=1,
-  precision=None,
-  **kwargs,
-):
-  """`lax.conv_general_dilated` for `nn.Conv(conv_general_dilated=...)`, fast on the CPU too."""
+  lhs: jax.Array,
+  rhs: jax.Array,
+  window_strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+  lhs_dilation: Sequence[int] | None = None,
+  rhs_dilation: Sequence[int] | None = None,
+  dimension_numbers: lax.ConvGeneralDilatedDimensionNumbers = None,
+  feature_group_count: int = 1,
+  precision: lax.PrecisionLike = None,
+  preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+  """Computes what `lax.conv_general_dilated` does, also fast on the CPU.
+
+  It is an argument for `nn.Conv(conv_general_dilated=...)`. The fast form covers 4-dimensional
+  arrays in the layout NHWC, kernels in HWIO, strides 1 or 2, without dilation or groups; anything
+  else is left to `lax.conv_general_dilated`.
+
+  Args:
+    lhs: input. [B, H, W, C]
+    rhs: kernel. [h, w, C, J]
+    window_strides: strides along height and width.
+    padding: "SAME", "VALID" or ((top, bottom), (left, right)).
+    lhs_dilation: as in `lax.conv_general_dilated`.
+    rhs_dilation: as in `lax.conv_general_dilated`.
+    dimension_numbers: as in `lax.conv_general_dilated`.
+    feature_group_count: as in `lax.conv_general_dilated`.
+    precision: as in `lax.conv_general_dilated`; the fast form ignores it.
+    preferred_element_type: as in `lax.conv_general_dilated`; excludes the fast form.
+
+  Returns:
+    [B, H', W', J]
+  """
 
   def plain(lhs, rhs):
     return lax.conv_general_dilated(
@@ -93,30 +131,33 @@ def conv_general_dilated(
       dimension_numbers=dimension_numbers,
       feature_group_count=feature_group_count,
       precision=precision,
-      **kwargs,
+      preferred_element_type=preferred_element_type,
     )
 
   strides = tuple(window_strides)
-  simple = (
+  is_simple = (
     lhs.ndim == 4
     and feature_group_count == 1
+    and preferred_element_type is None
     and strides in ((1, 1), (2, 2))
     and all(d == 1 for f in (lhs_dilation, rhs_dilation) for d in f or (1,))
     and dimension_numbers in (None, lax.conv_dimension_numbers(lhs.shape, rhs.shape, _DIMENSIONS))
   )
-  if not simple:
+  if not is_simple:
     return plain(lhs, rhs)
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
-  padding = tuple((int(a), int(b)) for a, b in padding)
-  if not all(0 <= p < k for k, pair in zip(rhs.shape[:2], padding, strict=True) for p in pair):
+  rows, columns = ((int(a), int(b)) for a, b in padding)
+  if not all(
+    0 <= p < k for k, pair in zip(rhs.shape[:2], (rows, columns), strict=True) for p in pair
+  ):
     return plain(lhs, rhs)
-  fast = functools.partial(_fast_conv, padding=padding, stride=strides[0])
+  fast = functools.partial(_fast_conv, padding=(rows, columns), stride=strides[0])
   return lax.platform_dependent(lhs, rhs, cpu=fast, default=plain)
 
 
-def _fast_conv(x, kernel, *, padding, stride):
-  """Which form is fastest on the CPU, by shape alone."""
+def _fast_conv(x: jax.Array, kernel: jax.Array, *, padding: _Padding, stride: int) -> jax.Array:
+  """Convolves in the form that is fastest on the CPU, chosen by the shapes alone."""
   if kernel.shape[:2] == (1, 1):
     return times(x[:, ::stride, ::stride], kernel[0, 0])
   if stride == 2 or x.shape[-1] <= _FEW_CHANNELS:
@@ -125,15 +166,25 @@ def _fast_conv(x, kernel, *, padding, stride):
 
 
 # --- convolutions as matrix products (NHWC, HWIO) ---------------------------------------
-# Unfold the columns, multiply, fold the rows; autodiff goes the same way back: unfold the rows,
-# multiply, fold the columns. With few input channels the whole window is unfolded, nothing folded.
+# The columns are unfolded, a matrix product follows, and the rows are folded. The gradient goes the
+# same way back: it unfolds the rows, multiplies, and folds the columns. With few input channels the
+# whole window is unfolded instead, and nothing is folded.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _unfold(x, axis, starts, sizes):
-  """[..., n, ..., C] -> [..., m, ..., len(starts) * C], (n, m) = sizes; zeros beyond the edges.
+def _unfold(x: jax.Array, axis: int, starts: tuple[int, ...], sizes: tuple[int, int]) -> jax.Array:
+  """Concatenates shifted slices of x along the channels; beyond the edges there are zeros.
 
-  Part i is x shifted: part_i[k] = x[k + starts[i]] along `axis`.
+  Part i is part_i[k] = x[k + starts[i]] along `axis`.
+
+  Args:
+    x: [..., n, ..., C]
+    axis: the axis of size n.
+    starts: the shift of each part.
+    sizes: n, and the size m of a part along `axis`.
+
+  Returns:
+    [..., m, ..., len(starts) * C]
   """
   n, m = sizes
   below, above = max(0, -min(starts)), max(0, max(starts) + m - n)
@@ -147,10 +198,19 @@ def _unfold(x, axis, starts, sizes):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _fold(z, axis, starts, sizes):
-  """The transpose of `_unfold`: [..., m, ..., len(starts) * C] -> [..., n, ..., C].
+def _fold(z: jax.Array, axis: int, starts: tuple[int, ...], sizes: tuple[int, int]) -> jax.Array:
+  """Computes the transpose of `_unfold`: y[k] = sum over i of part_i[k - starts[i]].
 
-  y[k] = sum_i part_i[k - starts[i]]. Every part is cut and padded by itself: one pass over z.
+  Every part is cut and padded by itself, so that z is read only once.
+
+  Args:
+    z: [..., m, ..., len(starts) * C]
+    axis: as for `_unfold`.
+    starts: as for `_unfold`.
+    sizes: as for `_unfold`.
+
+  Returns:
+    [..., n, ..., C]
   """
   n, m = sizes
 
@@ -160,40 +220,46 @@ def _fold(z, axis, starts, sizes):
       part = lax.slice_in_dim(part, max(-s, 0), min(m, n - s), axis=axis)
       missing = (max(s, 0), max(n - s - m, 0))
       y += jnp.pad(part, [missing if a == axis else (0, 0) for a in range(z.ndim)])
-    return y
+    return cast("jax.Array", y)  # not the int 0: there are parts
 
   return isolate.call(total, z)
 
 
 @jax.custom_vjp
-def times(x, matrix):
-  """[..., K] @ [K, N] as one matrix product."""
+def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """Computes x @ matrix as one matrix product: [..., K] @ [K, N] -> [..., N]."""
   return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-def _times_bwd(saved, dy):
-  """A product over very many places runs as two, which XLA:CPU's threads share better."""
+def _times_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Computes the gradient of `times`.
+
+  If x has very many rows, the gradient of the matrix is computed as two products, because then
+  XLA:CPU divides the work better between its threads.
+  """
   x, matrix = saved
-  places, widest = math.prod(x.shape[:-1]), max(matrix.shape)
-  n = 2 if places % 2 == 0 and places > 20 * widest else 1
+  num_rows, widest = math.prod(x.shape[:-1]), max(matrix.shape)
+  n = 2 if num_rows % 2 == 0 and num_rows > 20 * widest else 1
   parts = (y.reshape(n, -1, y.shape[-1]) for y in (x, dy))
   return times(dy, matrix.T), jnp.einsum("nmi,nmj->nij", *parts).sum(0)
 
 
 _unfold.defvjp(
-  lambda x, *where: (_unfold(x, *where), None), lambda *args: (_fold(args[-1], *args[:3]),)
+  lambda x, *static: (_unfold(x, *static), None), lambda *args: (_fold(args[-1], *args[:3]),)
 )
 _fold.defvjp(
-  lambda z, *where: (_fold(z, *where), None), lambda *args: (_unfold(args[-1], *args[:3]),)
+  lambda z, *static: (_fold(z, *static), None), lambda *args: (_unfold(args[-1], *args[:3]),)
 )
 times.defvjp(lambda x, matrix: (times(x, matrix), (x, matrix)), _times_bwd)
 
 
-def _product_conv(x, kernel, padding):
+def _product_conv(x: jax.Array, kernel: jax.Array, padding: _Padding) -> jax.Array:
+  """Convolves with stride 1 as one matrix product between an unfold and a fold (or two unfolds)."""
   ((top, _), (left, _)), (kh, kw, num_in, num_out) = padding, kernel.shape
   (h, w), (h_out, w_out) = x.shape[1:3], _output_size(x, kernel, padding)
   columns = tuple(j - left for j in range(kw))
-  if kh * kw * num_in < kw * num_in + kh * num_out:  # numbers written for a place
+  # Both sides count the numbers that the form writes for each pixel.
+  if kh * kw * num_in < kw * num_in + kh * num_out:
     rows = tuple(i - top for i in range(kh))
     x = _unfold(x, 1, rows, (h, h_out))
     x = _unfold(x, 2, columns, (w, w_out))
@@ -203,33 +269,37 @@ def _product_conv(x, kernel, padding):
   return _fold(z, 1, tuple(top - i for i in range(kh)), (h_out, h))
 
 
-def _output_size(x, kernel, padding, stride=1):
+def _output_size(
+  x: jax.Array, kernel: jax.Array, padding: _Padding, stride: int = 1
+) -> tuple[int, ...]:
+  """Returns height and width of a convolution's output."""
   return tuple(
     (n + sum(pads) - k) // stride + 1
     for n, pads, k in zip(x.shape[1:3], padding, kernel.shape[:2], strict=True)
   )
 
 
-def _blocked_conv(x, kernel, padding, stride):
-  """The same convolution on 2x2 blocks of pixels: 4 times the channels, a quarter of the places.
+def _blocked_conv(x: jax.Array, kernel: jax.Array, padding: _Padding, stride: int) -> jax.Array:
+  """Convolves blocks of 2 x 2 pixels: four times the channels, a quarter of the positions.
 
-  The kernel is embedded at the places of a block where an output starts (four with stride 1, one
-  with stride 2); its gradient flows back through that.
+  A block contains the starting positions of four outputs with stride 1, of one with stride 2. For
+  each of them the kernel is embedded in a larger one, shifted by the position within the block.
+  The gradient of the kernel flows back through this embedding.
   """
   kh, kw, num_in, num_out = kernel.shape
-  b, h, w, _ = x.shape
+  b, _, _, _ = x.shape
   (top, _), (left, _) = padding
   h_out, w_out = _output_size(x, kernel, padding, stride)
   m = 2 // stride  # outputs per block and axis
   bh, bw = -(-h_out // m), -(-w_out // m)  # blocks of the output
-  qh, qw = (kh + m) // 2, (kw + m) // 2  # blocks under the kernel, wherever in a block it starts
+  qh, qw = (kh + m) // 2, (kw + m) // 2  # blocks that the embedded kernel covers
   rows, cols = 2 * (bh + qh - 1), 2 * (bw + qw - 1)
   x = x[:, : rows - top, : cols - left]
   below, beside = rows - top - x.shape[1], cols - left - x.shape[2]
   x = jnp.pad(x, ((0, 0), (top, below), (left, beside), (0, 0)))
   x = x.reshape(b, rows // 2, 2, cols // 2, 2, num_in).transpose(0, 1, 3, 2, 4, 5)
   x = x.reshape(b, rows // 2, cols // 2, 4 * num_in)
-  placed = jnp.stack(
+  embedded = jnp.stack(
     [
       jnp.pad(kernel, ((i, 2 * qh - kh - i), (j, 2 * qw - kw - j), (0, 0), (0, 0)))
       for i in range(m)
@@ -237,8 +307,8 @@ def _blocked_conv(x, kernel, padding, stride):
     ],
     axis=-2,
   )  # [2*qh, 2*qw, I, m*m, J]
-  placed = placed.reshape(qh, 2, qw, 2, num_in, m * m * num_out).transpose(0, 2, 1, 3, 4, 5)
-  placed = placed.reshape(qh, qw, 4 * num_in, m * m * num_out)
-  y = _product_conv(x, placed, ((0, 0), (0, 0)))
+  embedded = embedded.reshape(qh, 2, qw, 2, num_in, m * m * num_out).transpose(0, 2, 1, 3, 4, 5)
+  embedded = embedded.reshape(qh, qw, 4 * num_in, m * m * num_out)
+  y = _product_conv(x, embedded, ((0, 0), (0, 0)))
   y = y.reshape(b, bh, bw, m, m, num_out).transpose(0, 1, 3, 2, 4, 5)
   return y.reshape(b, m * bh, m * bw, num_out)[:, :h_out, :w_out]

@@ -3,12 +3,17 @@
 import math
 
 import jax
+from flax.typing import Initializer
 
 
-def uniform_fan_in(fan_in: int | None = None):
-  """PyTorch's default initialisation, which the paper's networks start from.
+def uniform_fan_in(fan_in: int | None = None) -> Initializer:
+  """Builds PyTorch's default initialiser, which the paper's networks use.
 
-  Uniform in +-1/sqrt(fan_in); for kernels fan_in is the product of all axes but the last.
+  It draws from the uniform distribution on [-1/sqrt(fan_in), 1/sqrt(fan_in)].
+
+  Args:
+    fan_in: number of inputs of the layer. None: the product of all axes of the shape but the last,
+      as for a kernel.
   """
 
   def init(key, shape, dtype=float):

@@ -1,42 +1,49 @@
 """A fusion barrier for XLA:CPU.
 
-XLA:CPU fuses a cheap producer (normalisation, ReLU, padding) into every consumer, and computes it
-again for each value that the consumer reads: once for every slice of a convolution's unfolded
-input. It never fuses across the branches of a conditional. So a function is put into one branch of
-a `lax.cond` whose condition XLA cannot foresee: whether the first value is NaN. The other branch
-returns NaN everywhere, so a NaN spreads further than without the barrier and never gets lost.
+XLA:CPU fuses a cheap producer (normalisation, ReLU, padding) into every consumer, and computes the
+producer again for each value that the consumer reads: in a convolution, once for every slice of the
+unfolded input. It never fuses across the branches of a conditional. So this module puts a function
+into one branch of a `lax.cond` whose condition XLA cannot know when it compiles: whether the first
+value is NaN. The other branch returns NaN everywhere. Thus a NaN spreads further than without the
+barrier, and never gets lost.
 
 `lax.optimization_barrier` does not help: XLA:CPU removes it before its fusion passes, and the
-compiled fusions are those without it.
+compiled fusions are the same as without it.
 
-Measured with jax and jaxlib 0.10.2 on 2 cores of an x86-64 CPU, a training step of 128 images
-(`python benchmarks/fusion_barrier.py --rounds=9 --repeats=4`: the forms take turns; medians; the
-ratio is to the first form within a round):
+The table shows the time of a training step with 128 images, with jax and jaxlib 0.10.2 on 2 cores
+of an x86-64 CPU. It was measured by `python benchmarks/fusion_barrier.py --rounds=9 --repeats=4`,
+which runs the three forms in turn. Times are medians. A ratio compares a form with the first one
+within the same round.
 
-| step, ms of wall clock (compile s) | this barrier | optimization_barrier | none             |
+| ms of wall clock (s to compile)    | this barrier | optimization_barrier | none             |
 |------------------------------------|--------------|----------------------|------------------|
 | LeNet, STL                         | 152 (4.6)    | 180 (4.2): 1.15      | 170 (4.1): 1.13  |
 | LeNet, HALRP                       | 74 (10.1)    | 88 (9.8): 1.14       | 87 (8.9): 1.11   |
 | AlexNet at 32 pixels, STL          | 193 (5.8)    | 256 (4.1): 1.30      | 253 (4.0): 1.29  |
 | AlexNet at 32 pixels, HALRP        | 187 (13.6)   | 243 (13.8): 1.36     | 240 (13.0): 1.35 |
 
-Other programs were running, LeNet's first row the most disturbed; the CPU time of a step, which
-they disturb less, has the same ratios. tests/nn/test_isolate.py fails when XLA no longer needs it.
+Other programs ran at the same time, which affected the first row most. The CPU time of a step is
+affected less and gives the same ratios. tests/nn/test_isolate.py reads compiled programs and fails
+with a version of XLA that does not need the barrier.
 """
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+Tree = TypeVar("Tree")  # an array or a pytree of arrays
 
-def call(fn, *args):
-  """Returns fn(*args), computed once, in no fusion with what comes before or after.
+
+def call(fn: Callable[..., Tree], *args: jax.Array) -> Tree:
+  """Returns fn(*args), computed once and not fused with what comes before or after.
 
   Args:
-    fn: a function of arrays; its result must be floating point.
-    *args: arrays, the first of them not empty. Where its first value is NaN, the whole result is.
+    fn: a function of arrays whose result is floating point.
+    *args: arrays, the first of them not empty. If its first value is NaN, the whole result is NaN.
   """
 
   def all_nan(*args):
@@ -46,10 +53,10 @@ def call(fn, *args):
   return lax.cond(jnp.isnan(args[0][(0,) * args[0].ndim]), all_nan, fn, *args)
 
 
-def wrap(fn):
-  """Builds fn(x) with a fusion barrier around its value and another around its gradient.
+def wrap(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+  """Builds a function that computes fn(x) with fusion barriers around its value and its gradient.
 
-  The gradient computes fn again from x, which is all that is stored for it.
+  Only x is stored for the gradient, which computes fn again.
   """
 
   def gradient(x, dy):

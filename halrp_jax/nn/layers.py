@@ -4,13 +4,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from halrp_jax.nn.conv import conv_general_dilated
 from halrp_jax.nn.init import uniform_fan_in
 
 
-def dense(features: int, num_in: int, *, bias: bool = True, dtype=None, name: str) -> nn.Dense:
-  """A dense layer as PyTorch initialises it. `dtype`: of the product and its result."""
+def dense(
+  features: int, num_in: int, *, bias: bool = True, dtype: DTypeLike | None = None, name: str
+) -> nn.Dense:
+  """Builds a dense layer with PyTorch's default initialisation.
+
+  Args:
+    features: number of outputs.
+    num_in: number of inputs.
+    bias: whether the layer has a bias.
+    dtype: data type of the product and of its result. None: that of the inputs and parameters.
+    name: name of the layer in the parameters.
+  """
   return nn.Dense(
     features,
     bias,
@@ -22,9 +33,26 @@ def dense(features: int, num_in: int, *, bias: bool = True, dtype=None, name: st
 
 
 def conv(
-  features: int, width: int, padding: int, stride: int = 1, *, dtype=None, name: str
+  features: int,
+  width: int,
+  padding: int,
+  stride: int = 1,
+  *,
+  dtype: DTypeLike | None = None,
+  name: str,
 ) -> nn.Conv:
-  """A square convolution, fast on every platform. Its bias is kept by the BatchNorm behind it."""
+  """Builds a convolution with a square kernel that is fast on every platform.
+
+  It has no bias: the bias is a parameter of the `nn.norm.BatchNorm` that follows.
+
+  Args:
+    features: number of output channels.
+    width: width and height of the kernel.
+    padding: rows and columns of zeros added on every side.
+    stride: stride along both axes.
+    dtype: data type of the products and of the result. None: that of the inputs and parameters.
+    name: name of the layer in the parameters.
+  """
   return nn.Conv(
     features,
     (width, width),
@@ -39,16 +67,19 @@ def conv(
 
 
 class Dropout(nn.Module):
-  """Sets a share `rate` of the values to 0 in training and scales the others up; no parameters.
+  """Dropout: in training, sets values to 0 with probability `rate` and scales up the others.
 
-  Draws 8 random bits a value instead of 32, four times faster where random numbers are dear (an
-  eighth of AlexNet's step on the CPU): the rate is rounded to 1/256, the expectation is exact.
+  It draws 8 random bits for each value instead of 32, which is four times as fast where random
+  numbers are slow (on the CPU they take an eighth of a training step of AlexNet). Therefore the
+  rate is rounded to a multiple of 1/256. The scale uses the rounded rate, so the expectation of a
+  value is exact. Dropout has no parameters.
   """
 
   rate: float
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Returns x [...] with dropout if `train`, else x itself. Uses the random stream "dropout"."""
     kept = 256 - round(256 * self.rate)
     if not train or kept == 256:
       return x

@@ -75,7 +75,7 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
     )
 
 
-@processes.by_first
+@processes.on_leader
 def finished_record(path: str, config: dict) -> dict | None:
   """Returns the record of a finished run of this config, or None if the run is not finished.
 

@@ -119,7 +119,7 @@ class Workdir:
 
   def check(self) -> None:
     """Raises Stopped if the run was asked to stop."""
-    if processes.any_says(self.stop_asked()):
+    if processes.any_process(self.stop_asked()):
       raise Stopped
 
   def _read(self, name: str, like: Params | None = None) -> Params | None:

@@ -105,7 +105,7 @@ def test_doctor_tells_of_a_missing_platform():
   [
     (
       jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 16 bytes.\n\nBFC"),
-      "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 16 bytes. BFC); end what else",
+      "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 16 bytes. BFC); end other pro",
     ),
     (
       jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_DEVICE_UNAVAILABLE: all CUDA-capable"),
@@ -153,7 +153,7 @@ def test_out_of_memory_is_told_as_the_cells_error(digits_config, tmp_path, monke
   monkeypatch.setattr(experiment, "run", fails)
   cells = sweep.cells({"stl": digits_config("stl")}, "0", "")
   (row,) = sweep.run(cells, str(tmp_path), lambda rows: None, lambda: False)
-  assert row["state"] == "failed" and "end what else uses the device" in row["error"]
+  assert row["state"] == "failed" and "end other programs that use the device" in row["error"]
 
 
 ASCII = [

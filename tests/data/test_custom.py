@@ -121,8 +121,8 @@ def spoil(folder, how):
     ("gap", "t.npz: label 1 has 0 images"),
     ("negative", "t.npz: label is int64 .* expected whole numbers >= 0"),
     ("labels", "t.npz: label is int64 .19,., expected whole numbers"),
-    ("keys", "t.npz: holds no array 'image'"),
-    ("size", "the tasks' images differ in size .9 x 9, 32 x 32.; give them one size"),
+    ("keys", "t.npz: contains no array 'image'"),
+    ("size", "the tasks' images differ in size .9 x 9, 32 x 32.; resize them to one size"),
   ],
 )
 def test_what_is_wrong_is_said_by_name(tmp_path, how, says):
@@ -132,7 +132,7 @@ def test_what_is_wrong_is_said_by_name(tmp_path, how, says):
 
 
 def test_nothing_there(tmp_path):
-  with pytest.raises(UserError, match="holds neither folders nor .npz"):
+  with pytest.raises(UserError, match="contains neither folders nor .npz"):
     load(tmp_path)
   with pytest.raises(UserError, match="No such file"):
     load(tmp_path / "nowhere")
@@ -169,7 +169,7 @@ def test_links_to_tasks_parts_classes_and_images(tmp_path):
   (linked / "cars" / "x" / "circle").symlink_to(linked)
   found = load(linked)
   assert found.split_hash == plain
-  assert found.notes == (f"data_dir={linked}: 1 not used (no ending 1), for example cars/x/circle",)
+  assert found.notes == (f"data_dir={linked}: 1 not used (no suffix 1), for example cars/x/circle",)
 
 
 def test_links_that_lead_nowhere_are_all_named(tmp_path):
@@ -180,7 +180,7 @@ def test_links_that_lead_nowhere_are_all_named(tmp_path):
     load(tmp_path)
   assert len(e.value.lines) == 3
   for line, name in zip(sorted(e.value.lines), ("birds/c", "cars/x/gone.png", "fish"), strict=True):
-    assert f"{name}: a link to /mnt/not mounted, where nothing can be read" in line
+    assert f"{name}: a link to /mnt/not mounted, which can't be read" in line
 
 
 def test_what_is_converted_or_not_used_is_said_once(tmp_path):
@@ -191,7 +191,7 @@ def test_what_is_converted_or_not_used_is_said_once(tmp_path):
     (tmp_path / name).write_bytes(b"x")
   what = f"data_dir={tmp_path}"
   assert load(tmp_path).notes == (
-    f"{what}: of 52 images 1 with a palette, given its colours, 2 resized",
+    f"{what}: of 52 images 1 with a palette, converted to its colours, 2 resized",
     f"{what}: 5 not used (.csv 1, .heic 2, .png 1, .txt 1), for example birds/a/notes.txt",
   )
 
@@ -222,7 +222,7 @@ def test_every_bad_file_of_every_task_is_named(tmp_path):
       "birds/a/0.jpg: not an image that can be read (HTML, SVG or XML)",
       "birds/b/1.png: not an image that can be read (an empty file)",
       "cars/z/3.png: not an image that can be read (PNG: ",
-      "fish.npz: holds no array 'label'",
+      "fish.npz: contains no array 'label'",
     ),
     strict=True,
   ):
@@ -254,7 +254,7 @@ def test_parts_without_a_test_set(tmp_path):
   ("places", "says"),
   [
     (("train/p", "train/q", "test/p", "test/q", "extra/p"), "task: extra/p/0.jpg is not in CLASS/"),
-    (("train/p", "train/q", "val/p", "validation/q"), "val/ and validation/ are both val/"),
+    (("train/p", "train/q", "val/p", "validation/q"), "val/ and validation/ both mean val/"),
     (
       ("train/p", "train/q", "test/p", "test/q", "val/p"),
       "val/q: 0 images; a class needs at least 1 in val/",
@@ -311,7 +311,7 @@ def test_names_that_are_numbers_are_in_their_order(tmp_path):
 
 def test_a_task_that_is_there_twice_is_refused(tmp_path):
   npz(tree(tmp_path) / "birds.npz")
-  with pytest.raises(UserError, match="task 'birds' is there twice; rename"):
+  with pytest.raises(UserError, match="task 'birds' occurs twice; rename"):
     load(tmp_path)
 
 
@@ -319,7 +319,7 @@ def test_class_names_of_an_npz(tmp_path):
   npz(tmp_path / "t.npz", class_names=np.array(["Äpfel".encode(), b"caf\xe9"]))
   assert load(tmp_path).tasks[0].class_names == ("Äpfel", r"caf\xe9")
   npz(tmp_path / "t.npz", class_names=np.array([b"a", b"a"]))
-  with pytest.raises(UserError, match="t.npz: class_names: 'a' is there twice"):
+  with pytest.raises(UserError, match="t.npz: class_names: 'a' occurs twice"):
     load(tmp_path)
 
 
@@ -329,7 +329,7 @@ def test_composed_and_decomposed_letters_are_the_same_class(tmp_path):
     tree(tmp_path / "obst" / part, {c: [""] for c in (("Äpfel", "A\u0308pfel")[i], "Birnen")}, 4)
   assert load(tmp_path).tasks[0].class_names == ("Birnen", "Äpfel")
   tree(tmp_path / "obst" / "train", {"A\u0308pfel": [""]}, 4)
-  with pytest.raises(UserError, match="class 'Äpfel' is there twice"):
+  with pytest.raises(UserError, match="class 'Äpfel' occurs twice"):
     load(tmp_path)
 
 
@@ -383,12 +383,12 @@ def test_advice_for_too_few_validation_images(digits_config):
       data.load(resolve(digits_config("stl", order="natural", **keys)))
     return str(e.value)
 
-  assert "take a larger fraction" in refusal(
+  assert "set a larger train_fraction" in refusal(
     **{"train_fraction": 0.01, "protocol.validation_fraction": 0.01}
   )
   said = refusal(**{"protocol.validation_fraction": 0.0001})
   assert "validation_fraction = 0.0001 of the 1297 images" in said
-  assert "larger one, or 0, or add images" in said and "train_fraction" not in said
+  assert "larger fraction, or 0, or add images" in said and "train_fraction" not in said
 
 
 @pytest.mark.parametrize("method", ["halrp", "stl"])

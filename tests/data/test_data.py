@@ -245,7 +245,7 @@ def test_an_archive_of_something_else_gets_one_clear_line(tmp_path):
   with tarfile.open(tmp_path / "cifar-100-binary.tar.gz", "w:gz") as tar:
     member = tarfile.TarInfo("other/file")
     tar.addfile(member, io.BytesIO(b""))
-  with pytest.raises(UserError, match="train.bin is missing; get the original archive again"):
+  with pytest.raises(UserError, match="train.bin is missing; download the original archive again"):
     data.load(cifar_config(tmp_path))
 
 

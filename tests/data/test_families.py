@@ -348,7 +348,7 @@ def test_tiny_imagenet_without_what_systems_leave_behind(tmp_path):
   assert data.load(tiny_config(tmp_path)).split_hash == clean
   class_folder.unlink()
   class_folder.symlink_to("/mnt/gone")
-  with pytest.raises(UserError, match="n00000005: a link to /mnt/gone, where nothing can be read"):
+  with pytest.raises(UserError, match="n00000005: a link to /mnt/gone, which can't be read"):
     data.load(tiny_config(tmp_path))
 
 

@@ -54,9 +54,7 @@ def test_links_are_followed_but_not_in_circles_and_broken_ones_are_named(tmp_pat
   assert tree.files == ("to file.png", "to folder/1.png", "twice/1.png")
   assert set(tree.skipped) == {"to folder/circle", "twice/circle", "up"}
   assert set(tree.broken) == {"unmounted", "self"}
-  assert (
-    "root/unmounted: a link to /mnt/gone, where nothing can be read" in tree.broken["unmounted"]
-  )
+  assert "root/unmounted: a link to /mnt/gone, which can't be read" in tree.broken["unmounted"]
   child = tree.children()["twice"]
   assert (child.path, child.files, child.skipped) == (root / "twice", ("1.png",), ("circle",))
 
@@ -100,7 +98,7 @@ def test_shown_names():
 def test_what_is_not_used_is_counted():
   assert folders.unused([]) == ""
   said = folders.unused(["a/x.txt", "b.TXT", "README"])
-  assert said == "3 not used (.txt 2, no ending 1), for example a/x.txt"
+  assert said == "3 not used (.txt 2, no suffix 1), for example a/x.txt"
 
 
 def test_all_mistakes_at_once():

@@ -59,7 +59,7 @@ def test_orientation(kind, orientation, stored):
   got, said = read(contents)
   assert got.shape == SHOWN.shape
   assert np.abs(got.astype(int) - SHOWN).mean() < 4
-  assert "1 turned as their EXIF orientation says" in said
+  assert "1 rotated or mirrored as their EXIF orientation says" in said
 
 
 def test_damaged_exif_does_no_harm():
@@ -159,7 +159,7 @@ def test_a_tiff_of_twelve_bits_and_one_whose_white_is_zero():
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4), np.float32), np.zeros((4, 4), np.int32)])
 def test_ranges_that_no_file_says_are_refused(array):
-  with pytest.raises(UserError, match="TIFF: pixels .* whose range no file says"):
+  with pytest.raises(UserError, match="TIFF: pixels .* of unknown range"):
     read(encoded(Image.fromarray(array), "TIFF"))
 
 
@@ -171,11 +171,13 @@ def test_what_is_done_is_counted():
   assert "1 with several frames, of which the first is used" in said
   assert "1 in CMYK or another colour space" in read(encoded(colours.convert("CMYK"), "JPEG"))[1]
   assert "1 with a palette" in read(encoded(colours.quantize(4), "PNG"))[1]
-  assert "1 grey made RGB" in read(encoded(grey, "PNG"))[1]
-  assert "1 grey made RGB, or colours made grey" in read(encoded(colours, "BMP"), "L")[1]
+  assert "1 converted from grey to RGB" in read(encoded(grey, "PNG"))[1]
+  assert (
+    "1 converted from grey to RGB or from colour to grey" in read(encoded(colours, "BMP"), "L")[1]
+  )
   assert read(encoded(grey.convert("1"), "PNG"), "L")[1] == read(encoded(colours, "PNG"))[1] == ""
   assert formats.conversions(np.array([1, 0, 129], np.uint8)) == (
-    "of 3 images 2 turned as their EXIF orientation says, 1 resized"
+    "of 3 images 2 rotated or mirrored as their EXIF orientation says, 1 resized"
   )
 
 
@@ -197,7 +199,7 @@ def test_truncated_files_are_bad(kind, share):
     (b"", "an empty file"),
     (b"\n <!DOCTYPE html>", "HTML, SVG or XML"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
-    (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, AVIF or a film"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, AVIF or a video"),
     (b"%PDF-1.4", "PDF"),
     (b"II*\0" + b"\xff" * 8, "TIFF: damaged at its beginning"),
     (b"RIFF\0\0\0\0WEBPVP8 \0\0\0\0", "WEBP: "),

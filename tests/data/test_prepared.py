@@ -88,7 +88,7 @@ def test_a_set_that_tfds_does_not_know():
 
 
 def test_a_set_without_labels(mocked):
-  with pytest.raises(UserError, match="TFDS set div2k: has no feature 'image'; it needs image and"):
+  with pytest.raises(UserError, match="TFDS set div2k: has no feature 'image'; choose a set with"):
     prepared.any_images("", "div2k", 32)
 
 

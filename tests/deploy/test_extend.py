@@ -89,8 +89,8 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, run_folder, tmp_path):
   [
     (11, {}, "task 'lights' has 11 classes, but the heads of "),
     (1, {}, "lights: 1 class folders; a task needs at least 2"),
-    (2, {"data": "nowhere"}, "--data=nowhere: no such folder or .npz"),
-    (2, {"data": "big.npz"}, "images are (9, 9, 1), the run's (8, 8, 1)"),
+    (2, {"data": "nowhere"}, "--data=nowhere: no such folder or .npz file"),
+    (2, {"data": "big.npz"}, "images are (9, 9, 1), expected (8, 8, 1)"),
     (2, {"out": ""}, "extend: argument --out: a value is missing; for example: "),
   ],
 )
@@ -113,7 +113,8 @@ def test_what_is_done_to_the_pictures_is_told_and_a_name_is_not_given_twice(run_
   saved.extend(run, str(tmp_path / "lights"), str(tmp_path / "more"), events.append)
   notes = [e["note"] for e in events if e["event"] == "note"]
   assert notes == [
-    f"--data={tmp_path}/lights: of 10 images 10 grey made RGB, or colours made grey, 10 resized",
+    f"--data={tmp_path}/lights: of 10 images 10 converted from grey to RGB or from colour to grey, "
+    "10 resized",
     f"--data={tmp_path}/lights: 1 not used (.txt 1), for example notes.txt",
   ]
   more = saved.open_run(str(tmp_path / "more"))

@@ -190,7 +190,7 @@ def test_a_folder_of_all_kinds(capsys, run_folder, tmp_path):
   assert code == 1 and "7 images predicted, 2 skipped" in out
   names = ["10/1.jfif", "10/3.gif", "10/20.tif", "10/la.png", "10/x.pgm", "1.BMP", "2.webp"]
   assert [r["image"] for r in rows(tmp_path / "p.csv")] == names
-  assert "8.png: a link to /mnt/gone.png, where nothing can be read" in out
+  assert "8.png: a link to /mnt/gone.png, which can't be read" in out
   assert "9.heic: not an image that can be read (HEIC" in out
   assert "1 resized\n" in out and "note: 1 not used (.txt 1), for example notes.txt\n" in out
 
@@ -241,12 +241,12 @@ def test_skipped_images_are_listed_and_change_the_exit_code(capsys, run_folder, 
     ({"task": "5"}, "--task=5: "),
     ({"task": "12"}, "--task=12: there is no such task; learned: 3 (permutation 3), 1 (perm"),
     ({"task": ""}, "--task is missing; learned: 3 "),
-    ({"images": "nowhere"}, "nowhere: neither a folder nor an .npz"),
-    ({"images": "empty"}, "holds no images"),
+    ({"images": "nowhere"}, "nowhere: expected an existing folder or .npz file"),
+    ({"images": "empty"}, "contains no images"),
     ({"images": "shape.npz"}, "image is uint8 (2, 9, 8), expected uint8 [N, 8 x 8 x 1]"),
     ({"images": "object.npz"}, "object.npz: can't be read"),
     ({"images": "text.npz"}, "text.npz: can't be read"),
-    ({"images": "keys.npz"}, "holds no array 'image'"),
+    ({"images": "keys.npz"}, "contains no array 'image'"),
     ({"out": "nowhere/pred.csv"}, "nowhere/pred.csv: No such file"),
     ({"workdir": "empty"}, "holds no config.json"),
     ({"batch_size": "-1"}, "must be at least 1"),

@@ -73,7 +73,7 @@ def test_who_set_the_flag_before_the_start_is_never_late(given, monkeypatch):
 
 @pytest.mark.parametrize(
   ("given", "says"),
-  [(f"{determinism.FLAG}=false", "take it out"), ("/etc/xla_flags", "names a file")],
+  [(f"{determinism.FLAG}=false", "remove that flag"), ("/etc/xla_flags", "names a file")],
 )
 def test_flags_that_contradict_are_refused(given, says, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", given)

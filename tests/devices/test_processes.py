@@ -223,8 +223,8 @@ def test_a_folder_of_another_run_ends_both(tmp_path, launch):
   [
     (("", "2", ""), "belong to --coordinator"),
     (("host", "2", "0"), "HOST:PORT of process 0, or auto"),
-    (("host:1", "", "0"), "--num_processes=: a whole number"),
-    (("host:1", "2", "2"), "--process_id=2: a whole number from 0 to 2 - 1"),
+    (("host:1", "", "0"), "--num_processes=: expected a whole number"),
+    (("host:1", "2", "2"), "--process_id=2: expected a whole number from 0 to 2 - 1"),
     (("auto", "2", ""), "finds --num_processes and --process_id itself"),
     (("localhost:99999", "2", "0"), "HOST:PORT of process 0, or auto"),
   ],
@@ -249,8 +249,8 @@ def test_a_process_0_that_does_not_come_is_missed(monkeypatch):
 
 def test_one_process_alone_does_everything_itself():
   numbers = np.arange(3, dtype=np.int32)
-  assert processes.first_does(lambda: "x") == processes.all_do(lambda: "x") == "x"
-  assert processes.any_says(True) and not processes.any_says(False)
+  assert processes.run_on_leader(lambda: "x") == processes.run_on_all(lambda: "x") == "x"
+  assert processes.any_process(True) and not processes.any_process(False)
   assert processes.total(numbers) is numbers
   assert processes.run_to_end(lambda: 75) == 75
   with pytest.raises(ZeroDivisionError):
