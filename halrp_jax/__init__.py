@@ -8,6 +8,8 @@ halrp_jax.export      a run's model as files for other programs: write, load
 halrp_jax.pretrained  parameters that were trained by others: load
 """
 
+# pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
+
 import importlib
 from typing import TYPE_CHECKING
 

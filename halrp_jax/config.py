@@ -4,6 +4,8 @@ A config file in configs/ calls `make_config`; the command line then changes sin
 turns the result into a checked, typed `keys.Config`.
 """
 
+# pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
+
 import dataclasses
 import importlib.util
 import pathlib

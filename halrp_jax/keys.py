@@ -7,6 +7,8 @@ method's module in the same way. A field whose default is None takes the value t
 `method.variant` stands for (`config.resolve`).
 """
 
+# pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
+
 import dataclasses
 import difflib
 import math

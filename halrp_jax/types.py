@@ -4,6 +4,8 @@ A run calls `Method.learn` once per group of tasks and hands the state from call
 module imports no other module of the package.
 """
 
+# pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
+
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -245,12 +247,18 @@ class Network(NamedTuple):
   stats: Params  # BatchNorm statistics; {} if the network has none
 
 
+# Further results of learning a task, as plain numbers for the record: `ranks` per layer,
+# `ranks_exact` (whether they are those of the exact SVD) and `select_seconds`, where a method has
+# them.
+History = Json
+
+
 class Learn(Protocol):
   """The function of a method that learns one task, or several tasks jointly."""
 
   def __call__(
     self, state: State, tasks: tuple[Task, ...], key: Array, store: Store
-  ) -> tuple[State, dict[str, object]]:
+  ) -> tuple[State, History]:
     """Returns the new state, and further results for the record as plain numbers."""
     ...
 

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     print(_task_line(task))
     wrong += _oddities(task, image)
   if benchmark.partial and not accepts_partial:
-    wrong += data.lacking(config)
+    wrong += data.shortages(config)
   for line in wrong[:_MOST_LINES]:
     print(f"WRONG  {line}")
   if len(wrong) > _MOST_LINES:

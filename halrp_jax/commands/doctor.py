@@ -177,7 +177,7 @@ def _data(data_dir: str) -> Iterator[Finding]:
       yield name, str(e)
     else:
       present.append(name)
-      yield f"{name}: {files.place}, {len(files.names):,} files", ""
+      yield f"{name}: {files.path}, {len(files.names):,} files", ""
   for benchmark, family in data.BENCHMARKS.items():
     if set(family.originals) & set(present):
       yield _load(benchmark, data_dir)

@@ -379,9 +379,10 @@ def _first_of_classes(label: np.ndarray, count: int, least: int, spare: int) -> 
   return rank < n[label]
 
 
-def _mixed(split: Split, task_id: int) -> Split:
-  """Images that come class by class in a random order, always the same: a network that evaluates
-  with the statistics of a batch needs all classes in it.
+def _shuffle_if_sorted(split: Split, task_id: int) -> Split:
+  """Shuffles a split whose images are sorted by class, always in the same way.
+
+  A network that evaluates with the statistics of a batch needs images of all classes in the batch.
   """
   if (np.diff(split.label) < 0).any():
     return split

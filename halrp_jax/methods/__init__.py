@@ -12,6 +12,8 @@ Each method is one module with
 To add one, write a file beside this one and add a line to `METHODS`.
 """
 
+# pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
+
 from types import ModuleType
 
 import flax.linen as nn

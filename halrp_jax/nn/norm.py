@@ -94,7 +94,10 @@ class BatchNorm(nn.Module):
 def local_response_norm(
   x: jax.Array, size: int = 4, alpha: float = 0.001 / 9, beta: float = 0.75, k: float = 1.0
 ) -> jax.Array:
-  """X / (k + alpha/size * sum of squares over `size` neighbouring channels)^beta, as in PyTorch."""
+  """Normalises each channel by its neighbours, as PyTorch's local response normalisation does.
+
+  Returns x / (k + alpha/size * sum of squares over `size` neighbouring channels)^beta.
+  """
 
   def norm(x):
     pads = [(0, 0)] * (x.ndim - 1) + [(size // 2, (size - 1) // 2)]

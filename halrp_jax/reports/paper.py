@@ -136,8 +136,10 @@ _IRU = {
   "CIFAR100-20 (ResNet18)": "cifar100_20_resnet18",
   "CIFAR100-20 (MLP)": "cifar100_20_mlp",
 }
-_LAMBDAS = {"CIFAR100-Split": "ablation_lambda_split"}
-_LAMBDAS |= {"CIFAR100-SuperClass": "ablation_lambda_superclass"}
+_LAMBDAS = {
+  "CIFAR100-Split": "ablation_lambda_split",
+  "CIFAR100-SuperClass": "ablation_lambda_superclass",
+}
 
 TARGETS = {
   t.name: t

@@ -22,7 +22,7 @@ from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, identity, measure, standing, workdir
 from halrp_jax.training import networks, population
 from halrp_jax.training.evaluate import evaluate
-from halrp_jax.types import SCHEMA, Benchmark, Method, State, Store, Task, UserError
+from halrp_jax.types import SCHEMA, Benchmark, History, Method, State, Store, Task, UserError
 from halrp_jax.weights import trees
 
 Built = tuple[Benchmark, nn.Module, Method, parallel.Layout]  # from `build`
@@ -183,12 +183,12 @@ def run(
   _check_processes(config, overwrite)
   if not overwrite and (record := identity.finished_record(path, config.to_dict())):
     reader = read or identity.shared_read()
-    processes.first_does(lambda: identity.require_same_data(config, path, reader, show))
+    processes.run_on_leader(lambda: identity.require_same_data(config, path, reader, show))
     show({"event": "finished"})
     return record
   if config.deterministic:
     determinism.require()
-  built = processes.all_do(lambda: gang.build(build, config) if gang else build(config))
+  built = processes.run_on_all(lambda: gang.build(build, config) if gang else build(config))
   now = _shared_standing(built[0])
   strict = config.checkpoint.strict
   with (
@@ -344,7 +344,7 @@ def _evaluate(
 
 
 def _row(
-  method: Method, state: State, history: dict, seconds: dict[str, float], valid: float
+  method: Method, state: State, history: History, seconds: dict[str, float], valid: float
 ) -> dict:
   """Returns what the record says of the last task, but for its test accuracies."""
   size = method.size(state)

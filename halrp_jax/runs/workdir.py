@@ -94,7 +94,7 @@ class Workdir:
   @_explain_disk
   def log(self, event: dict) -> None:
     """Appends an event to metrics.jsonl, after cutting off those that are logged again."""
-    if not processes.is_first():
+    if not processes.is_leader():
       return
     if self._metrics is None:
       self._metrics = self._cut_metrics()
@@ -135,7 +135,7 @@ class Workdir:
       return jax.tree.map(_to_device, found)
     return jax.tree.structure(like).unflatten(found)
 
-  @processes.by_first
+  @processes.on_leader
   @_explain_disk
   def _read_item(self, name: str, like: Params | None) -> Params | None:
     """Reads and checks a progress item; returns None if it is missing or damaged."""
@@ -154,7 +154,7 @@ class Workdir:
     self._num_events = max(self._num_events, about["events"])
     return tree
 
-  @processes.by_first
+  @processes.on_leader
   def _write(self, name: str, tree: Params) -> str:
     """Saves progress under a name, and returns its path; for `Keep.write`."""
     folder = self.items / _item(name)
@@ -181,13 +181,13 @@ class Workdir:
 
   # --- between tasks ----------------------------------------------------------------
 
-  @processes.by_first
+  @processes.on_leader
   @_explain_disk
   def describe(self, benchmark: Benchmark) -> None:
     """Writes tasks.json."""
     files.write_json(self.folder / TASKS, cards.of_benchmark(benchmark))
 
-  @processes.by_first
+  @processes.on_leader
   @_explain_disk
   def save_state(self, position: int, state: State, results: dict) -> None:
     """Saves the state after a group of tasks, writing only the parts that have changed.
@@ -236,7 +236,7 @@ class Workdir:
     position, state, results = found
     return position, jax.tree.map(jnp.asarray, state), results
 
-  @processes.by_first
+  @processes.on_leader
   @_explain_disk
   def _newest_state(self) -> tuple[int, State, dict] | None:
     """Reads the newest complete state; items that no complete state needs are set aside."""
@@ -275,7 +275,7 @@ class Workdir:
 
   # --- the end ----------------------------------------------------------------------
 
-  @processes.by_first
+  @processes.on_leader
   @_explain_disk
   def finish(self, record: dict) -> None:
     """Waits for the checkpoints and writes the record; the last state stays in the folder."""
@@ -316,7 +316,7 @@ def opened(
   run.stop_asked = stop_asked
   with contextlib.ExitStack() as stack:
     prepare = functools.partial(_prepare, stack, run, path, config, overwrite, now)
-    run.standing, run.new_changes = processes.first_does(prepare)
+    run.standing, run.new_changes = processes.run_on_leader(prepare)
     yield run
 
 

@@ -110,7 +110,7 @@ def _make_choose_loop(setup: Setup, one_step: Callable, many_steps: Callable) ->
   return choose_loop
 
 
-@processes.by_first
+@processes.on_leader
 def _next_chunk(steps_per_second: float) -> int:
   """Returns the number of steps in the next chunk, the same in all processes."""
   return max(1, int(_CHUNK_SECONDS * steps_per_second))

@@ -27,7 +27,7 @@ from halrp_jax import keys
 from halrp_jax.devices import processes
 from halrp_jax.training import batches, epoch, losses, networks
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Diverged, Params, Store, Task
+from halrp_jax.types import Diverged, Json, Params, Store, Task
 
 Fit = Callable[..., tuple[Params, Params]]  # returns params and stats
 
@@ -271,7 +271,7 @@ def _make_after_epoch(setup: Setup, recipe: Recipe, objective_fn: Callable) -> C
   It validates the network if the recipe asks for it, and returns the progress with the best epoch
   and the learning rate renewed, and what is logged of the epoch.
   """
-  validate = processes.by_first(_make_validate(setup, objective_fn))
+  validate = processes.on_leader(_make_validate(setup, objective_fn))
   is_validated = recipe.schedule == "plateau" or recipe.keep != "last"
 
   def after_epoch(progress, sums, frozen, task, blocks):
@@ -380,7 +380,7 @@ def _cut_rate(protocol: keys.Protocol, plateau: Plateau, loss: float) -> Plateau
   return Plateau(plateau.best, patience, np.float64(plateau.rate * protocol.plateau_factor))
 
 
-@processes.by_first
+@processes.on_leader
 def _is_due(checkpoint: keys.Checkpoint, num_epochs: int, saved_at: float) -> bool:
   """Returns whether to write a checkpoint, which takes longer than a short epoch."""
   elapsed = time.perf_counter() - saved_at
@@ -388,7 +388,12 @@ def _is_due(checkpoint: keys.Checkpoint, num_epochs: int, saved_at: float) -> bo
 
 
 def _watch(
-  event: dict, store: Store, state: TrainState, sums: jax.Array, step: int, num_steps: int
+  event: Json,
+  store: Store,
+  state: TrainState,
+  sums: jax.Array,
+  step: int,
+  num_steps: int,
 ) -> None:
   """Reports progress between two chunks of an epoch.
 

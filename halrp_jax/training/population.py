@@ -48,7 +48,7 @@ def wrap_learn(
     for i, (task_state, task) in enumerate(zip(new, tasks, strict=True)):
 
       def measure_task(task_state=task_state, task=task):
-        return processes.first_does(lambda: measure(shared, task_state, task, check))
+        return processes.run_on_leader(lambda: measure(shared, task_state, task, check))
 
       stats = jax.tree.map(jnp.asarray, store.once(f"population{i}", measure_task))
       measured.append(task_state._replace(stats=stats))

@@ -1,5 +1,7 @@
 """What a method is made from besides its own config: the network, the protocol, the devices."""
 
+# pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
+
 from typing import NamedTuple
 
 import flax.linen as nn
