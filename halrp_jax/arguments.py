@@ -1,19 +1,16 @@
 """Reads command lines: flags and configs. Every mistake on them raises UserError."""
 
 import argparse
-import importlib.machinery
-import importlib.util
 import pathlib
 import re
-import sys
 from collections.abc import Iterable
-from types import ModuleType
 from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
 from halrp_jax import keys, methods
+from halrp_jax.config import load_file
 from halrp_jax.types import UserError, brief
 
 
@@ -114,7 +111,7 @@ class _ConfigParser(flags.ArgumentParser):
     file, *method = argument.split(":", 1)
     path = _find_config(file)
     try:
-      module = _load(path)
+      module = load_file(path)
       if not hasattr(module, "get_config"):
         raise UserError(f"--config={file}: the file defines no function get_config")
       config = module.get_config(*method)
@@ -147,18 +144,6 @@ def _find_config(file: str) -> pathlib.Path:
   raise UserError(
     f"--config={file}: no such file here, and no config of this name is installed{hint}"
   )
-
-
-def _load(path: pathlib.Path) -> ModuleType:
-  """Executes a Python file and returns it as a module."""
-  name = "config_file"
-  loader = importlib.machinery.SourceFileLoader(name, str(path))  # accepts any suffix
-  spec = importlib.util.spec_from_loader(name, loader)
-  assert spec is not None  # it is None only without a loader
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module  # dataclasses in the file look their module up here
-  loader.exec_module(module)
-  return module
 
 
 def _check_key_names(argv: list[str]) -> None:

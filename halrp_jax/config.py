@@ -7,8 +7,10 @@ turns the result into a checked, typed `keys.Config`.
 # pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
 
 import dataclasses
+import importlib.machinery
 import importlib.util
 import pathlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -73,15 +75,15 @@ def make_config(
   return config_dict.ConfigDict(config).lock()
 
 
-def _values(spec: Mapping[str, Key], chosen: Mapping[str, object]) -> dict[str, Any]:
-  """Returns a value for every key of `spec`: the chosen one, or else the default.
+def _values(known: Mapping[str, Key], chosen: Mapping[str, object]) -> dict[str, Any]:
+  """Returns a value for every known key: the chosen one, or else the default.
 
   Raises:
-    UserError: if a chosen key is not in `spec`.
+    UserError: if a chosen key is unknown.
   """
-  if unknown := set(chosen) - set(spec):
+  if unknown := set(chosen) - set(known):
     raise UserError(f"config file: unknown keys {', '.join(sorted(unknown))}")
-  values = {name: chosen.get(name, key.default) for name, key in spec.items()}
+  values = {name: chosen.get(name, key.default) for name, key in known.items()}
   # ConfigDict would fix the type of every value. The type `object` lets the command line set any
   # literal, which `resolve` checks with better error messages. Texts need no such reference.
   return {
@@ -231,9 +233,16 @@ def sibling(file: str, name: str) -> types.ModuleType:
   path = pathlib.Path(file).with_name(f"{name}.py")
   if not path.is_file():
     raise UserError(f"{file} is made from {path}, which is missing")
-  spec = importlib.util.spec_from_file_location(name, path)
-  if spec is None or spec.loader is None:  # impossible for a name that ends in .py
-    raise UserError(f"{path}: can't be loaded as a config file")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  return load_file(path)
+
+
+def load_file(path: pathlib.Path) -> types.ModuleType:
+  """Executes a config file, which may have any suffix, and returns it as a module."""
+  name = f"config_file_{path.stem}"
+  loader = importlib.machinery.SourceFileLoader(name, str(path))
+  found = importlib.util.spec_from_loader(name, loader)
+  assert found is not None  # it is None only without a loader
+  module = importlib.util.module_from_spec(found)
+  sys.modules[name] = module  # dataclasses in the file look their module up here
+  loader.exec_module(module)
   return module

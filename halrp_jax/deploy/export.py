@@ -376,9 +376,9 @@ def _structure(card: Card, file: pathlib.Path) -> _Structure:
       "flatbuffers"
     )
   task = cards.to_task(card["task"], tuple(card["image_shape"]))
-  spec, input_shape = card["network"], tuple(card["input_shape"])
-  precision = spec.get("precision", "float32")  # cards of older versions do not have it
-  network = models.make(spec["name"], spec["num_classes"], spec["batch_norm"], precision)
+  about, input_shape = card["network"], tuple(card["input_shape"])
+  precision = about.get("precision", "float32")  # cards of older versions do not have it
+  network = models.make(about["name"], about["num_classes"], about["batch_norm"], precision)
   params, stats = jax.eval_shape(
     lambda key: networks.initialize(network, key, input_shape), jax.random.key(0)
   )
