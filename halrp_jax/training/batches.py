@@ -59,8 +59,9 @@ def stack_inputs(tasks: Sequence[Task]) -> Inputs:
   permutation = None
   if any(task.inputs.permutation is not None for task in tasks):
     identity = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
-    permutations: list[Params] = [task.inputs.permutation for task in tasks]
-    permutation = jnp.stack([identity if p is None else jnp.asarray(p) for p in permutations])
+    permutations = [task.inputs.permutation for task in tasks]
+    rows: list[Params] = [identity if p is None else p for p in permutations]
+    permutation = jnp.stack(rows)
   return Inputs(mean, std, permutation)
 
 
