@@ -55,7 +55,8 @@ def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> 
 
 def stack_inputs(tasks: Sequence[Task]) -> Inputs:
   """Stacks the `Inputs` of all tasks along a leading axis, for `prepare_images` with `owner`."""
-  mean, std = (jnp.stack([task.inputs[i] for task in tasks]) for i in (0, 1))
+  mean = jnp.stack([task.inputs.mean for task in tasks])
+  std = jnp.stack([task.inputs.std for task in tasks])
   permutation = None
   if any(task.inputs.permutation is not None for task in tasks):
     identity = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
