@@ -60,9 +60,9 @@ def stack_inputs(tasks: Sequence[Task]) -> Inputs:
   permutation = None
   if any(task.inputs.permutation is not None for task in tasks):
     identity = jnp.arange(math.prod(tasks[0].train.image.shape[1:3]) * mean.shape[-1])
-    permutation = jnp.stack(
-      [identity if (p := task.inputs.permutation) is None else jnp.asarray(p) for task in tasks]
-    )
+    permutations = [task.inputs.permutation for task in tasks]
+    rows: list[Params] = [identity if p is None else p for p in permutations]
+    permutation = jnp.stack(rows)
   return Inputs(mean, std, permutation)
 
 
