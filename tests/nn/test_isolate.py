@@ -67,10 +67,14 @@ def test_behind_the_barrier_a_producer_is_computed_once():
   )
 
 
-def test_the_barrier_of_xla_is_still_without_effect():
+@pytest.mark.skipif(
+  jax.__version_info__ >= (0, 11),
+  reason="jax 0.12.0.1 obeys lax.optimization_barrier on the CPU, jax 0.10.2 does not",
+)
+def test_the_barrier_of_xla_is_without_effect_in_the_oldest_jax():
   assert times_computed(with_optimization_barrier) > 1, (
-    "XLA no longer ignores lax.optimization_barrier on the CPU: delete nn/isolate.py and use it, "
-    "if benchmarks/fusion_barrier.py agrees"
+    "XLA obeys lax.optimization_barrier on the CPU with the oldest jax of setup.cfg too: delete "
+    "nn/isolate.py and use it, if benchmarks/fusion_barrier.py agrees"
   )
 
 
