@@ -31,6 +31,10 @@ docs: .venv/installed-docs
 	$(BIN)/zensical build --clean --strict
 	$(BIN)/python .ci/check_site.py site
 
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 # Pillow: one that reads AVIF, as the packed images of benchmarks/accelerator.py are
 accelerator-wheels:
 	rm -rf .whl
@@ -50,10 +54,6 @@ test-environment: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	touch $@
-
-.venv/installed-docs: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:
