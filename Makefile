@@ -5,6 +5,7 @@
 # make test-oldest    pytest with the oldest ones (.venv-oldest)
 # make wheel    dist/: sdist and wheel; learns digits with the wheel outside of this folder
 # make reproduction    docs/reproduction.md and its figures from docs/records
+# make docs    site/: the documents and the reference of the code, as a site
 # make accelerator-wheels    .whl/: what a machine with jax, flax, optax, orbax and chex may lack
 # PYTHON=python3.12 make ...    another interpreter for an environment that is made
 # HALRP_TEST_CACHE=DIR make test    keeps compiled programs from one run of the tests to the next
@@ -14,7 +15,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs
 
-.PHONY: demo test test-all test-newest test-oldest wheel reproduction accelerator-wheels \
+.PHONY: demo test test-all test-newest test-oldest wheel reproduction docs accelerator-wheels \
   environment test-environment clean
 
 demo: environment
@@ -52,7 +53,6 @@ reproduction: environment
 	$(BIN)/python -m halrp_jax report --runs=docs/records --out=$(RUNS)/report --docs=docs
 
 # site/: the documents and the reference of the code; a link that leads nowhere is an error
-.PHONY: docs
 docs: .venv/installed-docs
 	$(BIN)/zensical build --clean --strict
 	$(BIN)/python .ci/check_site.py site
