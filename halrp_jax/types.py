@@ -212,7 +212,7 @@ class Store(NamedTuple):
   """
 
   name: str  # a path of scopes, such as "task03/warmup"
-  log: Callable[[dict[str, object]], None]  # takes one event: a dict of plain numbers and texts
+  log: Callable[[Json], None]  # takes one event: a dict of plain numbers and texts
   keep: Keep = Keep()
   gang: "Gang | None" = None  # the threads of the runs that are learned at once, if there are any
 
