@@ -322,6 +322,7 @@ def list_text(benchmarks: dict, networks: dict, methods: dict) -> str:
     lines.append(title)
     for name, doc in docs.items():
       summary, *_ = (doc or "").strip().splitlines() or [""]
+      summary = summary.removeprefix("Returns the ")  # of a function that makes a network
       lines.append(f"  {name:<{width}}{summary}".rstrip())
   return "\n".join(lines)
 
