@@ -10,7 +10,7 @@ the head, with ranks chosen for the whole network together.
 | g_l            | `layer_importance`            | gradient of the loss at W_free |
 | alpha          | method.alpha                  | share of the total score that is kept |
 | n, n_r         | epochs, method.warmup_epochs  | epochs of a task, and of its warm-up |
-| lambda_0       | method.l1                     | L1 penalty on U and V       |
+| lambda_0       | method.l1                     | of the L1 norms of U and V |
 | lambda_1       | method.l2                     | of R^2, S^2, U^2, V^2; of W^2 in the first task |
 | gamma, p       | method.prune_bound            | model growth that is allowed |
 

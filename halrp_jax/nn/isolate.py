@@ -9,8 +9,8 @@ barrier, and never gets lost.
 
 `lax.optimization_barrier` does not help with jax 0.10, the oldest version that setup.cfg admits:
 XLA:CPU removes it before its fusion passes, and the compiled fusions are the same as without it.
-From jax 0.12 on XLA:CPU obeys it. tests/nn/test_isolate.py reads the compiled programs and says when
-no supported version needs this module any more.
+From jax 0.12 on XLA:CPU obeys it. tests/nn/test_isolate.py reads the compiled programs and says
+when no supported version needs this module any more.
 
 The table shows the time of a training step with 128 images, with jax and jaxlib 0.10.2 on 2 cores
 of an x86-64 CPU. It was measured by `python benchmarks/fusion_barrier.py --rounds=9 --repeats=4`,
