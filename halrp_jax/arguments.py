@@ -56,6 +56,8 @@ def parse_config(
   _check_key_names(argv)
   try:
     rest = values(argv)[1:]
+    if values.config is not None:
+      values.config.to_dict()  # resolves references between keys, which a flag can break
   except UserError:
     raise
   except Exception as e:  # absl and config_flags can raise anything
@@ -140,7 +142,7 @@ def _find_config(file: str) -> pathlib.Path:
   installed = configs_folder() / path.name
   if installed.is_file():
     return installed
-  hint = keys.nearest(path.stem, sorted(p.stem for p in installed.parent.glob("*.py")))
+  hint = keys.nearest(path.name, sorted(p.name for p in installed.parent.glob("*.py")))
   raise UserError(
     f"--config={file}: no such file here, and no config of this name is installed{hint}"
   )

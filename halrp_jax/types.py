@@ -1,7 +1,7 @@
 """The types that all parts share: tasks and their images, methods, states, sizes, errors.
 
 A run calls `Method.learn` once per group of tasks and hands the state from call to call. This
-module imports no other module of the package.
+module imports no other module of the package at run time.
 """
 
 # pyright: reportMissingParameterType=error, reportMissingTypeArgument=error

@@ -102,8 +102,9 @@ install() {
   if [ -z "$dry_run" ]; then
     tree=$(mktemp) || return
   fi
-  call tar -czf "$tree" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./data \
-    -C "$ROOT" . &&
+  call tar -czf "$tree" --exclude=./.git --exclude=./.venv --exclude='./.venv-*' --exclude=./runs \
+    --exclude=./data --exclude=./site --exclude=./dist --exclude=./build --exclude=./.whl \
+    --exclude=./.test-cache -C "$ROOT" . &&
     tpu tpu-vm scp "$tree" "$name:halrp_jax.tar.gz" ${all_hosts:+--worker=all} || code=$?
   [ -n "$dry_run" ] || rm -f "$tree"
   [ "$code" = 0 ] || return "$code"

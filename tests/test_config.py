@@ -132,7 +132,7 @@ def test_a_config_of_the_current_folder_goes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("file", "says"),
   [
-    ("configs/digit.py", "no config of this name is installed (did you mean digits?)"),
+    ("configs/digit.py", "no config of this name is installed (did you mean digits.py?)"),
     ("configs/nothing_like_it.py", "no config of this name is installed"),
     ("digits.py", "--config=digits.py: no such file"),
     ("", "--config=: no such file"),
@@ -160,6 +160,19 @@ def test_a_config_file_that_is_wrong(text, says, tmp_path):
   with pytest.raises(UserError) as error:
     arguments.load_config(str(tmp_path / "mine.py"))
   assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_broken_reference_between_keys_is_one_line(tmp_path):
+  text = (
+    "from ml_collections import config_dict\n"
+    "def get_config():\n"
+    "  c = config_dict.ConfigDict({'epochs': 2, 'seed': 0})\n"
+    "  c.batch_size = c.get_ref('epochs') // c.get_ref('seed')\n"
+    "  return c\n"
+  )
+  (tmp_path / "mine.py").write_text(text)
+  with pytest.raises(UserError, match="mine.py: ZeroDivisionError: integer division or modulo by zero"):
+    arguments.load_config(str(tmp_path / "mine.py"))
 
 
 def test_a_config_file_may_define_a_dataclass_and_have_any_name(tmp_path):

@@ -83,5 +83,5 @@ def _discard(*streams: TextIO | None) -> None:
   nowhere = os.open(os.devnull, os.O_WRONLY)
   for stream in streams:
     if stream is not None:
-      with contextlib.suppress(OSError, ValueError):
+      with contextlib.suppress(OSError, ValueError, AttributeError):  # notebooks replace them
         os.dup2(nowhere, stream.fileno())

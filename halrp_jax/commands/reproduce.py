@@ -42,8 +42,7 @@ def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int
   targets = _targets(options)
   compile_cache.use(options.compile_cache)
   if options.list:
-    _list(targets, configs, options)
-    return 0
+    return _list(targets, configs, options, stop_asked)
   return _reproduce(targets[0], configs, options, stop_asked)
 
 
@@ -129,8 +128,16 @@ def _reproduce(
 # --- --list ---------------------------------------------------------------------------
 
 
-def _list(targets: list[paper.Target], configs: str, options: argparse.Namespace) -> None:
-  """Prints a line per table and figure; the time of a step is measured once per kind of run."""
+def _list(
+  targets: list[paper.Target],
+  configs: str,
+  options: argparse.Namespace,
+  stop_asked: Callable[[], bool],
+) -> int:
+  """Prints a line per table and figure, and returns the exit code.
+
+  The time of a step is measured once per kind of run.
+  """
   known: dict[tuple, tuple[float, float]] = {}
   print(f"budget {options.budget}; hours: the number of steps times the time of one step, measured")
   print("here on random images; all systems but HALRP are counted like single-task learning")
@@ -139,11 +146,15 @@ def _list(targets: list[paper.Target], configs: str, options: argparse.Namespace
     cells, missing = _cells(target, configs, options)
     count, seconds = 0, 0.0
     for cell in sweep.shard(cells, options.shard):
+      if stop_asked():
+        print("stopped", file=sys.stderr)
+        return stop.EXIT_CODE
       steps, cell_seconds = _estimate(cell, known)
       count, seconds = count + steps, seconds + cell_seconds
     more = f" (not implemented: {', '.join(missing)})" if missing else ""
     line = f"{target.name:<10} {len(cells):>6} {count:>12,} {seconds / 3600:>8.1f}"
     print(f"{line}  {target.title}{more}", flush=True)
+  return 0
 
 
 def _estimate(cell: sweep.Cell, known: dict[tuple, tuple[float, float]]) -> tuple[int, float]:

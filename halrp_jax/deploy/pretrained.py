@@ -120,8 +120,9 @@ def base_state(
   """
   params = nn.meta.unbox(params)
   contract.check_params(params, task.num_classes)
-  shapes = contract.guessed_matrix_shapes(params)
-  if model is not None:
+  if model is None:
+    shapes = contract.guessed_matrix_shapes(params)
+  else:
     image_shape = Benchmark("", (task,), "", False).image_shape
     shapes = contract.make_matrix_shapes(model, image_shape, task.num_classes)(params)
     contract.check_same(model, image_shape, params)

@@ -255,6 +255,7 @@ def extend(
   if (record := identity.finished_record(out, own_config)) is not None:
     identity.require_standing(out, own_config, now)
     return record
+  method = _method_of(run, benchmark)  # may refuse the task, before a folder is made
   strict = config.checkpoint.strict
   with workdir.opened(out, own_config, False, strict, stop_asked, now) as folder:
     if changes := [*now["changes"], *folder.new_changes]:
@@ -263,7 +264,7 @@ def extend(
     start = time.perf_counter()
     store = Store(f"task{t:02d}", experiment.make_log(folder, show), folder.keep())
     experiment.log_once(store, [{"event": "note", "note": note} for note in notes])
-    state, ranks, unchanged = _learn_one(run, benchmark, store)
+    state, ranks, unchanged = _learn_one(run, benchmark, method, store)
     results = _results(run, benchmark, state, ranks, unchanged)
     folder.save_state(t + 1, state, results)
     seconds = time.perf_counter() - start
@@ -294,17 +295,24 @@ def _standing(run: Saved, benchmark: Benchmark) -> dict[str, Any]:
   return now | {"tasks": tasks, "extends": checkpoint.fingerprint(run.state), "changes": changes}
 
 
-def _learn_one(
-  run: Saved, benchmark: Benchmark, store: Store
-) -> tuple[State, dict[str, int] | None, bool]:
-  """Learns the last task of a benchmark; returns state, ranks, and whether old tasks are unchanged.
+def _method_of(run: Saved, benchmark: Benchmark) -> Method:
+  """Builds the method that trains, with the run's own network and layout.
 
-  The task is trained with the run's own network and layout, not those for predictions.
+  `run.method` has those for predictions.
+  """
+  layout = parallel.make_layout(run.config.parallel)
+  network = experiment.network_of(run.config, run.benchmark.max_classes, layout.axis_name)
+  return methods.make(run.config, network, benchmark, layout)
+
+
+def _learn_one(
+  run: Saved, benchmark: Benchmark, method: Method, store: Store
+) -> tuple[State, dict[str, int] | None, bool]:
+  """Learns the last task of a benchmark.
+
+  Returns the state, the ranks, and whether the old tasks are unchanged.
   """
   config, t, before = run.config, len(run.learned), run.state
-  layout = parallel.make_layout(config.parallel)
-  trained = experiment.network_of(config, run.benchmark.max_classes, layout.axis_name)
-  method = methods.make(config, trained, benchmark, layout)
   _, learn_key = jax.random.split(jax.random.key(config.seed))
   key = jax.random.fold_in(learn_key, t)
   state, history = method.learn(before, benchmark.tasks[t:], key, store)

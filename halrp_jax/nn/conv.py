@@ -101,8 +101,8 @@ def conv_general_dilated(
   """Computes what `lax.conv_general_dilated` does, also fast on the CPU.
 
   It is an argument for `nn.Conv(conv_general_dilated=...)`. The fast form covers 4-dimensional
-  arrays in the layout NHWC, kernels in HWIO, strides 1 or 2, without dilation or groups; anything
-  else is left to `lax.conv_general_dilated`.
+  arrays in the layout NHWC, kernels in HWIO, strides 1 or 2, without dilation or groups; all
+  other convolutions are left to `lax.conv_general_dilated`.
 
   Args:
     lhs: input. [B, H, W, C]

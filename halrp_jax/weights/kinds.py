@@ -83,8 +83,13 @@ def guessed_matrix_shape(name: str, flat: Mapping[str, jax.Array]) -> tuple[int,
   Args:
     name: path of the layer.
     flat: all parameters of the network by path.
+
+  Raises:
+    UserError: if the kernel has fewer than two axes.
   """
   kernel, bias = flat[f"{name}/kernel"], flat.get(f"{name}/bias")
+  if kernel.ndim < 2:
+    raise UserError(f"{name}/kernel: shape {kernel.shape}, expected at least two axes")
   parent, _, own = name.rpartition("/")
   kernels = {k: flat.get(f"{parent}/{k}/kernel") for k in ("query", "key", "value", "out")}
   query, out = kernels["query"], kernels["out"]

@@ -147,7 +147,7 @@ def test_an_ablation_changes_what_it_says_alone(file, setting, keys):
   ("file", "setting"), [("ablation_table6", "alpha2_warmup1"), ("ablation_lambda_split", "1e-4")]
 )
 def test_an_unknown_ablation_is_refused(file, setting):
-  with pytest.raises(UserError, match=f"'{setting}' is n"):
+  with pytest.raises(UserError, match=f"after the colon, such as .*, got '{setting}'"):
     arguments.load_config(f"{CONFIGS}/{file}.py", setting)
 
 
@@ -229,6 +229,13 @@ def test_list_names_every_target_with_its_cells(capsys, monkeypatch):
   words = told["table 6"]
   hours = (10 * 16000 * 0.1 / 10 + 10 * 10 * 1.0) / 3600
   assert words[2:5] == ["10", "16,000", f"{hours:.1f}"]
+
+
+def test_list_is_stopped_between_two_measurements(capsys, monkeypatch):
+  asked = []
+  monkeypatch.setattr(estimate, "calibrate", lambda config: asked.append(config) or (0.1, 1.0))
+  assert command.main(["--list", "--compile_cache=off"], lambda: len(asked) == 2) == 75
+  assert len(asked) == 2 and capsys.readouterr().err == "stopped\n"
 
 
 def test_planned_steps_are_those_of_a_dry_run(digits_config):

@@ -6,7 +6,7 @@ import pytest
 import safetensors.numpy as safetensors
 from flax import traverse_util
 
-from halrp_jax import methods, models
+from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
 from halrp_jax.deploy import pretrained
 from halrp_jax.runs import checkpoint, experiment
@@ -95,3 +95,11 @@ def test_a_head_is_trained_on_it_and_the_next_task_learned(params, digits_config
     image, label = batches.load_batch(task.test, task.inputs, np.arange(100))
     hits = np.argmax(method.predict(state, t, image), 1) == np.asarray(label)
     assert hits.mean() > 0.6  # chance is 0.1
+
+
+def test_a_kernel_that_is_no_matrix_is_refused_by_name(params, digits_config):
+  config = resolve(digits_config("halrp"))
+  task = data.load(config).tasks[0]
+  odd = params | {"gate": {"kernel": np.ones(3, np.float32)}}
+  with pytest.raises(UserError, match=r"gate/kernel: shape \(3,\), expected at least two axes"):
+    pretrained.base_state(config.method, task, odd, {})
