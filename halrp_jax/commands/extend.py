@@ -47,13 +47,15 @@ def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int
   except Stopped:
     print(f"stopped; the same command goes on from {options.out}", file=sys.stderr)
     return stop.EXIT_CODE
-  task, num_old = record["task"], len(record["accuracy"]) - 1
-  print(f"task {task['id']} ({task['name']}): accuracy {record['accuracy'][-1]:.2f} %")
+  task, num_tasks = record["task"], len(record["accuracy"])
+  position, accuracy = f"task {num_tasks}/{num_tasks}", record["accuracy"][-1]
+  print(f"{position} ({task['name']}, id {task['id']}): accuracy {accuracy:.2f} %")
+  num_old = num_tasks - 1
   if record["unchanged"]:
-    print(f"the {num_old} tasks before are unchanged to the bit")
+    print(f"the {num_old} earlier tasks are unchanged to the bit")
   else:
     name = run.config.method.name
     shared = f"{name} changed weights that tasks share"
-    print(f"{shared}: predictions for the {num_old} tasks before may have changed")
+    print(f"{shared}: predictions for the {num_old} earlier tasks may have changed")
   print(f"growth {100 * record['increment']:+.1f} %; {options.out}")
   return 0
