@@ -5,7 +5,7 @@
   python -m halrp_jax reproduce --figure=3a --budget=full --methods=halrp,apd --seeds=0 ...
 
 Learns the runs in folders below --workdir, as sweep does, and writes the report into the folder
-report-NAME-BUDGET there. If it is stopped, the same command goes on; runs that several tables need
+report-NAME-BUDGET there. If it is stopped, the same command resumes; runs that several tables need
 are learned once. --list prints every table and figure with its number of runs, optimizer steps and
 hours on this machine. Exit codes are those of sweep.
 
@@ -115,7 +115,7 @@ def _reproduce(
     with terminal.live_sweep(sys.stdout) as show:
       rows = sweep.run(sweep.shard(cells, options.shard), str(root), show, stop_asked)
   except Stopped:
-    print(f"stopped; the same command goes on from {options.workdir}", file=sys.stderr)
+    print(f"stopped; the same command resumes from {options.workdir}", file=sys.stderr)
     return stop.EXIT_CODE
   print(terminal.sweep_text(rows))
   if any(row["state"] in ("done", "kept") for row in rows):

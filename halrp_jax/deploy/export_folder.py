@@ -43,7 +43,9 @@ def read_card(folder: pathlib.Path, stem: str) -> Card:
   try:
     card = files.load_json(file)
     if card["schema"] != SCHEMA:
-      raise UserError(f"{file}: schema {card['schema']!r}, this version reads {SCHEMA}")
+      raise UserError(
+        f"{file}: has schema {card['schema']!r}, expected {SCHEMA}; export the run again"
+      )
     if card["format"] not in FORMATS or not isinstance(card["hash"], str):
       raise ValueError("format or hash")
     return card

@@ -231,7 +231,7 @@ def extend(
     run: from `open_run`.
     data_path: of the new task's images (data/custom.py): a folder with a folder per class, or an
       .npz file. All its images are used, whatever the run's train_fraction.
-    out: the new folder; if it holds this extension, interrupted, it goes on.
+    out: the new folder; an interrupted extension in it is resumed.
     show: is called with every event.
     stop_asked: see `experiment.run`.
 
@@ -242,7 +242,7 @@ def extend(
 
   Raises:
     UserError: if the method or the network has no room for the task, or a path can't be used.
-    Stopped: if `stop_asked` returned True; the same call goes on from there.
+    Stopped: if `stop_asked` returned True; the same call resumes from there.
   """
   config, t = run.config, len(run.learned)
   notes: list[str] = []
@@ -261,7 +261,7 @@ def extend(
       show({"event": "standing", "said": changes})
     folder.describe(benchmark)
     start = time.perf_counter()
-    store = Store(f"task{t:02d}", experiment.make_log(folder, show), folder.keep())
+    store = Store(f"task{t:02d}", experiment.make_log(folder, show), folder.progress_store())
     experiment.log_once(store, [{"event": "note", "note": note} for note in notes])
     state, ranks, unchanged = _learn_one(run, benchmark, store)
     results = _results(run, benchmark, state, ranks, unchanged)

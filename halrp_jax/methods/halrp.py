@@ -22,7 +22,7 @@ fresh optimizer (lines 7 and 8), and all tasks so far are pruned (line 9).
 The perturbation of task 0 is the identity, so that the states of all tasks have the same shapes.
 
 Deviations from the paper are switches, whose values `VARIANTS` has: "paper" follows the text to the
-letter, "code" is the authors' program as released, and "published" reproduces the published
+letter, "code" is the authors' code as released, and "published" reproduces the published
 accuracies and sizes (docs/reproduction.md).
 
 Reference: https://arxiv.org/abs/2311.15161.
@@ -324,7 +324,7 @@ def layer_importance(
 ) -> dict[str, float]:
   """Returns by layer the importance |g_l|^2 at W_free, averaged over batches.
 
-  As in the authors' program the mean is weighted with the sizes of the batches. With
+  As in the authors' code the mean is weighted with the sizes of the batches. With
   method.importance = "mean" it is divided by the number of entries of the kernel.
 
   Args:

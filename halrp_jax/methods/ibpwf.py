@@ -21,10 +21,10 @@ previous task, and KL_r against N(0, 0.1^2). (2) The last method.fine_tune_epoch
 cross-entropy alone, with z as in predictions. Used factors get no updates in either phase. Nothing
 is forgotten.
 
-The authors' program draws r_t anew for permuted MNIST (method.start = "fresh"). For split MNIST it
+The authors' code draws r_t anew for permuted MNIST (method.start = "fresh"). For split MNIST it
 says that starting from r_{t-1} worked ("task_before"; here biases and BatchNorm start so too).
 
-As in the authors' program, l2 on the kernels replaces KL_r: with l2 > 0 there is no KL_r. There are
+As in the authors' code, l2 on the kernels replaces KL_r: with l2 > 0 there is no KL_r. There are
 these differences: an integral over 32 points with an error below 1e-4 replaces the series in KL_v;
 biases belong to the task and are no row of A; lambda is constant; gradients are not clipped.
 

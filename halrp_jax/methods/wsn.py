@@ -18,7 +18,7 @@ neither biases nor affine BatchNorm (method.bn = "noaffine"). The scores continu
 There is no weight decay, which would change the selected weights of earlier tasks.
 
 Reference: H. Kang et al., "Forget-free continual learning with winning subnetworks", ICML 2022,
-Alg. 1. In its program `sparsity` is 1 - c.
+Alg. 1. In its code `sparsity` is 1 - c.
 """
 
 import dataclasses

@@ -158,7 +158,7 @@ def run(
 ) -> dict:
   """Learns all tasks of a config one after another and writes the record.
 
-  A run that was interrupted goes on where it was. A run that is finished returns its record.
+  An interrupted run resumes where it was. A finished run returns its record.
 
   Args:
     config: from `make_config`, overrides applied.
@@ -174,7 +174,7 @@ def run(
 
   Raises:
     UserError: if the config, the data or the folder can't be used; nothing is lost or half-written.
-    Stopped: if `stop_asked` returned True; the same call goes on from there.
+    Stopped: if `stop_asked` returned True; the same call resumes from there.
     Diverged: if the loss became NaN or infinite.
   """
   config = resolve(config)
@@ -286,7 +286,7 @@ def _learn_all(
     label = {"t": t, "num_tasks": num_tasks, "task": tasks[-1].name, "task_id": tasks[-1].id}
     measure.forget_peak()
     with measure.measure(compile_seconds) as learning:
-      store = Store(f"task{t:02d}", log, folder.keep(), gang)
+      store = Store(f"task{t:02d}", log, folder.progress_store(), gang)
       notes = benchmark.notes if position == 1 else ()
       log_once(store, [*({"event": "note", "note": n} for n in notes), {"event": "task"} | label])
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)

@@ -77,7 +77,7 @@ def catalogue(folder: str, smoke: bool = False) -> paper.Catalogue:
     smoke: whether the records are of `--budget=smoke`.
   """
 
-  def wanted(setting):
+  def expected(setting):
     found = config(folder, setting, smoke)
     return None if found is None else setting_of(resolve(found).to_dict())
 
@@ -89,7 +89,7 @@ def catalogue(folder: str, smoke: bool = False) -> paper.Catalogue:
           return found
     return None
 
-  return paper.Catalogue(functools.cache(wanted), standard, setting_of, any_share=smoke)
+  return paper.Catalogue(functools.cache(expected), standard, setting_of, any_share=smoke)
 
 
 # --- cells to run ---------------------------------------------------------------------
@@ -109,7 +109,7 @@ def cells(
   Args:
     folder: from `configs_folder`.
     target: the table or figure.
-    budget: "smoke" (to see whether everything runs), "small" (a share of the images, the first
+    budget: "smoke" (to see whether everything runs), "small" (a fraction of the training images, the first
       orders, one seed) or "full" (the paper's five orders with five seeds each).
     only: names of the methods to run; (): all of the target.
     order_names: names with commas, or "all"; "": those of the budget.

@@ -71,7 +71,7 @@ def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) 
 
   Args:
     base: parameters of the network of the first task.
-    counted: numbers that later tasks add and that the authors' program counts for the paper.
+    counted: numbers that later tasks add and that the authors' code counts for the paper.
     uncounted: numbers that it leaves out: biases of later tasks, BatchNorm's statistics of all.
     training_only: numbers that are stored for training alone.
   """
@@ -118,7 +118,7 @@ def dense_growth(state: State, tasks: Sequence[Params]) -> float:
 def perturbed(state: State) -> Size:
   """Returns the size of a method whose task states have perturbations of the shared kernels.
 
-  As in the authors' program, `Size.paper` has neither the biases of later tasks nor BatchNorm's
+  As in the authors' code, `Size.paper` has neither the biases of later tasks nor BatchNorm's
   statistics, and of U and V only entries larger than 1e-8.
   """
   base = _base_count(state)

@@ -16,7 +16,7 @@ def grow(basis: np.ndarray, moment: np.ndarray, energy: float, first: bool) -> n
     moment: the second moment x' x [d, d], or the rows x [n, d] themselves where n < d
       (`moment_or_rows`).
     energy: share in [0, 1] that the new basis shall carry.
-    first: whether to follow the rule of GPM's program for the first task, which leaves out the
+    first: whether to follow the rule of GPM's code for the first task, which leaves out the
       direction that reaches the share.
 
   Returns:

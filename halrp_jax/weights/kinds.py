@@ -161,7 +161,7 @@ def _low_rank_branch(
 ) -> jax.Array:
   """Returns U (Sigma (V' x)), for a convolution with the sum of x over its window.
 
-  The authors' program computes the same as a 1x1 convolution, a pooling and a 1x1 convolution.
+  The authors' code computes the same as a 1x1 convolution, a pooling and a 1x1 convolution.
 
   Args:
     module: the layer.

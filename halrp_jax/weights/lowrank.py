@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_TINY = 1e-20  # lower bound of the denominators, as in the authors' program
+_TINY = 1e-20  # lower bound of the denominators, as in the authors' code
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 3  # of the randomised SVD
 
 
@@ -138,7 +138,7 @@ def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, j
   """Returns the scales R [J] and S [I] by least squares (paper Eq. 3 and 4).
 
   R minimises |F - R W|^2; then S minimises |F - R W S|^2 for this R. There is one pass, as in the
-  authors' program.
+  authors' code.
 
   Args:
     base: W [*window, I, J].
@@ -249,7 +249,7 @@ def truncate(
     d: the decomposition.
     rank: int scalar, 0 <= rank <= min(columns, m); may be traced.
     columns: static width K of the result.
-    fold: whether sqrt(Sigma) goes into both U and V and Sigma is None, as in the authors' program.
+    fold: whether sqrt(Sigma) goes into both U and V and Sigma is None, as in the authors' code.
   """
   _check_factors(d)
   chex.assert_rank(rank, 0, custom_message="rank must be a scalar")
@@ -309,7 +309,7 @@ def allocate_ranks(
     scores: for every layer [m_l], descending: ||g_l||^2 sigma_lk^2 (times the window's area).
     alpha: share of the total score to keep; 1 or more keeps everything.
     crossing: whether the score that first carries the sum past `alpha` is kept too.
-    min_rank: smallest rank of a layer; 1 in the authors' program.
+    min_rank: smallest rank of a layer; 1 in the authors' code.
     upper_rank: largest rank of a layer, 0 for no limit. The ranks that it cuts off are not given to
       other layers.
 

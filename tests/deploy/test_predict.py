@@ -271,7 +271,7 @@ def test_mistakes(capsys, run_folder, tmp_path, monkeypatch, change, says):
   [
     (lambda path: path.unlink(), "holds no tasks.json"),
     (lambda path: path.write_text("{"), "tasks.json: can't be read"),
-    (lambda path: change(path, schema=2), "schema 2, this version reads 1"),
+    (lambda path: change(path, schema=2), "has schema 2, expected 1"),
     (lambda path: change(path, num_classes=9), "was changed or damaged"),
     (lambda path: change(path, input_shape=[8, 8, 3]), "was changed or damaged"),
     (lambda path: change(path, image_shape=[4, 8, 1]), "was changed or damaged"),

@@ -364,7 +364,7 @@ def test_sizes_have_the_scale_that_shows_them(growth, scale):
 @pytest.mark.parametrize(
   ("argument", "says"),
   [
-    ("--runs=/nowhere", "--runs=/nowhere: no such folder"),
+    ("--runs=/nowhere", "/nowhere: no such folder; give the folder of runs"),
     ("--runs=", "argument --runs: a value is missing"),
     ("--configs=/nowhere", "no such folder of configs"),
     ("--out=/proc/x", "--out=/proc/x: "),
@@ -377,7 +377,7 @@ def test_mistakes(some, tmp_path, argument, says):
 
 def test_a_folder_without_a_good_record(tmp_path):
   (tmp_path / "a.json").write_text("{")
-  with pytest.raises(UserError, match="no record that can be used .a.json can't be read"):
+  with pytest.raises(UserError, match="no usable record .a.json can't be read"):
     report.main([f"--runs={tmp_path}", f"--out={tmp_path}"])
 
 
