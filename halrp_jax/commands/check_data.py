@@ -99,7 +99,7 @@ def contact_sheet(tasks: tuple[Task, ...], image: np.ndarray) -> np.ndarray:
   """Draws a row per task, its classes in turn: training images left, test images right.
 
   Args:
-    tasks: all tasks of a benchmark.
+    tasks: tasks of a benchmark.
     image: uint8 [N, H, W, C], the images of all tasks.
 
   Returns:

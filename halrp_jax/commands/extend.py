@@ -11,7 +11,7 @@ or FILE, which must not be the name of a task of RUN.
 NEW becomes the folder of a run with the old tasks and the new one, for predict, export and extend.
 RUN is not changed. With methods that do not change what the tasks share (HALRP, STL, BN, BE,
 APDfix, CLR with its own BatchNorm) the old tasks stay the same to the bit, and only the new task is
-pruned. If it is stopped, the same command resumes.
+pruned. If it is stopped, the same command resumes it.
 """
 
 import sys

@@ -5,8 +5,8 @@
   python -m halrp_jax reproduce --figure=3a --budget=full --methods=halrp,apd --seeds=0 ...
 
 Learns the runs in folders below --workdir, as sweep does, and writes the report into the folder
-report-NAME-BUDGET there. If it is stopped, the same command resumes; runs that several tables need
-are learned once. --list prints every table and figure with its number of runs, optimizer steps and
+report-NAME-BUDGET there. If it is stopped, the same command resumes it; runs that several tables
+need are learned once. --list prints every table and figure with its number of runs, optimizer steps and
 hours on this machine. Exit codes are those of sweep.
 
 Budgets:

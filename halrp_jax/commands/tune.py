@@ -5,9 +5,9 @@ r"""Tries a grid of config values and ranks them by their accuracy on validation
       --grid=method.strength=10,100,1000 --workdir=runs/tune-ewc
 
 Each combination of values is a cell: a run of its own in a folder below DIR, with 25 % of the
-training images unless the grid or --config.train_fraction says otherwise. The accuracies are those on the validation
-images after the last task; test images are not used at all. Prints a table with the best cell
-first, and writes it to DIR/tune.json. If it is stopped, the same command resumes.
+training images unless the grid or --config.train_fraction says otherwise. The accuracies are those
+on the validation images after the last task; test images are not used at all. Prints a table with
+the best cell first, and writes it to DIR/tune.json. If it is stopped, the same command resumes it.
 """
 
 import itertools

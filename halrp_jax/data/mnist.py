@@ -72,7 +72,7 @@ def _tasks(data: ImageSet, permutations: Sequence[np.ndarray], channels: int) ->
 
   Args:
     data: the images.
-    permutations: for each task, the row of the flattened stored image of each input value.
+    permutations: one array per task: the row of the flattened stored image of each input value.
     channels: number of channels of the network's input.
   """
   mean, std = (np.full(channels, x, np.float32) for x in (_MEAN, _STD))

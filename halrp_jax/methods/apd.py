@@ -15,17 +15,17 @@ for method.l2, halved if method.l2_half.
 | s, k, beta | method.{every,clusters,close} | settings of the consolidation |
 
 Phases: training, and hierarchical consolidation. After every s tasks, consolidation clusters the
-tau_i of each layer by k-means. Where the members of a cluster differ by at most beta, their midrange
-moves to L and these entries of tau_i become 0. The retroactive term keeps forgetting small, but not
-zero.
+tau_i of each layer by k-means. Where the members of a cluster differ by at most beta, their
+midrange moves to L and these entries of tau_i become 0. The retroactive term keeps forgetting
+small, but not zero.
 
 method.old_tau = "closed_form" is an addition of this package. For given sigma, the terms of an old
 task are minimal at tau_i = soft(theta_i* - sigma * m_i, l1/a). With this tau_i they are a function
 of sigma alone, a Huber loss, and an old tau needs no gradient and no moments.
 
 Deviations from the authors' code: it also trains the v_i of old tasks, although it has a flag
-that should freeze them, and draws the biases anew for every task. Here old v_i stay as they are, and
-biases start from those of the previous task.
+that should freeze them, and draws the biases anew for every task. Here old v_i stay as they are,
+and biases start from those of the previous task.
 
 Reference: J. Yoon et al., "Scalable and order-robust continual learning with additive parameter
 decomposition", 2020 (arXiv 1902.09432), Alg. 1, Eq. 3 to 6, and its code.
@@ -165,11 +165,11 @@ def _start(
   sigma, and v near 0.
 
   Args:
-    config: of the method.
-    state: before the task.
+    config: config of the method.
+    state: method state before the task.
     params: freshly initialized parameters.
     stats: freshly initialized statistics.
-    v_key: key for v.
+    v_key: random key for v.
   """
   sigma, rest = trees.split(params)
   if state.tasks:

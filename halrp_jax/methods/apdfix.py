@@ -13,8 +13,8 @@ Phases: task 0; every later task starts from task 0's biases and BatchNorm, a fr
 
 Reference: J. Yoon et al., "Scalable and order-robust continual learning with additive parameter
 decomposition", 2020 (arXiv 1902.09432), APD-Fixed. The HALRP paper says "learn only the mask
-vector" (method.train_tau = False). A mask per output is a special case of BE, yet the paper's APDfix
-is better than its BE. So tau is trained too (method.train_tau = True).
+vector" (method.train_tau = False). A mask per output is a special case of BE, yet the paper's
+APDfix is better than its BE. So tau is trained too (method.train_tau = True).
 """
 
 import dataclasses
@@ -112,10 +112,10 @@ def _start(config: Config, state: State, fresh: Params, v_key: jax.Array) -> Par
   Biases and BatchNorm are those of task 0.
 
   Args:
-    config: of the method.
-    state: before the task.
+    config: config of the method.
+    state: method state before the task.
     fresh: freshly initialized parameters, of which the head is used.
-    v_key: key for v.
+    v_key: random key for v.
   """
   kernels = state.shared["kernels"]
   tau = kernels if config.tau_start == "shared" else jax.tree.map(jnp.zeros_like, kernels)

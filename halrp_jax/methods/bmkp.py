@@ -292,7 +292,7 @@ def _grow(memory: dict, parts: list[dict[str, np.ndarray]], energy: float) -> di
   """Returns the bases and their numbers of directions after a task.
 
   Args:
-    memory: with the bases before.
+    memory: bases of earlier tasks, with their numbers of directions.
     parts: Z Z' of every layer's outputs, for each chunk of images.
     energy: gamma.
   """

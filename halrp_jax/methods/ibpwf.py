@@ -154,11 +154,11 @@ def begin(
 
   Args:
     f: the shapes and the compiled functions.
-    config: of the method.
-    state: before the task.
-    shared: what tasks share.
-    init_key: of a fresh network.
-    r_key: of r.
+    config: config of the method.
+    state: method state before the task.
+    shared: shared state of all tasks.
+    init_key: random key for a fresh network.
+    r_key: random key for r.
   """
   fresh, stats = f.initialize(init_key)
   params = {k: x for k, x in shared.items() if k not in ("used", "r")}
@@ -300,9 +300,9 @@ def draw_z(
   """Draws z = b_t * r_t of all layers, with relaxed b_t.
 
   Args:
-    key: of the draw.
-    config: of the method.
-    params: with p, log_c, log_d and r by layer.
+    key: random key for the draw.
+    config: config of the method.
+    params: parameters p, log_c, log_d and r by layer.
     shapes: by layer.
 
   Returns:
@@ -323,10 +323,10 @@ def draw_logistic(
   """Draws x = p + logistic noise, whose sign is b.
 
   Args:
-    key: of the draw.
+    key: random key for the draw.
     p: log odds of b.
-    log_c: of the prior's sticks.
-    log_d: of the prior's sticks.
+    log_c: log c_k of the prior's sticks v_k ~ Kumaraswamy(c_k, d_k).
+    log_d: log d_k of the same.
 
   Returns:
     x [F], and the estimate log q(x) - log p(x) of KL_b, where the density p(x) has log odds that

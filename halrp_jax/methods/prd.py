@@ -305,7 +305,7 @@ def augment(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
   """Crops and mirrors normalised images [B, H, W, C] at random, and changes their colours.
 
   Args:
-    key: of the changes.
+    key: random key for the changes.
     image: the images; those without 3 channels keep their colours.
     clip: whether colours are clipped to [0, 1].
   """
@@ -321,7 +321,7 @@ def change_colours(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
   Then 20 % of all images become grey.
 
   Args:
-    key: of the changes.
+    key: random key for the changes.
     image: [B, H, W, 3]
     clip: whether the scaled colours are clipped to [0, 1].
   """

@@ -97,10 +97,10 @@ def _start(
   """Returns the start of a task: all values after the previous task, but a fresh head.
 
   Args:
-    state: before the task.
-    params: freshly drawn.
-    stats: freshly drawn.
-    score_key: of the first scores.
+    state: method state before the task.
+    params: freshly initialized parameters.
+    stats: freshly initialized statistics.
+    score_key: random key for the initial scores.
 
   Returns:
     theta, s and M as in `State.shared`; biases, BatchNorm and head; BatchNorm statistics.
@@ -162,7 +162,7 @@ def largest(size: jax.Array, share: float) -> jax.Array:
 
   Args:
     size: values of at least 0; the mask has all or none of equal values.
-    share: in (0, 1].
+    share: fraction in (0, 1].
 
   Returns:
     bool, in the shape of `size`.

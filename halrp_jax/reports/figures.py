@@ -64,8 +64,8 @@ _CAPTIONS = {
 def panels(groups: list[Group], catalogue: paper.Catalogue) -> list[Panel]:
   """Chooses the groups that are drawn together.
 
-  There is one panel per benchmark, network and fraction of the training images, with one group per method. The
-  setting of the config file and its variants (`records.VARIANTS`) come first, then other settings.
+  There is one panel per benchmark, network and fraction of the training images, with one group per
+  method. The setting of the config file and its variants (`records.VARIANTS`) come first, then other settings.
   Among several, the one with most runs is chosen. The labels name what differs from the config
   file.
   """

@@ -1,7 +1,7 @@
 """The tables and figures of the HALRP paper: the settings to run for them, and the paper's numbers.
 
 A target is a table or a figure. Each of its cells is a setting: a config file, the text after the
-colon in --config=FILE.py:TEXT, and a fraction of the training images. The numbers are in paper.json.
+colon in --config=FILE.py:TEXT, and a fraction of the training images. paper.json has the numbers.
 """
 
 import functools

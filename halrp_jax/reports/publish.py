@@ -16,8 +16,8 @@ from halrp_jax.types import UserError
 PAGE, DOCUMENT, REASONS = "index.html", "reproduction.md", "reasons.json"
 _PNG_DPI = 90
 
-# paper's table -> row label (`Cell.label`, or the paper's row for all its variants) -> column header
-# -> reason for the difference, as full sentences
+# paper's table -> row label (`Cell.label`, or the paper's row for all its variants) -> column
+# header -> reason for the difference, as full sentences
 Reasons = dict[str, dict[str, dict[str, str]]]
 
 # abbreviations of `records.VARIANTS` in the tables of orders

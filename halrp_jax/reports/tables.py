@@ -200,7 +200,7 @@ def coverage(target: Target, groups: list[Group], catalogue: Catalogue) -> Cover
 
 
 def _per_config(target: Target) -> tuple[Column, ...]:
-  """Returns one column per config and fraction of the training images, whatever metrics the figure shows."""
+  """Returns one column per config and fraction of the training images, for all metrics."""
   return tuple(
     {(c.config, c.fraction): c._replace(metric="accuracy") for c in target.columns}.values()
   )

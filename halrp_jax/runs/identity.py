@@ -189,7 +189,7 @@ def require_same_data(
   Args:
     config: resolved.
     path: the run's folder.
-    read: from `shared_read`.
+    read: result of `shared_read`.
     show: is called with an event if there are no data to compare with.
 
   Raises:

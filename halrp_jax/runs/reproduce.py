@@ -40,8 +40,8 @@ def config(
   """Returns the config of a setting, not yet resolved; None for a system not implemented here.
 
   Args:
-    folder: from `configs_folder`.
-    setting: of a table or figure.
+    folder: path of the config files, from `configs_folder`.
+    setting: setting of a table or figure.
     smoke: whether it is to run only as many epochs as every phase needs.
   """
   if setting.argument in paper.LABELS and setting.argument not in methods.METHODS:
@@ -73,7 +73,7 @@ def catalogue(folder: str, smoke: bool = False) -> paper.Catalogue:
   """Returns the settings that records are compared with, from the configs of a folder.
 
   Args:
-    folder: from `configs_folder`.
+    folder: path of the config files, from `configs_folder`.
     smoke: whether the records are of `--budget=smoke`.
   """
 
@@ -107,10 +107,10 @@ def cells(
   """Returns the cells of a table or figure under a budget.
 
   Args:
-    folder: from `configs_folder`.
+    folder: path of the config files, from `configs_folder`.
     target: the table or figure.
-    budget: "smoke" (to see whether everything runs), "small" (a fraction of the training images, the first
-      orders, one seed) or "full" (the paper's five orders with five seeds each).
+    budget: "smoke" (to see whether everything runs), "small" (a fraction of the training images,
+      the first orders, one seed) or "full" (the paper's five orders with five seeds each).
     only: names of the methods to run; (): all of the target.
     order_names: names with commas, or "all"; "": those of the budget.
     seeds: whole numbers with commas; "": those of the budget.

@@ -10,7 +10,7 @@
     state-0003    after the third group of tasks: names of its parts, results so far
     shared-HASH, task00-HASH    the parts of the states, each written once
     now.task03.warmup.fit       progress within the task that is being learned
-  set_aside/     items that could not be used when the run was resumed; it can be deleted at any time
+  set_aside/     items that could not be used when the run was resumed; can be deleted at any time
 
 A run resumes with the command that began it. The newest state whose items are all undamaged is
 restored. The finished parts of the next task return their results from the checkpoints at once, and
@@ -51,8 +51,8 @@ from halrp_jax.types import (
   TASKS,
   Benchmark,
   InUse,
-  ProgressStore,
   Params,
+  ProgressStore,
   State,
   Stopped,
   UserError,
@@ -195,7 +195,7 @@ class Workdir:
     Args:
       position: number of groups of tasks that are learned.
       state: their state.
-      results: of these tasks, as JSON types.
+      results: results of these tasks, as JSON types.
     """
     names = []
     for name, tree in (("shared", state.shared), *_numbered(state.tasks)):
@@ -297,7 +297,7 @@ def opened(
   """Opens or makes the folder of a run, and locks it until the block ends.
 
   Args:
-    path: of the folder.
+    path: path of the folder.
     config: resolved, as a nested dict.
     overwrite: whether to delete the run that is in the folder.
     strict: whether damaged checkpoints are an error.

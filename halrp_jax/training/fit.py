@@ -94,8 +94,8 @@ def learning_rate_decay(setup: Setup, schedule: str, task: Task | batches.Joint)
   """Returns the factor that the learning rate is multiplied by after every optimizer step.
 
   Args:
-    setup: of the run.
-    schedule: of `Recipe`. "epoch" multiplies by 0.95 per epoch. "code" is the formula of the
+    setup: settings of the run.
+    schedule: `Recipe.schedule`. "epoch" multiplies by 0.95 per epoch. "code" is the formula of the
       authors' code, which takes the 50,000 images of CIFAR-100 for every benchmark. "constant"
       and "plateau" have no decay per step.
     task: what is learned.

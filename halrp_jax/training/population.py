@@ -129,7 +129,7 @@ def make_measure(
   """Builds `measure(shared, task_state, task, check) -> stats`, which measures the statistics.
 
   They are a tree like `task_state.stats`: {"mean", "var"} for every BatchNorm layer, {} without
-  BatchNorm. `check` is called between two passes over the images and may raise (`ProgressStore.check`).
+  BatchNorm. `check` is called between two passes over the images and may raise `Stopped`.
   Everything is computed on one device, so that one device, several devices and several processes
   give the same bits.
 

@@ -24,7 +24,7 @@ def count_rest(rest: Params, kernels: Mapping[str, object], num_classes: int) ->
   Args:
     rest: all parameters of a network except the kernels.
     kernels: anything by the paths of the layers that the kernels are from.
-    num_classes: of the task; outputs of the head beyond them are not counted.
+    num_classes: number of classes of the task; outputs of the head beyond them are not counted.
   """
   flat: Params = traverse_util.flatten_dict(rest, sep="/")
   biases = sum(x.size for path, x in flat.items() if trees.is_bias(path, kernels))
@@ -39,9 +39,9 @@ def network_count(
   """Counts the parameters of a whole network.
 
   Args:
-    kernels: of all layers except the head, by path.
+    kernels: kernels of all layers except the head, by path.
     rest: the other parameters.
-    num_classes: of the task; outputs of the head beyond them are not counted.
+    num_classes: number of classes of the task; outputs of the head beyond them are not counted.
   """
   count = count_rest(rest, kernels, num_classes)
   return sum(w.size for w in kernels.values()) + count.counted + count.biases

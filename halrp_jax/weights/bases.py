@@ -67,10 +67,10 @@ def grow_padded(
   Args:
     basis: M [d, width].
     count: number of columns that are directions.
-    moment: as for `grow`.
-    energy: as for `grow`.
-    first: as for `grow`.
-    min_width: as for `pad`.
+    moment: see `grow`.
+    energy: see `grow`.
+    first: see `grow`.
+    min_width: see `pad`.
 
   Returns:
     The new basis, padded by `pad`, and its number of directions.
