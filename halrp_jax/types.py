@@ -264,7 +264,7 @@ class Learn(Protocol):
 
 
 class Method(NamedTuple):
-  """One continual-learning system. All functions are pure, except for their use of `store`.
+  """One continual-learning method. All functions are pure, except for their use of `store`.
 
   A method's module gives the first fields. `methods.make` derives the others and wraps `learn`, so
   that it also stores the BatchNorm statistics of each new task (`training.population`). The state

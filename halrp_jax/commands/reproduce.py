@@ -90,7 +90,7 @@ def _targets(options: argparse.Namespace) -> list[paper.Target]:
 def _cells(
   target: paper.Target, configs: str, options: argparse.Namespace
 ) -> tuple[list[sweep.Cell], list[str]]:
-  """Returns the cells of a table or figure, and the names of systems not implemented here."""
+  """Returns the cells of a table or figure, and the names of methods not implemented here."""
   only = tuple(name for name in options.methods.split(",") if name)
   if unknown := set(only) - set(target.rows.values()):
     known = ", ".join(target.rows.values())
@@ -133,7 +133,7 @@ def _list(targets: list[paper.Target], configs: str, options: argparse.Namespace
   """Prints a line per table and figure; the time of a step is measured once per kind of run."""
   known: dict[tuple, tuple[float, float]] = {}
   print(f"budget {options.budget}; hours: the number of steps times the time of one step, measured")
-  print("here on random images; all systems but HALRP are counted like single-task learning")
+  print("here on random images; all methods but HALRP are counted like single-task learning")
   print(f"{'':<10} {'runs':>6} {'steps':>12} {'hours':>8}  title")
   for target in targets:
     cells, missing = _cells(target, configs, options)

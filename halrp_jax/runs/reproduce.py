@@ -37,7 +37,7 @@ def configs_folder(text: str = "") -> str:
 def config(
   folder: str, setting: paper.Setting, smoke: bool = False
 ) -> config_dict.ConfigDict | None:
-  """Returns the config of a setting, not yet resolved; None for a system not implemented here.
+  """Returns the config of a setting, not yet resolved; None for a method not implemented here.
 
   Args:
     folder: path of the config files, from `configs_folder`.
@@ -117,7 +117,7 @@ def cells(
     overrides: values of top-level config keys.
 
   Returns:
-    The cells, and the names of the target's systems that are not implemented here.
+    The cells, and the names of the target's methods that are not implemented here.
   """
   found, missing = [], {}
   for setting in paper.settings(target, budget, only):
