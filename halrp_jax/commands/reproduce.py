@@ -6,8 +6,8 @@
 
 Learns the runs in folders below --workdir, as sweep does, and writes the report into the folder
 report-NAME-BUDGET there. If it is stopped, the same command resumes it; runs that several tables
-need are learned once. --list prints every table and figure with its number of runs, optimizer steps and
-hours on this machine. Exit codes are those of sweep.
+need are learned once. --list prints every table and figure with its number of runs, optimizer steps
+and hours on this machine. Exit codes are those of sweep.
 
 Budgets:
   smoke   few epochs on 1 % of the images, to see whether everything runs

@@ -42,7 +42,7 @@ _FLAGS = {
   "compile_cache": program.COMPILE_CACHE,
 }
 _SWITCHES = {
-  "vectorize": "learn the orders and seeds of a method at once, as one program",
+  "vectorize": "learn the orders and seeds of a method at once, as one compiled program",
   "help": "show this text",
 }
 

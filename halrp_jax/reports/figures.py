@@ -65,9 +65,9 @@ def panels(groups: list[Group], catalogue: paper.Catalogue) -> list[Panel]:
   """Chooses the groups that are drawn together.
 
   There is one panel per benchmark, network and fraction of the training images, with one group per
-  method. The setting of the config file and its variants (`records.VARIANTS`) come first, then other settings.
-  Among several, the one with most runs is chosen. The labels name what differs from the config
-  file.
+  method. The setting of the config file and its variants (`records.VARIANTS`) come first, then
+  other settings. Among several, the one with most runs is chosen. The labels name what differs from
+  the config file.
   """
   found: dict[tuple[str, str, float, bool], dict[str, list[Group]]] = {}
   for group in groups:

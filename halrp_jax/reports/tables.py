@@ -15,7 +15,7 @@ from halrp_jax.reports.paper import Catalogue, Column, Target
 from halrp_jax.reports.records import Group, Number, Run
 from halrp_jax.types import Json
 
-METRICS = {  # name -> (head of the column, unit, decimals)
+METRICS = {  # name -> (column header, unit, decimals)
   "accuracy": ("ACC", "%", 2),
   "mopd": ("MOPD", "points", 2),
   "aopd": ("AOPD", "points", 2),
@@ -255,7 +255,7 @@ def short(cell: Cell) -> str:
 
 
 def head(column: Column) -> str:
-  """Returns the head of a column with its metric and unit."""
+  """Returns a column header with its metric and unit."""
   name, unit, _ = METRICS[column.metric]
   return f"{column.head}, {name} ({unit})"
 
@@ -294,7 +294,7 @@ class Row(NamedTuple):
   group: Group
 
 
-OVERVIEW = {  # head of the column -> (metric, decimals)
+OVERVIEW = {  # column header -> (metric, decimals)
   "ACC (%)": ("accuracy", 2),
   "BWT (points)": ("bwt", 2),
   "MOPD (points)": ("mopd", 2),

@@ -167,7 +167,7 @@ def run(
     overwrite: whether to delete a run that is in the folder first.
     stop_asked: is called between the chunks of training; if it returns True, the run stops.
     gang: the threads in which other runs are learned at the same time.
-    read: result of `identity.shared_read`, to compare the data of several finished runs with one read.
+    read: result of `identity.shared_read`, which reads the data once for several finished runs.
 
   Returns:
     The contents of record.json.
