@@ -14,9 +14,9 @@ counted as "kept". A finished cell whose data or JAX flags have changed since th
 that another process runs is tried once more at the end and does not count as a failure, so several
 sweeps may work in one DIR; --shard divides the cells between them.
 
---vectorize learns all orders and seeds of a method at once, as one program with an additional
-leading axis that is sharded over the devices. It is meant for accelerators that one small run
-leaves idle, and needs the memory of all these runs together; on a CPU it is no faster.
+--vectorize learns all orders and seeds of a method at once, as one compiled program with an
+additional leading axis that is sharded over the devices. It is meant for accelerators that one
+small run leaves idle, and needs the memory of all these runs together; on a CPU it is no faster.
 
 Exit codes: 0 all cells are done; 1 a cell failed (the others are done); 2 a mistake in config, data
 or arguments; 75 stopped by SIGTERM or SIGINT.
