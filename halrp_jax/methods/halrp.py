@@ -407,7 +407,7 @@ def fine_tune(
     stats: BatchNorm statistics after the warm-up.
     task: the task.
     key: random key for the order of images and for dropout.
-    store: progress store of the task.
+    store: store of the task, for progress and events.
 
   Returns:
     The state of the task.
