@@ -43,7 +43,7 @@ from halrp_jax.weights import trees
 _CHUNK = 16  # samples that share BatchNorm statistics
 
 
-# The strength was found by `tune` on CIFAR100-Split, order A, seed 0 (docs/measurements.md). With
+# The strength was found by `tune` on CIFAR100-Split, order A, seed 0 (docs/tuning.md). With
 # 25 % of the training images 1e3 and 1e4 give 53.1 % and 52.8 %; with 5 %, 1e4 is better than all
 # other values by 6 points.
 @dataclasses.dataclass(frozen=True, kw_only=True)

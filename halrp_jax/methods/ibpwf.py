@@ -64,7 +64,7 @@ class Config(dictionary.Config):
     None,
     "largest F of a layer; no more than its outputs, and for a dense layer its inputs",
   )
-  # Found by `tune` with 25 % of the training images (docs/measurements.md); the paper has no value.
+  # Found by `tune` with 25 % of the training images (docs/tuning.md); the paper has no value.
   alpha_share: float = keys.number(2.0, 0, None, "alpha / F of every layer", True)
   kappa: float = keys.number(0.5, 0, 1, "probability from which on a factor is used", True)
   temperature: float = keys.number(

@@ -48,7 +48,7 @@ from halrp_jax.weights import trees
 class Config(dictionary.Config):
   """Config keys `method.*` of IRU."""
 
-  # 64 and 4 were found by `tune` with 25 % of the training images (docs/measurements.md). The
+  # 64 and 4 were found by `tune` with 25 % of the training images (docs/tuning.md). The
   # published values, for another network, are 11 and 1.
   first_factors: int = keys.whole(64, 1, None, "r1: factors of every layer in the first task")
   factors: int = keys.whole(4, 1, None, "r2: factors that each later task adds to every layer")

@@ -28,7 +28,7 @@ from halrp_jax.weights import trees
 
 
 # The strength was found by `tune` on CIFAR100-Split, order A, seed 0, with 25 % of the training
-# images: the best of the powers of ten from 1e-4 to 10 (docs/measurements.md).
+# images: the best of the powers of ten from 1e-4 to 10 (docs/tuning.md).
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(anchored.Config):
   """Config keys `method.*` of L2."""
