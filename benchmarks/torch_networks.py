@@ -1,4 +1,4 @@
-"""The networks in PyTorch, as in the program of the paper's authors. Needs the extra [bench]."""
+"""The networks in PyTorch, as in the code of the paper's authors. Needs the extra [bench]."""
 
 import json
 import sys

@@ -30,7 +30,7 @@ def cifar100_lenet(method: str, benchmark: str):
     epochs=20,
     batch_size=128,
     learning_rate=1e-3,
-    # The authors' program does not shuffle these images, and takes train_fraction of all images of
+    # The authors' code does not shuffle these images, and takes train_fraction of all images of
     # a task together.
     protocol={
       "shuffle": False,

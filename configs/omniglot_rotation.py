@@ -24,7 +24,7 @@ def get_config(method: str = "halrp"):
     batch_size=16,
     evaluation_batch_size=240,  # all test images of a task
     learning_rate=5e-3,
-    # The paper follows WSN's program, which validates on the training images. The paper gives no
+    # The paper follows WSN's code, which validates on the training images. The paper gives no
     # prune_bound here; this one is that of its other benchmarks with grey images.
     protocol={"shuffle": True, "schedule": "epoch", "validation_fraction": 0.0},
     every_method={"l2": 1e-4},

@@ -1,4 +1,4 @@
-"""HALRP and the systems it is compared with, in JAX. Importing the package does not import JAX.
+"""HALRP and the methods it is compared with, in JAX. Importing the package does not import JAX.
 
 halrp_jax.perturb     low-rank perturbations of the kernels of any Flax Linen model: init, apply,
                       merge

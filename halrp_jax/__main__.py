@@ -22,7 +22,7 @@ def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int
 
   Args:
     argv: the command line, which begins with the program's name.
-    stop_asked: is asked by verbs that can stop and go on later (`commands.STOPPABLE`).
+    stop_asked: is asked by verbs that can stop and resume (`commands.STOPPABLE`).
   """
   return program.run(lambda: _main(argv, stop_asked))
 

@@ -29,7 +29,7 @@ _NOT_IN_SETTING = {
   *("order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"),
   *keys.NEUTRAL_KEYS,
 }
-# The values that stand for what the program did in versions without the key, where that is not the
+# The values that stand for what halrp_jax did in versions without the key, where that is not the
 # key's default.
 _VALUES_BEFORE_KEY = {
   "protocol.fraction_per_class": False,
@@ -149,11 +149,11 @@ def setting_of(config: Json) -> Json:
   """Returns the setting of a run: the keys that runs to be averaged have in common.
 
   Args:
-    config: a resolved config, written by any version of the program.
+    config: a resolved config, written by any version of halrp_jax.
 
   Returns:
     {dotted key: value}, without the keys that may differ, such as order and seed. Keys that the
-    config does not have yet get the value that stands for what the program did then.
+    config does not have yet get the value that stands for what halrp_jax did then.
   """
   flat = keys.flat(config)
   if (name := flat["method.name"]) in methods.METHODS:

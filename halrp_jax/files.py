@@ -120,7 +120,7 @@ def read_json(path: pathlib.Path, missing: str = "", remedy: str = "") -> Json:
 
 
 def cache_folder() -> pathlib.Path | None:
-  """Returns the user's cache folder for this program, which may not exist yet.
+  """Returns the user's cache folder for halrp_jax, which may not exist yet.
 
   On Linux it is halrp_jax in $XDG_CACHE_HOME or ~/.cache. A user without a home folder has none:
   then the result is None.

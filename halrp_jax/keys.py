@@ -113,7 +113,7 @@ class Protocol:
     ("code", "epoch", "constant", "plateau"),
     "how the learning rate falls; epoch: by a factor of 0.95 per epoch; code: by a factor of 0.95 "
     "per 50,000 / T * train_fraction * (1 - validation_fraction) images, T the number of tasks, as "
-    "in the authors' program; constant: not at all; plateau: by plateau_factor when the validation "
+    "in the authors' code; constant: not at all; plateau: by plateau_factor when the validation "
     "loss stops falling",
   )
   patience: int = whole(
@@ -135,7 +135,7 @@ class Protocol:
     open_low=True,
   )
   validation_fraction: float = number(
-    0.2, 0, 0.9, "share of the training images that is held out for validation"
+    0.2, 0, 0.9, "fraction of the training images that is held out for validation"
   )
   keep: str = one_of(
     "last",
@@ -165,7 +165,7 @@ class Protocol:
     "paper",
     ("paper", "code"),
     "whose task orders the letters and seed numbers of `order` stand for: those of the paper or "
-    "those of the authors' program",
+    "those of the authors' code",
   )
 
 
@@ -187,12 +187,12 @@ class Data:
     32,
     "28 or 32",
     lambda x: _is_number(x) and isinstance(x, int) and x in (28, 32),
-    "pmnist: images are resized to 32 x 32 x 3 as in the authors' program, or left at 28 x 28 x 1",
+    "pmnist: images are resized to 32 x 32 x 3 as in the authors' code, or left at 28 x 28 x 1",
   )
   tiny_test: str = one_of(
     "held_out",
     ("held_out", "official"),
-    "tinyimagenet: test images; held_out: a tenth of the training images (the authors' program and "
+    "tinyimagenet: test images; held_out: a tenth of the training images (the authors' code and "
     "the published numbers); official: the official validation set (the paper's text)",
   )
   tasks: str = text("", "custom with source=tfds: names of the TFDS data sets, separated by commas")
@@ -200,7 +200,7 @@ class Data:
     32, 8, 1024, "custom: height and width to which images of other sizes are resized"
   )
   test_fraction: float = number(
-    0.2, 0, 0.9, "custom: share of every class used for testing if there is no test set", True
+    0.2, 0, 0.9, "custom: fraction of every class used for testing if there is no test set", True
   )
 
 
@@ -216,7 +216,7 @@ class Checkpoint:
   )
   strict: bool = flag(
     False,
-    "a damaged checkpoint stops the run; false: the run warns and goes on from an older one",
+    "a damaged checkpoint stops the run; false: the run warns and resumes from an older one",
   )
 
 
@@ -239,7 +239,7 @@ class NetworkConfig(MethodConfig):
   """The keys `method.*` of the methods that train a plain network, at first or for every task."""
 
   l2: float = number(0.0, 0, None, "L2 coefficient on all kernels but the head's")
-  l2_half: bool = flag(True, "the L2 term is l2/2 |W|^2 (the authors' program), not l2 |W|^2")
+  l2_half: bool = flag(True, "the L2 term is l2/2 |W|^2 (the authors' code), not l2 |W|^2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,7 +255,7 @@ class Config:
   )
   seed: int = whole(0, 0, 2**31 - 1, "seed of all random choices")
   train_fraction: float = number(
-    1.0, 0, 1, "share of each task's training images that is used", open_low=True
+    1.0, 0, 1, "fraction of each task's training images that is used", open_low=True
   )
   network: str = text("mlp", "name of the network (--list shows them)")
   epochs: int = whole(20, 1, None, "n: epochs per task, warm-up included")
@@ -296,7 +296,7 @@ class Config:
     "which may be slower; CPUs always give the same bits",
   )
   allow_partial: bool = flag(
-    False, "go on with less data than the protocol asks for, and mark the results as partial"
+    False, "accept less data than the protocol asks for, and mark the results as partial"
   )
   protocol: Protocol
   data: Data

@@ -8,7 +8,7 @@ r"""Learns the tasks of a benchmark one after another.
 
 The method stands after the colon of --config (default: halrp). Values of its keys may follow, as in
 configs/digits.py:halrp,alpha=0.75,warmup_epochs=1. Any key of the config can be set with
---config.KEY=VALUE. An interrupted run goes on with the same command.
+--config.KEY=VALUE. An interrupted run resumes with the same command.
 
 Exit codes: 0 done; 1 the loss became NaN or infinite; 2 a mistake in config, data, arguments or
 environment, described on one line; 75 stopped by SIGTERM or SIGINT, or because another process of
@@ -100,7 +100,7 @@ def _main(argv: list[str], stop_asked: Callable[[], bool]) -> int:
     return 1
   except Stopped:
     same = "the same command without --overwrite" if args.overwrite else "the same command"
-    print(f"stopped; {same} goes on from {args.workdir}", file=sys.stderr)
+    print(f"stopped; {same} resumes from {args.workdir}", file=sys.stderr)
     return stop.EXIT_CODE
   return 0
 

@@ -36,7 +36,7 @@ def bwt(accuracy: np.ndarray) -> float | None:
 
 
 def forgetting(accuracy: np.ndarray) -> float | None:
-  """Returns the forgetting as the authors' program computes it: the mean of A[i, i] - A[T-1, i].
+  """Returns the forgetting as the authors' code computes it: the mean of A[i, i] - A[T-1, i].
 
   The mean is over all T tasks; the last task contributes 0.
 

@@ -30,7 +30,7 @@ TYPES = {
   "stl": "halrp_jax.methods.stl:TaskState",
   "wsn": "halrp_jax.methods.wsn:TaskState",
 }
-# Older versions of the program wrote import paths instead of names.
+# Older versions of halrp_jax wrote import paths instead of names.
 _ALIASES = {
   "halrp_jax.types:State": "State",
   "halrp_jax.lowrank:Perturbation": "Perturbation",

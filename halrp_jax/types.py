@@ -187,7 +187,7 @@ def _never_stop() -> None:
   """Returns at once: nobody asks this run to stop."""
 
 
-class Keep(NamedTuple):
+class ProgressStore(NamedTuple):
   """The progress store of a task: what survives an interruption. The default stores nothing."""
 
   # (name, like=None) -> the tree that was written under this name, or None
@@ -213,7 +213,7 @@ class Store(NamedTuple):
 
   name: str  # a path of scopes, such as "task03/warmup"
   log: Callable[[Json], None]  # takes one event: a dict of plain numbers and texts
-  keep: Keep = Keep()
+  progress: ProgressStore = ProgressStore()
   gang: "Gang | None" = None  # the threads of the runs that are learned at once, if there are any
 
   def child(self, name: str) -> "Store":
@@ -223,10 +223,10 @@ class Store(NamedTuple):
   def once(self, name: str, fn: Callable[[], Params]) -> Params:
     """Returns fn(), or its stored result if it was computed before an interruption."""
     path = f"{self.name}/{name}"
-    result = self.keep.read(path)
+    result = self.progress.read(path)
     if result is None:
       result = fn()
-      self.keep.write(path, result)
+      self.progress.write(path, result)
     return result
 
 
@@ -264,7 +264,7 @@ class Learn(Protocol):
 
 
 class Method(NamedTuple):
-  """One continual-learning system. All functions are pure, except for their use of `store`.
+  """One continual-learning method. All functions are pure, except for their use of `store`.
 
   A method's module gives the first fields. `methods.make` derives the others and wraps `learn`, so
   that it also stores the BatchNorm statistics of each new task (`training.population`). The state

@@ -44,7 +44,7 @@ parse_arguments() { # SCRIPT ARGUMENTS
         break
         ;;
       -*) flags+=("$1") ;;
-      *) die "'$1' is not a flag of $script; the arguments of the program stand after --" ;;
+      *) die "'$1' is not a flag of $script; the arguments of halrp_jax stand after --" ;;
     esac
     shift
   done

@@ -10,7 +10,7 @@
 #   launch/local.sh --processes=2 -- --config=configs/digits.py --workdir=runs/digits
 #
 # Each shard does some runs of the sweep; processes share every batch of one run. SIGTERM and Ctrl-C
-# stop all of them, and the same command goes on. Exit codes: 0 if all succeeded; 75 if one was
+# stop all of them, and the same command resumes. Exit codes: 0 if all succeeded; 75 if one was
 # stopped; otherwise the exit code of one that failed. If one of several processes fails, the others
 # have to stop: then the exit code is 1 or 2 rather than 75.
 set -euo pipefail
@@ -21,7 +21,7 @@ source "$ROOT/launch/common.sh"
 
 parse_arguments launch/local.sh "$@"
 [ ${#flags[@]} = 0 ] ||
-  die "'${flags[0]}' is not a flag of launch/local.sh; the arguments of the program stand after --"
+  die "'${flags[0]}' is not a flag of launch/local.sh; the arguments of halrp_jax stand after --"
 [ -n "$shards$processes" ] || die "--shards=N or --processes=N is missing; launch/local.sh --help"
 [ -z "$shards" ] || [ -z "$processes" ] || die "expected --shards or --processes, not both"
 if [ -n "$shards" ]; then

@@ -4,7 +4,7 @@
 #   on_tpu.sh install DATA   DATA: gs://... to copy to data/, or empty
 #   on_tpu.sh run BUCKET WORKDIR MODULE ARGUMENTS...   BUCKET: gs://... for the workdir, or empty
 #
-# A run goes on when the connection that started it ends; another `run` meanwhile shows its output.
+# A run continues when the connection that started it ends; another `run` meanwhile shows its output.
 # The files WORKDIR.log, .busy, .pid and .code belong to the run. The variable HALRP_PUSH_SECONDS is
 # the time between two copies to the bucket (default: 120).
 set -euo pipefail
@@ -26,7 +26,7 @@ find_python() {
   return 1
 }
 
-# Installs the program into .venv and copies the data.
+# Installs halrp_jax into .venv and copies the data.
 install() { # DATA
   if [ ! -x "$PYTHON" ]; then
     if ! find_python >/dev/null; then

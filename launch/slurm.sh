@@ -11,7 +11,7 @@
 #     --config.data_dir=/data --methods=halrp,stl --orders=all --workdir=/shared/split
 #
 # All nodes must share the workdir. Two minutes before its time limit a task stops with exit code 75
-# and is requeued; it then goes on where it stopped. A preempted task stops in the same way and is
+# and is requeued; it then resumes where it stopped. A preempted task stops in the same way and is
 # requeued by Slurm itself. A cancelled task is not requeued. With --array=... among the flags only
 # some of the shards are run.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Manages Cloud TPU VMs and runs the program on them. The Google Cloud CLI must be installed and
+# Manages Cloud TPU VMs and runs halrp_jax on them. The Google Cloud CLI must be installed and
 # logged in.
 #
 #   launch/tpu.sh VERB --name=NAME --zone=ZONE [FLAGS] [-- MODULE ARGUMENTS]
@@ -9,7 +9,7 @@
 #   install  copies this working tree to the VM and installs Python and JAX [--data=gs://...: the
 #            folder to copy to data/]
 #   run      runs python -m MODULE ARGUMENTS on the VM with --workdir=runs/NAME, shows the output.
-#            The run goes on if the connection ends; the same command shows it again.
+#            The run continues if the connection ends; the same command shows it again.
 #   resume   creates, installs and runs as far as necessary, and again whenever the VM is taken
 #            away; the workdir then comes from --bucket
 #   fetch    copies the workdir of NAME to --to=DIR, from --bucket or else from the VM
@@ -135,11 +135,11 @@ resume() {
     fi
     sleep "$wait"
   done
-  say "$name: stopped after $attempts attempts; the same command goes on"
+  say "$name: stopped after $attempts attempts; the same command resumes"
   return "$STOPPED"
 }
 
-# Makes sure that there is a VM with the program on it. A VM that was taken away is deleted first,
+# Makes sure that there is a VM with halrp_jax on it. A VM that was taken away is deleted first,
 # because its name is still in use.
 make_ready() { # STATE
   case $1 in
@@ -155,7 +155,7 @@ make_ready() { # STATE
   on_vm "test -e halrp_jax/.venv/installed" || install
 }
 
-# Runs the program; succeeds if the run came to an end, with its exit code in `code`. An exit code
+# Runs the module; succeeds if the run came to an end, with its exit code in `code`. An exit code
 # of ssh can mean that the connection failed, so a failure counts only if the VM has its exit code.
 finished() {
   code=0

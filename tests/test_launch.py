@@ -387,7 +387,7 @@ def test_attempts_come_to_an_end(fake):
   (fake.root / "runs").write_text("taken\n" * 5)
   flags = (*VM, *KIND, "--bucket=gs://b", "--wait=0", "--attempts=2")
   code, _, err = fake.run("tpu.sh", "resume", *flags, *RUN)
-  assert code == stop.EXIT_CODE and "the same command goes on" in err
+  assert code == stop.EXIT_CODE and "the same command resumes" in err
   assert steps(fake.calls()).count("on_tpu.sh run") == 2
 
 

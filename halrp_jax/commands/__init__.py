@@ -20,7 +20,7 @@ COMMANDS = {  # verb -> the first line of its module's docstring
   "doctor": "Checks this machine, the files of a run and the data.",
 }
 
-# Verbs whose `main(arguments, stop_asked)` can stop at a signal and go on later.
+# Verbs whose `main(arguments, stop_asked)` can stop at a signal and resume.
 STOPPABLE = {"sweep", "reproduce", "tune", "extend"}
 
 

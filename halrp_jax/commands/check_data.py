@@ -23,7 +23,7 @@ from halrp_jax.types import Array, Split, Task, UserError, UserErrors
 _FLAGS = {"sheet": "file for the contact sheet; default: check_data.png"}
 _PER_ROW = 16  # training images in a row of the sheet, and as many test images
 _MARGIN = 2  # pixels between images
-_MOST_LINES = 12  # that begin with WRONG
+_MOST_LINES = 12  # largest number of lines that begin with WRONG
 
 
 def main(argv: list[str]) -> int:
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
   for line in wrong[:_MOST_LINES]:
     print(f"WRONG  {line}")
   if len(wrong) > _MOST_LINES:
-    print(f"WRONG  and {len(wrong) - _MOST_LINES} more of this kind")
+    print(f"WRONG  and {len(wrong) - _MOST_LINES} more findings")
   path = pathlib.Path(args.sheet or "check_data.png")
   _write(contact_sheet(benchmark.tasks, image), path)
   print(f"split hash {benchmark.split_hash[:16]}; contact sheet {path}")
@@ -91,7 +91,7 @@ def _oddities(task: Task, image: np.ndarray) -> list[str]:
     lines.append(f"task {task.name!r}: {len(blank)} images have one colour only")
   seen = {image[r].tobytes() for r in train}
   if both := sum(image[r].tobytes() in seen for r in test):
-    lines.append(f"task {task.name!r}: {both} test images are training images too")
+    lines.append(f"task {task.name!r}: {both} test images are also training or validation images")
   return lines
 
 
@@ -99,7 +99,7 @@ def contact_sheet(tasks: tuple[Task, ...], image: np.ndarray) -> np.ndarray:
   """Draws a row per task, its classes in turn: training images left, test images right.
 
   Args:
-    tasks: of a benchmark.
+    tasks: tasks of a benchmark.
     image: uint8 [N, H, W, C], the images of all tasks.
 
   Returns:

@@ -125,7 +125,7 @@ def _run(path: str) -> Iterator[Finding]:
     line = f"{item['name']}: {item['files']} files, {item['bytes']:,} bytes"
     if strays := item["strays"]:
       line += f"; with files of other programs, which do no harm: {', '.join(strays)}"
-    remedy = f"{item['problem']}; start the run again: it goes on from the newest complete state"
+    remedy = f"{item['problem']}; start the run again: it resumes from the newest complete state"
     yield line, remedy if item["problem"] else ""
   rows = results.get("rows", [])
   for t, row in enumerate(rows):
@@ -133,7 +133,7 @@ def _run(path: str) -> Iterator[Finding]:
     size = f"{row['size']['nonzero']:,} non-zero numbers, growth {100 * row['increment']:+.1f} %"
     yield f"task {t + 1}: {size}" + (f", ranks {ranks}" if ranks else ""), ""
   if not (folder / RECORD).exists():
-    yield f"{len(rows)} tasks learned, not finished; the same command goes on", ""
+    yield f"{len(rows)} tasks learned, not finished; the command of the run resumes it", ""
     return
   record, broken = _json(folder / RECORD, "delete it: the command of the run writes it again")
   yield f"{folder / RECORD}", broken

@@ -11,7 +11,7 @@ or FILE, which must not be the name of a task of RUN.
 NEW becomes the folder of a run with the old tasks and the new one, for predict, export and extend.
 RUN is not changed. With methods that do not change what the tasks share (HALRP, STL, BN, BE,
 APDfix, CLR with its own BatchNorm) the old tasks stay the same to the bit, and only the new task is
-pruned. If it is stopped, the same command goes on.
+pruned. If it is stopped, the same command resumes it.
 """
 
 import sys
@@ -45,15 +45,17 @@ def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int
     with terminal.live_display(sys.stdout) as show:
       record = saved.extend(run, options.data, options.out, show, stop_asked)
   except Stopped:
-    print(f"stopped; the same command goes on from {options.out}", file=sys.stderr)
+    print(f"stopped; the same command resumes from {options.out}", file=sys.stderr)
     return stop.EXIT_CODE
-  task, num_old = record["task"], len(record["accuracy"]) - 1
-  print(f"task {task['id']} ({task['name']}): accuracy {record['accuracy'][-1]:.2f} %")
+  task, num_tasks = record["task"], len(record["accuracy"])
+  position, accuracy = f"task {num_tasks}/{num_tasks}", record["accuracy"][-1]
+  print(f"{position} ({task['name']}, id {task['id']}): accuracy {accuracy:.2f} %")
+  num_old = num_tasks - 1
   if record["unchanged"]:
-    print(f"the {num_old} tasks before are unchanged to the bit")
+    print(f"the {num_old} earlier tasks are unchanged to the bit")
   else:
     name = run.config.method.name
     shared = f"{name} changed weights that tasks share"
-    print(f"{shared}: predictions for the {num_old} tasks before may have changed")
+    print(f"{shared}: predictions for the {num_old} earlier tasks may have changed")
   print(f"growth {100 * record['increment']:+.1f} %; {options.out}")
   return 0

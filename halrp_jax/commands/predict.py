@@ -89,7 +89,7 @@ def _write(run: saved.Saved, t: int, images: incoming.Incoming, path: pathlib.Pa
       print(f"note: {note}")
   seconds = time.perf_counter() - start
   print(
-    f"task {task.id} ({task.name}): {done:,} images predicted, {skipped:,} skipped, "
+    f"{task.name} (id {task.id}): {done:,} images predicted, {skipped:,} skipped, "
     f"{seconds:.1f} s ({done / seconds:,.0f} a second, reading and compiling too); {path}"
   )
   return skipped

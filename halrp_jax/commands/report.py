@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
   for line in records.notes([row.group for row in report.rows]):
     print(f"note: {line}")
   for skipped in report.skipped:
-    print(f"left out  {skipped.place}: {skipped.reason}")
+    print(f"left out  {skipped.path}: {skipped.reason}")
   runs = sum(len(row.group.runs) for row in report.rows)
   print(f"{runs} runs; {options.out}/{publish.PAGE}")
   return 0

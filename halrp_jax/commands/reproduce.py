@@ -5,9 +5,9 @@
   python -m halrp_jax reproduce --figure=3a --budget=full --methods=halrp,apd --seeds=0 ...
 
 Learns the runs in folders below --workdir, as sweep does, and writes the report into the folder
-report-NAME-BUDGET there. If it is stopped, the same command goes on; runs that several tables need
-are learned once. --list prints every table and figure with its number of runs, optimizer steps and
-hours on this machine. Exit codes are those of sweep.
+report-NAME-BUDGET there. If it is stopped, the same command resumes it; runs that several tables
+need are learned once. --list prints every table and figure with its number of runs, optimizer steps
+and hours on this machine. Exit codes are those of sweep.
 
 Budgets:
   smoke   few epochs on 1 % of the images, to see whether everything runs
@@ -89,7 +89,7 @@ def _targets(options: argparse.Namespace) -> list[paper.Target]:
 def _cells(
   target: paper.Target, configs: str, options: argparse.Namespace
 ) -> tuple[list[sweep.Cell], list[str]]:
-  """Returns the cells of a table or figure, and the names of systems not implemented here."""
+  """Returns the cells of a table or figure, and the names of methods not implemented here."""
   only = tuple(name for name in options.methods.split(",") if name)
   if unknown := set(only) - set(target.rows.values()):
     known = ", ".join(target.rows.values())
@@ -114,7 +114,7 @@ def _reproduce(
     with terminal.live_sweep(sys.stdout) as show:
       rows = sweep.run(sweep.shard(cells, options.shard), str(root), show, stop_asked)
   except Stopped:
-    print(f"stopped; the same command goes on from {options.workdir}", file=sys.stderr)
+    print(f"stopped; the same command resumes from {options.workdir}", file=sys.stderr)
     return stop.EXIT_CODE
   print(terminal.sweep_text(rows))
   if any(row["state"] in ("done", "kept") for row in rows):
@@ -140,7 +140,7 @@ def _list(
   """
   known: dict[tuple, tuple[float, float]] = {}
   print(f"budget {options.budget}; hours: the number of steps times the time of one step, measured")
-  print("here on random images; all systems but HALRP are counted like single-task learning")
+  print("here on random images; all methods but HALRP are counted like single-task learning")
   print(f"{'':<10} {'runs':>6} {'steps':>12} {'hours':>8}  title")
   for target in targets:
     cells, missing = _cells(target, configs, options)

@@ -9,14 +9,14 @@ Each combination of method, order and seed is a cell: a run of its own in the fo
 DIR/METHOD_ORDER_SEED. --methods takes whatever may stand after the colon of --config, also the
 names of an ablation's variants. --config.KEY=VALUE holds for all cells.
 
-If the sweep is stopped, the same command goes on. Finished cells are not run again; they are
+If the sweep is stopped, the same command resumes it. Finished cells are not run again; they are
 counted as "kept". A finished cell whose data or JAX flags have changed since then fails. A cell
 that another process runs is tried once more at the end and does not count as a failure, so several
 sweeps may work in one DIR; --shard divides the cells between them.
 
---vectorize learns all orders and seeds of a method at once, as one program with an additional
-leading axis that is sharded over the devices. It is meant for accelerators that one small run
-leaves idle, and needs the memory of all these runs together; on a CPU it is no faster.
+--vectorize learns all orders and seeds of a method at once, as one compiled program with an
+additional leading axis that is sharded over the devices. It is meant for accelerators that one
+small run leaves idle, and needs the memory of all these runs together; on a CPU it is no faster.
 
 Exit codes: 0 all cells are done; 1 a cell failed (the others are done); 2 a mistake in config, data
 or arguments; 75 stopped by SIGTERM or SIGINT.
@@ -42,7 +42,7 @@ _FLAGS = {
   "compile_cache": program.COMPILE_CACHE,
 }
 _SWITCHES = {
-  "vectorize": "learn the orders and seeds of a method at once, as one program",
+  "vectorize": "learn the orders and seeds of a method at once, as one compiled program",
   "help": "show this text",
 }
 
@@ -63,7 +63,7 @@ def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int
     with terminal.live_sweep(sys.stdout) as show:
       rows = sweep.run(cells, args.workdir, show, stop_asked, args.vectorize)
   except Stopped:
-    print(f"stopped; the same command goes on from {args.workdir}", file=sys.stderr)
+    print(f"stopped; the same command resumes from {args.workdir}", file=sys.stderr)
     return stop.EXIT_CODE
   print(terminal.sweep_text(rows))
   return int(sweep.failed(rows))

@@ -13,7 +13,7 @@ from halrp_jax import keys
 from halrp_jax.reports.records import short_data
 from halrp_jax.types import one_line
 
-# --- while a run goes on --------------------------------------------------------------
+# --- during a run ---------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def task_line(event: dict) -> str:
   return " | ".join(parts)
 
 
-# --- while a sweep goes on ------------------------------------------------------------
+# --- during a sweep -------------------------------------------------------------------
 
 _ENDED = ("done", "kept", "failed", "at work elsewhere")
 _SHOWN = 12  # cells of a sweep that a terminal shows at once

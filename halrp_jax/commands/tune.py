@@ -1,13 +1,13 @@
 r"""Tries a grid of config values and ranks them by their accuracy on validation images.
 
-  python -m halrp_jax tune --config=FILE:METHOD --grid=KEY=V,V,...[;KEY=V,...] --workdir=DIR
+  python -m halrp_jax tune --config=FILE:METHOD --grid='KEY=V,V,...[;KEY=V,...]' --workdir=DIR
   python -m halrp_jax tune --config=configs/cifar100_split.py:ewc --config.data_dir=DIR \
       --grid=method.strength=10,100,1000 --workdir=runs/tune-ewc
 
 Each combination of values is a cell: a run of its own in a folder below DIR, with 25 % of the
-training images unless --config.train_fraction is given. The accuracies are those on the validation
-images after the last task; test images are not used at all. Prints a table with the best cell
-first, and writes it to DIR/tune.json. If it is stopped, the same command goes on.
+training images unless the grid or --config.train_fraction says otherwise. The accuracies are those
+on the validation images after the last task; test images are not used at all. Prints a table with
+the best cell first, and writes it to DIR/tune.json. If it is stopped, the same command resumes it.
 """
 
 import itertools
@@ -29,12 +29,12 @@ from halrp_jax.runs import experiment, identity
 from halrp_jax.types import Diverged, InUse, Stopped, UserError
 
 _FLAGS = {
-  "grid": "KEY=VALUE,VALUE,... for one or more keys, separated by semicolons",
+  "grid": "KEY=VALUE,VALUE,... for one or more keys, separated by semicolons (quote them)",
   "workdir": "folder for the runs and tune.json",
   "compile_cache": program.COMPILE_CACHE,
 }
 _EXAMPLE = "--config=configs/digits.py:ewc --grid=method.strength=10,100 --workdir=runs/tune-ewc"
-_FRACTION = 0.25  # of the training images, where the command line does not say
+_FRACTION = 0.25  # train_fraction of a cell unless the command line sets one
 
 
 def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int:
@@ -60,7 +60,7 @@ def main(argv: list[str], stop_asked: Callable[[], bool] = lambda: False) -> int
         results[name] = row
         del waiting[name]
   except Stopped:
-    print(f"stopped; the same command goes on from {root}", file=sys.stderr)
+    print(f"stopped; the same command resumes from {root}", file=sys.stderr)
     return stop.EXIT_CODE
   if not results:
     raise UserError(f"tune: other processes are running all cells of {root}; wait for them")
@@ -104,8 +104,10 @@ def _cell_config(
   for key in values:
     if key not in known:
       raise UserError(f"--grid: {key} is not a config key{keys.nearest(key, known)}")
-  values = {"protocol.evaluate_on": "validation"} | values
-  values |= {} if keep_fraction else {"train_fraction": _FRACTION}
+  defaults: dict[str, object] = {"protocol.evaluate_on": "validation"}
+  if not keep_fraction:
+    defaults["train_fraction"] = _FRACTION
+  values = defaults | values
   with cell.unlocked():
     for key, value in values.items():
       section, _, name = key.rpartition(".")
@@ -127,7 +129,7 @@ def _run(
     with terminal.live_display(sys.stdout) as show:
       record = experiment.run(config, str(folder), show, stop_asked=stop_asked, read=read)
   except InUse as e:
-    print(f"at work elsewhere: {e}")
+    print(f"skipped for now: {e}")
     return None
   except Diverged as e:
     print(f"diverged: {e}")

@@ -1,4 +1,4 @@
-"""A cache of decoded images on disk, so that the second start of a program takes seconds.
+"""A cache of decoded images on disk, so that the second start of a run takes seconds.
 
 An entry consists of two files:
 

@@ -7,7 +7,7 @@ CIFAR100-SuperClass has 20 tasks of 5 classes: task i has the fine labels whose 
 CIFAR100-20 has 20 tasks of 5 random classes, the setting of IRU in Table 4 of the paper. No source
 says how the classes were drawn, so NumPy's random permutation with seed 0 is used.
 
-Images are normalised as in the authors' program and not augmented.
+Images are normalised as in the authors' code and not augmented.
 
 References: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009; R. Hyder
 et al., "Incremental task learning with incremental rank updates", 2022, arXiv:2207.09074 (IRU).

@@ -2,7 +2,7 @@
 
 With `data.source` = "original", `data_dir` contains any of these for each task:
 
-  TASK/CLASS/IMAGE          The share `data.test_fraction` of every class is for testing.
+  TASK/CLASS/IMAGE          The fraction `data.test_fraction` of every class is for testing.
   TASK/train/CLASS/IMAGE    Beside train/ there may be test/ and val/ with test and validation
                             images; if one of them is missing, its images are drawn from train/.
                             The names training, testing, valid and validation are accepted, too, in
@@ -155,7 +155,7 @@ def _draw_test(
     data: the images.
     pool: the rows to draw from.
     key: seed of the random numbers.
-    fraction: share of test images in every class. At least one image remains for training.
+    fraction: fraction of test images in every class. At least one image remains for training.
 
   Returns:
     The rows of "train" and "test".

@@ -1,6 +1,6 @@
 """Five-dataset: CIFAR-10, MNIST, SVHN, FashionMNIST and notMNIST, one task each, 32 x 32 x 3.
 
-As in the authors' program, grey images are padded with zeros from 28 to 32 pixels and repeated in
+As in the authors' code, grey images are padded with zeros from 28 to 32 pixels and repeated in
 three channels, and each data set has its own normalisation. notMNIST is the "small" set with 18,724
 readable images; the last tenth of the images of every class, in the order of their names, are the
 test images. (The paper uses the split of HAT, which is not published as a list.) With

@@ -1,6 +1,6 @@
 """Permuted MNIST: P-MNIST of the paper, and PMNIST-20 of IRU.
 
-P-MNIST follows the authors' program: images are resized to 32 x 32 and repeated in three channels,
+P-MNIST follows the authors' code: images are resized to 32 x 32 and repeated in three channels,
 and each task permutes all 3,072 values, across channels. The images are stored once, in one
 channel; the permutation is an array that is applied inside jit. With `data.mnist_size` = 28 the
 images keep their original size, and 784 values are permuted.
@@ -24,7 +24,7 @@ from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task
 
 _MEAN, _STD = 0.1307, 0.3081
-# The task order of the run in which the authors' program wrote its prepared data. The seed of a
+# The task order of the run in which the authors' code wrote its prepared data. The seed of a
 # task's permutation depends on the position of the task in it.
 _ORDER = (2, 8, 4, 9, 1, 6, 7, 3, 0, 5)
 
@@ -72,7 +72,7 @@ def _tasks(data: ImageSet, permutations: Sequence[np.ndarray], channels: int) ->
 
   Args:
     data: the images.
-    permutations: for each task, the row of the flattened stored image of each input value.
+    permutations: one array per task: the row of the flattened stored image of each input value.
     channels: number of channels of the network's input.
   """
   mean, std = (np.full(channels, x, np.float32) for x in (_MEAN, _STD))
@@ -85,7 +85,7 @@ def _tasks(data: ImageSet, permutations: Sequence[np.ndarray], channels: int) ->
 def _joint_permutation(i: int) -> np.ndarray:
   """Returns the permutation of task i, from 1,024 stored values to 3,072 input values.
 
-  The authors' program permutes values in the order channel, row, column. All channels of an image
+  The authors' code permutes values in the order channel, row, column. All channels of an image
   are equal, so a value of any channel is read from the only stored channel.
 
   Returns:

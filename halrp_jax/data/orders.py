@@ -1,4 +1,4 @@
-"""Task orders of the paper (Appendix F.1), and those of the authors' program where they differ."""
+"""Task orders of the paper (Appendix F.1), and those of the authors' code where they differ."""
 
 import random
 
@@ -17,7 +17,7 @@ def _numpy(num_tasks: int) -> dict[str, tuple[int, ...]]:
 def _shuffled(num_tasks: int) -> dict[str, tuple[int, ...]]:
   """Returns Python's random permutations for the seeds 0 to 4.
 
-  The authors' program for TinyImageNet uses them.
+  The authors' code for TinyImageNet uses them.
   """
   lists = {str(s): list(range(num_tasks)) for s in range(5)}
   for seed, ids in lists.items():
@@ -61,7 +61,7 @@ PAPER = {
   "pmnist20": _numpy(20),
   "cifar100_20": _numpy(20),
 }
-# Orders of the authors' program, for the benchmarks where they differ from PAPER.
+# Orders of the authors' code, for the benchmarks where they differ from PAPER.
 CODE = {"pmnist": _numpy(10), "five_datasets": _numpy(5), "tinyimagenet40": _shuffled(40)}
 
 
@@ -73,7 +73,7 @@ def resolve(order: str, benchmark: str, num_tasks: int, source: str = "paper") -
       or ids separated by commas such as "2,0,1". Tasks whose ids are not given are not learned.
     benchmark: name of the benchmark.
     num_tasks: number of tasks of the benchmark.
-    source: "paper" for the orders of the paper, "code" for those of the authors' program.
+    source: "paper" for the orders of the paper, "code" for those of the authors' code.
 
   Raises:
     UserError: if `order` is none of these, or an id is out of range or given twice.

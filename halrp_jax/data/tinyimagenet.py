@@ -1,9 +1,9 @@
 """TinyImageNet: 20 tasks of 10 classes or 40 tasks of 5, with images of 64 x 64 x 3.
 
 The 200 classes are ordered by their ids in WordNet (wnids). Of the 500 training images of a class,
-50 are held out. The paper tests on the official validation images. The authors' program swaps the
+50 are held out. The paper tests on the official validation images. The authors' code swaps the
 two: it reports the accuracy on the held-out images and validates on the official validation images.
-The published numbers come from that program, so `data.tiny_test` = "held_out" is the default;
+The published numbers come from that code, so `data.tiny_test` = "held_out" is the default;
 "official" follows the paper. Training images are cropped and flipped at random
 (`protocol.augment`).
 

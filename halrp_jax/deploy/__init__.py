@@ -1,1 +1,1 @@
-"""Finished runs in use: load, predict, extend and export a model; start from pretrained weights."""
+"""Uses finished runs: loads, predicts with, extends, exports; starts from pretrained weights."""

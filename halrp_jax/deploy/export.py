@@ -86,9 +86,9 @@ def write(
   """Writes tasks of a run, and the base if they need it.
 
   Args:
-    run: from `saved.open_run`.
+    run: a run opened by `saved.open_run`.
     folder: is made if it doesn't exist; files in it must be of the same model and form.
-    positions: of the tasks, in the order of training.
+    positions: positions of the tasks, in the order of training.
     format: one of `FORMATS`.
     merged: whether to write whole networks; otherwise the base once and what each task adds.
 
@@ -197,7 +197,7 @@ def program(run: saved.Saved, t: int) -> jax.export.Exported:
   """Exports the prediction of a task as a program.
 
   Args:
-    run: from `saved.open_run`.
+    run: a run opened by `saved.open_run`.
     t: position of a learned task.
 
   Returns:
@@ -364,7 +364,7 @@ def _structure(card: Card, file: pathlib.Path) -> _Structure:
   """Returns the network that a card describes; raises almost anything if the card is damaged.
 
   Args:
-    card: of a task.
+    card: card of a task.
     file: its path without suffix.
 
   Raises:

@@ -33,7 +33,7 @@ def read_card(folder: pathlib.Path, stem: str) -> Card:
   """Reads the card of a file.
 
   Args:
-    folder: of the export.
+    folder: folder of the export.
     stem: name of the file without suffix.
 
   Raises:
@@ -43,7 +43,9 @@ def read_card(folder: pathlib.Path, stem: str) -> Card:
   try:
     card = files.load_json(file)
     if card["schema"] != SCHEMA:
-      raise UserError(f"{file}: schema {card['schema']!r}, this version reads {SCHEMA}")
+      raise UserError(
+        f"{file}: has schema {card['schema']!r}, expected {SCHEMA}; export the run again"
+      )
     if card["format"] not in FORMATS or not isinstance(card["hash"], str):
       raise ValueError("format or hash")
     return card
@@ -61,8 +63,8 @@ def require_one_model(folder: pathlib.Path, format: str, own: dict[str, Card]) -
   is interrupted would leave a mixture.
 
   Args:
-    folder: of the export.
-    format: of the files to be written, one of `FORMATS`.
+    folder: folder of the export.
+    format: format of the files to be written, one of `FORMATS`.
     own: name of each file of the model without suffix -> entries that its card must have.
 
   Raises:
@@ -114,9 +116,9 @@ def unpack(arrays: Arrays, name: str, shape: tuple[int, int], file: object) -> n
   """Inverts `pack`, and removes the matrix from `arrays`.
 
   Args:
-    arrays: of a file.
-    name: of the matrix.
-    shape: of the matrix.
+    arrays: arrays of a file.
+    name: name of the matrix.
+    shape: shape of the matrix.
     file: where the arrays are from, for the error messages.
 
   Raises:

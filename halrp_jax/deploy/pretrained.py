@@ -33,10 +33,10 @@ def load(
   """Reads parameters and BatchNorm statistics of a network.
 
   Args:
-    path: of a .safetensors file or an Orbax folder.
+    path: path of a .safetensors file or an Orbax folder.
     model: the network.
     image_shape: [H, W, C] of its input.
-    key: for the head, if the file has none that fits; None: `jax.random.key(0)`.
+    key: random key for the head, if the file has none that fits; None: `jax.random.key(0)`.
 
   Returns:
     The parameters and the statistics, with the dtypes of the network.

@@ -63,7 +63,7 @@ def open_run(path: str) -> Saved:
   """Opens the folder of a run.
 
   Args:
-    path: of the folder.
+    path: path of the folder.
 
   Raises:
     UserError: if the folder is not a run's, is of a version that wrote no tasks.json, or holds no
@@ -83,8 +83,8 @@ def find_task(saved: Saved, name: str) -> int:
   """Returns the position of a learned task in the order of training.
 
   Args:
-    saved: from `open_run`.
-    name: of the task, or id:N for the task with id N; N alone if it is not the name of another.
+    saved: a run opened by `open_run`.
+    name: name of the task, or id:N for the task with id N; N alone if no other task has this name.
 
   Raises:
     UserError: if there is no such task or several, or it is not learned yet.
@@ -133,7 +133,7 @@ def make_classifier(saved: Saved, t: int) -> Callable[[Array], np.ndarray]:
   """Builds classify(uint8 images [B, H, W, C]) -> probabilities [B, K] of a task.
 
   Args:
-    saved: from `open_run`.
+    saved: a run opened by `open_run`.
     t: position of a learned task, from `find_task`.
 
   Raises:
@@ -165,7 +165,7 @@ def make_predict_many(run: Saved) -> Callable[[object, Array], np.ndarray]:
   image's task does not have get probability 0. For HALRP and BE.
 
   Args:
-    run: from `open_run`.
+    run: a run opened by `open_run`.
 
   Raises:
     UserError: if the method has no perturbations, or the run is of a version that stored no
@@ -228,10 +228,10 @@ def extend(
   the bit; HALRP then prunes only the new task.
 
   Args:
-    run: from `open_run`.
-    data_path: of the new task's images (data/custom.py): a folder with a folder per class, or an
-      .npz file. All its images are used, whatever the run's train_fraction.
-    out: the new folder; if it holds this extension, interrupted, it goes on.
+    run: a run opened by `open_run`.
+    data_path: path of the new task's images (data/custom.py): a folder with a folder per class, or
+      an .npz file. All its images are used, whatever the run's train_fraction.
+    out: the new folder; an interrupted extension in it is resumed.
     show: is called with every event.
     stop_asked: see `experiment.run`.
 
@@ -242,7 +242,7 @@ def extend(
 
   Raises:
     UserError: if the method or the network has no room for the task, or a path can't be used.
-    Stopped: if `stop_asked` returned True; the same call goes on from there.
+    Stopped: if `stop_asked` returned True; the same call resumes from there.
   """
   config, t = run.config, len(run.learned)
   notes: list[str] = []
@@ -262,7 +262,7 @@ def extend(
       show({"event": "standing", "said": changes})
     folder.describe(benchmark)
     start = time.perf_counter()
-    store = Store(f"task{t:02d}", experiment.make_log(folder, show), folder.keep())
+    store = Store(f"task{t:02d}", experiment.make_log(folder, show), folder.progress_store())
     experiment.log_once(store, [{"event": "note", "note": note} for note in notes])
     state, ranks, unchanged = _learn_one(run, benchmark, method, store)
     results = _results(run, benchmark, state, ranks, unchanged)

@@ -1,1 +1,1 @@
-"""The machine: devices, processes, compiled programs, memory and signals."""
+"""Controls the machine: devices, processes, compiled programs, memory and signals."""

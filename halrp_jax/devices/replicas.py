@@ -1,4 +1,4 @@
-"""Several runs learned at once: one program whose arrays have a leading axis [R] for the runs.
+"""Several runs learned at once: one compiled program over arrays with an axis [R] for the runs.
 
 Runs that differ only in order and seed perform the same computation on different numbers. Each run
 has a thread of its own (`run_all`), and its code is written as if it were the only run. The threads

@@ -72,7 +72,7 @@ def make(
   """Builds the method that `config.method.name` names, ready to learn and to predict.
 
   Args:
-    config: of the run.
+    config: config of the run.
     model: the network.
     benchmark: its number of tasks, image shape and widest task are used.
     layout: how the devices are used; by default made from `config.parallel`.
@@ -132,8 +132,8 @@ def restore(name: str, state: State) -> State:
   Older versions stored dicts in their place.
 
   Args:
-    name: of the method.
-    state: as it was read.
+    name: name of the method.
+    state: method state as it was read.
   """
   task_state = METHODS[name].TaskState
 

@@ -40,7 +40,7 @@ def draw_v(key: jax.Array, kernels: Mapping[str, jax.Array]) -> dict[str, jax.Ar
   Its standard deviation is about 1/sqrt(J) for a layer with J outputs (variance scaling).
 
   Args:
-    key: of v.
+    key: random key for v.
     kernels: [.., J] by layer path.
 
   Returns:
@@ -93,7 +93,7 @@ def size(state: State, num_local: int, nonzero_local: int, training_only: int) -
     state: its task states have `mask`, `tau` (pruned), `rest`, `stats` and `num_classes`.
     num_local: numbers of dense arrays that some of the tasks share.
     nonzero_local: how many of them are not 0.
-    training_only: as in `Size`.
+    training_only: see `Size`.
   """
   kernels, (first, *later) = state.shared["kernels"], state.tasks
   counts = [sizes.count_rest(p.rest, kernels, int(p.num_classes)) for p in later]

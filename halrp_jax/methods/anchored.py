@@ -56,8 +56,8 @@ def make(config: Config, setup: Setup, anchors: Anchor) -> Method:
   """Builds a method with a penalty on leaving an anchor.
 
   Args:
-    config: of the method.
-    setup: of the run.
+    config: config of the method.
+    setup: settings of the run.
     anchors: the functions in which the methods differ.
   """
   own_norm = config.bn_scope == "task"

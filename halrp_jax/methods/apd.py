@@ -3,7 +3,8 @@
 Update rule: theta_i = sigma * m_i + tau_i + L_c(i) with m_i = sigmoid(v_i). Task t trains sigma,
 v_t and all tau_i, i <= t, with Adam on its cross-entropy plus
   l1 sum_i |tau_i| + a/2 sum_{i<t} |theta_i - theta_i*|^2 + l2 (|tau_t|^2 + |v_t|^2),
-where theta_i* is theta_i at the start of task t. In task 0, l2 |sigma|^2 is added.
+where theta_i* is theta_i at the start of task t. In task 0, l2 |sigma|^2 is added. Here l2 stands
+for method.l2, halved if method.l2_half.
 
 | paper   | here                   | meaning |
 |---------|------------------------|---------|
@@ -13,20 +14,21 @@ where theta_i* is theta_i at the start of task t. In task 0, l2 |sigma|^2 is add
 | a       | method.retroactive     | coefficient of the retroactive term |
 | s, k, beta | method.{every,clusters,close} | settings of the consolidation |
 
-Phases: training, and hierarchical consolidation after every s tasks. It clusters the tau_i of a
-layer by k-means. Where the members of a cluster differ by at most beta, the middle of their values
-becomes L and their tau_i are set to 0. The retroactive term keeps forgetting small, but not zero.
+Phases: training, and hierarchical consolidation. After every s tasks, consolidation clusters the
+tau_i of each layer by k-means. Where the members of a cluster differ by at most beta, their
+midrange moves to L and these entries of tau_i become 0. The retroactive term keeps forgetting
+small, but not zero.
 
 method.old_tau = "closed_form" is an addition of this package. For given sigma, the terms of an old
 task are minimal at tau_i = soft(theta_i* - sigma * m_i, l1/a). With this tau_i they are a function
 of sigma alone, a Huber loss, and an old tau needs no gradient and no moments.
 
-Deviations from the authors' program: it also trains the v_i of old tasks, although a flag of its
-own says otherwise, and draws the biases anew for every task. Here old v_i stay as they are, and
-biases start from those of the previous task.
+Deviations from the authors' code: it also trains the v_i of old tasks, although it has a flag
+that should freeze them, and draws the biases anew for every task. Here old v_i stay as they are,
+and biases start from those of the previous task.
 
 Reference: J. Yoon et al., "Scalable and order-robust continual learning with additive parameter
-decomposition", 2020 (arXiv 1902.09432), Alg. 1, Eq. 3 to 6, and its program.
+decomposition", 2020 (arXiv 1902.09432), Alg. 1, Eq. 3 to 6, and its code.
 """
 
 import dataclasses
@@ -47,7 +49,7 @@ from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Method, Network, Params, Size, State, Task
 from halrp_jax.weights import trees
 
-_ITERATIONS = 100  # of k-means, as in APD's program
+_ITERATIONS = 100  # of k-means, as in APD's code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,9 @@ def _make_fit(config: Config, setup: Setup) -> Fit:
 
   def of_earlier_tasks(sigma, old, mask, anchor):
     """Returns the penalty of one layer; old, mask and anchor have a leading axis of tasks [P]."""
-    shift = anchor - additive.times(sigma, mask)  # the tau that leaves theta as it was; without L
+    shift = anchor - additive.times(
+      sigma, mask
+    )  # tau_i that keeps theta_i at its anchor; both leave out L, which cancels
     if config.old_tau == "closed_form":
       return jnp.sum(huber(shift, config.l1, config.retroactive))
     change = 0.5 * config.retroactive * jnp.sum((old - shift) ** 2)
@@ -157,14 +161,15 @@ def _start(
 ) -> tuple[dict, dict, Params]:
   """Returns `params`, `frozen` and `stats` at the start of a task.
 
-  sigma, biases and BatchNorm are those of the previous task, the head is fresh.
+  sigma, biases and BatchNorm are those of the previous task. The head is fresh, tau starts at
+  sigma, and v near 0.
 
   Args:
-    config: of the method.
-    state: before the task.
-    params: freshly drawn.
-    stats: freshly drawn.
-    v_key: of the masks.
+    config: config of the method.
+    state: method state before the task.
+    params: freshly initialized parameters.
+    stats: freshly initialized statistics.
+    v_key: random key for v.
   """
   sigma, rest = trees.split(params)
   if state.tasks:
@@ -172,7 +177,7 @@ def _start(
     sigma, stats = state.shared["kernels"], previous.stats
     rest = networks.fresh_head(previous.rest, rest)
   mask, old = (_stack(state.tasks, field, sigma) for field in ("mask", "tau"))
-  # Alg. 1: restore theta_i*; without L, which is the same in theta_i and cancels
+  # Alg. 1: restore theta_i*; anchor and theta_i both leave out L, which cancels
   anchor = {n: additive.times(w, mask[n]) + old[n] for n, w in sigma.items()}
   l2_sigma = jnp.float32(0 if state.tasks else networks.l2_coefficient(config))
   start = {
@@ -248,10 +253,10 @@ def consolidate(state: State, clusters: int, close: float, seed: int) -> State:
   """Consolidates the tau of all tasks, layer by layer (Alg. 1, lines 9 to 14).
 
   Args:
-    state: after a multiple of s tasks.
+    state: method state after a multiple of s tasks.
     clusters: k, the number of clusters that are added for the latest s tasks.
     close: beta.
-    seed: of the choice of tasks whose tau are the first centroids of the new clusters.
+    seed: seed for choosing the tasks whose tau are the first centroids of the new clusters.
 
   Returns:
     The state with new tau, L and clusters of all tasks.
@@ -280,10 +285,10 @@ def _k_means(
   """Clusters rows by k-means.
 
   Args:
-    rows: [T, ..]
+    rows: array [T, ..] of the rows to cluster.
     known: first centroids of the old clusters [K, ..].
     num_new: number of new clusters, whose first centroids are rows chosen at random.
-    rng: of the choice.
+    rng: generator for choosing the rows.
 
   Returns:
     The cluster of every row [T], and the centroids [K + num_new, ..].
@@ -317,7 +322,7 @@ def size(config: Config, state: State) -> Size:
   """Returns the size with pruned tau, masks, L, BatchNorm and heads.
 
   Training alone needs the centroids and, for each task, theta*. If the tau of earlier tasks are
-  trained, it needs their values, gradients and moments too.
+  trained, it needs their gradients and Adam's two moments too. The tau themselves count as stored.
   """
   pruned = tuple(p._replace(tau=additive.prune(p.tau, config.l1)) for p in state.tasks)
   local = [x[1:] for x in state.shared["local"].values()]

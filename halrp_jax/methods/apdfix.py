@@ -2,7 +2,7 @@
 
 Update rule: theta_t = sigma * m_t + tau_t with m_t = sigmoid(v_t), trained with Adam on the
 cross-entropy + l1 |tau_t| + l2 (|tau_t|^2 + |v_t|^2). sigma is from the network of task 0, trained
-as in single-task learning.
+as in single-task learning. Here l2 stands for method.l2, halved if method.l2_half.
 
 | paper | here                    | meaning |
 |-------|-------------------------|---------|
@@ -13,8 +13,8 @@ Phases: task 0; every later task starts from task 0's biases and BatchNorm, a fr
 
 Reference: J. Yoon et al., "Scalable and order-robust continual learning with additive parameter
 decomposition", 2020 (arXiv 1902.09432), APD-Fixed. The HALRP paper says "learn only the mask
-vector" (method.train_tau = False). But a mask per output alone can't exceed BE, as the accuracies
-that it reports for APDfix do.
+vector" (method.train_tau = False). A mask per output is a special case of BE, yet the paper's
+APDfix is better than its BE. So tau is trained too (method.train_tau = True).
 """
 
 import dataclasses
@@ -112,10 +112,10 @@ def _start(config: Config, state: State, fresh: Params, v_key: jax.Array) -> Par
   Biases and BatchNorm are those of task 0.
 
   Args:
-    config: of the method.
-    state: before the task.
-    fresh: freshly drawn parameters, of which the head is used.
-    v_key: of the masks.
+    config: config of the method.
+    state: method state before the task.
+    fresh: freshly initialized parameters, of which the head is used.
+    v_key: random key for v.
   """
   kernels = state.shared["kernels"]
   tau = kernels if config.tau_start == "shared" else jax.tree.map(jnp.zeros_like, kernels)

@@ -21,12 +21,12 @@ and head are trained from those of phase 1. Nothing is forgotten.
 
 r(E) = tr(E'E) / |E'E|_1 is the paper's regularizer. It is small if E has rank 1, that is if few
 directions are new. It takes two products of matrices [d, d] and [d, J] per layer and step. With
-method.form = "code", r is that of the released program, which takes none. A layer whose B has all J
+method.form = "code", r is that of the released code, which takes none. A layer whose B has all J
 columns has no r.
 
 Deviations: a layer whose first direction alone carries gamma keeps it, where GPM's rule for the
 first task keeps none. method.l2 applies to W in phase 1 and to A_t in phase 3, which have equal
-norms. The released program by oversight trains neither heads nor BatchNorm after task 0; here they
+norms. The released code by oversight trains neither heads nor BatchNorm after task 0; here they
 are trained, as in the paper. The HALRP paper does not say how it divides its epochs between the
 phases: method.{learn,retrain}_share.
 
@@ -66,7 +66,7 @@ class Config(keys.NetworkConfig):
   retrain_share: float = keys.number(0.5, 0, 1, "share of a task's epochs that phase 3 has")
   strength: float = keys.number(1.0, 0, None, "lambda: coefficient of the regularizer r")
   form: str = keys.one_of(
-    "paper", ("paper", "code"), "r as in the paper, or as in the authors' program"
+    "paper", ("paper", "code"), "r as in the paper, or as in the authors' code"
   )
   threshold: float = keys.number(
     0.96, 0, 1, "gamma: share of the outputs' energy that the basis carries"
@@ -242,7 +242,7 @@ def paper_form(e: jax.Array) -> jax.Array:
 
 
 def code_form(e: jax.Array, basis: jax.Array) -> jax.Array:
-  """Returns r as in the released program: tr(M) / sum(M) with M = B B' + E E', a scalar.
+  """Returns r as in the released code: tr(M) / sum(M) with M = B B' + E E', a scalar.
 
   M is not formed.
 
@@ -292,7 +292,7 @@ def _grow(memory: dict, parts: list[dict[str, np.ndarray]], energy: float) -> di
   """Returns the bases and their numbers of directions after a task.
 
   Args:
-    memory: with the bases before.
+    memory: bases of earlier tasks, with their numbers of directions.
     parts: Z Z' of every layer's outputs, for each chunk of images.
     energy: gamma.
   """

@@ -102,10 +102,10 @@ def _start(
   """Returns `params`, `stats` and `frozen` of a later task before its first step.
 
   Args:
-    config: of the method.
-    state: before the task.
-    params: freshly drawn.
-    stats: freshly drawn.
+    config: config of the method.
+    state: method state before the task.
+    params: freshly initialized parameters.
+    stats: freshly initialized statistics.
   """
   kernels, first = state.shared["kernels"], state.tasks[0]
   _, fresh = trees.split(params)

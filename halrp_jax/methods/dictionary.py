@@ -50,7 +50,7 @@ def kernel_shapes(initialize: Callable[[jax.Array], tuple[Params, Params]]) -> S
   """Returns the shapes of the kernels that have factors, by layer.
 
   Args:
-    initialize: from `networks.make_initialize`.
+    initialize: function from `networks.make_initialize`.
   """
   params, _ = jax.eval_shape(initialize, jax.random.key(0))
   return trees.split(params)[0]
@@ -70,7 +70,7 @@ def compose(
     a: A [d, F] by layer.
     b: B [F, J] by layer.
     z: [F] by layer.
-    shapes: of the kernels, from `kernel_shapes`.
+    shapes: shapes of the kernels, from `kernel_shapes`.
   """
   return {n: ((a[n] * z[n][None]) @ b[n]).reshape(s.shape) for n, s in shapes.items()}
 
@@ -99,7 +99,7 @@ def size(
 
   Args:
     state: the method state, with task states as `TaskState`.
-    shapes: from `kernel_shapes`.
+    shapes: shapes of the kernels, from `kernel_shapes`.
     used: by layer, the number of factors that at least one task uses.
     coefficients: numbers that are stored for the z of all tasks.
     mask_bits: bits that say which factors these numbers belong to.

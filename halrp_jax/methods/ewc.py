@@ -117,7 +117,7 @@ def fisher(
 
   Args:
     fisher_chunk: the compiled function that `_fisher_of` builds.
-    params: of the whole network after the task.
+    params: parameters of the whole network after the task.
     stats: its BatchNorm statistics.
     task: whose training images are used.
     num_samples: the number of images that the mean is taken over, at most.

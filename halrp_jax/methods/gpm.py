@@ -204,11 +204,11 @@ def _grow(
   Args:
     f: the compiled functions.
     num_samples: method.samples.
-    params: of the whole network after the task.
+    params: parameters of the whole network after the task.
     stats: its BatchNorm statistics.
     task: whose training images are used.
-    key: of the choice of images.
-    shared: with the bases before.
+    key: random key for choosing the images.
+    shared: shared state with the bases of earlier tasks.
     energy: eps of the task.
   """
   seen_fn = functools.partial(f.inputs, params, stats)

@@ -22,7 +22,7 @@ fresh optimizer (lines 7 and 8), and all tasks so far are pruned (line 9).
 The perturbation of task 0 is the identity, so that the states of all tasks have the same shapes.
 
 Deviations from the paper are switches, whose values `VARIANTS` has: "paper" follows the text to the
-letter, "code" is the authors' program as released, and "published" reproduces the published
+letter, "code" is the authors' code as released, and "published" reproduces the published
 accuracies and sizes (docs/reproduction.md).
 
 Reference: https://arxiv.org/abs/2311.15161.
@@ -238,7 +238,7 @@ def first_state(
   """Returns the method state after the first task.
 
   Args:
-    config: of the method.
+    config: config of the method.
     task: the first task.
     params: trained on it.
     stats: BatchNorm statistics.
@@ -284,13 +284,13 @@ def select(
 
   Args:
     f: the compiled functions.
-    config: of the method.
-    setup: of the run.
-    state: before the task.
-    params: after the warm-up.
+    config: config of the method.
+    setup: settings of the run.
+    state: method state before the task.
+    params: parameters after the warm-up.
     stats: BatchNorm statistics after the warm-up.
     task: the task.
-    key: of randomised SVD and random factors.
+    key: random key for randomized SVD and random factors.
 
   Returns:
     Perturbations by layer, ranks by layer, and whether these are the ranks of the exact SVD. They
@@ -324,14 +324,14 @@ def layer_importance(
 ) -> dict[str, float]:
   """Returns by layer the importance |g_l|^2 at W_free, averaged over batches.
 
-  As in the authors' program the mean is weighted with the sizes of the batches. With
+  As in the authors' code the mean is weighted with the sizes of the batches. With
   method.importance = "mean" it is divided by the number of entries of the kernel.
 
   Args:
     f: the compiled functions.
-    config: of the method.
+    config: config of the method.
     batch_size: images per batch.
-    params: after the warm-up.
+    params: parameters after the warm-up.
     stats: BatchNorm statistics after the warm-up.
     task: whose images are used (method.importance_split).
   """
@@ -358,9 +358,9 @@ def choose_ranks(
   """Chooses the ranks of the whole network together (line 6, paper Eq. 11).
 
   Args:
-    config: of the method.
+    config: config of the method.
     decomposition: by layer.
-    kernels: of the base, by layer.
+    kernels: kernels of the base, by layer.
     importance: by layer.
 
   Returns:
@@ -400,14 +400,14 @@ def fine_tune(
   Args:
     f: the compiled functions.
     epochs: number of epochs.
-    state: before the task.
-    perturbation: from `select`.
-    ranks: from `select`.
-    params: after the warm-up.
+    state: method state before the task.
+    perturbation: perturbation from `select`.
+    ranks: ranks from `select`.
+    params: parameters after the warm-up.
     stats: BatchNorm statistics after the warm-up.
     task: the task.
-    key: of the order of images, and of dropout.
-    store: of the task.
+    key: random key for the order of images and for dropout.
+    store: store of the task, for progress and events.
 
   Returns:
     The state of the task.
@@ -428,8 +428,8 @@ def prune(f: "_Functions", state: State, config: Config, num_later: int) -> Stat
 
   Args:
     f: the compiled functions.
-    state: with the new task.
-    config: of the method.
+    state: method state with the new task.
+    config: config of the method.
     num_later: number of the benchmark's tasks except the first.
 
   Returns:

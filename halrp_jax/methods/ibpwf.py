@@ -21,10 +21,10 @@ previous task, and KL_r against N(0, 0.1^2). (2) The last method.fine_tune_epoch
 cross-entropy alone, with z as in predictions. Used factors get no updates in either phase. Nothing
 is forgotten.
 
-The authors' program draws r_t anew for permuted MNIST (method.start = "fresh"). For split MNIST it
+The authors' code draws r_t anew for permuted MNIST (method.start = "fresh"). For split MNIST it
 says that starting from r_{t-1} worked ("task_before"; here biases and BatchNorm start so too).
 
-As in the authors' program, l2 on the kernels replaces KL_r: with l2 > 0 there is no KL_r. There are
+As in the authors' code, l2 on the kernels replaces KL_r: with l2 > 0 there is no KL_r. There are
 these differences: an integral over 32 points with an error below 1e-4 replaces the series in KL_v;
 biases belong to the task and are no row of A; lambda is constant; gradients are not clipped.
 
@@ -154,11 +154,11 @@ def begin(
 
   Args:
     f: the shapes and the compiled functions.
-    config: of the method.
-    state: before the task.
-    shared: what tasks share.
-    init_key: of a fresh network.
-    r_key: of r.
+    config: config of the method.
+    state: method state before the task.
+    shared: shared state of all tasks.
+    init_key: random key for a fresh network.
+    r_key: random key for r.
   """
   fresh, stats = f.initialize(init_key)
   params = {k: x for k, x in shared.items() if k not in ("used", "r")}
@@ -300,9 +300,9 @@ def draw_z(
   """Draws z = b_t * r_t of all layers, with relaxed b_t.
 
   Args:
-    key: of the draw.
-    config: of the method.
-    params: with p, log_c, log_d and r by layer.
+    key: random key for the draw.
+    config: config of the method.
+    params: parameters p, log_c, log_d and r by layer.
     shapes: by layer.
 
   Returns:
@@ -323,10 +323,10 @@ def draw_logistic(
   """Draws x = p + logistic noise, whose sign is b.
 
   Args:
-    key: of the draw.
+    key: random key for the draw.
     p: log odds of b.
-    log_c: of the prior's sticks.
-    log_d: of the prior's sticks.
+    log_c: log c_k of the prior's sticks v_k ~ Kumaraswamy(c_k, d_k).
+    log_d: log d_k of the same.
 
   Returns:
     x [F], and the estimate log q(x) - log p(x) of KL_b, where the density p(x) has log odds that

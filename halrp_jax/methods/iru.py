@@ -108,11 +108,11 @@ def begin(
 
   Args:
     f: the shapes and the compiled functions.
-    config: of the method.
-    state: before the task.
-    shared: what tasks share.
-    init_key: of a fresh network.
-    factor_key: of the new factors and the head.
+    config: config of the method.
+    state: method state before the task.
+    shared: shared state of all tasks.
+    init_key: random key for a fresh network.
+    factor_key: random key for the new factors and the head.
   """
   t = len(state.tasks)
   at, end = f.num_factors(t), f.num_factors(t + 1)
@@ -241,7 +241,7 @@ def mean_squared_error(logits: jax.Array, label: jax.Array, num_classes: jax.Arr
   Args:
     logits: [B, K], where K is the number of classes of the widest task.
     label: int [B]
-    num_classes: of the task.
+    num_classes: number of classes of the task.
   """
   p = jax.nn.softmax(losses.mask_classes(logits, num_classes))
   squares = (p - jax.nn.one_hot(label, p.shape[-1])) ** 2

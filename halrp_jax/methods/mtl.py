@@ -82,8 +82,8 @@ def _joint_fit(wide: Setup, width: int) -> Fit:
   The loss of an image is that of its task's head.
 
   Args:
-    wide: with that network.
-    width: of one head.
+    wide: settings of the run, with that network.
+    width: number of outputs of one head.
   """
   apply_fn, penalty_fn = networks.plain_network(wide.model)
 

@@ -22,14 +22,15 @@ Update rule: SGD on L_s + beta L_p + alpha L_d, on two random views of every ima
 There is one phase of method.epochs epochs; `epochs` has no effect. Classes are predicted by the
 cosines between f(x) and the rows of P_t. Later tasks change f and old prototypes, hence PRD
 forgets. The teacher is the method state at the start of the task. Teacher and g are counted as
-`Size.training_only`. The authors' program counts g as part of the model, and so does `Size.paper`.
+`Size.training_only`. The authors' code counts g as part of the model, and so does `Size.paper`.
 
 Reference: N. Asadi et al., "Prototype-sample relation distillation: towards replay-free continual
 learning", 2023, Eq. 4 and 6. The optimizer settings are those of the HALRP authors' port.
 Deviations from it: colours change in a fixed order (brightness, contrast, saturation) instead of
 one drawn per batch; the teacher has no dropout; weight decay is added after the gradients are
-scaled; a batch has `batch_size` images, where the port takes 128 for all benchmarks. Both programs
-clip jittered colours to [0, 1] although their images are normalised (method.clip_colours).
+scaled; a batch has `batch_size` images, where the port takes 128 for all benchmarks. Both
+implementations clip jittered colours to [0, 1] although their images are normalised
+(method.clip_colours).
 """
 
 import dataclasses
@@ -77,7 +78,7 @@ class Config(keys.MethodConfig):
   softmax_axis: str = keys.one_of(
     "classes",
     ("classes", "samples"),
-    "classes: distilled distributions are over the classes of a task, as in both programs; "
+    "classes: distilled distributions are over the classes of a task, as in both implementations; "
     "samples: over the samples of the batch, for each old prototype",
   )
   augment: str = keys.one_of(
@@ -87,7 +88,7 @@ class Config(keys.MethodConfig):
     "itself twice",
   )
   clip_colours: bool = keys.flag(
-    True, "normalised images are clipped to [0, 1] after colour jitter, as in both programs"
+    True, "normalised images are clipped to [0, 1] after colour jitter, as in both implementations"
   )
 
 
@@ -304,7 +305,7 @@ def augment(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
   """Crops and mirrors normalised images [B, H, W, C] at random, and changes their colours.
 
   Args:
-    key: of the changes.
+    key: random key for the changes.
     image: the images; those without 3 channels keep their colours.
     clip: whether colours are clipped to [0, 1].
   """
@@ -320,7 +321,7 @@ def change_colours(key: jax.Array, image: jax.Array, clip: bool) -> jax.Array:
   Then 20 % of all images become grey.
 
   Args:
-    key: of the changes.
+    key: random key for the changes.
     image: [B, H, W, 3]
     clip: whether the scaled colours are clipped to [0, 1].
   """

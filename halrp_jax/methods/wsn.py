@@ -18,7 +18,7 @@ neither biases nor affine BatchNorm (method.bn = "noaffine"). The scores continu
 There is no weight decay, which would change the selected weights of earlier tasks.
 
 Reference: H. Kang et al., "Forget-free continual learning with winning subnetworks", ICML 2022,
-Alg. 1. In its program `sparsity` is 1 - c.
+Alg. 1. In its code `sparsity` is 1 - c.
 """
 
 import dataclasses
@@ -97,10 +97,10 @@ def _start(
   """Returns the start of a task: all values after the previous task, but a fresh head.
 
   Args:
-    state: before the task.
-    params: freshly drawn.
-    stats: freshly drawn.
-    score_key: of the first scores.
+    state: method state before the task.
+    params: freshly initialized parameters.
+    stats: freshly initialized statistics.
+    score_key: random key for the initial scores.
 
   Returns:
     theta, s and M as in `State.shared`; biases, BatchNorm and head; BatchNorm statistics.
@@ -162,7 +162,7 @@ def largest(size: jax.Array, share: float) -> jax.Array:
 
   Args:
     size: values of at least 0; the mask has all or none of equal values.
-    share: in (0, 1].
+    share: fraction in (0, 1].
 
   Returns:
     bool, in the shape of `size`.

@@ -1,6 +1,6 @@
 """The AlexNet of the paper, for the Five-dataset (32 pixels) and TinyImageNet (64 pixels).
 
-The layers are those of the authors' program. The network has 6,533,450 parameters for images of
+The layers are those of the authors' code. The network has 6,533,450 parameters for images of
 32 x 32 pixels and 10 classes, 23,310,666 for 64 x 64 pixels and 10 classes, and 23,300,421 for
 64 x 64 pixels and 5 classes. The paper's network evaluates BatchNorm with the statistics of the
 test batch (`running=False`).

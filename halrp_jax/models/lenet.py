@@ -1,4 +1,4 @@
-"""The LeNet of the paper, its wide form, and the LeNets of the GPM and WSN programs."""
+"""The LeNet of the paper, its wide form, and the LeNets of the code of GPM and WSN."""
 
 import functools
 
@@ -49,7 +49,7 @@ def wide_lenet(num_classes: int) -> LeNet:
 
 
 class SahaLeNet(nn.Module):
-  """LeNet of GPM's program (Saha et al., 2021), without BatchNorm and biases.
+  """LeNet of GPM's code (Saha et al., 2021), without BatchNorm and biases.
 
   Twice conv5x5-ReLU-LRN-pool, twice dense-ReLU, head. LRN is local response normalisation. With
   images of 32 x 32 x 3 and 10 classes it has 2,991,500 parameters.
@@ -77,5 +77,5 @@ class SahaLeNet(nn.Module):
 
 
 def saha_lenet_without_lrn(num_classes: int) -> SahaLeNet:
-  """Returns the LeNet of WSN's program: that of GPM without local response normalisation."""
+  """Returns the LeNet of WSN's code: that of GPM without local response normalisation."""
   return SahaLeNet(num_classes, lrn=False)

@@ -1,6 +1,6 @@
 """The reduced ResNet18 of the paper: half the standard width, and biases in all layers.
 
-The layers are those of the authors' program: average pooling is 2 x 2, not global. The network has
+The layers are those of the authors' code: average pooling is 2 x 2, not global. The network has
 2,807,690 parameters for images of 32 x 32 pixels and 10 classes, 2,838,410 for 64 x 64 pixels and
 10 classes, and 2,817,925 for 64 x 64 pixels and 5 classes.
 """

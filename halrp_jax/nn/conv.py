@@ -109,12 +109,12 @@ def conv_general_dilated(
     rhs: kernel. [h, w, C, J]
     window_strides: strides along height and width.
     padding: "SAME", "VALID" or ((top, bottom), (left, right)).
-    lhs_dilation: as in `lax.conv_general_dilated`.
-    rhs_dilation: as in `lax.conv_general_dilated`.
-    dimension_numbers: as in `lax.conv_general_dilated`.
-    feature_group_count: as in `lax.conv_general_dilated`.
-    precision: as in `lax.conv_general_dilated`; the fast form ignores it.
-    preferred_element_type: as in `lax.conv_general_dilated`; excludes the fast form.
+    lhs_dilation: see `lax.conv_general_dilated`.
+    rhs_dilation: see `lax.conv_general_dilated`.
+    dimension_numbers: see `lax.conv_general_dilated`.
+    feature_group_count: see `lax.conv_general_dilated`.
+    precision: see `lax.conv_general_dilated`; the fast form ignores it.
+    preferred_element_type: see `lax.conv_general_dilated`; excludes the fast form.
 
   Returns:
     [B, H', W', J]
@@ -205,9 +205,9 @@ def _fold(z: jax.Array, axis: int, starts: tuple[int, ...], sizes: tuple[int, in
 
   Args:
     z: [..., m, ..., len(starts) * C]
-    axis: as for `_unfold`.
-    starts: as for `_unfold`.
-    sizes: as for `_unfold`.
+    axis: see `_unfold`.
+    starts: see `_unfold`.
+    sizes: see `_unfold`.
 
   Returns:
     [..., n, ..., C]

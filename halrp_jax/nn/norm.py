@@ -197,7 +197,7 @@ def _batch_norm_relu_pool(
     epsilon: added to the variance.
     relu: whether to apply ReLU.
     pool: whether to take the maximum.
-    axis_name: as in `BatchNorm`.
+    axis_name: see `BatchNorm`.
 
   Returns:
     The output, and mean [C] and biased variance [C] of the batch.

@@ -33,13 +33,13 @@ class Picture(NamedTuple):
 class Panel(NamedTuple):
   """The groups that are drawn together: one per method."""
 
-  name: str  # part of the names of its pictures' files
+  name: str  # part of the names of its figures' files
   title: str
   groups: dict[str, Group]  # label -> group
 
 
 def draw(groups: list[Group], catalogue: paper.Catalogue) -> list[Picture]:
-  """Draws all pictures for which the groups have the numbers."""
+  """Draws all figures for which the groups have the numbers."""
   pictures: list[Picture] = []
   for panel in panels(groups, catalogue):
     for make in (matrices, growth, tradeoff, by_task, forgetting_by_order, ranks, time, memory):
@@ -64,10 +64,10 @@ _CAPTIONS = {
 def panels(groups: list[Group], catalogue: paper.Catalogue) -> list[Panel]:
   """Chooses the groups that are drawn together.
 
-  There is one panel per benchmark, network and share of the images, with one group per method. The
-  setting of the config file and its variants (`records.VARIANTS`) come first, then other settings.
-  Among several, the one with most runs is chosen. The labels name what differs from the config
-  file.
+  There is one panel per benchmark, network and fraction of the training images, with one group per
+  method. The setting of the config file and its variants (`records.VARIANTS`) come first, then
+  other settings. Among several, the one with most runs is chosen. The labels name what differs from
+  the config file.
   """
   found: dict[tuple[str, str, float, bool], dict[str, list[Group]]] = {}
   for group in groups:
@@ -101,7 +101,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _style(group: Group) -> dict[str, Any]:
-  """Returns colour and marker of a method, which are the same in all pictures."""
+  """Returns colour and marker of a method, which are the same in all figures."""
   known = list(paper.LABELS)
   i = known.index(group.method) if group.method in known else len(known)
   color = _HALRP if group.method == "halrp" else colormaps["tab20"](i % 20)
@@ -197,7 +197,7 @@ def _label(method: str, difference: str) -> str:
   return "\n".join([label, *(f"({k})" for k in keys)])
 
 
-# --- pictures of one panel ------------------------------------------------------------
+# --- figures of one panel -------------------------------------------------------------
 
 
 def matrices(panel: Panel) -> Figure:
@@ -394,11 +394,11 @@ def memory(panel: Panel) -> Figure | None:
   return figure
 
 
-# --- pictures of several panels -------------------------------------------------------
+# --- figures of several panels --------------------------------------------------------
 
 
 def forgetting(groups: list[Group], catalogue: paper.Catalogue) -> list[Picture]:
-  """Draws backward transfer by method and share of the images, a picture per benchmark.
+  """Draws backward transfer by method and fraction of the training images, a figure per benchmark.
 
   Source: paper, Fig. 2.
   """
@@ -411,7 +411,7 @@ def forgetting(groups: list[Group], catalogue: paper.Catalogue) -> list[Picture]
         bars[group.benchmark, group.network][group.fraction, label] = number
   pictures = []
   for (benchmark, network), found in bars.items():
-    title = "Backward transfer by share of the images (paper Fig. 2), mean over runs"
+    title = "Backward transfer by fraction of the training images (paper Fig. 2), mean over runs"
     name = f"forgetting-{benchmark}-{network}".replace("_", "-")
     caption = f"{title}: {benchmark}, {network}"
     pictures.append(Picture(name, caption, _bars(found)))
@@ -419,7 +419,7 @@ def forgetting(groups: list[Group], catalogue: paper.Catalogue) -> list[Picture]
 
 
 def _bars(found: dict[tuple[float, str], records.Number]) -> Figure:
-  """Draws bars from {(share of the images, label of the method): number}."""
+  """Draws bars from {(fraction of the training images, label of the method): number}."""
   labels = list(dict.fromkeys(label for _, label in found))
   fractions = sorted({fraction for fraction, _ in found})
   figure, axes = _single(max(7.5, 0.55 * len(labels) + 3))
@@ -436,7 +436,7 @@ def _bars(found: dict[tuple[float, str], records.Number]) -> Figure:
     )
   axes.axhline(0, color="black", linewidth=0.8)
   axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
-  axes.set_xlabel("system")
+  axes.set_xlabel("method")
   axes.set_ylabel("BWT (points)")
   axes.grid(alpha=0.3, axis="y")
   figure.legend(title="images", loc="outside right upper", fontsize=8)

@@ -86,7 +86,7 @@ def _groups(columns: tuple[Column, ...]) -> list[list[int]]:
 
 
 def _lines(text: str) -> list[str]:
-  """Splits the head of a column into two lines at its first comma or bracket."""
+  """Splits a column header into two lines at its first comma or bracket."""
   for mark in (", ", " ("):
     if mark in text:
       first, _, second = text.partition(mark)

@@ -1,4 +1,4 @@
-"""Makes one self-contained HTML page of tables and pictures. The template is page.html."""
+"""Makes one self-contained HTML page of tables and figures. The template is page.html."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ def page(
     found: the paper's tables with our numbers.
     covered: how much of the paper's figures was run.
     rows: one row for each group of runs, from `tables.overview`.
-    pictures: the pictures to embed.
+    pictures: the figures to embed.
     skipped: the files that were left out.
   """
   runs = [run for row in rows for run in row.group.runs]
@@ -52,7 +52,7 @@ def page(
     runs=runs,
     notes=records.notes([row.group for row in rows]),
     overview=list(tables.OVERVIEW),
-    index_of={run.place: i + 1 for i, run in enumerate(runs)},
+    index_of={run.path: i + 1 for i, run in enumerate(runs)},
     anchor=lambda group: anchors[id(group)],
     head_of=tables.head,
     command=tables.command,
@@ -63,7 +63,7 @@ def page(
 
 
 def svg(picture: Picture) -> bytes:
-  """Returns a picture as the content of an SVG file. Equal pictures give equal bytes."""
+  """Returns a figure as the content of an SVG file. Equal figures give equal bytes."""
   stream = io.BytesIO()
   picture.figure.savefig(stream, format="svg", metadata={"Date": None})
   return stream.getvalue()

@@ -1,7 +1,7 @@
 """The tables and figures of the HALRP paper: the settings to run for them, and the paper's numbers.
 
 A target is a table or a figure. Each of its cells is a setting: a config file, the text after the
-colon in --config=FILE.py:TEXT, and a share of the training images. The numbers are in paper.json.
+colon in --config=FILE.py:TEXT, and a fraction of the training images. paper.json has the numbers.
 """
 
 import functools
@@ -58,20 +58,20 @@ class Setting(NamedTuple):
 
   config: str  # name of a file in configs/, without .py
   argument: str  # the text after the colon in --config=FILE.py:TEXT
-  fraction: float  # share of the training images
+  fraction: float  # fraction of the training images
 
 
 class Catalogue(NamedTuple):
   """The settings with which those of records are compared (`runs.reproduce.catalogue` makes it)."""
 
   # returns the setting that records must have to count for a cell; None: the method is missing here
-  wanted: Callable[[Setting], Json | None]
+  expected: Callable[[Setting], Json | None]
   # (benchmark, network, method) -> the setting of the file in configs/; None: there is no file
   standard: Callable[[str, str, str], Json | None]
   # config of a record -> its setting, for records of older versions, which hold none or not all of
   # it; None: the setting in the record is used
   setting_of: Callable[[Json], Json] | None = None
-  any_share: bool = False  # whether runs on any share of the training images count for a cell
+  any_share: bool = False  # whether runs on any fraction of the training images count for a cell
 
 
 class Column(NamedTuple):
@@ -80,7 +80,7 @@ class Column(NamedTuple):
   head: str
   metric: str  # accuracy, mopd, aopd or increment; in figures also bwt, seconds or memory
   config: str  # name of a file in configs/, without .py
-  # share of the training images; None: 1 in the paper, and runs on any share are shown
+  # fraction of the training images; None: 1 in the paper, and runs on any fraction are shown
   fraction: float | None = None
 
 
@@ -92,7 +92,7 @@ class Target(NamedTuple):
   columns: tuple[Column, ...]
   rows: dict[str, str] = SYSTEMS  # label of the row -> text after the colon of the config file
   orders: int = 5  # number of task orders, the first ones of the benchmark's list
-  small_fraction: float = 0.05  # share of the training images with --budget=small
+  small_fraction: float = 0.05  # fraction of the training images with --budget=small
   small_orders: int = 3  # number of task orders with --budget=small
   small_rows: tuple[str, ...] = ()  # rows with --budget=small; (): all
 
@@ -113,12 +113,12 @@ def _columns(configs: dict[str, str], *names: str) -> tuple[Column, ...]:
 
 
 def _cifar(*names: str, split: bool = True, superclass: bool = True) -> tuple[Column, ...]:
-  """Returns a column per CIFAR-100 benchmark, share of the images and metric."""
+  """Returns a column per CIFAR-100 benchmark, fraction of the training images and metric."""
   chosen = {"cifar100_split": split, "cifar100_superclass": superclass}
   heads = {"cifar100_split": "CIFAR100-Split", "cifar100_superclass": "CIFAR100-SuperClass"}
   return tuple(
     Column(f"{heads[config]}, {100 * fraction:g} %", metric, config, fraction)
-    for config in (c for c, wanted in chosen.items() if wanted)
+    for config in (c for c, is_chosen in chosen.items() if is_chosen)
     for fraction in _FRACTIONS
     for metric in names
   )
@@ -144,7 +144,11 @@ _LAMBDAS = {
 TARGETS = {
   t.name: t
   for t in (
-    Target("table 2", "Accuracy on CIFAR-100, LeNet, by share of the images", _cifar("accuracy")),
+    Target(
+      "table 2",
+      "Accuracy on CIFAR-100, LeNet, by fraction of the training images",
+      _cifar("accuracy"),
+    ),
     Target("table 3a", "P-MNIST, LeNet", _columns({"P-MNIST": "pmnist"}, *_ROBUST)),
     Target("table 3b", "Five-dataset", _columns(_FIVE, *_ROBUST)),
     Target(
@@ -175,7 +179,7 @@ TARGETS = {
       _columns({"P-MNIST": "pmnist", "Five-dataset": "five_datasets_alexnet"}, *_ROBUST),
       {k: SYSTEMS[k] for k in ("IBPWF", "HALRP")},
     ),
-    Target("figure 2", "Forgetting by share of the images", _cifar("bwt")),
+    Target("figure 2", "Forgetting by fraction of the training images", _cifar("bwt")),
     Target(
       "figure 3a",
       "Growth of the model on CIFAR100-SuperClass",
@@ -216,7 +220,7 @@ STANDARD = (  # the config file of each combination of benchmark and network
 )
 
 BUDGETS = ("smoke", "small", "full")
-_SMOKE_FRACTION = 0.01  # share of the training images with --budget=smoke
+_SMOKE_FRACTION = 0.01  # fraction of the training images with --budget=smoke
 
 
 def settings(target: Target, budget: str, only: tuple[str, ...] = ()) -> list[Setting]:
@@ -225,7 +229,7 @@ def settings(target: Target, budget: str, only: tuple[str, ...] = ()) -> list[Se
   Args:
     target: the table or figure.
     budget: one of `BUDGETS`.
-    only: the rows that are wanted, by their text after the colon; (): all.
+    only: the rows to run, by their text after the colon; (): all.
   """
   small_rows = target.small_rows if budget != "full" else ()
   rows = [a for label, a in target.rows.items() if not small_rows or label in small_rows]

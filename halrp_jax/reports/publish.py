@@ -1,4 +1,4 @@
-"""Writes the report of a folder of runs: page, tables, pictures, and docs/reproduction.md."""
+"""Writes the report of a folder of runs: page, tables, figures, and docs/reproduction.md."""
 
 import json
 import pathlib
@@ -16,16 +16,16 @@ from halrp_jax.types import UserError
 PAGE, DOCUMENT, REASONS = "index.html", "reproduction.md", "reasons.json"
 _PNG_DPI = 90
 
-# table of the paper -> row (`Cell.label`, or the paper's name for all its variants) -> head of a
-# column -> why a number differs from the paper's, in full sentences
+# paper's table -> row label (`Cell.label`, or the paper's row for all its variants) -> column
+# header -> reason for the difference, as full sentences
 Reasons = dict[str, dict[str, dict[str, str]]]
 
-# the kinds of statistics of `records.VARIANTS`, as the tables of what was run abbreviate them
+# abbreviations of `records.VARIANTS` in the tables of orders
 _LETTERS = {
   "": "P",
   records.TEST_BATCH: "T",
   records.RUNNING: "R",
-  records.RETROSPECTIVE: "A",
+  records.RETROSPECTIVE: "RP",
 }
 
 _INTRODUCTION = f"""\
@@ -38,14 +38,15 @@ below the tables. The reasons in the notes are written by hand in `{REASONS}`.
 |---|---|
 | reproduced | at most 1 point from the paper's number (growth: 0.01) |
 | off | further away; the note says why, and without a note it is not explained |
-| reduced | run on a part of the images or of the data, so not compared |
+| reduced | run on a fraction of the training images or on partial data, so not compared |
 | unpublished | the paper has no such number |
 
-Rows without addition evaluate BatchNorm with population statistics, the default
+Rows whose label has no suffix evaluate BatchNorm with population statistics, the default
 ([batch_norm.md](batch_norm.md)). "{records.TEST_BATCH.capitalize()}", "{records.RUNNING}" and
 "{records.RETROSPECTIVE}" (`method.prune_scope=all`) name other settings. The last table of each
-section gives the number of orders that were run: P with population statistics, T with test-batch
-statistics, R with running statistics, A with retrospective pruning; - is not run.
+section gives the number of orders that were run: P with population statistics; T with test-batch
+and R with running statistics, whatever the pruning; RP with population statistics and retrospective
+pruning; - is not run.
 """
 
 
@@ -71,20 +72,21 @@ def collect(
     only: True leaves out runs that belong to no target.
 
   Returns:
-    The report: tables, coverage of the figures, overview, pictures, and files left out.
+    The report: tables, coverage of the paper's figures, overview, figures, and files left out.
 
   Raises:
     UserError: if the folder is missing or holds no record that can be used.
   """
   if not pathlib.Path(runs).is_dir():
-    raise UserError(f"--runs={runs}: no such folder")
+    raise UserError(f"{runs}: no such folder; give the folder of runs")
   found, skipped = records.read(runs, catalogue.setting_of)
   groups, older = records.group(found)
   if only:
     groups = _of_targets(groups, targets, catalogue)
   if not groups:
-    named = "; ".join(f"{s.place} {s.reason}" for s in skipped[:3])
-    raise UserError(f"--runs={runs}: no record that can be used" + (f" ({named})" if named else ""))
+    named = "; ".join(f"{s.path} {s.reason}" for s in skipped[:3])
+    named = f" ({named})" if named else ""
+    raise UserError(f"{runs}: no usable record{named}; finish a run first")
   return Report(
     [tables.build(t, groups, catalogue) for t in targets if t.is_table],
     [tables.coverage(t, groups, catalogue) for t in targets if not t.is_table],
@@ -98,13 +100,13 @@ def _of_targets(
   groups: list[Group], targets: list[paper.Target], catalogue: paper.Catalogue
 ) -> list[Group]:
   """Returns the groups whose setting is that of a cell of the targets, or a variant of it."""
-  wanted = [
-    catalogue.wanted(setting) for target in targets for setting in paper.settings(target, "full")
+  expected = [
+    catalogue.expected(setting) for target in targets for setting in paper.settings(target, "full")
   ]
   return [
     g
     for g in groups
-    if any(w is not None and records.variant(g.setting, w) is not None for w in wanted)
+    if any(e is not None and records.variant(g.setting, e) is not None for e in expected)
   ]
 
 
@@ -147,14 +149,14 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 
 def _write_pictures(report: Report, folder: pathlib.Path) -> None:
-  """Writes all pictures as PNG files."""
+  """Writes all figures as PNG files."""
   for picture in report.pictures:
     target = folder / f"{picture.name}.png"
     picture.figure.savefig(target, dpi=_PNG_DPI, metadata={"Software": None})
 
 
 def write_document(report: Report, docs: str, command: str) -> None:
-  """Writes reproduction.md and its pictures, which replace all earlier ones.
+  """Writes reproduction.md and its figures, which replace all earlier ones.
 
   Args:
     report: what to write.
@@ -217,14 +219,14 @@ def document(report: Report, reasons: Reasons, command: str) -> str:
   lines += _gallery(report.pictures)
   if report.skipped:
     lines += ["", "## Left out", ""]
-    lines += [f"* {tables.markdown(s.place)}: {tables.markdown(s.reason)}" for s in report.skipped]
+    lines += [f"* {tables.markdown(s.path)}: {tables.markdown(s.reason)}" for s in report.skipped]
   return "\n".join(lines).rstrip() + "\n"
 
 
 def _section(table: Table, reasons: dict[str, dict[str, str]]) -> list[str]:
   """Returns the lines of one table of the paper: numbers, notes, what was run.
 
-  Cells whose number needs two orders are not listed where one was run.
+  Omits MOPD and AOPD, which need two orders, where only one was run.
   """
   target = table.target
   lines = ["", f"## {target.name.capitalize()}: {target.title}", ""]
@@ -272,8 +274,8 @@ def note(cell: Cell, reasons: dict[str, dict[str, str]]) -> str:
 
   Args:
     cell: a cell of a table.
-    reasons: row -> head of a column -> why its number differs. A row with the name of the variant
-      comes before the paper's.
+    reasons: row label -> column header -> reason for the difference. An entry for a variant's label
+      takes precedence over the paper's row.
   """
   word = status(cell)
   if word == "reduced":
@@ -304,18 +306,18 @@ def _line(fields: Iterable[str]) -> str:
 
 def _overview(rows: list[Row]) -> str:
   """Returns a Markdown table of every group of runs."""
-  heads = ["system", "benchmark, network", "images", "not as in configs/", "n"]
+  heads = ["method", "benchmark, network", "images", "not as in configs/", "n"]
   heads += [*tables.OVERVIEW, "records"]
   lines = [_line(heads), "|---" * len(heads) + "|"]
   for row in rows:
-    places = ", ".join(run.place.removesuffix(".json") for run in row.group.runs)
-    cells = (row.label, row.where, row.share, row.difference, row.count, *row.numbers, places)
+    paths = ", ".join(run.path.removesuffix(".json") for run in row.group.runs)
+    cells = (row.label, row.where, row.share, row.difference, row.count, *row.numbers, paths)
     lines.append(_line(map(tables.markdown, cells)))
   return "\n".join(lines)
 
 
 def _gallery(pictures: list[Picture]) -> list[str]:
-  """Returns a table of links to the pictures, a row per kind of picture.
+  """Returns a table of links to the figures, a row per kind of figure.
 
   Every caption is "KIND: SETTING" (`figures.draw`).
   """
@@ -327,5 +329,5 @@ def _gallery(pictures: list[Picture]) -> list[str]:
     links.setdefault(kind, []).append(
       f"[{tables.markdown(setting or kind)}](figures/{picture.name}.png)"
     )
-  lines = ["", "| picture | of |", "|---|---|"]
+  lines = ["", "| figure | of |", "|---|---|"]
   return lines + [_line((tables.markdown(kind), ", ".join(x))) for kind, x in links.items()]

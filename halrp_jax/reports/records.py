@@ -22,7 +22,7 @@ import numpy as np
 from halrp_jax import metrics
 from halrp_jax.types import CHECKPOINTS, CONFIG, JAX_FLAGS, RECORD, SCHEMA, STANDING, TASKS, Json
 
-# JSON files that the program writes beside the records
+# JSON files that a run writes beside the records
 _NO_RECORDS = {CONFIG, TASKS, STANDING, "tune.json"}
 
 # Variants of a setting that have rows of their own in the tables; "" is the setting itself.
@@ -41,7 +41,7 @@ _WITHOUT_BATCH_NORM = ("mlp", "saha_lenet", "saha_lenet_without_lrn")
 class Run(NamedTuple):
   """A record that was read."""
 
-  place: str  # path of the run's folder, or of the file, below the folder that was searched
+  path: str  # of the run's folder, or of the file, below the folder that was searched
   record: Json  # content of record.json, with its `setting`
 
   @property
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 class Skipped(NamedTuple):
   """A file that was left out of a report."""
 
-  place: str  # as `Run.place`
+  path: str  # as `Run.path`
   reason: str
 
 
@@ -102,7 +102,7 @@ def read(
     folders[:] = sorted(f for f in folders if f != CHECKPOINTS)
     relative = pathlib.Path(folder).relative_to(root)
     if CONFIG in names and RECORD not in names:
-      skipped.append(Skipped(str(relative), "not finished: the same command goes on"))
+      skipped.append(Skipped(str(relative), "not finished: the command of the run resumes it"))
     for name in sorted(n for n in names if n.endswith(".json") and n not in _NO_RECORDS):
       path = str(relative if name == RECORD else relative / name)
       try:
@@ -150,7 +150,7 @@ def problem(content: object) -> str:
   if not isinstance(content, dict) or not {"schema", "accuracy"} <= content.keys():
     return "is not a record of a run"
   if content["schema"] != SCHEMA:
-    return f"has schema {content['schema']!r}; this version reads {SCHEMA}"
+    return f"has schema {content['schema']!r}, expected {SCHEMA}"
   wrong = [k for k, kind in _TYPES.items() if not isinstance(content.get(k), kind)]
   if wrong:
     return f"damaged: {', '.join(wrong)} missing or of another type"
@@ -228,16 +228,16 @@ def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
   """
   found: dict[tuple, dict[tuple, Run]] = {}
   skipped: list[Skipped] = []
-  runs = sorted(runs, key=lambda r: (r.record["date"], r.place))
+  runs = sorted(runs, key=lambda r: (r.record["date"], r.path))
   for run, data in zip(runs, _data(runs), strict=True):
     *head, setting = _key(run)
     key, cell = (*head, data, setting), (run.task_ids, run.record["seed"])
     if old := found.setdefault(key, {}).get(cell):
-      skipped.append(Skipped(old.place, f"{run.place} is a newer run of the same"))
+      skipped.append(Skipped(old.path, f"{run.path} is a newer run of the same"))
     found[key][cell] = run
   groups: list[Group] = []
   for (method, benchmark, network, fraction, partial, *_), cells in found.items():
-    members = tuple(sorted(cells.values(), key=lambda r: r.place))
+    members = tuple(sorted(cells.values(), key=lambda r: r.path))
     setting = _setting(members[0])
     groups.append(Group(method, benchmark, network, fraction, partial, setting, members))
   return sorted(groups, key=lambda g: (g.benchmark, g.network, g.fraction, g.method)), skipped

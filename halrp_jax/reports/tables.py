@@ -15,7 +15,7 @@ from halrp_jax.reports.paper import Catalogue, Column, Target
 from halrp_jax.reports.records import Group, Number, Run
 from halrp_jax.types import Json
 
-METRICS = {  # name -> (head of the column, unit, decimals)
+METRICS = {  # name -> (column header, unit, decimals)
   "accuracy": ("ACC", "%", 2),
   "mopd": ("MOPD", "points", 2),
   "aopd": ("AOPD", "points", 2),
@@ -49,9 +49,9 @@ class Cell(NamedTuple):
     """Returns the reasons why our number can't be compared with the paper's."""
     if not self.group:
       return ()
-    wanted = self.column.fraction or 1.0
+    full = self.column.fraction or 1.0
     flags = ["partial data"] if self.group.partial else []
-    if self.group.fraction != wanted:
+    if self.group.fraction != full:
       flags.append(f"at {100 * self.group.fraction:g} % of the images")
     return tuple(flags)
 
@@ -107,7 +107,7 @@ class Table(NamedTuple):
   @property
   def runs(self) -> tuple[Run, ...]:
     """Returns the runs from which the table's numbers are computed, each once."""
-    return tuple({run.place: run for cell in self.cells for run in cell.runs}.values())
+    return tuple({run.path: run for cell in self.cells for run in cell.runs}.values())
 
 
 def build(target: Target, groups: list[Group], catalogue: Catalogue) -> Table:
@@ -144,7 +144,7 @@ def _cell(
   """Builds a cell. `argument`: the row's text after the colon of a config file."""
   setting = paper.Setting(column.config, argument, 1.0)
   fraction = None if catalogue.any_share else column.fraction
-  group = find(catalogue.wanted(setting), fraction, groups, variant)
+  group = find(catalogue.expected(setting), fraction, groups, variant)
   ours = records.number(group, column.metric) if group else None
   return Cell(row, column, ours, paper.number(target, row, column), group, variant)
 
@@ -156,7 +156,7 @@ def find(
 
   Args:
     setting: the setting; None: there is none, and the result is None.
-    fraction: share of the training images; None: the largest share that was run.
+    fraction: fraction of the training images; None: the largest one that was run.
     groups: all groups.
     variant: one of `records.VARIANTS`.
 
@@ -179,7 +179,7 @@ class Coverage(NamedTuple):
 
   target: Target
   run: int  # settings that were run
-  flagged: int  # those of `run` that used only a part of the images or of the data
+  flagged: int  # those of `run` that used only a fraction of the training images or partial data
   total: int  # all settings of the figure
 
   @property
@@ -200,7 +200,7 @@ def coverage(target: Target, groups: list[Group], catalogue: Catalogue) -> Cover
 
 
 def _per_config(target: Target) -> tuple[Column, ...]:
-  """Returns one column per config and share of the images, whatever metrics the figure shows."""
+  """Returns one column per config and fraction of the training images, for all metrics."""
   return tuple(
     {(c.config, c.fraction): c._replace(metric="accuracy") for c in target.columns}.values()
   )
@@ -237,7 +237,7 @@ def to_csv(table: Table) -> str:
         *(cell.write(ours), cell.write(our_error)),
         *((cell.group.num_orders, len(cell.runs)) if cell.group else ("", "")),
         *(cell.write(theirs), cell.write(their_error), cell.write(cell.difference, "+")),
-        *("; ".join(cell.flags), plain_cell(" ".join(run.place for run in cell.runs))),
+        *("; ".join(cell.flags), plain_cell(" ".join(run.path for run in cell.runs))),
       ]
     )
   return stream.getvalue()
@@ -255,7 +255,7 @@ def short(cell: Cell) -> str:
 
 
 def head(column: Column) -> str:
-  """Returns the head of a column with its metric and unit."""
+  """Returns a column header with its metric and unit."""
   name, unit, _ = METRICS[column.metric]
   return f"{column.head}, {name} ({unit})"
 
@@ -287,14 +287,14 @@ class Row(NamedTuple):
 
   label: str  # name of the method
   where: str  # benchmark and network
-  share: str  # share of the images, and whether the data are partial
+  share: str  # fraction of the training images, and whether the data are partial
   difference: str  # the keys that differ from the benchmark's config file
   count: str  # pyright: ignore[reportIncompatibleMethodOverride] (not tuple.count); orders x seeds
   numbers: tuple[str, ...]  # one for each metric of OVERVIEW
   group: Group
 
 
-OVERVIEW = {  # head of the column -> (metric, decimals)
+OVERVIEW = {  # column header -> (metric, decimals)
   "ACC (%)": ("accuracy", 2),
   "BWT (points)": ("bwt", 2),
   "MOPD (points)": ("mopd", 2),

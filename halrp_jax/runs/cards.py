@@ -1,8 +1,12 @@
-"""The card of a model: the JSON that a user of its weights needs beside them.
+"""Converts a benchmark to the JSON of tasks.json, which predictions need, and back.
 
+schema        version of this format
+benchmark     name of the benchmark
 image_shape   [H, W, C] of the stored 8-bit images
-input_shape   [H, W, C] of the network's input (a permutation may name a value several times)
+input_shape   [H, W, C] of the network's input (may have more channels: a permutation can repeat a
+              pixel value)
 num_classes   number of the network's outputs; a task with K classes uses the first K
+split_hash    hash of images, indices and labels (`Benchmark.split_hash`)
 tasks         per task: id, name, class_names, mean, std, permutation (null: none)
 """
 
@@ -52,7 +56,10 @@ def to_benchmark(card: dict, source: str) -> Benchmark:
   """
   try:
     if card["schema"] != SCHEMA:
-      raise UserError(f"{source}: schema {card['schema']!r}, this version reads {SCHEMA}")
+      raise UserError(
+        f"{source}: has schema {card['schema']!r}, expected {SCHEMA}; open it with the version of "
+        "halrp_jax that wrote it"
+      )
     shape = tuple(map(int, card["image_shape"]))
     tasks = tuple(to_task(task, shape) for task in card["tasks"])
     benchmark = Benchmark(str(card["benchmark"]), tasks, str(card["split_hash"]), False)
@@ -84,7 +91,7 @@ def to_task(card: dict, image_shape: tuple[int, ...]) -> Task:
     if permutation.shape != (num_values,) or permutation.min() < 0:
       raise ValueError(f"permutation has shape {permutation.shape}")
     if permutation.max() >= np.prod(image_shape):
-      raise ValueError("permutation names a pixel that no image has")
+      raise ValueError("permutation has an index outside the image")
   elif len(mean) != image_shape[2]:
     raise ValueError(f"mean has {len(mean)} values for {image_shape[2]} channels")
   if mean.shape != std.shape or mean.ndim != 1 or not (std > 0).all():

@@ -76,7 +76,7 @@ def save(folder: pathlib.Path, packed: packing.Packed, about: dict) -> None:
 
   Args:
     folder: the item's folder; its parent must exist.
-    packed: from `packing.pack`.
+    packed: result of `packing.pack`.
     about: more entries of about.json, as JSON types.
 
   Raises:

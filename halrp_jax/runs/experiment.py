@@ -36,7 +36,7 @@ def network_of(config: Config, num_classes: int, axis_name: str | None = None) -
   Args:
     config: resolved.
     num_classes: outputs of its head.
-    axis_name: of the devices that a training step is mapped over (`parallel.Layout`), or None.
+    axis_name: axis of the devices that a training step is mapped over (`parallel.Layout`), or None.
   """
   return models.make(
     config.network, num_classes, config.method.batch_norm, config.precision, axis_name
@@ -92,7 +92,7 @@ def plan(config: config_dict.ConfigDict | Config) -> dict:
   """Describes what a run of this config would do, as plain numbers and texts (--dry_run).
 
   Args:
-    config: from `make_config`, overrides applied.
+    config: a config made by `make_config`, with overrides applied.
 
   Returns:
     "config" (dotted key -> value), "benchmark", "tasks" (a dict each, with the number of images per
@@ -158,23 +158,23 @@ def run(
 ) -> dict:
   """Learns all tasks of a config one after another and writes the record.
 
-  A run that was interrupted goes on where it was. A run that is finished returns its record.
+  An interrupted run resumes where it was. A finished run returns its record.
 
   Args:
-    config: from `make_config`, overrides applied.
+    config: a config made by `make_config`, with overrides applied.
     path: folder of the run (workdir.py); it is made if it doesn't exist.
     show: is called with every event that goes to metrics.jsonl, and with some for display only.
     overwrite: whether to delete a run that is in the folder first.
     stop_asked: is called between the chunks of training; if it returns True, the run stops.
     gang: the threads in which other runs are learned at the same time.
-    read: from `identity.shared_read`, to compare the data of several finished runs with one read.
+    read: result of `identity.shared_read`, which reads the data once for several finished runs.
 
   Returns:
     The contents of record.json.
 
   Raises:
     UserError: if the config, the data or the folder can't be used; nothing is lost or half-written.
-    Stopped: if `stop_asked` returned True; the same call goes on from there.
+    Stopped: if `stop_asked` returned True; the same call resumes from there.
     Diverged: if the loss became NaN or infinite.
   """
   config = resolve(config)
@@ -286,7 +286,7 @@ def _learn_all(
     label = {"t": t, "num_tasks": num_tasks, "task": tasks[-1].name, "task_id": tasks[-1].id}
     measure.forget_peak()
     with measure.measure(compile_seconds) as learning:
-      store = Store(f"task{t:02d}", log, folder.keep(), gang)
+      store = Store(f"task{t:02d}", log, folder.progress_store(), gang)
       notes = benchmark.notes if position == 1 else ()
       log_once(store, [*({"event": "note", "note": n} for n in notes), {"event": "task"} | label])
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)

@@ -116,7 +116,7 @@ def require_standing(path: str, config: dict, now: dict) -> tuple[dict, list[str
     `now` with all lines of `changes`, and the lines that are new.
 
   Raises:
-    UserError: if the run can't go on; names what differs.
+    UserError: if the run can't be resumed; names what differs.
   """
   before = read_standing(path)
   try:
@@ -128,7 +128,7 @@ def require_standing(path: str, config: dict, now: dict) -> tuple[dict, list[str
     ) from e
   if refused:
     raise UserError(
-      f"--workdir={path} holds a run with other inputs: {'; '.join(refused)}; go on with those it "
+      f"--workdir={path} holds a run with other inputs: {'; '.join(refused)}; resume with those it "
       "began with, take another folder, or start anew with --overwrite"
     )
   if "flags" not in before:
@@ -189,7 +189,7 @@ def require_same_data(
   Args:
     config: resolved.
     path: the run's folder.
-    read: from `shared_read`.
+    read: result of `shared_read`.
     show: is called with an event if there are no data to compare with.
 
   Raises:

@@ -17,8 +17,8 @@ def seconds(learning: dict, evaluating: dict, select: float) -> dict[str, float]
   """Returns the wall-clock seconds of one task by kind of work.
 
   Args:
-    learning: from `measure`, of `Method.learn`.
-    evaluating: from `measure`, of the evaluation.
+    learning: measurement of `Method.learn` by `measure`.
+    evaluating: measurement of the evaluation by `measure`.
     select: seconds that `learn` spent on the SVD and on choosing ranks.
   """
   return {
@@ -54,7 +54,7 @@ def measure(compile_seconds: Callable[[], float]) -> Iterator[dict[str, float]]:
   """Yields a dict that holds the seconds of the block when it ends: "wall" and "compile".
 
   Args:
-    compile_seconds: from `compile_clock`.
+    compile_seconds: result of `compile_clock`.
   """
   seconds = {}
   wall, compiling = time.perf_counter(), compile_seconds()

@@ -37,11 +37,11 @@ def configs_folder(text: str = "") -> str:
 def config(
   folder: str, setting: paper.Setting, smoke: bool = False
 ) -> config_dict.ConfigDict | None:
-  """Returns the config of a setting, not yet resolved; None for a system not implemented here.
+  """Returns the config of a setting, not yet resolved; None for a method not implemented here.
 
   Args:
-    folder: from `configs_folder`.
-    setting: of a table or figure.
+    folder: path of the config files, from `configs_folder`.
+    setting: setting of a table or figure.
     smoke: whether it is to run only as many epochs as every phase needs.
   """
   if setting.argument in paper.LABELS and setting.argument not in methods.METHODS:
@@ -73,11 +73,11 @@ def catalogue(folder: str, smoke: bool = False) -> paper.Catalogue:
   """Returns the settings that records are compared with, from the configs of a folder.
 
   Args:
-    folder: from `configs_folder`.
+    folder: path of the config files, from `configs_folder`.
     smoke: whether the records are of `--budget=smoke`.
   """
 
-  def wanted(setting):
+  def expected(setting):
     found = config(folder, setting, smoke)
     return None if found is None else setting_of(resolve(found).to_dict())
 
@@ -89,7 +89,7 @@ def catalogue(folder: str, smoke: bool = False) -> paper.Catalogue:
           return found
     return None
 
-  return paper.Catalogue(functools.cache(wanted), standard, setting_of, any_share=smoke)
+  return paper.Catalogue(functools.cache(expected), standard, setting_of, any_share=smoke)
 
 
 # --- cells to run ---------------------------------------------------------------------
@@ -107,17 +107,17 @@ def cells(
   """Returns the cells of a table or figure under a budget.
 
   Args:
-    folder: from `configs_folder`.
+    folder: path of the config files, from `configs_folder`.
     target: the table or figure.
-    budget: "smoke" (to see whether everything runs), "small" (a share of the images, the first
-      orders, one seed) or "full" (the paper's five orders with five seeds each).
+    budget: "smoke" (to see whether everything runs), "small" (a fraction of the training images,
+      the first orders, one seed) or "full" (the paper's five orders with five seeds each).
     only: names of the methods to run; (): all of the target.
     order_names: names with commas, or "all"; "": those of the budget.
     seeds: whole numbers with commas; "": those of the budget.
     overrides: values of top-level config keys.
 
   Returns:
-    The cells, and the names of the target's systems that are not implemented here.
+    The cells, and the names of the target's methods that are not implemented here.
   """
   found, missing = [], {}
   for setting in paper.settings(target, budget, only):

@@ -9,7 +9,7 @@
   machine       what changes the rounding at most: versions, platform, processor, XLA's flags
   changes       lines that say which entries of `machine` changed while the run was computed
 
-It is compared when a run goes on, is extended, or is combined with others in a report. A difference
+It is compared when a run resumes, is extended, or is combined with others in a report. A difference
 in `machine` is shown and recorded; any other difference is refused.
 """
 
@@ -106,7 +106,7 @@ def compare(before: dict, now: dict, source: str = "") -> tuple[list[str], list[
     source: where the data are now, such as "data_dir=DIR", for the lines.
 
   Returns:
-    Lines that name differences with which the run can't go on, and lines that name differences
+    Lines that name differences with which the run can't be resumed, and lines that name differences
     that may change the rounding.
   """
   refused = _compare_tasks(before, now, f" in {source}" if source else "")

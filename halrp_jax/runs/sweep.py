@@ -112,7 +112,7 @@ def run(
   Raises:
     UserError: before the first run if a config is wrong; later if the data are missing or JAX finds
       no device.
-    Stopped: if `stop_asked` returned True; the same call goes on from there.
+    Stopped: if `stop_asked` returned True; the same call resumes from there.
   """
   for cell in found:
     data.planned(resolve(cell.config))  # finds mistakes, also in orders, before the first run

@@ -1,4 +1,4 @@
-"""The folder of a run: lock, config, events, and checkpoints from which an interrupted run goes on.
+"""The folder of a run: lock, config, events, and checkpoints from which an interrupted run resumes.
 
   config.json    the resolved config
   tasks.json     classes, normalisation and shapes (cards.py), which predictions need
@@ -10,11 +10,11 @@
     state-0003    after the third group of tasks: names of its parts, results so far
     shared-HASH, task00-HASH    the parts of the states, each written once
     now.task03.warmup.fit       progress within the task that is being learned
-  set_aside/     items that could not be used when the run went on; it can be deleted at any time
+  set_aside/     items that could not be used when the run was resumed; can be deleted at any time
 
-A run goes on with the command that began it. The newest state whose items are all undamaged is
+A run resumes with the command that began it. The newest state whose items are all undamaged is
 restored. The finished parts of the next task return their results from the checkpoints at once, and
-the interrupted part goes on at its last saved epoch. Events after that point are cut off
+the interrupted part resumes at its last saved epoch. Events after that point are cut off
 metrics.jsonl, since they are logged again.
 """
 
@@ -51,8 +51,8 @@ from halrp_jax.types import (
   TASKS,
   Benchmark,
   InUse,
-  Keep,
   Params,
+  ProgressStore,
   State,
   Stopped,
   UserError,
@@ -113,9 +113,9 @@ class Workdir:
 
   # --- inside a task ----------------------------------------------------------------
 
-  def keep(self) -> Keep:
+  def progress_store(self) -> ProgressStore:
     """Returns the functions with which `Method.learn` saves and restores its progress."""
-    return Keep(self._read, self._write, self.check)
+    return ProgressStore(self._read, self._write, self.check)
 
   def check(self) -> None:
     """Raises Stopped if the run was asked to stop."""
@@ -123,7 +123,7 @@ class Workdir:
       raise Stopped
 
   def _read(self, name: str, like: Params | None = None) -> Params | None:
-    """Returns the progress saved under a name, or None; for `Keep.read`.
+    """Returns the progress saved under a name, or None; for `ProgressStore.read`.
 
     Args:
       name: such as "task03/warmup/fit".
@@ -156,7 +156,7 @@ class Workdir:
 
   @processes.on_leader
   def _write(self, name: str, tree: Params) -> str:
-    """Saves progress under a name, and returns its path; for `Keep.write`."""
+    """Saves progress under a name, and returns its path; for `ProgressStore.write`."""
     folder = self.items / _item(name)
     self._submit(folder, tree, {"events": self._num_events})
     return str(folder)
@@ -195,7 +195,7 @@ class Workdir:
     Args:
       position: number of groups of tasks that are learned.
       state: their state.
-      results: of these tasks, as JSON types.
+      results: results of these tasks, as JSON types.
     """
     names = []
     for name, tree in (("shared", state.shared), *_numbered(state.tasks)):
@@ -248,7 +248,7 @@ class Workdir:
         problems.append(str(e))
         known = known[1:]
     if problems:
-      then = f"the run goes on after {known[0].name}" if found else "the run starts anew"
+      then = f"the run resumes after {known[0].name}" if found else "the run starts anew"
       unused = sorted(self._names() - self._needed(known))
       self._warn(f"{'; '.join(problems)}; {then}", [self.items / name for name in unused])
     if not found:
@@ -264,7 +264,7 @@ class Workdir:
       UserError: instead, with checkpoint.strict.
     """
     if self.strict:
-      raise UserError(f"{text} (set checkpoint.strict=False to go on all the same)")
+      raise UserError(f"{text} (set checkpoint.strict=False to resume all the same)")
     if unused:
       aside = checkpoint.free_name(self.folder / SET_ASIDE)
       aside.mkdir()
@@ -297,7 +297,7 @@ def opened(
   """Opens or makes the folder of a run, and locks it until the block ends.
 
   Args:
-    path: of the folder.
+    path: path of the folder.
     config: resolved, as a nested dict.
     overwrite: whether to delete the run that is in the folder.
     strict: whether damaged checkpoints are an error.

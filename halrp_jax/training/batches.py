@@ -95,8 +95,8 @@ def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: floa
   """Pads images, crops each at random to its old size, and mirrors half of them.
 
   Args:
-    key: of the crops and the mirroring.
-    image: [B, H, W, C]
+    key: random key for crops and mirroring.
+    image: images [B, H, W, C].
     padding: pixels added on every side.
     fill: value of the added pixels.
   """
@@ -122,7 +122,7 @@ def make_batch(
   """Returns the batch of some rows of a split.
 
   Args:
-    split: of one task, or of several that are learned together.
+    split: split of one task, or of several that are learned together.
     inputs: the conversion of images to network input.
     num_classes: int32 [], or [T] of several tasks.
     rows: int [B], rows of `split`.
@@ -155,7 +155,7 @@ def over_samples(
   Args:
     fn: (image [B, H, W, C]) -> a pytree of arrays.
     task: whose training images are used.
-    key: of the choice of images.
+    key: random key for choosing the images.
     num_samples: number of images; all of them if there are fewer.
     chunk: number of images B that `fn` gets at once; the last chunk may be smaller.
 

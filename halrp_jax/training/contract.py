@@ -45,7 +45,7 @@ def check(model: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> d
   Args:
     model: the network.
     image_shape: [H, W, C] of its input.
-    num_classes: of the task that has most.
+    num_classes: number of classes of the widest task.
 
   Returns:
     The shapes and dtypes of its variables.
@@ -90,7 +90,7 @@ def check_params(params: Params, num_classes: int, owner: str = "the network") -
   """Raises UserError if parameters are not float32, or have no head for `num_classes` classes.
 
   Args:
-    params: of a network.
+    params: parameters of a network.
     num_classes: smallest width of the head.
     owner: the network or file that they are from, for error messages.
   """
@@ -131,7 +131,7 @@ def check_state(state: State, shapes_of: Callable[[Params], Shapes]) -> None:
 
   Args:
     state: a method state whose task states have a `perturbation` of the shared kernels.
-    shapes_of: from `make_matrix_shapes` of the network.
+    shapes_of: result of `make_matrix_shapes` for the network.
   """
   first = state.tasks[0].perturbation
   shapes = shapes_of(trees.join(state.shared["kernels"], state.tasks[0].rest))

@@ -94,9 +94,9 @@ def learning_rate_decay(setup: Setup, schedule: str, task: Task | batches.Joint)
   """Returns the factor that the learning rate is multiplied by after every optimizer step.
 
   Args:
-    setup: of the run.
-    schedule: of `Recipe`. "epoch" multiplies by 0.95 per epoch. "code" is the formula of the
-      authors' program, which takes the 50,000 images of CIFAR-100 for every benchmark. "constant"
+    setup: settings of the run.
+    schedule: `Recipe.schedule`. "epoch" multiplies by 0.95 per epoch. "code" is the formula of the
+      authors' code, which takes the 50,000 images of CIFAR-100 for every benchmark. "constant"
       and "plateau" have no decay per step.
     task: what is learned.
   """
@@ -201,7 +201,7 @@ def make_fit(
   ) -> tuple[Params, Params]:
     _check(params, task)
     result = f"{store.name}/result"
-    if (stored := store.keep.read(result, (params, stats))) is not None:
+    if (stored := store.progress.read(result, (params, stats))) is not None:
       return jax.tree.map(jnp.asarray, stored)
     data = (task.train, task.inputs, jnp.asarray(task.num_classes, jnp.int32))
     gamma = jnp.float32(learning_rate_decay(setup, recipe.schedule, task))
@@ -226,14 +226,14 @@ def make_fit(
       progress, found = after_epoch(progress, sums, frozen, task, blocks)
       store.log(event | found | {"seconds": time.perf_counter() - begin})
       if i + 1 < epochs and _is_due(setup.checkpoint, i + 1, saved_at):
-        store.keep.write(f"{store.name}/fit", jax.tree.leaves(progress))
+        store.progress.write(f"{store.name}/fit", jax.tree.leaves(progress))
         saved_at = time.perf_counter()
-      store.keep.check()
+      store.progress.check()
     if recipe.keep == "last" or not epochs:
       params, stats = progress.state.params, progress.state.stats
     else:
       _, params, stats = progress.best
-    store.keep.write(result, jax.tree.leaves((params, stats)))
+    store.progress.write(result, jax.tree.leaves((params, stats)))
     return params, stats
 
   return fit
@@ -253,7 +253,7 @@ def _make_start(
     patience = np.int32(setup.protocol.patience)
     plateau = Plateau(np.float64(np.inf), patience, np.float64(recipe.learning_rate))
     fresh = Progress(np.int32(0), state, best, plateau)
-    saved = store.keep.read(f"{store.name}/fit", fresh)
+    saved = store.progress.read(f"{store.name}/fit", fresh)
     if saved is None:
       # `best` may share arrays with `state`, which the first epoch donates
       return fresh._replace(state=jax.tree.map(jnp.array, state))
@@ -370,7 +370,7 @@ def _keep_best(keep: str, best: Params, state: TrainState, loss: float, accuracy
 def _cut_rate(protocol: keys.Protocol, plateau: Plateau, loss: float) -> Plateau:
   """Returns the plateau after an epoch: `patience` epochs without a lower loss cut the rate.
 
-  GPM and WSN do so in their programs.
+  GPM and WSN do so in their code.
   """
   patience = np.int32(protocol.patience)
   if loss < plateau.best:
@@ -402,7 +402,7 @@ def _watch(
     Stopped: if the run was asked to stop.
   """
   if not np.isfinite(sums).all():
-    path = store.keep.write(
+    path = store.progress.write(
       f"{store.name}/diverged", {"params": state.params, "stats": state.stats, "step": state.step}
     )
     raise Diverged(
@@ -411,4 +411,4 @@ def _watch(
       + (f" (the weights are in {path}: halrp_jax.runs.checkpoint.load reads them)" if path else "")
     )
   store.log(event | {"event": "progress", "step": step, "steps": num_steps})
-  store.keep.check()
+  store.progress.check()

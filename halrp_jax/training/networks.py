@@ -38,7 +38,7 @@ def initialize(
 
   Args:
     model: the network.
-    key: of the parameters.
+    key: random key for the parameters.
     image_shape: [H, W, C] of its input.
 
   Raises:
@@ -81,7 +81,7 @@ def apply_model(
     stats: its BatchNorm statistics, {} if it has none.
     image: float32 [B, H, W, C]
     train: whether it is trained. If not, the statistics stay as they are.
-    key: of dropout; None in evaluation.
+    key: random key for dropout; None in evaluation.
   """
   apply_fn: Callable[..., Params] = model.apply
   variables = {"params": params, "batch_stats": stats}
@@ -191,7 +191,7 @@ def merged(shared: dict, task: Params) -> Network:
   """Returns the plain network of a task: `Method.network` for perturbed kernels.
 
   Args:
-    shared: with the frozen "kernels".
+    shared: shared state with the frozen "kernels".
     task: a task state with `perturbation`, `rest` and `stats`.
   """
   return Network(perturb.merge(shared["kernels"], task.perturbation, task.rest), task.stats)

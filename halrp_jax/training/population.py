@@ -43,7 +43,7 @@ def wrap_learn(
     known, new = state.tasks[: -len(tasks)], state.tasks[-len(tasks) :]
 
     # `check` waits for all processes, but only process 0 measures
-    check = store.keep.check if processes.count() == 1 else lambda: None
+    check = store.progress.check if processes.count() == 1 else lambda: None
     measured = []
     for i, (task_state, task) in enumerate(zip(new, tasks, strict=True)):
 
@@ -52,7 +52,7 @@ def wrap_learn(
 
       stats = jax.tree.map(jnp.asarray, store.once(f"population{i}", measure_task))
       measured.append(task_state._replace(stats=stats))
-      store.keep.check()
+      store.progress.check()
     return State(state.shared, (*known, *measured)), history
 
   return learn
@@ -129,7 +129,7 @@ def make_measure(
   """Builds `measure(shared, task_state, task, check) -> stats`, which measures the statistics.
 
   They are a tree like `task_state.stats`: {"mean", "var"} for every BatchNorm layer, {} without
-  BatchNorm. `check` is called between two passes over the images and may raise (`Keep.check`).
+  BatchNorm. `check` is called between two passes over the images and may raise `Stopped`.
   Everything is computed on one device, so that one device, several devices and several processes
   give the same bits.
 

@@ -21,7 +21,7 @@ class Setup(NamedTuple):
   batch_size: int
   evaluation_batch_size: int
   learning_rate: float
-  train_fraction: float  # share of each task's training images that is used
+  train_fraction: float  # fraction of each task's training images that is used
   batch_norm: str  # `method.batch_norm`
   loop: str  # `config.loop`
   protocol: keys.Protocol

@@ -24,7 +24,7 @@ def count_rest(rest: Params, kernels: Mapping[str, object], num_classes: int) ->
   Args:
     rest: all parameters of a network except the kernels.
     kernels: anything by the paths of the layers that the kernels are from.
-    num_classes: of the task; outputs of the head beyond them are not counted.
+    num_classes: number of classes of the task; outputs of the head beyond them are not counted.
   """
   flat: Params = traverse_util.flatten_dict(rest, sep="/")
   biases = sum(x.size for path, x in flat.items() if trees.is_bias(path, kernels))
@@ -39,9 +39,9 @@ def network_count(
   """Counts the parameters of a whole network.
 
   Args:
-    kernels: of all layers except the head, by path.
+    kernels: kernels of all layers except the head, by path.
     rest: the other parameters.
-    num_classes: of the task; outputs of the head beyond them are not counted.
+    num_classes: number of classes of the task; outputs of the head beyond them are not counted.
   """
   count = count_rest(rest, kernels, num_classes)
   return sum(w.size for w in kernels.values()) + count.counted + count.biases
@@ -71,7 +71,7 @@ def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) 
 
   Args:
     base: parameters of the network of the first task.
-    counted: numbers that later tasks add and that the authors' program counts for the paper.
+    counted: numbers that later tasks add and that the authors' code counts for the paper.
     uncounted: numbers that it leaves out: biases of later tasks, BatchNorm's statistics of all.
     training_only: numbers that are stored for training alone.
   """
@@ -118,7 +118,7 @@ def dense_growth(state: State, tasks: Sequence[Params]) -> float:
 def perturbed(state: State) -> Size:
   """Returns the size of a method whose task states have perturbations of the shared kernels.
 
-  As in the authors' program, `Size.paper` has neither the biases of later tasks nor BatchNorm's
+  As in the authors' code, `Size.paper` has neither the biases of later tasks nor BatchNorm's
   statistics, and of U and V only entries larger than 1e-8.
   """
   base = _base_count(state)

@@ -16,7 +16,7 @@ def grow(basis: np.ndarray, moment: np.ndarray, energy: float, first: bool) -> n
     moment: the second moment x' x [d, d], or the rows x [n, d] themselves where n < d
       (`moment_or_rows`).
     energy: share in [0, 1] that the new basis shall carry.
-    first: whether to follow the rule of GPM's program for the first task, which leaves out the
+    first: whether to follow the rule of GPM's code for the first task, which leaves out the
       direction that reaches the share.
 
   Returns:
@@ -67,10 +67,10 @@ def grow_padded(
   Args:
     basis: M [d, width].
     count: number of columns that are directions.
-    moment: as for `grow`.
-    energy: as for `grow`.
-    first: as for `grow`.
-    min_width: as for `pad`.
+    moment: see `grow`.
+    energy: see `grow`.
+    first: see `grow`.
+    min_width: see `pad`.
 
   Returns:
     The new basis, padded by `pad`, and its number of directions.

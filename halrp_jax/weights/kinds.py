@@ -131,7 +131,7 @@ def apply(
     module: a layer that `is_known`; only its attributes are used.
     kernel: W, frozen.
     p: <R, S, U, Sigma, V>.
-    bias: of the layer; None if it has none.
+    bias: bias of the layer; None if it has none.
     x: the input of the layer.
     form: "factored", "composed", or "auto" for the cheaper one. A layer that can't be factored
       (`can_be_factored`) is always composed.
@@ -166,13 +166,13 @@ def _low_rank_branch(
 ) -> jax.Array:
   """Returns U (Sigma (V' x)), for a convolution with the sum of x over its window.
 
-  The authors' program computes the same as a 1x1 convolution, a pooling and a 1x1 convolution.
+  The authors' code computes the same as a 1x1 convolution, a pooling and a 1x1 convolution.
 
   Args:
     module: the layer.
     p: <R, S, U, Sigma, V>.
     x: the input of the layer.
-    dtype: of the layer's products.
+    dtype: dtype of the layer's products.
   """
   u = p.U if p.sigma is None else p.U * channels(p.sigma, p.U)
   # sums over a window overflow in 8 bits and in integers; in float16 they do beyond 65504

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_TINY = 1e-20  # lower bound of the denominators, as in the authors' program
+_TINY = 1e-20  # lower bound of the denominators, as in the authors' code
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 3  # of the randomised SVD
 
 
@@ -138,7 +138,7 @@ def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, j
   """Returns the scales R [J] and S [I] by least squares (paper Eq. 3 and 4).
 
   R minimises |F - R W|^2; then S minimises |F - R W S|^2 for this R. There is one pass, as in the
-  authors' program.
+  authors' code.
 
   Args:
     base: W [*window, I, J].
@@ -194,7 +194,7 @@ def decompose_randomized(
   Args:
     base: W [*window, I, J].
     free: F [*window, I, J].
-    key: of the random start.
+    key: random key for the start.
     rank: number of singular triplets.
   """
   with jax.default_matmul_precision("float32"):  # accelerators take a lower one by default
@@ -249,7 +249,7 @@ def truncate(
     d: the decomposition.
     rank: int scalar, 0 <= rank <= min(columns, m); may be traced.
     columns: static width K of the result.
-    fold: whether sqrt(Sigma) goes into both U and V and Sigma is None, as in the authors' program.
+    fold: whether sqrt(Sigma) goes into both U and V and Sigma is None, as in the authors' code.
   """
   _check_factors(d)
   chex.assert_rank(rank, 0, custom_message="rank must be a scalar")
@@ -273,7 +273,7 @@ def random_factors(key: jax.Array, d: Decomposition, rank: int, columns: int) ->
   dense layers: V within +-1/sqrt(I), U within +-1/sqrt(rank). Sigma is folded.
 
   Args:
-    key: of U and V.
+    key: random key for U and V.
     d: the decomposition, of which R and S are used.
     rank: number of columns that are drawn; the others are zero.
     columns: width K of U and V.
@@ -306,10 +306,10 @@ def allocate_ranks(
   equal scores, those of earlier layers and columns come first.
 
   Args:
-    scores: for every layer [m_l], descending: ||g_l||^2 sigma_lk^2 (times the window's area).
+    scores: one array [m_l] per layer, descending: ||g_l||^2 sigma_lk^2 (times the window's area).
     alpha: share of the total score to keep; 1 or more keeps everything.
     crossing: whether the score that first carries the sum past `alpha` is kept too.
-    min_rank: smallest rank of a layer; 1 in the authors' program.
+    min_rank: smallest rank of a layer; 1 in the authors' code.
     upper_rank: largest rank of a layer, 0 for no limit. The ranks that it cuts off are not given to
       other layers.
 
@@ -380,8 +380,8 @@ def prune_thresholds(
   """Returns thresholds tau per task and layer: entries with |x| <= tau are pruned (Sect. 4.4).
 
   Args:
-    values: for every task and layer a 1-D array of all low-rank values, with the zeros of earlier
-      pruning but without padding.
+    values: one 1-D array per task and layer, with all low-rank values and the zeros of earlier
+      pruning, but without padding.
     rule: a key of `PRUNE_RULES`.
     absolute: the absolute threshold.
     rate: share of the pooled values below the percentile, from 0 to 1; 0 for no percentile.

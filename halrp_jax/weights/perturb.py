@@ -48,9 +48,9 @@ def init(
   and U. Sigma is None, folded into U and V.
 
   Args:
-    key: of V, such as jax.random.key(0).
+    key: random key for V, such as jax.random.key(0).
     model: any Linen model.
-    variables: of the base: {"params": ..., other collections}.
+    variables: variables of the base, {"params": ..., other collections}.
     *args: an example of what `model.apply` takes. The network is computed on it with unchanged and
       with changed kernels, and both forms are compared with the ordinary network. Under jax.jit it
       is only traced.
@@ -192,9 +192,9 @@ def _change(
   """Returns a perturbation so far from the identity that every part of it shows in the output.
 
   Args:
-    key: for all layers.
+    key: random key for all layers.
     i: index of the layer.
-    kernel: of the layer.
+    kernel: kernel of the layer.
     p: the perturbation to start from.
   """
   window_size = kernel.size // (p.R.size * p.S.size)
@@ -279,7 +279,7 @@ def stack(
   every sample.
 
   Args:
-    perturbations: of each task, by layer path.
+    perturbations: perturbations of each task, by layer path.
 
   Returns:
     By layer path a perturbation whose arrays are [T, ...].
@@ -317,10 +317,10 @@ def apply_many(
   sample. A layer that can't be factored is composed for every sample.
 
   Args:
-    model: as for `apply`; its output for a sample may not depend on the rest of the batch.
-    kernels: as for `apply`.
-    perturbation: from `stack`.
-    variables: as for `apply`, every array with a leading axis [T, ...].
+    model: see `apply`; its output for a sample may not depend on the rest of the batch.
+    kernels: see `apply`.
+    perturbation: perturbations from `stack`.
+    variables: see `apply`, every array with a leading axis [T, ...].
     t: int [B], for each sample the row of `perturbation` and `variables` that is used.
     x: [B, ...], the samples.
     **kwargs: passed to `model.apply`.

@@ -214,7 +214,7 @@ def _compare(
     p: the perturbation.
     x: the layer's input.
     y: the layer's output.
-    key: as for `prove_layers`.
+    key: see `prove_layers`.
 
   Returns:
     For every possible fault whether it is absent, a boolean [].

@@ -15,18 +15,18 @@ from halrp_jax.weights import kinds, trees
 def layer_inputs(
   model: nn.Module, names: Collection[str], variables: Mapping[str, Params], image: jax.Array
 ) -> dict[str, jax.Array]:
-  """Returns the rows that the kernels of the layers `names` are multiplied with in evaluation.
+  """Returns the inputs of the layers `names` in evaluation mode.
 
-  A kernel is seen as a matrix [d, J] here.
+  They are rows that multiply the kernel as a matrix [d, J] (d inputs, J outputs).
 
   Args:
     model: a network whose layers `names` are plain (`kinds.is_plain`).
     names: paths of layers.
-    variables: of the network: {"params": ..., "batch_stats": ...}.
-    image: [B, H, W, C]
+    variables: variables of the network, {"params": ..., "batch_stats": ...}.
+    image: network inputs [B, H, W, C].
 
   Returns:
-    By layer path float32 [B, d], for a convolution its patches [B, H', W', d].
+    {layer path: float32 [.., d]}; for a convolution the patches [B, H', W', d].
   """
   return _record(model, names, variables, image, lambda module, x, y: kinds.rows(module, x))
 
@@ -34,16 +34,16 @@ def layer_inputs(
 def layer_outputs(
   model: nn.Module, names: Collection[str], variables: Mapping[str, Params], image: jax.Array
 ) -> dict[str, jax.Array]:
-  """Returns the outputs of the layers `names` in evaluation, before BatchNorm and ReLU.
+  """Returns the outputs of the layers `names` in evaluation mode, before BatchNorm and ReLU.
 
   Args:
     model: a network.
     names: paths of layers.
-    variables: of the network: {"params": ..., "batch_stats": ...}.
-    image: [B, H, W, C]
+    variables: variables of the network, {"params": ..., "batch_stats": ...}.
+    image: network inputs [B, H, W, C].
 
   Returns:
-    By layer path float32 [B, .., J].
+    {layer path: float32 [B, .., J]}.
   """
   return _record(model, names, variables, image, lambda module, x, y: y)
 

@@ -139,7 +139,7 @@ def test_check_data_says_what_is_odd(capsys, tmp_path):
   )
   assert code == 1
   assert "WRONG  task 'zweite': 20 images have one colour only" in out
-  assert "WRONG  task 'zweite': 4 test images are training images too" in out
+  assert "WRONG  task 'zweite': 4 test images are also training or validation images" in out
 
 
 def test_check_data_lists_all_bad_files_and_what_is_not_used(capsys, tmp_path):

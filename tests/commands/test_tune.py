@@ -85,3 +85,10 @@ def test_no_validation_images_no_tuning(tmp_path):
     tune.main(
       [CONFIG, "--grid=seed=0", f"--workdir={tmp_path}", "--config.protocol.validation_fraction=0"]
     )
+
+
+def test_the_grid_sets_the_fraction_of_the_training_images(tmp_path):
+  argv = [CONFIG, "--grid=train_fraction=0.5,1", f"--workdir={tmp_path}", *SHORT]
+  assert tune.main(argv) == 0
+  configs = [json.loads(path.read_text()) for path in tmp_path.glob("*/config.json")]
+  assert sorted(config["train_fraction"] for config in configs) == [0.5, 1.0]

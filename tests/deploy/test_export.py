@@ -152,7 +152,7 @@ def spoil(folder, how):
     ("cut", "task01.safetensors: can't be read"),
     ("flipped", "was changed after it was written"),
     ("card", "task01.json: was changed or damaged"),
-    ("schema", "schema 9, this version reads 1"),
+    ("schema", "has schema 9, expected 1"),
     ("classes", r"params/head/bias is \(10,\), expected \(9,\)"),
     ("-perturbation/fc1/R", "perturbation/fc1/R is missing"),
     ("-perturbation/fc1/U.mask", "perturbation/fc1/U.mask is missing"),

@@ -59,7 +59,7 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, run_folder, tmp_path):
   method = before.config.method.name
   x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
   if method == "halrp":
-    assert "the 2 tasks before are unchanged to the bit" in out
+    assert "the 2 earlier tasks are unchanged to the bit" in out
     assert checkpoint.fingerprint((before.state.shared, before.state.tasks)) == (
       checkpoint.fingerprint((after.state.shared, after.state.tasks[:2]))
     )
@@ -78,7 +78,7 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, run_folder, tmp_path):
     model = export.load(str(tmp_path / "out"), 10)
     assert model.class_names == ["level 0", "level 1", "level 2"]
   else:
-    assert "ewc changed weights that tasks share: predictions for the 2 tasks before may" in out
+    assert "ewc changed weights that tasks share: predictions for the 2 earlier tasks may" in out
     assert after.results["accuracy"][2][:2] == [None, None]
   code, again, _ = call(capsys, *flags)  # finished already
   assert code == 0 and again.splitlines()[-3:] == out.splitlines()[-3:]

@@ -77,7 +77,7 @@ def test_the_table_has_what_the_method_predicts(capsys, run_folder, nine, tmp_pa
   code, out, _ = call(
     capsys, f"--workdir={run_folder}", "--task=1", f"--images={images}", f"--out={place}", *more
   )
-  assert code == 0 and "task 1 (permutation 1): 9 images predicted, 0 skipped" in out
+  assert code == 0 and "permutation 1 (id 1): 9 images predicted, 0 skipped" in out
   assert "note:" not in out
   table = rows(place)
   assert [r["image"] for r in table] == (names if kind == "folder" else [str(i) for i in range(9)])
@@ -271,7 +271,7 @@ def test_mistakes(capsys, run_folder, tmp_path, monkeypatch, change, says):
   [
     (lambda path: path.unlink(), "holds no tasks.json"),
     (lambda path: path.write_text("{"), "tasks.json: can't be read"),
-    (lambda path: change(path, schema=2), "schema 2, this version reads 1"),
+    (lambda path: change(path, schema=2), "has schema 2, expected 1"),
     (lambda path: change(path, num_classes=9), "was changed or damaged"),
     (lambda path: change(path, input_shape=[8, 8, 3]), "was changed or damaged"),
     (lambda path: change(path, image_shape=[4, 8, 1]), "was changed or damaged"),

@@ -177,7 +177,7 @@ def test_a_signal_to_one_stops_both(tmp_path, launch):
   wait_for(tmp_path, "epoch", 2)
   pair[1].send_signal(signal.SIGTERM)
   for code, _, error in ends(pair, 60):
-    assert code == 75 and "the same command goes on" in error
+    assert code == 75 and "the same command resumes" in error
   assert not (tmp_path / "record.json").exists()
 
 

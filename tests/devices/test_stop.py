@@ -84,7 +84,7 @@ def test_a_signal_stops_the_run_soon_with_its_own_exit_code(whole_process, numbe
   process.send_signal(number)
   _, err = process.communicate()
   assert process.returncode == stop.EXIT_CODE and time.monotonic() - begin < 30
-  assert "Traceback" not in err and "the same command goes on" in err
+  assert "Traceback" not in err and "the same command resumes" in err
   process = start(tmp_path)
   process.communicate()
   assert process.returncode == 0 and same(whole_process, tmp_path)

@@ -364,7 +364,7 @@ def test_sizes_have_the_scale_that_shows_them(growth, scale):
 @pytest.mark.parametrize(
   ("argument", "says"),
   [
-    ("--runs=/nowhere", "--runs=/nowhere: no such folder"),
+    ("--runs=/nowhere", "/nowhere: no such folder; give the folder of runs"),
     ("--runs=", "argument --runs: a value is missing"),
     ("--configs=/nowhere", "no such folder of configs"),
     ("--out=/proc/x", "--out=/proc/x: "),
@@ -377,7 +377,7 @@ def test_mistakes(some, tmp_path, argument, says):
 
 def test_a_folder_without_a_good_record(tmp_path):
   (tmp_path / "a.json").write_text("{")
-  with pytest.raises(UserError, match="no record that can be used .a.json can't be read"):
+  with pytest.raises(UserError, match="no usable record .a.json can't be read"):
     report.main([f"--runs={tmp_path}", f"--out={tmp_path}"])
 
 
@@ -430,7 +430,7 @@ def written_as(found, with_paper):
 
 def test_the_readme_has_the_results_of_the_records(published):
   label, number = "", 0
-  for row in rows_of("README.md", ("system, benchmark, images", "statistics")):
+  for row in rows_of("README.md", ("method, benchmark, images", "statistics")):
     label = row[0] or label
     system, _, where = label.partition(", ")
     name = ", ".join(x for x in (system, STATISTICS[row[1]]) if x)
@@ -465,7 +465,7 @@ def accuracies(published, system, where):
 
 
 def test_the_readme_has_the_systems_of_the_records(published):
-  rows = list(rows_of("README.md", ("system", "reference", "forgets")))
+  rows = list(rows_of("README.md", ("method", "reference", "forgets")))
   assert {row[0] for row in rows} == set(paper.SYSTEMS)
   for row in rows:
     mopd = cell(published, "table 5", f"{row[0]}, {records.TEST_BATCH}", SPLIT_5, "mopd")
@@ -476,7 +476,7 @@ def test_the_readme_has_the_systems_of_the_records(published):
 
 
 def test_the_document_of_the_systems_has_the_accuracies_of_the_records(published):
-  rows = list(rows_of("docs/systems.md", ("system", "5 %, population")))
+  rows = list(rows_of("docs/systems.md", ("method", "5 %, population")))
   assert {row[0] for row in rows} == set(paper.SYSTEMS)
   for row in rows:
     expected = [row[0], *accuracies(published, row[0], SPLIT_5)]
@@ -486,6 +486,6 @@ def test_the_document_of_the_systems_has_the_accuracies_of_the_records(published
 
 
 def test_the_document_of_the_systems_has_every_file():
-  rows = list(rows_of("docs/systems.md", ("system", "file")))
+  rows = list(rows_of("docs/systems.md", ("method", "file")))
   found = {row[0]: row[1].strip("`").removesuffix(".py") for row in rows}
   assert found == paper.SYSTEMS

@@ -62,13 +62,13 @@ def test_what_is_no_good_record_is_named_and_left_out(make, tmp_path):
   (tmp_path / "unfinished" / "config.json").write_text("{}")
   put(tmp_path / "good" / "checkpoints" / "hidden", make())
   runs, skipped = records.read(str(tmp_path))
-  assert [run.place for run in runs] == ["deep/er/good", "good"]
-  said = {s.place: s.reason for s in skipped}
+  assert [run.path for run in runs] == ["deep/er/good", "good"]
+  said = {s.path: s.reason for s in skipped}
   assert said.keys() == {
     *("schema", "matrix", "hole", "percent", "ids", "growth", "keys", "other", "cut"),
     *("foreign.json", "unfinished"),
   }
-  assert "schema 2; this version reads 1" in said["schema"]
+  assert "has schema 2, expected 1" in said["schema"]
   assert "can't be read" in said["cut"] and "not finished" in said["unfinished"]
   assert said["foreign.json"] == "is not a record of a run"
   assert "(1, 1), expected (3, 3)" in said["matrix"] and "of another method" in said["other"]
@@ -80,7 +80,7 @@ def test_all_published_records_are_read():
   runs, skipped = records.read(str(SOURCE.parent))
   assert len(runs) == len(list(SOURCE.parent.glob("*.json"))) and not skipped
   for run in runs:
-    assert run.record["setting"] == setting_of(run.record["config"]), run.place
+    assert run.record["setting"] == setting_of(run.record["config"]), run.path
 
 
 def test_a_record_of_an_older_version_gets_its_setting_from_its_config(make, tmp_path):
@@ -133,7 +133,7 @@ def test_a_newer_run_takes_the_place_of_the_same_older_one(make):
   old = run(make(final=(1.0, 1.0, 1.0), date="2026-01-01T00:00:00+00:00"), "old")
   new = run(make(date="2026-02-01T00:00:00+00:00"), "new")
   (group,), skipped = records.group([new, old])
-  assert [r.place for r in group.runs] == ["new"]
+  assert [r.path for r in group.runs] == ["new"]
   assert skipped == [records.Skipped("old", "new is a newer run of the same")]
 
 
@@ -145,7 +145,7 @@ def standing_of(hashes, **flags):
 
 def groups_of(*found):
   groups, skipped = records.group([run(r, str(i)) for i, r in enumerate(found)])
-  return sorted([r.place for r in g.runs] for g in groups), skipped
+  return sorted([r.path for r in g.runs] for g in groups), skipped
 
 
 def test_runs_on_other_data_are_never_averaged(make):

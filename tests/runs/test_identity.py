@@ -88,7 +88,7 @@ def test_a_run_does_not_go_on_with_other_images(mine, tmp_path, task):
   """Neither of a task that is learned nor of one that may have begun."""
   interrupt(mine(), tmp_path / "run", 1)
   write(tmp_path / "mine", task, 7)
-  says = rf"task '{task}' \(id \d\) has other images or labels in data_dir=.*mine; go on with"
+  says = rf"task '{task}' \(id \d\) has other images or labels in data_dir=.*mine; resume with"
   with pytest.raises(UserError, match=says):
     run(mine(), tmp_path / "run")
   record, _ = run(mine(), tmp_path / "run", overwrite=True)

@@ -152,7 +152,7 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path):
   wait_for_events(tmp_path / "stl_0_0", 2, process)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate()
-  assert process.returncode == 75 and "the same command goes on" in err
+  assert process.returncode == 75 and "the same command resumes" in err
   done = subprocess.run(line, capture_output=True, text=True)
   assert done.returncode == 0 and "0 failed" in done.stdout, done.stderr
 

@@ -162,7 +162,7 @@ def test_the_callers_parameters_survive(digits_config):
 @pytest.mark.parametrize(
   ("schedule", "num_tasks", "fraction", "per_step"),
   [
-    # of the authors' program: CIFAR Split 100 %, SuperClass 100 %, Split 5 %
+    # of the authors' code: CIFAR Split 100 %, SuperClass 100 %, Split 5 %
     ("code", 10, 1.0, 0.998360),
     ("code", 20, 1.0, 0.996723),
     ("code", 10, 0.05, 0.967705),
