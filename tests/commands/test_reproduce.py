@@ -147,9 +147,7 @@ def test_an_ablation_changes_what_it_says_alone(file, setting, keys):
   ("file", "setting"), [("ablation_table6", "alpha2_warmup1"), ("ablation_lambda_split", "1e-4")]
 )
 def test_an_unknown_ablation_is_refused(file, setting):
-  with pytest.raises(
-    UserError, match=f"config file: expected .* after the colon, .*got '{setting}'"
-  ):
+  with pytest.raises(UserError, match=f"after the colon, such as .*, got '{setting}'"):
     arguments.load_config(f"{CONFIGS}/{file}.py", setting)
 
 
