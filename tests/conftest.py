@@ -110,9 +110,18 @@ def interrupt(config, folder, num_tasks: int) -> None:
     experiment.run(config, str(folder), show, stop_asked=lambda: len(evaluations) >= num_tasks)
 
 
+def slow_except(*quick: str):
+  """Parametrises `method_name` over all methods, of which `make test` runs `quick` alone.
+
+  In place of the fixture `method_name`, for tests that take long: the methods of `quick` differ in
+  what the test is about.
+  """
+  assert set(quick) <= methods.METHODS.keys()
+  marks = {name: [pytest.mark.slow] * (name not in quick) for name in sorted(methods.METHODS)}
+  return pytest.mark.parametrize(
+    "method_name", [pytest.param(name, marks=mark) for name, mark in marks.items()]
+  )
+
+
 HEAVY = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "prd"}
-# instead of the fixture `method_name`, for tests of every method that take long
-heavy_are_slow = pytest.mark.parametrize(
-  "method_name",
-  [pytest.param(m, marks=[pytest.mark.slow] * (m in HEAVY)) for m in sorted(methods.METHODS)],
-)
+heavy_are_slow = slow_except(*(methods.METHODS.keys() - HEAVY))

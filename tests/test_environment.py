@@ -8,31 +8,39 @@ from importlib import metadata
 
 import pytest
 
+from halrp_jax import main
 from halrp_jax.runs import experiment
 
 from .conftest import ROOT
 from .runs.test_workdir import same
 
 
+def arguments(workdir, *more, config="digits.py:stl"):
+  short = [f"--workdir={workdir}", "--config.epochs=2", "--config.train_fraction=0.3"]
+  short = [*short, "--config.order=0,1"] if "digits" in config else short[:1]
+  return [f"--config={ROOT}/configs/{config}", *short, *more]
+
+
 def run(workdir, *more, config="digits.py:stl", env=None, before=""):
   """Runs a program of its own; `before`: Python that it runs first, in place of a forked hook."""
-  main = ["-m", "halrp_jax.main"]
+  program = ["-m", "halrp_jax.main"]
   if before:
-    main = [
+    program = [
       "-c",
       f"import os, sys; {before}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
-    ] + main
-  command = [sys.executable, *main, f"--config={ROOT}/configs/{config}"]
-  short = ["--config.epochs=2", "--config.train_fraction=0.3", f"--workdir={workdir}"]
-  short = short if "digits" in config else short[2:]
+    ] + program
   return subprocess.run(
-    [*command, *short, *more],
+    [sys.executable, *program, *arguments(workdir, *more, config=config)],
     capture_output=True,
     text=True,
     cwd=ROOT,
     env=env,
     timeout=120,
   )
+
+
+def run_here(workdir, *more, **how):
+  return main.main(["main", *arguments(workdir, *more, **how)])
 
 
 def assert_one_line(result, *says):
@@ -57,8 +65,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
   assert_one_line(result, "checkpoints: a checkpoint can't be written", "File too large")
   items = list((tmp_path / "run" / "checkpoints").iterdir())
   assert not [p for p in items if p.name.startswith(".writing")]
-  assert run(tmp_path / "run").returncode == 0
-  assert run(tmp_path / "whole").returncode == 0
+  assert run_here(tmp_path / "run") == run_here(tmp_path / "whole") == 0
   assert same(tmp_path / "run", tmp_path / "whole")
 
 
@@ -87,13 +94,13 @@ def test_a_data_dir_that_can_not_be_written_is_no_harm(tmp_path):
   assert sorted(data.rglob("*")) == before
 
 
-def test_spaces_and_unicode_in_every_path(tmp_path):
+def test_spaces_and_unicode_in_every_path(tmp_path, capsys):
   data, workdir = tmp_path / "meine Daten 数据", tmp_path / "läuft schön"
   make_custom(data)
   more = (f"--config.data_dir={data}", "--config.network=mlp", "--config.epochs=1")
   for expected in ("ACC", "finished already"):
-    result = run(workdir, *more, config="custom.py:stl")
-    assert result.returncode == 0 and expected in result.stdout, result.stderr
+    assert run_here(workdir, *more, config="custom.py:stl") == 0
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["HOME", "XDG_CACHE_HOME"])
@@ -140,6 +147,6 @@ def test_a_record_says_null_for_what_is_not_installed(digits_config, tmp_path, m
     return known(name)
 
   monkeypatch.setattr(metadata, "version", version)
-  record = experiment.run(digits_config("stl", epochs=1, order="0"), str(tmp_path))
+  record = experiment.run(digits_config("stl", epochs=1, order="0,1"), str(tmp_path))
   assert record["versions"]["halrp_jax"] is record["versions"]["scipy"] is None
   assert record["versions"]["numpy"] == known("numpy")

@@ -8,6 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from halrp_jax import __main__ as verbs
+from halrp_jax import main
+
 from .conftest import ROOT
 from .data.test_data import write_small_cifar
 
@@ -21,23 +24,37 @@ def blocks(text=GUIDE):
   return re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+# in place of the interpreter: the command line as bash passes it, for a call in this process
+WRITE_ARGUMENTS = """python() { printf '%s\\0' "$@" >>arguments; printf '\\0' >>arguments; }\n"""
+
+
+def run_in_shell(text):
+  """Runs a block of shell commands, `python -m ...` each, in this process."""
+  subprocess.run(["bash", "-ec", WRITE_ARGUMENTS + text], check=True)
+  with open("arguments", encoding="utf-8") as stream:
+    lines = stream.read().split("\0\0")[:-1]
+  os.remove("arguments")
+  for line in lines:
+    m, module, *arguments = line.split("\0")
+    call = {"halrp_jax": verbs.main, "halrp_jax.main": main.main}[module]
+    # check_data and predict say with 1 that something is worth a look
+    assert m == "-m" and call([module, *arguments]) == 0, text
+
+
 def test_every_block_runs(tmp_path, monkeypatch):
   write_small_cifar(tmp_path, per_class=50)
   configs = tmp_path / "configs"
   configs.symlink_to(ROOT / "configs")
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("DATA", str(tmp_path))
-  path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
   names = {}
   for kind, text in blocks():
-    if kind == "python" and not text.startswith("# in another process"):
+    if kind == "sh":
+      run_in_shell(text.replace("--config.train_fraction=0.05", QUICK))
+    elif text.startswith("# in another process"):
+      subprocess.run([sys.executable, "-c", text], check=True)
+    else:
       exec(compile(text, "guide.md", "exec"), names)
-      continue
-    text = text.replace("--config.train_fraction=0.05", QUICK)
-    line = [sys.executable, "-c", text] if kind == "python" else ["bash", "-ec", text]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PATH": path})
-    # check_data and predict say with 1 that something is worth a look
-    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
   assert len(blocks()) > 10
 
 

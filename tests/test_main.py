@@ -90,7 +90,7 @@ def test_dry_run_resolves_the_overrides_and_trains_nothing(capsys, tmp_path, mon
 
 
 def test_a_run_is_not_overwritten_unasked(capsys, tmp_path):
-  short = [f"{DIGITS}:stl", f"--workdir={tmp_path}/run", "--config.epochs=1"]
+  short = [f"{DIGITS}:stl", f"--workdir={tmp_path}/run", "--config.epochs=1", "--config.order=0,1"]
   assert run(capsys, *short)[0] == 0
   before = (tmp_path / "run" / "record.json").read_text()
   code, out, _ = run(capsys, *short)

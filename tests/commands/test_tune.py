@@ -13,11 +13,12 @@ from halrp_jax.types import UserError
 from ..conftest import ROOT
 
 CONFIG = f"--config={ROOT}/configs/digits.py:ewc"
-SHORT = ("--config.epochs=1", "--compile_cache=off")
+QUICK = f"--config={ROOT}/configs/digits.py:l2"
+SHORT = ("--config.epochs=1", "--config.order=3,1")
 
 
 def test_a_grid_is_run_and_told(tmp_path, capsys):
-  argv = [CONFIG, "--grid=method.strength=0,1e3;seed=0,1", f"--workdir={tmp_path}", *SHORT]
+  argv = [QUICK, "--grid=method.strength=0,1e3;seed=0,1", f"--workdir={tmp_path}", *SHORT]
   assert tune.main(argv) == 0
   table = json.loads((tmp_path / "tune.json").read_text())
   assert len(table) == 4 and "method.strength=1e3,seed=1" in table
@@ -49,7 +50,7 @@ def test_the_test_images_are_nowhere_in_it(tmp_path, monkeypatch):
     return benchmark._replace(tasks=tuple(tasks))
 
   def result(name):
-    argv = [CONFIG, "--grid=method.strength=10", f"--workdir={tmp_path / name}", *SHORT]
+    argv = [QUICK, "--grid=method.strength=10", f"--workdir={tmp_path / name}", *SHORT]
     assert tune.main(argv) == 0
     record = json.loads((tmp_path / name / "method.strength=10" / "record.json").read_text())
     return record["state_hash"], record["accuracy"], record["validation_accuracy"]

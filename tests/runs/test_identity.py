@@ -24,27 +24,65 @@ def write(folder, task, seed=0):
   np.savez(folder / f"{task}.npz", image=x, label=np.arange(40) % 2)
 
 
+def config_of(folder, **overrides):
+  """A config for a folder of the user's tasks."""
+  config = make_config(
+    "stl",
+    benchmark="custom",
+    data_dir=str(folder),
+    order="natural",
+    network="mlp",
+    epochs=1,
+    protocol={},
+  )
+  with config.unlocked():
+    config.update_from_flattened_dict(overrides)
+  return config
+
+
+def write_tasks(folder):
+  for i, task in enumerate("abc"):
+    write(folder / "mine", task, i)
+
+
 @pytest.fixture
 def mine(tmp_path):
   """A folder of three tasks, and a config for it."""
-  for i, task in enumerate("abc"):
-    write(tmp_path / "mine", task, i)
+  write_tasks(tmp_path)
+  return lambda folder="mine", **overrides: config_of(tmp_path / folder, **overrides)
 
-  def config(folder="mine", **overrides):
-    found = make_config(
-      "stl",
-      benchmark="custom",
-      data_dir=str(tmp_path / folder),
-      order="natural",
-      network="mlp",
-      epochs=1,
-      protocol={},
-    )
-    with found.unlocked():
-      found.update_from_flattened_dict(overrides)
-    return found
 
-  return config
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+  """Made once: a run on these tasks that was stopped in its second one, and the same uninterrupted.
+
+  -> folder, record of the uninterrupted run
+  """
+  folder = tmp_path_factory.mktemp("originals")
+  write_tasks(folder)
+  interrupt(config_of(folder / "mine"), folder / "run", 1)
+  return folder, experiment.run(config_of(folder / "mine"), str(folder / "whole"))
+
+
+@pytest.fixture
+def begun(originals, mine, tmp_path):
+  """A copy of the stopped run, in the folder "run" beside its tasks."""
+  shutil.copytree(originals[0] / "run", tmp_path / "run")
+  return mine
+
+
+@pytest.fixture(scope="module")
+def begun_digits(tmp_path_factory):
+  """Makes, once, a run on digits that was stopped after its first task: (config) -> folder"""
+  cache = []
+
+  def get(config):
+    if not cache:
+      cache.append(tmp_path_factory.mktemp("digits"))
+      interrupt(config, cache[0], 1)
+    return cache[0]
+
+  return get
 
 
 def run(config, folder, **how):
@@ -83,39 +121,38 @@ def flag(name):
 # --- going on -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["a", "b", "c"])
-def test_a_run_does_not_go_on_with_other_images(mine, tmp_path, task):
+def test_a_run_does_not_go_on_with_other_images(begun, tmp_path):
   """Neither of a task that is learned nor of one that may have begun."""
-  interrupt(mine(), tmp_path / "run", 1)
-  write(tmp_path / "mine", task, 7)
-  says = rf"task '{task}' \(id \d\) has other images or labels in data_dir=.*mine; resume with"
-  with pytest.raises(UserError, match=says):
-    run(mine(), tmp_path / "run")
-  record, _ = run(mine(), tmp_path / "run", overwrite=True)
-  assert bits(record) == bits(run(mine(), tmp_path / "new")[0])
+  for i, task in enumerate("abc"):
+    write(tmp_path / "mine", task, 7)
+    says = rf"task '{task}' \(id {i}\) has other images or labels in data_dir=.*mine; resume with"
+    with pytest.raises(UserError, match=says):
+      run(begun(), tmp_path / "run")
+    if task != "c":
+      write(tmp_path / "mine", task, i)
+  record, _ = run(begun(), tmp_path / "run", overwrite=True)
+  assert bits(record) == bits(run(begun(), tmp_path / "new")[0])
 
 
-def test_data_may_move(mine, tmp_path):
-  interrupt(mine(), tmp_path / "run", 1)
+def test_data_may_move(begun, originals, tmp_path):
   (tmp_path / "mine").rename(tmp_path / "moved")
-  record, said = run(mine("moved"), tmp_path / "run")
-  assert said == [] and bits(record) == bits(run(mine("moved"), tmp_path / "whole")[0])
+  record, said = run(begun("moved"), tmp_path / "run")
+  assert said == [] and bits(record) == bits(originals[1])
 
 
-def test_a_task_more_is_refused(mine, tmp_path):
-  interrupt(mine(), tmp_path / "run", 1)
+def test_a_task_more_is_refused(begun, tmp_path):
   write(tmp_path / "mine", "d")
   with pytest.raises(UserError, match="there are 4 tasks in data_dir=.* .were 3."):
-    run(mine(), tmp_path / "run")
+    run(begun(), tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_a_run_does_not_go_on_with_other_jax_flags(digits_config, tmp_path, name):
+def test_a_run_does_not_go_on_with_other_jax_flags(digits_config, begun_digits, tmp_path):
   config = digits_config("stl", order="0,1", epochs=1)
-  interrupt(config, tmp_path, 1)
-  with flag(name) as says, pytest.raises(UserError, match=f"a run with other inputs: {says}"):
-    run(config, tmp_path)
-  assert run(config, tmp_path)[1] == []
+  shutil.copytree(begun_digits(config), tmp_path / "run")
+  for name in FLAGS:
+    with flag(name) as says, pytest.raises(UserError, match=f"a run with other inputs: {says}"):
+      run(config, tmp_path / "run")
+  assert run(config, tmp_path / "run")[1] == []
 
 
 def test_nothing_learned_is_nothing_lost(mine, tmp_path):
@@ -128,40 +165,38 @@ def test_nothing_learned_is_nothing_lost(mine, tmp_path):
 
 
 def test_other_versions_and_machines_are_said_and_recorded(
-  digits_config, tmp_path, monkeypatch, capsys
+  digits_config, begun_digits, tmp_path, monkeypatch, capsys
 ):
   config = digits_config("stl", order="0,1", epochs=1)
-  interrupt(config, tmp_path, 1)
+  shutil.copytree(begun_digits(config), tmp_path / "run")
   here = standing.machine()
   monkeypatch.setattr(standing, "machine", lambda: here | {"jax": "99", "cores": 77})
-  record, said = run(config, tmp_path)
+  record, said = run(config, tmp_path / "run")
   assert said == [f"cores = 77 (was {here['cores']})", f"jax = '99' (was {here['jax']!r})"]
   assert record["standing"]["changes"] == said and record["standing"]["machine"]["cores"] == 77
-  assert json.loads((tmp_path / STANDING).read_text()) == record["standing"]
+  assert json.loads((tmp_path / "run" / STANDING).read_text()) == record["standing"]
   with terminal.live_display(sys.stdout) as show:
     show({"event": "standing", "said": said})
   assert "note: cores = 77" in capsys.readouterr().out
 
 
-def test_a_folder_of_an_older_version_goes_on_and_says_what_it_lacks(mine, tmp_path):
-  interrupt(mine(), tmp_path / "run", 1)
+def test_a_folder_of_an_older_version_goes_on_and_says_what_it_lacks(begun, originals, tmp_path):
   (tmp_path / "run" / STANDING).unlink()
   shutil.copytree(tmp_path / "run", tmp_path / "other")
-  record, said = run(mine(), tmp_path / "run")
+  record, said = run(begun(), tmp_path / "run")
   assert len(said) == 1 and "wrote no standing.json: its JAX flags, versions and machine" in said[0]
   assert record["standing"]["changes"] == said
-  assert bits(record) == bits(run(mine(), tmp_path / "whole")[0])
+  assert bits(record) == bits(originals[1])
   write(tmp_path / "mine", "a", 7)  # its tasks.json has a hash of all splits
   with pytest.raises(UserError, match=r"other images, labels or splits in data_dir=.* .split hash"):
-    run(mine(), tmp_path / "other")
+    run(begun(), tmp_path / "other")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"tasks": 5}', '{"tasks": [{}], "flags": {}}'])
-def test_a_damaged_standing_is_one_clear_line(mine, tmp_path, text):
-  interrupt(mine(), tmp_path / "run", 1)
+def test_a_damaged_standing_is_one_clear_line(begun, tmp_path, text):
   (tmp_path / "run" / STANDING).write_text(text)
   with pytest.raises(UserError, match="standing.json: .*; --overwrite starts anew"):
-    run(mine(), tmp_path / "run")
+    run(begun(), tmp_path / "run")
 
 
 # --- what is finished -----------------------------------------------------------------
@@ -181,7 +216,7 @@ def test_a_sweep_keeps_no_cell_of_other_data(mine, tmp_path):
 
 
 def test_a_finished_run_with_other_flags_is_not_taken_for_the_same(digits_config, tmp_path):
-  config = digits_config("stl", order="0", epochs=1)
+  config = digits_config("stl", order="0,1", epochs=1)
   before, _ = run(config, tmp_path)
   with flag("jax_enable_x64") as says, pytest.raises(UserError, match=says):
     run(config, tmp_path)

@@ -21,7 +21,8 @@ from ..devices.test_stop import wait_for_events
 
 CONFIG = f"--config={ROOT}/configs/digits.py"
 SHORT = ("--config.epochs=1", "--config.train_fraction=0.1", "--config.method.l2=0")
-RUN = (CONFIG, *SHORT, "--compile_cache=off", "--methods=stl")
+TWO = ("--config.order=2,5", "--seeds=0,1")  # cells, of two tasks
+RUN = (CONFIG, *SHORT, "--methods=stl")
 
 
 @pytest.fixture
@@ -86,22 +87,22 @@ def test_mistakes_are_found_before_the_first_run(tmp_path, argument, says):
 
 
 def test_a_failed_cell_is_told_and_the_others_go_on(tmp_path, capsys):
-  argv = [*RUN, "--orders=0,1", f"--workdir={tmp_path}"]
-  (tmp_path / "stl_0_0").mkdir()
-  (tmp_path / "stl_0_0" / "config.json").write_text('{"epochs": 3}')  # another run is there
+  argv = [*RUN, *TWO, f"--workdir={tmp_path}"]
+  (tmp_path / "stl_2,5_0").mkdir()
+  (tmp_path / "stl_2,5_0" / "config.json").write_text('{"epochs": 3}')  # another run is there
   assert command.main(argv) == 1
   out = capsys.readouterr().out
-  assert "[1/2] stl_0_0 failed" in out and "[2/2] stl_1_0 done | ACC " in out
-  assert "FAILED stl_0_0: UserError: --workdir=" in out and "1 done, 0 kept, 1 failed" in out
-  assert "Traceback" in (tmp_path / "stl_0_0" / "error.txt").read_text()
-  record = tmp_path / "stl_1_0" / "record.json"
+  assert "[1/2] stl_2,5_0 failed" in out and "[2/2] stl_2,5_1 done | ACC " in out
+  assert "FAILED stl_2,5_0: UserError: --workdir=" in out and "1 done, 0 kept, 1 failed" in out
+  assert "Traceback" in (tmp_path / "stl_2,5_0" / "error.txt").read_text()
+  record = tmp_path / "stl_2,5_1" / "record.json"
   before = record.stat().st_mtime_ns
-  (tmp_path / "stl_0_0" / "config.json").unlink()
+  (tmp_path / "stl_2,5_0" / "config.json").unlink()
   assert command.main(argv) == 0  # what is finished is not run again
   assert "1 done, 1 kept, 0 failed" in capsys.readouterr().out
   assert record.stat().st_mtime_ns == before
-  assert not (tmp_path / "stl_0_0" / "error.txt").exists()
-  config = json.loads((tmp_path / "stl_0_0" / "config.json").read_text())
+  assert not (tmp_path / "stl_2,5_0" / "error.txt").exists()
+  config = json.loads((tmp_path / "stl_2,5_0" / "config.json").read_text())
   assert config["train_fraction"] == 0.1 and config["method"]["l2"] == 0
 
 
@@ -125,13 +126,13 @@ def test_any_error_is_kept_to_its_cell_but_a_stop_is_not(digits, tmp_path, monke
 
 
 def test_a_cell_at_work_elsewhere_is_looked_at_again_and_is_no_failure(tmp_path, capsys):
-  argv = [*RUN, "--orders=0,1", f"--workdir={tmp_path}"]
-  (tmp_path / "stl_0_0").mkdir()
-  with open(tmp_path / "stl_0_0" / "lock", "ab") as other:
+  argv = [*RUN, *TWO, f"--workdir={tmp_path}"]
+  (tmp_path / "stl_2,5_0").mkdir()
+  with open(tmp_path / "stl_2,5_0" / "lock", "ab") as other:
     fcntl.flock(other, fcntl.LOCK_EX)
     assert command.main(argv) == 0
     out = capsys.readouterr().out
-    assert out.count("stl_0_0 at work elsewhere") == 2  # at its turn and at the end
+    assert out.count("stl_2,5_0 at work elsewhere") == 2  # at its turn and at the end
     assert "1 done, 0 kept, 0 failed, 1 at work elsewhere" in out and "FAILED" not in out
   assert command.main(argv) == 0
   assert "1 done, 1 kept, 0 failed" in capsys.readouterr().out
@@ -145,16 +146,17 @@ def test_data_that_are_not_there_end_the_sweep(tmp_path):
     )
 
 
-def test_a_sweep_is_stopped_and_goes_on(tmp_path):
-  line = [sys.executable, "-m", "halrp_jax", "sweep", CONFIG, "--config.epochs=2"]
-  line += ["--methods=stl", "--orders=0,1", f"--workdir={tmp_path}"]
+def test_a_sweep_is_stopped_and_goes_on(tmp_path, capsys):
+  argv = [CONFIG, "--config.epochs=3", "--config.order=3,1,0", "--methods=stl", "--seeds=0,1"]
+  argv.append(f"--workdir={tmp_path}")
+  line = [sys.executable, "-m", "halrp_jax", "sweep", *argv]
   process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  wait_for_events(tmp_path / "stl_0_0", 2, process)
+  wait_for_events(tmp_path / "stl_3,1,0_0", 2, process)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate()
   assert process.returncode == 75 and "the same command resumes" in err
-  done = subprocess.run(line, capture_output=True, text=True)
-  assert done.returncode == 0 and "0 failed" in done.stdout, done.stderr
+  assert command.main(argv) == 0
+  assert "2 done, 0 kept, 0 failed" in capsys.readouterr().out
 
 
 # --- what is shown --------------------------------------------------------------------
