@@ -169,9 +169,9 @@ def learn_two(config):
   [
     ({"rank_rule": "flat", "upper_rank": 7}, {"fc1": 7, "fc2": 7}),
     ({"rank_rule": "random", "upper_rank": 7}, {"fc1": 7, "fc2": 7}),
-    ({"rank_rule": "flat"}, {"fc1": 64, "fc2": 100}),
+    pytest.param({"rank_rule": "flat"}, {"fc1": 64, "fc2": 100}, marks=pytest.mark.slow),
     ({"alpha": 1.0}, {"fc1": 64, "fc2": 100}),  # the authors' code collapses to rank 1 here
-    ({"alpha": 1.0, "upper_rank": 0}, {"fc1": 64, "fc2": 256}),
+    pytest.param({"alpha": 1.0, "upper_rank": 0}, {"fc1": 64, "fc2": 256}, marks=pytest.mark.slow),
     ({"alpha": 0.0, "upper_rank": 3}, {"fc1": 1, "fc2": 1}),
   ],
 )

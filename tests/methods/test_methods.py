@@ -13,6 +13,7 @@ from halrp_jax.training import batches, fit
 from halrp_jax.types import Benchmark, Store
 
 NUM_TASKS = 3
+LONG = {"apd", "ibpwf", "iru"}  # ten seconds for three tasks; slow but in their own files
 QUIET = Store("test", lambda event: None)
 # methods that forget nothing, and what switches off the only source of forgetting they may have, or
 # what one needs to learn anything at all
@@ -70,6 +71,9 @@ def learn(config) -> tuple[list, Benchmark, object]:
   return states, benchmark, method
 
 
+EVERY_SHORT = slow_but(*methods.METHODS.keys() - LONG)
+
+
 @pytest.fixture(scope="module")
 def phases():
   """Filled by `learned`: method -> the penalty of each phase, the values at its start."""
@@ -117,6 +121,7 @@ def logits(method, state, benchmark, t, num_images=100):
   return np.asarray(method.predict(state, t, image))
 
 
+@EVERY_SHORT
 def test_every_task_is_learned(learned, method_name, digits_config):
   states, benchmark, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
@@ -128,7 +133,10 @@ def test_every_task_is_learned(learned, method_name, digits_config):
     assert np.mean(logits(method, states[-1], benchmark, t).argmax(-1) == label) > least
 
 
-@pytest.mark.parametrize("method_name", NO_FORGETTING)
+@pytest.mark.parametrize(
+  "method_name",
+  [pytest.param(m, marks=[pytest.mark.slow] * (m in LONG)) for m in NO_FORGETTING],
+)
 def test_nothing_is_forgotten_to_the_bit(learned, method_name, digits_config):
   states, benchmark, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
@@ -155,6 +163,7 @@ def test_shared_and_earlier_leaves_do_not_move(learned, method_name, digits_conf
 NOT_MERGED = ("clr", "prd")
 
 
+@EVERY_SHORT
 def test_a_merged_network_predicts_what_the_task_does(learned, method_name, digits_config):
   states, benchmark, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
@@ -178,6 +187,7 @@ def test_a_merged_network_predicts_what_the_task_does(learned, method_name, digi
     np.testing.assert_allclose(got, logits(method, states[-1], benchmark, t), atol=1e-4)
 
 
+@EVERY_SHORT
 def test_all_tasks_have_the_same_shapes(learned, method_name, digits_config):
   """So that nothing recompiles as tasks come."""
   states, _, _ = learned(
@@ -210,6 +220,7 @@ SIZES = {
 }
 
 
+@EVERY_SHORT
 def test_sizes_are_those_of_the_table(learned, method_name, digits_config):
   states, _, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
@@ -240,6 +251,7 @@ def test_the_first_task_is_that_of_single_task_learning(learned, method_name, di
   np.testing.assert_array_equal(got, want)
 
 
+@EVERY_SHORT
 def test_penalties_have_the_slope_of_finite_differences(
   learned, phases, method_name, digits_config
 ):
