@@ -81,12 +81,14 @@ def test_many_anchors_are_one():
   )
 
 
-@pytest.mark.parametrize("network", ["lenet", "alexnet", "resnet18"])
+@pytest.mark.parametrize(
+  "network", ["lenet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("alexnet", "resnet18"))]
+)
 def test_fisher_of_networks_without_running_statistics(digits_config, network):
   """BatchNorm with the chunk's statistics: finite, positive, and 0 for a bias before BatchNorm."""
   model = experiment.models.make(network, 3, "batch").clone(**SMALL[network])
   image = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32, 32, 3)), jnp.float32)
-  params = model.init(jax.random.key(0), image[:1], train=False)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), image[:1])["params"]
   chunk = jax.jit(ewc._fisher_of(model, False, False))
   label = jnp.arange(16) % 3
   squares = chunk(
@@ -99,9 +101,9 @@ def test_fisher_of_networks_without_running_statistics(digits_config, network):
 
 def test_statistics_of_a_batch_are_held_fixed():
   """The network with the batch's statistics set evaluates as the one that takes them itself."""
-  model = experiment.models.make("lenet", 3, "batch")
+  model = experiment.models.make("lenet", 3, "batch").clone(**SMALL["lenet"])
   image = jnp.asarray(np.random.default_rng(0).normal(size=(32, 32, 32, 3)), jnp.float32)
-  params = model.init(jax.random.key(0), image[:1], train=False)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), image[:1])["params"]
   fixed, stats = networks.fix_batch_statistics(model, params, image)
   got, _ = networks.apply_model(fixed, params, stats, image, False, None)
   want, _ = networks.apply_model(model, params, {}, image, False, None)
@@ -125,7 +127,7 @@ def test_a_network_of_the_users_own_may_choose_its_statistics():
   assert fixed.running and jax.tree.leaves(stats)
 
 
-@pytest.mark.parametrize("method", [pytest.param("l2", marks=pytest.mark.slow), "ewc"])
+@pytest.mark.parametrize("method", ["l2", pytest.param("ewc", marks=pytest.mark.slow)])
 def test_a_strong_anchor_holds_and_a_weak_one_does_not(method, digits_config, tmp_path):
   def forgetting(strength):
     config = digits_config(method, epochs=4, **{"method.strength": strength})

@@ -1,5 +1,7 @@
 """Claims of BMKP: the basis of outputs, what is regularised, products that keep old bits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +105,20 @@ def test_bases_hold_what_layers_put_out(digits_config):
       x = np.maximum(z, 0)
 
 
-def test_coefficients_start_at_the_projection_and_stay_in_their_columns(digits_config):
+@pytest.fixture(scope="module")
+def cache():
+  return {}
+
+
+@pytest.fixture
+def learned(cache, digits_config):
+  """States after three tasks, benchmark, method."""
+  if not cache:
+    cache[0] = learn(digits_config("bmkp"))
+  return cache[0]
+
+
+def test_coefficients_start_at_the_projection_and_stay_in_their_columns(learned, digits_config):
   """Without retraining W_t = B B' W; with it later columns of A_t are still exactly 0."""
   states, _, _ = learn(digits_config("bmkp", **{"method.retrain_share": 0.0}))
   shared, last = states[-1].shared, states[-1].tasks[-1].params
@@ -112,7 +127,7 @@ def test_coefficients_start_at_the_projection_and_stay_in_their_columns(digits_c
       np.asarray(x) for x in (shared["working"]["params"][name]["kernel"], shared["basis"][name])
     )
     np.testing.assert_allclose(np.asarray(last[name]["kernel"]) @ b.T, w @ b @ b.T, atol=1e-5)
-  states, _, _ = learn(digits_config("bmkp"))
+  states, _, _ = learned
   grew = False
   for p in states[-1].tasks:
     for name in ("fc1", "fc2"):
@@ -129,13 +144,17 @@ def test_a_first_direction_that_carries_all_is_kept(digits_config):
   assert {int(k) for k in states[0].shared["num_directions"].values()} == {1}
 
 
-@pytest.mark.parametrize("network", ["lenet", "resnet18", "mlp"])
+@pytest.mark.parametrize(
+  "network", ["lenet", pytest.param("resnet18", marks=pytest.mark.slow), "mlp"]
+)
 @pytest.mark.parametrize("images", [2, 64])  # few places, many places
 def test_products_are_the_composed_network_and_later_columns_change_no_bit(network, images):
   model = models.make(network, 3).clone(**SMALL[network])
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(images, 32, 32, 3)), jnp.float32)
-  params, stats = networks.initialize(model, jax.random.key(0), x.shape[1:])
+  params, stats = jax.jit(lambda key: networks.initialize(model, key, x.shape[1:]))(
+    jax.random.key(0)
+  )
   kernels, rest = trees.split(params)
   full = {n: random_basis(rng, w.shape[-1], w.shape[-1]) for n, w in kernels.items()}
   half = {n: b * (np.arange(len(b)) < len(b) // 2)[None] for n, b in full.items()}
@@ -148,12 +167,13 @@ def test_products_are_the_composed_network_and_later_columns_change_no_bit(netwo
 
   composed = {n: a @ half[n].T for n, a in coefficients.items()}
   variables = {"params": trees.join(composed, rest), "batch_stats": stats}
-  np.testing.assert_allclose(apply(half), model.apply(variables, x, train=False), atol=1e-4)
+  want = jax.jit(functools.partial(model.apply, train=False))(variables, x)
+  np.testing.assert_allclose(apply(half), want, atol=1e-4)
   np.testing.assert_array_equal(apply(half), apply(full))
 
 
-def test_size_is_counted_by_hand(digits_config):
-  states, _, method = learn(digits_config("bmkp"))
+def test_size_is_counted_by_hand(learned):
+  states, _, method = learned
   inputs, head, biases = {"fc1": 64, "fc2": 256}, 2570, 512
   for state in states:
     counts = [{n: int(k) for n, k in p.num_directions.items()} for p in state.tasks]

@@ -1,5 +1,7 @@
 """What is HALRP's own: sizes, pruning, ranks, variants."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +20,15 @@ CAP = 100
 QUIET = Store("test", lambda event: None)
 
 
+@functools.cache
+def lenet():
+  model = models.make("lenet", 10)
+  return jax.jit(lambda key: networks.initialize(model, key, (32, 32, 3)))(jax.random.key(0))
+
+
 def lenet_state(num_tasks: int, rank: int, sigma: str = "folded") -> State:
   """A LeNet after `num_tasks` tasks of ten classes, all ranks at min(rank, full), random values."""
-  model = models.make("lenet", 10)
-  params, stats = networks.initialize(model, jax.random.key(0), (32, 32, 3))
+  params, stats = lenet()
   kernels, rest = trees.split(params)
   rng = np.random.default_rng(0)
   tasks = []
@@ -162,14 +169,14 @@ def learn_two(config):
   [
     ({"rank_rule": "flat", "upper_rank": 7}, {"fc1": 7, "fc2": 7}),
     ({"rank_rule": "random", "upper_rank": 7}, {"fc1": 7, "fc2": 7}),
-    ({"rank_rule": "flat"}, {"fc1": 64, "fc2": 100}),
+    pytest.param({"rank_rule": "flat"}, {"fc1": 64, "fc2": 100}, marks=pytest.mark.slow),
     ({"alpha": 1.0}, {"fc1": 64, "fc2": 100}),  # the authors' code collapses to rank 1 here
-    ({"alpha": 1.0, "upper_rank": 0}, {"fc1": 64, "fc2": 256}),
+    pytest.param({"alpha": 1.0, "upper_rank": 0}, {"fc1": 64, "fc2": 256}, marks=pytest.mark.slow),
     ({"alpha": 0.0, "upper_rank": 3}, {"fc1": 1, "fc2": 1}),
   ],
 )
 def test_rank_rules(digits_config, switches, ranks):
-  config = digits_config(**{f"method.{k}": v for k, v in switches.items()})
+  config = digits_config(train_fraction=0.1, **{f"method.{k}": v for k, v in switches.items()})
   state, history, _ = learn_two(config)
   assert history["ranks"] == ranks
   assert {n: int(k) for n, k in state.tasks[1].rank.items()} == ranks
@@ -180,8 +187,8 @@ def test_rank_rules(digits_config, switches, ranks):
   [
     ({"svd_rank": 200}, True),  # all kept values are among the 64 of fc1 and the 200 of fc2
     ({"svd_rank": 3}, False),
-    ({"svd_rank": 120, "rank_rule": "flat"}, True),
-    ({"svd_rank": 20, "rank_rule": "flat"}, False),
+    pytest.param({"svd_rank": 120, "rank_rule": "flat"}, True, marks=pytest.mark.slow),
+    pytest.param({"svd_rank": 20, "rank_rule": "flat"}, False, marks=pytest.mark.slow),
   ],
 )
 def test_randomised_ranks_are_exact_or_say_that_they_are_not(digits_config, switches, exact):
@@ -220,7 +227,7 @@ def test_columns_beyond_the_rank_are_zero_after_a_whole_task(digits_config):
 
 
 def test_phases_are_those_of_algorithm_1(digits_config):
-  config = digits_config(**{"epochs": 5, "method.warmup_epochs": 2})
+  config = digits_config(train_fraction=0.1, **{"epochs": 5, "method.warmup_epochs": 2})
   _, _, events = learn_two(config)
   phases = [e["phase"] for e in events if e["event"] == "epoch"]
   assert phases == ["test/base"] * 5 + ["test/warmup"] * 2 + ["test/finetune"] * 3
@@ -236,7 +243,9 @@ def test_more_kept_importance_means_a_better_start(digits_config):
   assert first_loss[1.0] < first_loss[0.0]
 
 
-@pytest.mark.parametrize("variant", ["code", "paper", "published"])
+@pytest.mark.parametrize(
+  "variant", ["code", "paper", pytest.param("published", marks=pytest.mark.slow)]
+)
 def test_variants_learn(digits_config, variant):
   config = resolve(digits_config(**{"method.variant": variant, "epochs": 6}))
   benchmark, _, method, _ = experiment.build(config)

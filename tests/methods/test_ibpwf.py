@@ -74,8 +74,9 @@ def test_everything_is_finite_in_float32(alpha, d):
     before = jnp.full(num, np.log(alpha) + 0.1), jnp.full(num, np.log(d) + 0.1)
     return kl_b + ibpwf.kl_kumaraswamy(log_c, log_d, *before).sum()
 
+  value_and_grad = jax.jit(jax.value_and_grad(kl, (0, 1, 2)))
   for seed in range(20):
-    both = jax.value_and_grad(kl, (0, 1, 2))(log_c, log_d, p, jax.random.key(seed))
+    both = value_and_grad(log_c, log_d, p, jax.random.key(seed))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(both))
 
 
@@ -87,8 +88,21 @@ def test_a_strong_prior_is_learned_in_float32(digits_config):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(states[-1]))
 
 
-def test_used_factors_stay_the_same_bits_and_others_learn(digits_config):
-  states, *_ = learn(digits_config("ibpwf", **{"method.alpha_share": 0.5}))  # some are left over
+@pytest.fixture(scope="module")
+def cache():
+  return {}
+
+
+@pytest.fixture
+def some_left_over(cache, digits_config):
+  """States after three tasks that leave some factors unused; benchmark, method."""
+  if not cache:
+    cache[0] = learn(digits_config("ibpwf", **{"method.alpha_share": 0.5}))
+  return cache[0]
+
+
+def test_used_factors_stay_the_same_bits_and_others_learn(some_left_over):
+  states, *_ = some_left_over
   for before, after in zip(states, states[1:], strict=False):
     for n, used in before.shared["used"].items():
       used = np.asarray(used) > 0
@@ -104,7 +118,9 @@ def test_used_factors_stay_the_same_bits_and_others_learn(digits_config):
 
 @pytest.mark.parametrize("start", ["fresh", "task_before"])
 def test_a_task_starts_fresh_or_where_the_one_before_ended(start, digits_config):
-  config = digits_config("ibpwf", **{"method.start": start, "learning_rate": 1e-12})
+  config = digits_config(
+    "ibpwf", train_fraction=0.1, **{"method.start": start, "learning_rate": 1e-12}
+  )
   states, *_ = learn(config)
   first, second = (s.shared["r"]["fc1"] for s in states[:2])
   biases = [task.rest["fc1"]["bias"] for task in states[1].tasks]
@@ -121,8 +137,8 @@ def test_prediction_takes_what_is_probable_alone():
   np.testing.assert_allclose(ibpwf.z_of(p, r, 0.6), [0, 0, want[2]], rtol=1e-6)
 
 
-def test_size_counts_the_factors_in_use(digits_config):
-  states, _, method = learn(digits_config("ibpwf"))
+def test_size_counts_the_factors_in_use(some_left_over):
+  states, _, method = some_left_over
   lengths = {"fc1": 64 + 256, "fc2": 512}
   for state in states:
     got, used = method.size(state), state.shared["used"]
@@ -138,7 +154,7 @@ def test_size_counts_the_factors_in_use(digits_config):
 
 def test_the_sampled_phase_draws_anew_at_every_step_and_repeats(digits_config):
   """Two equal batches in one epoch give different losses; the same key the same."""
-  config = resolve(digits_config("ibpwf"))
+  config = resolve(digits_config("ibpwf", train_fraction=0.1))
   benchmark, model, *_ = experiment.build(config)
   seen = []
 

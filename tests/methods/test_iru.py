@@ -37,7 +37,9 @@ def test_factors_of_earlier_tasks_stay_the_same_bits(digits_config):
 def test_a_task_starts_with_new_factors_alone(digits_config):
   """Orthonormal ones, and an orthogonal head; told by a learning rate that moves nothing."""
   config = digits_config(
-    "iru", **{"method.start": "fresh", "learning_rate": 1e-12, "method.first_factors": 11}
+    "iru",
+    train_fraction=0.1,
+    **{"method.start": "fresh", "learning_rate": 1e-12, "method.first_factors": 11},
   )
   states, benchmark, method = learn(config)
   z = np.asarray(states[1].tasks[1].z["fc1"])
@@ -52,7 +54,11 @@ def test_a_task_starts_with_new_factors_alone(digits_config):
 
 
 def test_a_task_can_start_where_the_one_before_ended(digits_config):
-  config = digits_config("iru", **{"method.start": "task_before", "learning_rate": 1e-12, **FEW})
+  config = digits_config(
+    "iru",
+    train_fraction=0.1,
+    **{"method.start": "task_before", "learning_rate": 1e-12, **FEW},
+  )
   states, *_ = learn(config)
   for _, z in states[-1].tasks[-1].z.items():
     np.testing.assert_allclose(z[:13], 1, atol=1e-6)

@@ -1,5 +1,7 @@
 """The contract that every method keeps, on three tasks of real digits."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -10,9 +12,8 @@ from halrp_jax.runs import experiment
 from halrp_jax.training import batches, fit
 from halrp_jax.types import Benchmark, Store
 
-from ..conftest import heavy_are_slow
-
 NUM_TASKS = 3
+LONG = {"apd", "ibpwf", "iru"}  # ten seconds for three tasks; slow but in their own files
 QUIET = Store("test", lambda event: None)
 # methods that forget nothing, and what switches off the only source of forgetting they may have, or
 # what one needs to learn anything at all
@@ -50,6 +51,13 @@ LEAST = {"l2": 0.3, "ewc": 0.3, "clr": 0.3, "wsn": 0.5, "ibpwf": 0.3}
 NO_BASE = ("iru", "ibpwf", "bmkp")  # what is kept of a network may be smaller than the network
 
 
+def slow_but(*fast):
+  """Parametrises a test over all methods, of which all but a few representatives are slow."""
+  marks = {m: [pytest.mark.slow] * (m not in fast) for m in sorted(methods.METHODS)}
+  assert marks.keys() >= set(fast)
+  return pytest.mark.parametrize("method_name", [pytest.param(m, marks=marks[m]) for m in marks])
+
+
 def learn(config) -> tuple[list, Benchmark, object]:
   """Learns the first tasks; returns the state after each, the benchmark, the method."""
   config = resolve(config)
@@ -63,17 +71,48 @@ def learn(config) -> tuple[list, Benchmark, object]:
   return states, benchmark, method
 
 
+EVERY_SHORT = slow_but(*methods.METHODS.keys() - LONG)
+
+
 @pytest.fixture(scope="module")
-def learned():
+def phases():
+  """Filled by `learned`: method -> the penalty of each phase, the values at its start."""
+  return {}
+
+
+@pytest.fixture(scope="module")
+def learned(phases):
   """Runs are shared by the tests of this file: (method) -> states, benchmark, method."""
   cache = {}
 
   def get(name, config):
     if name not in cache:
-      cache[name] = learn(config)
+      with pytest.MonkeyPatch.context() as patch:
+        phases[name] = watch_phases(patch)
+        cache[name] = learn(config)
     return cache[name]
 
   return get
+
+
+def watch_phases(patch):
+  """Returns a list to which each phase of training adds its penalty, parameters and `frozen`."""
+  made, seen = fit.make_fit, []
+
+  def watching(setup, apply_fn, penalty_fn, **kwargs):
+    train = made(setup, apply_fn, penalty_fn, **kwargs)
+
+    def watched(params, stats, frozen, *args):
+      start = jax.tree.map(lambda x: x.copy() if hasattr(x, "copy") else x, (params, frozen))
+      seen.append((penalty_fn, *start))  # copied, since training may overwrite them
+      return train(params, stats, frozen, *args)
+
+    return watched
+
+  for module in (fit, *vars(methods).values()):
+    if hasattr(module, "make_fit"):
+      patch.setattr(module, "make_fit", watching)
+  return seen
 
 
 def logits(method, state, benchmark, t, num_images=100):
@@ -82,6 +121,7 @@ def logits(method, state, benchmark, t, num_images=100):
   return np.asarray(method.predict(state, t, image))
 
 
+@EVERY_SHORT
 def test_every_task_is_learned(learned, method_name, digits_config):
   states, benchmark, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
@@ -93,7 +133,10 @@ def test_every_task_is_learned(learned, method_name, digits_config):
     assert np.mean(logits(method, states[-1], benchmark, t).argmax(-1) == label) > least
 
 
-@pytest.mark.parametrize("method_name", NO_FORGETTING)
+@pytest.mark.parametrize(
+  "method_name",
+  [pytest.param(m, marks=[pytest.mark.slow] * (m in LONG)) for m in NO_FORGETTING],
+)
 def test_nothing_is_forgotten_to_the_bit(learned, method_name, digits_config):
   states, benchmark, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
@@ -120,6 +163,7 @@ def test_shared_and_earlier_leaves_do_not_move(learned, method_name, digits_conf
 NOT_MERGED = ("clr", "prd")
 
 
+@EVERY_SHORT
 def test_a_merged_network_predicts_what_the_task_does(learned, method_name, digits_config):
   states, benchmark, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
@@ -143,6 +187,7 @@ def test_a_merged_network_predicts_what_the_task_does(learned, method_name, digi
     np.testing.assert_allclose(got, logits(method, states[-1], benchmark, t), atol=1e-4)
 
 
+@EVERY_SHORT
 def test_all_tasks_have_the_same_shapes(learned, method_name, digits_config):
   """So that nothing recompiles as tasks come."""
   states, _, _ = learned(
@@ -175,6 +220,7 @@ SIZES = {
 }
 
 
+@EVERY_SHORT
 def test_sizes_are_those_of_the_table(learned, method_name, digits_config):
   states, _, method = learned(
     method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {}))
@@ -205,63 +251,87 @@ def test_the_first_task_is_that_of_single_task_learning(learned, method_name, di
   np.testing.assert_array_equal(got, want)
 
 
-def test_penalties_have_the_slope_of_finite_differences(method_name, digits_config, monkeypatch):
+@EVERY_SHORT
+def test_penalties_have_the_slope_of_finite_differences(
+  learned, phases, method_name, digits_config
+):
   """Along random directions, where each phase starts and with what it holds fixed."""
-  made, slopes = fit.make_fit, []
-
-  def checking(setup, apply_fn, penalty_fn, **kwargs):
-    train = made(setup, apply_fn, penalty_fn, **kwargs)
-
-    def checked(params, stats, frozen, *args):
-      slopes.append(_slopes(lambda p: penalty_fn(p, frozen), params, len(slopes)))
-      return train(params, stats, frozen, *args)
-
-    return checked
-
-  for module in (fit, *vars(methods).values()):
-    if hasattr(module, "make_fit"):
-      monkeypatch.setattr(module, "make_fit", checking)
-  learn(digits_config(method_name, epochs=2, train_fraction=0.3))
+  learned(method_name, digits_config(method_name, **NO_FORGETTING.get(method_name, {})))
+  slopes = [_slopes(*phase, seed) for seed, phase in enumerate(phases[method_name])]
   assert slopes
   for exact, estimated in slopes:
     assert estimated == pytest.approx(exact, rel=2e-2, abs=1e-5)
   assert any(exact for exact, _ in slopes) == (method_name not in NO_PENALTY)
 
 
-def _slopes(fn, params, seed):
-  leaves, structure = jax.tree.flatten(params)
+def _slopes(penalty_fn, params, frozen, seed):
+  """Returns the exact slope and the estimate, in double precision, as shares of the penalty."""
   rng = np.random.default_rng(seed)
 
   def random(scale):
-    return structure.unflatten(
-      [scale * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-    )
+    return jax.tree.map(lambda x: scale * rng.normal(size=x.shape), params)
 
-  point = jax.tree.map(lambda x, noise: x + noise, params, random(0.05))
-  step = random(1e-3)
+  def double(x):
+    is_float = jax.numpy.issubdtype(jax.numpy.result_type(x), np.floating)
+    return np.asarray(x, np.float64) if is_float else x
+
+  point = jax.tree.map(lambda x, noise: double(x) + noise, params, random(0.05))
+  with jax.enable_x64(True):
+    frozen = jax.tree.map(double, frozen)
+    ends, value, exact = _ends_and_slope(penalty_fn, point, random(1e-6), frozen)
+    scale = max(abs(float(value)), 1e-12)
+    return float(exact) / scale, float(ends[0] - ends[1]) / 2 / scale
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ends_and_slope(penalty_fn, point, step, frozen):
+  def fn(params):
+    return penalty_fn(params, frozen) + 0.0
+
   ends = [fn(jax.tree.map(lambda x, d, s=s: x + s * d, point, step)) for s in (1, -1)]
-  value, exact = jax.jvp(lambda p: fn(p) + 0.0, (point,), (step,))
-  scale = max(abs(float(value)), 1e-12)
-  return float(exact) / scale, float(ends[0] - ends[1]) / 2 / scale
+  return ends, *jax.jvp(fn, (point,), (step,))
+
+
+SHORT = {"train_fraction": 0.1, "loop": "scan"}
+WHOLE_RUNS = slow_but("ewc", "halrp", "mtl", "stl")
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-  """Whole runs, shared: (config, copy) -> record.json of one of several equal runs."""
+  """Whole runs, shared: (config, copy) -> record.json of one of several equal runs, and the
+  functions that were traced, (position of the task, name)."""
   cache = {}
 
   def get(config, copy=0):
     key = (config.method.name, config.seed, copy)
     if key not in cache:
-      cache[key] = experiment.run(config, str(tmp_path_factory.mktemp("run")))
+      cache[key] = run_traced(config, str(tmp_path_factory.mktemp("run")))
     return cache[key]
+
+  def run_traced(config, folder):
+    traced, task = [], [None]
+
+    def listen(event, seconds, fun_name="", **_):
+      if event == "/jax/core/compile/jaxpr_trace_duration":
+        traced.append((task[0], fun_name))
+
+    def show(event):
+      if event["event"] == "task":
+        task[0] = event["t"]
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+      return experiment.run(config, folder, show), traced
+    finally:
+      jax.monitoring.unregister_event_duration_listener(listen)
 
   return get
 
 
-@heavy_are_slow
+@slow_but("halrp", "stl")
 def test_runs_repeat_to_the_bit(record, digits_config, method_name):
-  a, b = (record(digits_config(method_name), copy) for copy in (0, 1))
+  (a, _), (b, _) = (record(digits_config(method_name, **SHORT), copy) for copy in (0, 1))
   timing = ("seconds", "memory_bytes", "peak_memory_bytes", "date")
   assert {k: v for k, v in a.items() if k not in timing} == {
     k: v for k, v in b.items() if k not in timing
@@ -277,25 +347,11 @@ NUM_FITS |= {"gpm": 6, "apd": 6}  # one per width of its bases, of the stack of 
 LATE = {"halrp": {"prune", "_where"}, "gpm": None, "apd": None}
 
 
-def test_nothing_is_traced_again_as_tasks_come(digits_config, method_name, tmp_path):
+@WHOLE_RUNS
+def test_nothing_is_traced_again_as_tasks_come(record, digits_config, method_name):
   """At most two traces per phase in ten tasks, whatever their ranks; none after the second task but
   those of `LATE`."""
-  traced, task = [], [None]
-
-  def listen(event, seconds, fun_name="", **_):
-    if event == "/jax/core/compile/jaxpr_trace_duration":
-      traced.append((task[0], fun_name))
-
-  def show(event):
-    if event["event"] == "task":
-      task[0] = event["t"]
-
-  jax.clear_caches()
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    run = experiment.run(digits_config(method_name, loop="scan"), str(tmp_path), show)
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
+  run, traced = record(digits_config(method_name, **SHORT))
   assert len(run["accuracy"]) == 10
   fits = [name for _, name in traced if name == "many_steps"]
   assert 0 < len(fits) <= 2 * NUM_FITS.get(method_name, 1)
@@ -309,13 +365,15 @@ def test_nothing_is_traced_again_as_tasks_come(digits_config, method_name, tmp_p
   )
 
 
+@slow_but("stl")
 def test_another_seed_is_another_run(record, digits_config, method_name):
-  a, b = (record(digits_config(method_name, seed=s)) for s in (0, 1))
+  (a, _), (b, _) = (record(digits_config(method_name, seed=s, **SHORT)) for s in (0, 1))
   assert a["state_hash"] != b["state_hash"] and a["split_hash"] != b["split_hash"]
 
 
+@WHOLE_RUNS
 def test_the_record_holds_together(record, digits_config, method_name):
-  run = record(digits_config(method_name))
+  run, _ = record(digits_config(method_name, **SHORT))
   matrix = np.array(run["accuracy"], float)
   assert matrix.shape == (10, 10)
   assert np.isnan(matrix[np.triu_indices(10, 1)]).all()
@@ -330,9 +388,10 @@ def test_the_record_holds_together(record, digits_config, method_name):
   assert run["config"]["method"]["name"] == method_name == run["method"]
 
 
+@slow_but("halrp", "mtl", "prd", "stl")
 def test_tasks_with_different_numbers_of_classes(method_name, digits_config):
   """Digits 0-9, 0-4 and 0-2: one head width inside, each task's own width outside."""
-  config = resolve(digits_config(method_name, epochs=3))
+  config = resolve(digits_config(method_name, train_fraction=0.1))
   benchmark, model, _, _ = experiment.build(config)
   tasks = []
   for task, k in zip(benchmark.tasks, (5, 10, 3), strict=False):

@@ -1,5 +1,7 @@
 """Every network takes two tasks of every method, a few steps each."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,17 +9,17 @@ import pytest
 from halrp_jax import methods, models
 from halrp_jax.config import make_config, resolve
 from halrp_jax.runs import experiment
+from halrp_jax.training import batches, networks
 from halrp_jax.types import Benchmark, Inputs, Split, Task
 from halrp_jax.weights import taps, trees
 
-from ..conftest import heavy_are_slow
-from .test_methods import NO_FORGETTING, QUIET, logits
+from .test_methods import NO_FORGETTING, QUIET
 
 COLOURS = {"wide_lenet": 1}
 # small, since what is tested is how methods and layers fit together
 SMALL = {
   "alexnet": {"channels": (4, 5, 6), "hidden": (16, 12)},
-  "resnet18": {"width": 4, "stage_sizes": (1, 1, 1, 1)},  # either kind of shortcut
+  "resnet18": {"width": 4, "stage_sizes": (1, 1)},  # either kind of shortcut
   "mlp": {"hidden": (16, 12)},
 } | dict.fromkeys(
   ("lenet", "wide_lenet", "saha_lenet", "saha_lenet_without_lrn"),
@@ -47,31 +49,25 @@ def benchmark_of():
   return make
 
 
-class TestAlexNet:
-  @heavy_are_slow
-  def test_two_tasks_are_learned(self, method_name, benchmark_of):
-    learn_two_tasks("alexnet", method_name, benchmark_of)
+# Pairs that differ in what a method does with a layer; the others are slow.
+FAST = {
+  "alexnet": {"stl"},
+  "resnet18": {"halrp"},
+  "lenet": {"apdfix", "be", "bmkp", "ewc", "iru", "prd"},
+  "wide_lenet": {"stl"},
+  "saha_lenet": {"gpm"},
+  "saha_lenet_without_lrn": {"wsn"},
+}
+OF_GPM_AND_WSN = ("gpm", "halrp", "stl", "wsn")  # the methods on the networks of GPM and WSN
+PAIRS = [
+  pytest.param(network, method, marks=[pytest.mark.slow] * (method not in fast))
+  for network, fast in FAST.items()
+  for method in (OF_GPM_AND_WSN if network.startswith("saha") else sorted(methods.METHODS))
+]
 
 
-class TestResNet18:
-  @heavy_are_slow
-  def test_two_tasks_are_learned(self, method_name, benchmark_of):
-    learn_two_tasks("resnet18", method_name, benchmark_of)
-
-
-class TestOthers:
-  @pytest.mark.parametrize("network", ["lenet", "wide_lenet"])
-  def test_two_tasks_are_learned(self, network, method_name, benchmark_of):
-    learn_two_tasks(network, method_name, benchmark_of)
-
-
-@pytest.mark.parametrize("network", ["saha_lenet", "saha_lenet_without_lrn"])
-@pytest.mark.parametrize("method", ["gpm", "halrp", "stl", "wsn"])
-def test_the_networks_of_gpm_and_wsn(network, method, benchmark_of):
-  learn_two_tasks(network, method, benchmark_of)
-
-
-def learn_two_tasks(network, method_name, benchmark_of):
+@pytest.mark.parametrize(("network", "method_name"), PAIRS)
+def test_two_tasks_are_learned(network, method_name, benchmark_of):
   benchmark = benchmark_of(COLOURS.get(network, 3))
   config = make_config(
     method_name,
@@ -96,17 +92,25 @@ def learn_two_tasks(network, method_name, benchmark_of):
   method = methods.make(config, model, benchmark)
   state = method.init(jax.random.key(0), benchmark)
   first = None
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def predict(state, t, image):
+    tasks = tuple(task._replace(num_classes=np.int32(3)) for task in state.tasks)
+    return method.predict(state._replace(tasks=tasks), t, image)
+
+  def logits(t, num_images=5):
+    task = benchmark.tasks[t]
+    image, _ = batches.load_batch(task.test, task.inputs, np.arange(num_images))
+    return np.asarray(predict(state, t, image))
+
   for group in method.groups(2):
     tasks = tuple(benchmark.tasks[t] for t in group)
     before = state
     state, _ = method.learn(state, tasks, jax.random.key(group[0]), QUIET)
-    first = logits(method, state, benchmark, 0, 5) if first is None else first
-  got = [logits(method, state, benchmark, t, 5) for t in range(2)]
+    first = logits(0) if first is None else first
+  got = [logits(t) for t in range(2)]
   assert all(x.shape == (5, 3) and x.dtype == np.float32 and np.isfinite(x).all() for x in got)
-  alone, tolerance = (
-    logits(method, state, benchmark, 1, 1),
-    5e-2 if network == "wide_lenet" else 1e-5,
-  )
+  alone, tolerance = logits(1, 1), 5e-2 if network == "wide_lenet" else 1e-5
   np.testing.assert_allclose(alone, got[1][:1], atol=tolerance, rtol=tolerance)
   if method_name in NO_FORGETTING:
     np.testing.assert_array_equal(got[0], first)
@@ -119,13 +123,19 @@ def test_layers_with_kernels_are_known_to_every_method():
   image = jax.numpy.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), np.float32)
   for network in ("lenet", "alexnet", "resnet18"):
     model = models.make(network, 3, "batch").clone(**SMALL[network])
-    params = model.init(jax.random.key(0), image, train=False)["params"]
+    params, _ = jax.jit(lambda key, m=model: networks.initialize(m, key, image.shape[1:]))(
+      jax.random.key(0)
+    )
     kernels, _ = trees.split(params)
-    rows = taps.layer_inputs(model, kernels.keys(), {"params": params}, image)
+
+    def taps_of(params, model=model, names=tuple(kernels)):
+      both = (taps.layer_inputs, taps.layer_outputs)
+      return [f(model, names, {"params": params}, image) for f in both]
+
+    rows, outputs = jax.jit(taps_of)(params)
     assert {n: x.shape[-1] for n, x in rows.items()} == {
       n: w.size // w.shape[-1] for n, w in kernels.items()
     }
-    outputs = taps.layer_outputs(model, kernels.keys(), {"params": params}, image)
     for name, w in kernels.items():
       want = np.asarray(rows[name]) @ np.asarray(w).reshape(-1, w.shape[-1])
       np.testing.assert_allclose(outputs[name], want, rtol=1e-4, atol=1e-4)

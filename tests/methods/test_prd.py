@@ -94,7 +94,7 @@ def gradients(digits_config, monkeypatch):
     def loss(params):
       return objectives[0](params, frozen, {}, batch, True, jax.random.key(0))[0]
 
-    return jax.grad(loss)(jax.tree.map(jnp.asarray, params))
+    return jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, params))
 
   return get
 

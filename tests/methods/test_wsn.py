@@ -14,7 +14,7 @@ from .test_methods import learn
 def test_largest_is_the_k_largest_of_a_sort():
   rng = np.random.default_rng(0)
   for i in range(100):
-    share, shape = float(rng.uniform(0.01, 1)), (int(rng.integers(1, 40)), 7)
+    share, shape = float(rng.uniform(0.01, 1)), (int(rng.choice([1, 2, 5, 18, 39])), 7)
     x = np.abs(rng.normal(size=shape)).astype(np.float32) ** (1 + i % 4)
     x = np.round(x) if i % 3 == 0 else x
     k = 1 + round((1 - share) * (x.size - 1))

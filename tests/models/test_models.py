@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 
 import jax
@@ -14,13 +15,22 @@ from ..conftest import ROOT
 from ..methods.test_networks_and_methods import SMALL
 
 
-def count(name, num_classes, image_shape):
-  model = models.make(name, num_classes)
+def count(name, num_classes, image_shape, statistics="own"):
+  model = models.make(name, num_classes, statistics)
   return jax.eval_shape(lambda: networks.initialize(model, jax.random.key(0), image_shape))
+
+
+def initialize(model, image_shape):
+  """Returns parameters and statistics, compiled: one by one the layers' programs take longer."""
+  return jax.jit(lambda key: networks.initialize(model, key, image_shape))(jax.random.key(0))
 
 
 def size(tree):
   return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def shapes(tree):
+  return {path: x.shape for path, x in traverse_util.flatten_dict(tree).items()}
 
 
 @pytest.mark.parametrize(("num_classes", "parameters"), [(10, 2_995_620), (5, 2_993_115)])
@@ -57,10 +67,11 @@ def test_the_networks_of_the_paper(name, num_classes, image_shape, parameters, n
 
 
 def test_dropout_is_active_in_training_alone():
-  model = models.make("alexnet", 10)
-  params, stats = networks.initialize(model, jax.random.key(0), (32, 32, 3))
+  model = models.make("alexnet", 10).clone(**SMALL["alexnet"])
+  params, stats = initialize(model, (32, 32, 3))
   x = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
 
+  @functools.partial(jax.jit, static_argnums=0)
   def run(train_mode, seed):
     return networks.apply_model(model, params, stats, x, train_mode, jax.random.key(seed))[0]
 
@@ -75,7 +86,7 @@ def test_batch_norm_is_chosen_when_the_model_is_made():
   assert models.make("alexnet", 10, "population").running
   assert not models.make("alexnet", 10, "own").running
   model = models.make("lenet", 10, "batch")
-  params, stats = networks.initialize(model, jax.random.key(0), (32, 32, 3))
+  params, stats = count("lenet", 10, (32, 32, 3), "batch")
   assert size(stats) == 2_740 and size(params) == 2_995_620
   assert models.with_stored_statistics(model).running
   assert models.make("mlp", 10, "batch") == models.make("mlp", 10)
@@ -107,7 +118,10 @@ def plain_networks():
   return module
 
 
-@pytest.mark.parametrize("name", ["lenet", "wide_lenet", "alexnet", "resnet18", "mlp"])
+@pytest.mark.parametrize(
+  "name",
+  ["lenet", "wide_lenet", "alexnet", pytest.param("resnet18", marks=pytest.mark.slow), "mlp"],
+)
 def test_ours_equal_the_plain_networks_in_losses_and_gradients(name, plain_networks):
   """Leaf by leaf over three steps of gradient descent. AlexNet's dropout draws other numbers, so
   that it is compared in evaluation, which normalises with the batch's statistics too."""
@@ -115,8 +129,16 @@ def test_ours_equal_the_plain_networks_in_losses_and_gradients(name, plain_netwo
   ours, plain = models.make(name, 10), plain_networks.NETWORKS[name](10)
   x = jax.random.normal(jax.random.key(1), (8, 32, 32, channels))
   label = np.arange(8)
-  params, stats = networks.initialize(ours, jax.random.key(0), x.shape[1:])
-  _, plain_stats = networks.initialize(plain, jax.random.key(0), x.shape[1:])
+  if name.endswith("lenet"):  # the shapes of the whole network; the values of a small one
+    whole, plain_whole = (
+      jax.eval_shape(lambda m=m: initialize(m, x.shape[1:])[0]) for m in (ours, plain)
+    )
+    assert shapes(plain_networks.from_ours(whole)) == shapes(plain_whole)
+    if name == "wide_lenet":  # the LeNet again but for its sizes
+      return
+    ours, plain = (m.clone(**SMALL[name]) for m in (ours, plain))
+  params, stats = initialize(ours, x.shape[1:])
+  _, plain_stats = initialize(plain, x.shape[1:])
   in_training = name != "alexnet"
 
   def loss(model, params, stats):
@@ -143,14 +165,20 @@ def test_ours_equal_the_plain_networks_in_losses_and_gradients(name, plain_netwo
     params = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)
 
 
-@pytest.mark.parametrize("name", models.NETWORKS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=[pytest.mark.slow] * (n not in ("lenet", "mlp")))
+    for n in sorted(set(models.NETWORKS) - {"wide_lenet"})
+  ],
+)
 def test_bfloat16_is_of_products_and_activations_alone(name):
   """Parameters, their gradients, statistics and logits are float32 and near those of float32."""
   sizes = SMALL.get(name, {})
   exact = models.make(name, 3, "running").clone(**sizes)
   rough = models.make(name, 3, "running", "bfloat16").clone(**sizes)
   x = jax.random.normal(jax.random.key(1), (32, 32, 32, 3))
-  params, stats = networks.initialize(rough, jax.random.key(0), (32, 32, 3))
+  params, stats = initialize(rough, (32, 32, 3))
   assert {x.dtype for x in jax.tree.leaves((params, stats))} == {jnp.dtype("float32")}
 
   def loss(params, model):
