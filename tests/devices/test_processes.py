@@ -13,14 +13,16 @@ import time
 import numpy as np
 import pytest
 
+from halrp_jax import arguments
 from halrp_jax.devices import processes
+from halrp_jax.runs import experiment
 from halrp_jax.types import UserError
 
 from ..conftest import ROOT
 from ..data.test_custom import draw
 
 SHORT = (
-  "--config=configs/digits.py",
+  f"--config={ROOT}/configs/digits.py",
   "--config.order=0,1",
   "--config.epochs=8",
   "--config.method.warmup_epochs=2",
@@ -37,15 +39,22 @@ def launch():
 
 @contextlib.contextmanager
 def started():
-  """(workdir, *arguments, own=(of process 0, of process 1)) -> both; none outlives the block."""
+  """(workdir, *keys, own=(of process 0, of process 1)) -> both; none outlives the block.
+
+  With slurm=True JAX reads which process is which from the environment."""
   running = []
 
-  def start(workdir, *arguments, own=((), ())):
+  def start(workdir, *keys, own=((), ()), slurm=False):
     with socket.create_server(("localhost", 0)) as free:
       port = free.getsockname()[1]
     for i in range(2):
-      place = (f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}")
-      running.append(main(f"--workdir={workdir}", *arguments, *own[i], *place))
+      env, place = {}, (f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}")
+      if slurm:
+        job = str(port % 4096)  # jax makes the port 61440 + job
+        env = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+        env |= {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        place = ("--coordinator=auto",)
+      running.append(main(f"--workdir={workdir}", *keys, *own[i], *place, env=env))
     return running[-2:]
 
   try:
@@ -56,14 +65,14 @@ def started():
       process.communicate()
 
 
-def main(*arguments, env=None) -> subprocess.Popen:
+def main(*keys, env) -> subprocess.Popen:
   return subprocess.Popen(
-    [sys.executable, "-m", "halrp_jax.main", *map(str, arguments)],
+    [sys.executable, "-m", "halrp_jax.main", *map(str, keys)],
     cwd=ROOT,
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"} | (env or {}),
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
   )
 
 
@@ -102,21 +111,24 @@ def wait_for(folder, kind: str, count: int) -> None:
 def alone(tmp_path_factory):
   """The folder of the same run in one process."""
   folder = tmp_path_factory.mktemp("alone")
-  process = main(f"--workdir={folder}", *SHORT)
-  _, error = process.communicate()
-  assert process.returncode == 0, error
+  config = arguments.parse_config(["main", *SHORT], {}, {}).config
+  experiment.run(config, str(folder))
   return folder
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-  """(mode) -> folder of the run in two processes, and what they showed."""
+  """(mode) -> folder of the run in two processes that Slurm started, and what they showed.
+
+  The flag for XLA that deterministic=true sets must be there before JAX asks Slurm.
+  """
 
   @functools.cache
   def learn(mode):
     folder = tmp_path_factory.mktemp(mode)
+    keys = (f"--config.parallel={mode}", "--config.deterministic=true")
     with started() as start:
-      return folder, succeed(start(folder, *SHORT, f"--config.parallel={mode}"))
+      return folder, succeed(start(folder, *SHORT, *keys, slurm=True))
 
   return learn
 
@@ -133,30 +145,16 @@ def test_two_processes_learn_as_one(mode, together, alone):
   np.testing.assert_allclose(*(x[:2] for x in losses), rtol=1e-5)  # before rounding adds up
 
 
-def test_slurm_says_which_process_is_which(tmp_path, together):
-  """JAX reads it from the environment; then the flag for XLA must be set before it starts."""
-  with socket.create_server(("localhost", 0)) as free:
-    job = free.getsockname()[1] % 4096  # jax makes the port 61440 + job
-  slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-  own = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-  keys = ("--coordinator=auto", "--config.parallel=sharded", "--config.deterministic=true")
-  pair = [main(f"--workdir={tmp_path}", *SHORT, *keys, env=slurm | one) for one in own]
-  try:
-    assert "ACC" in succeed(pair)
-  finally:
-    for process in pair:
-      process.kill()
-      process.communicate()
-  assert record(tmp_path)["state_hash"] == record(together("sharded")[0])["state_hash"]
-
-
 def test_a_finished_run_is_shown_by_process_0(together, launch):
   assert "is finished already" in succeed(launch(together("sharded")[0], *SHORT))
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=SLOW)])
 def test_if_one_is_killed_the_other_ends_and_both_go_on(victim, tmp_path, launch, together):
-  """Inside the second task; started again they end with the bits of a run nobody disturbed."""
+  """Inside the second task; started again they end with the bits of a run nobody disturbed.
+
+  That one was started by Slurm, these by arguments: which process is which means the same.
+  """
   pair = launch(tmp_path, *SHORT)
   wait_for(tmp_path, "epoch", 12)  # the second of six of fine-tuning
   start = time.monotonic()
@@ -187,7 +185,8 @@ def test_a_signal_to_one_stops_both(tmp_path, launch):
     (((), ("--config.seed=3",)), "process 1 has other config than process 0"),
     (((), ("--overwrite",)), "process 1 has other config than process 0"),
     ((("--config.parallel=none",),) * 2, "2 processes would do the same work: set parallel=auto"),
-    ((("--config.benchmark=cifar100_split",),) * 2, "data_dir"),
+    # one that has no images ends both: test_images_that_one_lacks_end_both
+    pytest.param((("--config.benchmark=cifar100_split",),) * 2, "data_dir", marks=SLOW),
   ],
 )
 def test_they_must_mean_the_same_run(own, said, tmp_path, launch):
@@ -203,9 +202,9 @@ def test_images_that_one_lacks_end_both(tmp_path, launch):
       for i in range(4):
         draw(tmp_path / host / "task" / kind / f"{i}.png", seed=i + 100 * (host == "other"))
   own = [(f"--config.data_dir={tmp_path / name}",) for name in ("same", "other", "none")]
-  arguments = (*SHORT[2:], "--config=configs/custom.py", "--config.order=0")
+  keys = (*SHORT[2:], "--config=configs/custom.py", "--config.order=0")
   for wrong, said in ((own[1], "process 1 has other images"), (own[2], f"{tmp_path / 'none'}")):
-    for code, _, error in ends(launch(tmp_path / "run", *arguments, own=(own[0], wrong))):
+    for code, _, error in ends(launch(tmp_path / "run", *keys, own=(own[0], wrong))):
       assert code == 2 and said in error and "Traceback" not in error
   assert not (tmp_path / "run").exists()
 
