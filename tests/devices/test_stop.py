@@ -14,11 +14,12 @@ from ..conftest import ROOT
 from ..runs.test_workdir import same
 
 
-def start(folder, *more):
-  command = [sys.executable, "-m", "halrp_jax.main", f"--config={ROOT}/configs/digits.py"]
-  arguments = ["--config.epochs=4", "--config.train_fraction=0.3", f"--workdir={folder}"]
+def start(folder, method="stl"):
+  config = f"--config={ROOT}/configs/digits.py:{method}"
+  command = [sys.executable, "-m", "halrp_jax.main", config]
+  arguments = ["--config.epochs=4", "--config.order=0,1,2,3", f"--workdir={folder}"]
   return subprocess.Popen(
-    [*command, "--config.checkpoint.every_seconds=0", *arguments, *more],
+    [*command, "--config.checkpoint.every_seconds=0", *arguments],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -35,17 +36,17 @@ def wait_for_events(folder, n, process):
     time.sleep(0.01)
 
 
-def killed_and_finished(folder, kills, seed):
+def killed_and_finished(folder, kills, seed, method="stl"):
   """Kills a run at random moments and lets it end. -> kills that hit a run at work"""
   rng, hits = random.Random(seed), 0
   for _ in range(kills):
-    process = start(folder)
+    process = start(folder, method)
     wait_for_events(folder, count_events(folder) + 1, process)
     time.sleep(rng.uniform(0, 0.4))
     process.kill()
     process.communicate()
     hits += process.returncode == -signal.SIGKILL
-  process = start(folder)
+  process = start(folder, method)
   _, err = process.communicate()
   assert process.returncode == 0, err
   return hits
@@ -66,12 +67,13 @@ def test_killed_runs_end_with_the_same_bits(whole_process, tmp_path):
 
 
 @pytest.mark.slow
-def test_thirty_kills(whole_process, tmp_path):
-  hits, rounds = 0, 0
+def test_thirty_kills(tmp_path):
+  whole, hits, rounds = tmp_path / "whole", 0, 0
+  killed_and_finished(whole, 0, 0, "halrp")
   while hits < 30:
     rounds += 1
-    hits += killed_and_finished(tmp_path / str(rounds), kills=6, seed=rounds)
-    assert same(whole_process, tmp_path / str(rounds))
+    hits += killed_and_finished(tmp_path / str(rounds), 6, rounds, "halrp")
+    assert same(whole, tmp_path / str(rounds))
   print(f"kills survived: {hits} in {rounds} runs")
 
 
