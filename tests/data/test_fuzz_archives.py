@@ -1,4 +1,4 @@
-"""Two hundred mutations of every format: refused in one line, or read."""
+"""Mutations of every format, two hundred in the slow tests: refused in one line, or read."""
 
 import functools
 import random
@@ -13,7 +13,7 @@ from halrp_jax.types import UserError
 from . import originals
 from .test_data import write_small_cifar
 
-NUM_MUTATIONS = 200
+NUM_MUTATIONS, NUM_IN_SHORT = 200, 50
 
 
 def custom_folder(folder):
@@ -122,8 +122,11 @@ def load(config):
     return data.load(config)
 
 
+@pytest.mark.parametrize(
+  "num_mutations", [NUM_IN_SHORT, pytest.param(NUM_MUTATIONS, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", FORMATS)
-def test_mutated_originals_are_refused_or_read(tmp_path, name):
+def test_mutated_originals_are_refused_or_read(tmp_path, name, num_mutations):
   """Neither a traceback nor a hang nor a file anywhere."""
   write, benchmark, pattern = FORMATS[name]
   folder = tmp_path / "data"
@@ -132,7 +135,10 @@ def test_mutated_originals_are_refused_or_read(tmp_path, name):
   config, rng = originals.config_of(benchmark, folder), random.Random(name)
   before, counts = sorted(tmp_path.rglob("*")), {"refused": 0, "read": 0}
   assert load(config)
-  num_mutations = NUM_MUTATIONS // (4 if name == "TinyImageNet folder" else 1)  # many files
+  if num_mutations == NUM_IN_SHORT:
+    num_mutations //= 5 if name.startswith("TinyImageNet") else 1  # many files
+  else:
+    num_mutations //= 4 if name == "TinyImageNet folder" else 1
   for _ in range(num_mutations):
     path, other = rng.choice(files), rng.choice(files)
     contents = path.read_bytes()

@@ -13,19 +13,20 @@ import time
 import numpy as np
 import pytest
 
+from halrp_jax import arguments
 from halrp_jax.devices import processes
+from halrp_jax.runs import experiment
 from halrp_jax.types import UserError
 
 from ..conftest import ROOT
 from ..data.test_custom import draw
 
-SHORT = (
-  "--config=configs/digits.py",
-  "--config.order=0,1",
-  "--config.epochs=8",
-  "--config.method.warmup_epochs=2",
-  "--config.checkpoint.every_seconds=0.",
-)
+KEYS = ("--config.order=0,1", "--config.epochs=8", "--config.checkpoint.every_seconds=0.")
+SHORT = (f"--config={ROOT}/configs/digits.py:stl", *KEYS)
+FLAGS = {  # method -> what starts it; 16 epochs of two tasks
+  "stl": SHORT,
+  "halrp": (f"--config={ROOT}/configs/digits.py", *KEYS, "--config.method.warmup_epochs=2"),
+}
 SLOW = pytest.mark.slow
 
 
@@ -37,15 +38,22 @@ def launch():
 
 @contextlib.contextmanager
 def started():
-  """(workdir, *arguments, own=(of process 0, of process 1)) -> both; none outlives the block."""
+  """(workdir, *keys, own=(of process 0, of process 1)) -> both; none outlives the block.
+
+  With slurm=True JAX reads which process is which from the environment."""
   running = []
 
-  def start(workdir, *arguments, own=((), ())):
+  def start(workdir, *keys, own=((), ()), slurm=False):
     with socket.create_server(("localhost", 0)) as free:
       port = free.getsockname()[1]
     for i in range(2):
-      place = (f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}")
-      running.append(main(f"--workdir={workdir}", *arguments, *own[i], *place))
+      env, place = {}, (f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}")
+      if slurm:
+        job = str(port % 4096)  # jax makes the port 61440 + job
+        env = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+        env |= {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        place = ("--coordinator=auto",)
+      running.append(main(f"--workdir={workdir}", *keys, *own[i], *place, env=env))
     return running[-2:]
 
   try:
@@ -56,14 +64,14 @@ def started():
       process.communicate()
 
 
-def main(*arguments, env=None) -> subprocess.Popen:
+def main(*keys, env) -> subprocess.Popen:
   return subprocess.Popen(
-    [sys.executable, "-m", "halrp_jax.main", *map(str, arguments)],
+    [sys.executable, "-m", "halrp_jax.main", *map(str, keys)],
     cwd=ROOT,
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"} | (env or {}),
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
   )
 
 
@@ -99,81 +107,77 @@ def wait_for(folder, kind: str, count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-  """The folder of the same run in one process."""
-  folder = tmp_path_factory.mktemp("alone")
-  process = main(f"--workdir={folder}", *SHORT)
-  _, error = process.communicate()
-  assert process.returncode == 0, error
-  return folder
-
-
-@pytest.fixture(scope="module")
 def together(tmp_path_factory):
-  """(mode) -> folder of the run in two processes, and what they showed."""
+  """(method, mode) -> folder of the run in two processes that Slurm started, and what they showed.
+
+  The flag for XLA that deterministic=true sets must be there before JAX asks Slurm.
+  """
 
   @functools.cache
-  def learn(mode):
+  def learn(method, mode):
     folder = tmp_path_factory.mktemp(mode)
+    keys = (f"--config.parallel={mode}", "--config.deterministic=true")
     with started() as start:
-      return folder, succeed(start(folder, *SHORT, f"--config.parallel={mode}"))
+      return folder, succeed(start(folder, *FLAGS[method], *keys, slurm=True))
 
   return learn
 
 
-@pytest.mark.parametrize("mode", ["sharded", pytest.param("pmap", marks=SLOW)])
-def test_two_processes_learn_as_one(mode, together, alone):
-  folder, shown = together(mode)
+@pytest.mark.parametrize(
+  ("method", "mode"),
+  [
+    ("stl", "sharded"),
+    pytest.param("halrp", "sharded", marks=SLOW),
+    pytest.param("halrp", "pmap", marks=SLOW),
+  ],
+)
+def test_two_processes_learn_as_one(method, mode, together, tmp_path):
+  folder, shown = together(method, mode)
   assert "ACC" in shown
-  got, want = record(folder), record(alone)
+  config = arguments.parse_config(["main", *FLAGS[method]], {}, {}).config
+  got, want = record(folder), experiment.run(config, str(tmp_path))
   assert got["ranks"] == want["ranks"] and got["device"].startswith("2 x")
   np.testing.assert_allclose(got["average_accuracy"], want["average_accuracy"], atol=1.5)
-  losses = [[e["loss"] for e in events(f, "epoch")] for f in (folder, alone)]
+  losses = [[e["loss"] for e in events(f, "epoch")] for f in (folder, tmp_path)]
   np.testing.assert_allclose(*losses, rtol=2e-3)
   np.testing.assert_allclose(*(x[:2] for x in losses), rtol=1e-5)  # before rounding adds up
 
 
-def test_slurm_says_which_process_is_which(tmp_path, together):
-  """JAX reads it from the environment; then the flag for XLA must be set before it starts."""
-  with socket.create_server(("localhost", 0)) as free:
-    job = free.getsockname()[1] % 4096  # jax makes the port 61440 + job
-  slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-  own = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-  keys = ("--coordinator=auto", "--config.parallel=sharded", "--config.deterministic=true")
-  pair = [main(f"--workdir={tmp_path}", *SHORT, *keys, env=slurm | one) for one in own]
-  try:
-    assert "ACC" in succeed(pair)
-  finally:
-    for process in pair:
-      process.kill()
-      process.communicate()
-  assert record(tmp_path)["state_hash"] == record(together("sharded")[0])["state_hash"]
-
-
 def test_a_finished_run_is_shown_by_process_0(together, launch):
-  assert "is finished already" in succeed(launch(together("sharded")[0], *SHORT))
+  assert "is finished already" in succeed(launch(together("stl", "sharded")[0], *SHORT))
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=SLOW)])
-def test_if_one_is_killed_the_other_ends_and_both_go_on(victim, tmp_path, launch, together):
-  """Inside the second task; started again they end with the bits of a run nobody disturbed."""
-  pair = launch(tmp_path, *SHORT)
-  wait_for(tmp_path, "epoch", 12)  # the second of six of fine-tuning
+@pytest.mark.parametrize(
+  ("method", "victim"),
+  [
+    ("stl", 1),
+    pytest.param("stl", 0, marks=SLOW),
+    pytest.param("halrp", 1, marks=SLOW),
+    pytest.param("halrp", 0, marks=SLOW),
+  ],
+)
+def test_if_one_is_killed_the_other_ends_and_both_go_on(method, victim, tmp_path, launch, together):
+  """Inside the second task; started again they end with the bits of a run nobody disturbed.
+
+  That one was started by Slurm, these by arguments: which process is which means the same.
+  """
+  pair = launch(tmp_path, *FLAGS[method])
+  wait_for(tmp_path, "epoch", 12)
   start = time.monotonic()
   pair[victim].kill()
   code, _, error = ends(pair, 60)[1 - victim]
   assert code not in (0, 1, 2) and time.monotonic() - start < 60
   assert "another one has ended" in error or "another task died" in error
   assert not (tmp_path / "record.json").exists()
-  succeed(launch(tmp_path, *SHORT))
-  whole = together("sharded")[0]
+  succeed(launch(tmp_path, *FLAGS[method]))
+  whole = together(method, "sharded")[0]
   assert record(tmp_path)["state_hash"] == record(whole)["state_hash"]
   assert record(tmp_path)["accuracy"] == record(whole)["accuracy"]
   assert len(events(tmp_path, "epoch")) == len(events(whole, "epoch")) == 16
 
 
 def test_a_signal_to_one_stops_both(tmp_path, launch):
-  pair = launch(tmp_path, *SHORT, "--config.epochs=100000", "--config.method.warmup_epochs=0")
+  pair = launch(tmp_path, *SHORT, "--config.epochs=100000")
   wait_for(tmp_path, "epoch", 2)
   pair[1].send_signal(signal.SIGTERM)
   for code, _, error in ends(pair, 60):
@@ -187,7 +191,8 @@ def test_a_signal_to_one_stops_both(tmp_path, launch):
     (((), ("--config.seed=3",)), "process 1 has other config than process 0"),
     (((), ("--overwrite",)), "process 1 has other config than process 0"),
     ((("--config.parallel=none",),) * 2, "2 processes would do the same work: set parallel=auto"),
-    ((("--config.benchmark=cifar100_split",),) * 2, "data_dir"),
+    # one that has no images ends both: test_images_that_one_lacks_end_both
+    pytest.param((("--config.benchmark=cifar100_split",),) * 2, "data_dir", marks=SLOW),
   ],
 )
 def test_they_must_mean_the_same_run(own, said, tmp_path, launch):
@@ -203,9 +208,9 @@ def test_images_that_one_lacks_end_both(tmp_path, launch):
       for i in range(4):
         draw(tmp_path / host / "task" / kind / f"{i}.png", seed=i + 100 * (host == "other"))
   own = [(f"--config.data_dir={tmp_path / name}",) for name in ("same", "other", "none")]
-  arguments = (*SHORT[2:], "--config=configs/custom.py", "--config.order=0")
+  keys = (*KEYS, "--config=configs/custom.py:stl", "--config.order=0")
   for wrong, said in ((own[1], "process 1 has other images"), (own[2], f"{tmp_path / 'none'}")):
-    for code, _, error in ends(launch(tmp_path / "run", *arguments, own=(own[0], wrong))):
+    for code, _, error in ends(launch(tmp_path / "run", *keys, own=(own[0], wrong))):
       assert code == 2 and said in error and "Traceback" not in error
   assert not (tmp_path / "run").exists()
 

@@ -16,7 +16,7 @@ from halrp_jax.types import Stopped
 def cells_of(config):
   return [
     sweep.Cell(f"{order[0]}_{seed}", with_keys(config, order=order, seed=seed))
-    for order in ("0,1,2", "2,1,0")
+    for order in ("0,1", "1,0")
     for seed in (0, 1)
   ]
 

@@ -6,12 +6,10 @@ import subprocess
 
 import pytest
 
-from halrp_jax.reports import latex, paper, publish, records, tables
-from halrp_jax.runs import reproduce
+from halrp_jax.reports import latex, paper, records, tables
 
-from ..conftest import ROOT
+from .test_publish import collected
 
-CONFIGS = str(ROOT / "configs")
 TARGETS = [target for target in paper.TARGETS.values() if target.is_table]
 NASTY = r"50 % of a_b & c#d $e$ {f} \g ~h ^i <j> |k| ± l"
 ARTICLE = r"\documentclass{article}\usepackage{xcolor}\begin{document}%s\end{document}"
@@ -19,9 +17,7 @@ ARTICLE = r"\documentclass{article}\usepackage{xcolor}\begin{document}%s\end{doc
 
 @pytest.fixture(scope="module")
 def published():
-  return publish.collect(
-    str(ROOT / "docs" / "records"), reproduce.catalogue(CONFIGS), TARGETS
-  ).tables
+  return collected().tables
 
 
 def full(target):

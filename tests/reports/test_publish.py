@@ -2,6 +2,7 @@
 
 import configparser
 import csv
+import functools
 import html
 import io
 import itertools
@@ -25,9 +26,15 @@ SPLIT_5 = "CIFAR100-Split, 5 %"
 COMMAND = "python -m halrp_jax report --runs=docs/records --out=OUT --docs=docs"
 
 
+@functools.cache
+def collected():
+  """What all records of the docs give; reading them takes seconds."""
+  return publish.collect(str(RECORDS), CATALOGUE, list(paper.TARGETS.values()))
+
+
 @pytest.fixture(scope="module")
 def published():
-  return publish.collect(str(RECORDS), CATALOGUE, list(paper.TARGETS.values()))
+  return collected()
 
 
 @pytest.fixture(scope="module")

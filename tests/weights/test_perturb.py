@@ -17,6 +17,9 @@ from halrp_jax.types import Store, UserError
 from halrp_jax.weights import lowrank, perturb, taps, trees
 
 from ..conftest import ROOT
+from ..methods.test_networks_and_methods import SMALL
+
+FORMS = ("composed", "factored", "auto")
 
 
 def random_perturbation(key, kernel, columns, fold):
@@ -33,13 +36,18 @@ def random_perturbation(key, kernel, columns, fold):
 
 def perturbed(model, x, fold=True, columns=2, **kwargs):
   """(kernels, perturbation, rest, stats) of a freshly initialised model."""
-  variables = model.init(jax.random.key(0), x, **kwargs)
-  kernels, rest = trees.split(variables["params"])
-  p = {
-    name: random_perturbation(jax.random.fold_in(jax.random.key(1), i), w, columns, fold)
-    for i, (name, w) in enumerate(kernels.items())
-  }
-  return kernels, p, rest, variables.get("batch_stats", {})
+
+  @jax.jit
+  def make(x):
+    variables = model.init(jax.random.key(0), x, **kwargs)
+    kernels, rest = trees.split(variables["params"])
+    p = {
+      name: random_perturbation(jax.random.fold_in(jax.random.key(1), i), w, columns, fold)
+      for i, (name, w) in enumerate(kernels.items())
+    }
+    return kernels, p, rest, variables.get("batch_stats", {})
+
+  return make(x)
 
 
 class OneConv(nn.Module):
@@ -61,8 +69,14 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("arguments", CONVOLUTIONS)
+@pytest.mark.parametrize(
+  ("arguments", "fold"),
+  [
+    pytest.param(arguments, fold, marks=[pytest.mark.slow] * (not fold and i != 2))
+    for fold in (True, False)
+    for i, arguments in enumerate(CONVOLUTIONS)
+  ],
+)
 def test_a_convolution_composed_equals_factored(arguments, fold):
   model = OneConv(arguments)
   x = jax.random.normal(jax.random.key(2), (2, 9, 8, 4))
@@ -81,23 +95,31 @@ def test_a_dense_layer_composed_equals_factored(fold):
 def check_forms(model, kernels, p, variables, x):
   """Values and the gradients of R, S, U, Sigma, V agree between both forms and with `merge`."""
 
-  def run(p, form):
-    return perturb.apply(model, kernels, p, variables, x, form=form)
+  @jax.jit
+  def compute(kernels, p, variables, x):
+    def run(p, form):
+      return perturb.apply(model, kernels, p, variables, x, form=form)
 
-  merged = perturb.merge(kernels, p, variables["params"])
-  want = model.apply({"params": merged}, x)
-  weight = jax.random.normal(jax.random.key(3), want.shape)
-  gradients = []
-  for form in ("composed", "factored", "auto"):
-    np.testing.assert_allclose(run(p, form), want, atol=1e-4)
-    gradients.append(jax.grad(lambda p, form=form: jnp.sum(weight * run(p, form)))(p))
+    want = model.apply({"params": perturb.merge(kernels, p, variables["params"])}, x)
+    weight = np.random.default_rng(3).normal(size=want.shape).astype(np.float32)
+    values, gradients = [], []
+    for form in FORMS:
+      value, pull = jax.vjp(functools.partial(run, form=form), p)
+      values.append(value)
+      gradients.append(pull(weight)[0])
+    return want, values, gradients
+
+  want, values, gradients = compute(kernels, p, variables, x)
+  for value in values:
+    np.testing.assert_allclose(value, want, atol=1e-4)
   chex.assert_trees_all_close(*gradients, atol=2e-3, rtol=1e-3)
 
 
 def test_lenet_perturbed_by_the_identity_is_the_base_to_the_bit():
-  model = models.make("lenet", 10)
-  x = jax.random.normal(jax.random.key(2), (2, 32, 32, 3))
-  params, stats = networks.initialize(model, jax.random.key(0), (32, 32, 3))
+  model = models.make("lenet", 10).clone(channels=(4,), hidden=(12,))
+  x = np.random.default_rng(2).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  initialize = jax.jit(lambda key: networks.initialize(model, key, (32, 32, 3)))
+  params, stats = initialize(jax.random.key(0))
   kernels, rest = trees.split(params)
   p = {n: lowrank.identity(w, 2, fold=True) for n, w in kernels.items()}
   variables = {"params": rest, "batch_stats": stats}
@@ -107,7 +129,11 @@ def test_lenet_perturbed_by_the_identity_is_the_base_to_the_bit():
 
 
 def test_split_and_join_are_inverse():
-  params, _ = networks.initialize(models.make("lenet", 10), jax.random.key(0), (32, 32, 3))
+  model = models.make("lenet", 10)
+  shapes, _ = jax.eval_shape(
+    lambda key: networks.initialize(model, key, (32, 32, 3)), jax.random.key(0)
+  )
+  params = jax.tree.map(lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), shapes)
   kernels, rest = trees.split(params)
   assert "kernel" in rest["head"] and "conv1" not in rest
   chex.assert_trees_all_equal(trees.join(kernels, rest), params)
@@ -201,14 +227,18 @@ def test_zeroing_sigma_alone_would_wake_up():
 
 @pytest.mark.parametrize("network", ["mlp", "lenet", "resnet18", "alexnet"])
 def test_without_its_head_a_network_gives_what_the_head_gets(network):
-  model = models.make(network, 3, "batch")
-  image = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
-  params = model.init(jax.random.key(0), image, train=False)["params"]
-  head = params["head"]
-  rest = {name: x for name, x in params.items() if name != "head"}
-  with taps.without_head():
-    features = model.apply({"params": rest}, image)
-  want = model.apply({"params": params}, image)
+  model = models.make(network, 3, "batch").clone(**SMALL[network])
+
+  @jax.jit
+  def compute(key, image):
+    params = model.init(key, image, train=False)["params"]
+    rest = {name: x for name, x in params.items() if name != "head"}
+    with taps.without_head():
+      features = model.apply({"params": rest}, image)
+    return features, params["head"], model.apply({"params": params}, image)
+
+  image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  features, head, want = compute(jax.random.key(0), image)
   np.testing.assert_allclose(features @ head["kernel"] + head["bias"][None], want, atol=1e-5)
 
 
@@ -242,24 +272,44 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("kind", LAYERS)
+HALF = {("attention", jnp.bfloat16), ("dense", jnp.float16), ("strided", jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+  ("kind", "dtype"),
+  [
+    pytest.param(
+      k,
+      d,
+      marks=[pytest.mark.slow] * (d != jnp.float32 and (k, d) not in HALF),
+      id=f"{k}-{d.__name__}",
+    )
+    for k in LAYERS
+    for d in (jnp.float32, jnp.bfloat16, jnp.float16)
+  ],
+)
 def test_merged_is_unmerged_for_every_kind_of_layer_and_dtype(kind, dtype):
   model = OfOne(functools.partial(LAYERS[kind], dtype=dtype))
   x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
-  variables = model.init(jax.random.key(1), x)
+  variables = jax.jit(model.init)(jax.random.key(1), x)
   kernels, p, rest = perturb.init(jax.random.key(2), model, variables, x, rank=2)
   assert len(kernels) == (4 if kind == "attention" else 1)
-  base = model.apply(variables, x)
-  run = lambda p, form="auto": perturb.apply(model, kernels, p, {"params": rest}, x, form=form)
+  plain = jax.jit(model.apply)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(p, form):
+    return perturb.apply(model, kernels, p, {"params": rest}, x, form=form)
+
+  base = plain(variables, x)
   tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 0.06, jnp.float16: 0.01}[dtype]
   np.testing.assert_array_equal(run(p, "composed"), base)  # nothing is changed yet
   moved = {
-    n: q._replace(R=1.1 * q.R, S=0.9 * q.S, U=0.3 * jnp.ones_like(q.U)) for n, q in p.items()
+    n: q._replace(R=1.1 * q.R, S=0.9 * q.S, U=np.full(q.U.shape, 0.3, np.float32))
+    for n, q in p.items()
   }
-  merged = model.apply({"params": perturb.merge(kernels, moved, rest)}, x)
+  merged = plain({"params": perturb.merge(kernels, moved, rest)}, x)
   assert np.abs(merged - base).max() > 3 * tolerance  # so the agreement below says something
-  for form in ("composed", "factored", "auto"):
+  for form in FORMS:
     got = run(moved, form)
     assert got.dtype == merged.dtype == dtype
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (got, merged)), atol=tolerance)
@@ -330,10 +380,11 @@ def test_the_package_exports_it():
 
 
 def test_the_vision_transformer_of_the_examples():
-  """With few steps: the perturbed task gains what the frozen weights lack."""
+  """With one block and few steps: the perturbed task gains what the frozen weights lack."""
   spec = importlib.util.spec_from_file_location("vit", ROOT / "examples/vision_transformer.py")
   vit = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(vit)
+  vit.VisionTransformer = functools.partial(vit.VisionTransformer, num_blocks=1)
   results = vit.main(steps=60)
   assert results["first task"] > 60
   assert results["second task"] > results["second task by the first's weights"] + 20
@@ -342,7 +393,7 @@ def test_the_vision_transformer_of_the_examples():
 # --- a batch with samples of several tasks ----------------------------------------------
 
 MANY = {
-  "lenet": (models.make("lenet", 3).clone(channels=(4, 5), hidden=(16, 12)), (32, 32, 3)),
+  "lenet": (models.make("lenet", 3).clone(channels=(4,), hidden=(16,)), (32, 32, 3)),
   "resnet18": (models.make("resnet18", 3).clone(width=4), (32, 32, 3)),
   "dilated": (OneConv({"kernel_size": (3, 3), "kernel_dilation": (2, 2)}), (9, 9, 2)),
 }
@@ -368,10 +419,11 @@ def test_many_tasks_at_once_equal_each_alone(name, fold):
   stacked = perturb.stack([p for p, _ in parts])
   variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[v for _, v in parts])
   t = jnp.array([2, 0, 1, 1, 0, 2])
-  got = perturb.apply_many(model, kernels, stacked, variables, t, x, **kwargs)
+  many = jax.jit(functools.partial(perturb.apply_many, model, **kwargs))
+  one = jax.jit(functools.partial(perturb.apply, model, **kwargs))
+  got = many(kernels, stacked, variables, t, x)
   for i, owner in enumerate(t.tolist()):
-    p, own = parts[owner]
-    want = perturb.apply(model, kernels, p, own, x[i : i + 1], **kwargs)
+    want = one(kernels, *parts[owner], x[i : i + 1])
     np.testing.assert_allclose(got[i], want[0], atol=1e-5 * np.abs(want).max(), rtol=1e-5)
 
 
