@@ -171,7 +171,9 @@ def test_a_broken_reference_between_keys_is_one_line(tmp_path):
     "  return c\n"
   )
   (tmp_path / "mine.py").write_text(text)
-  with pytest.raises(UserError, match="mine.py: ZeroDivisionError: integer division or modulo by zero"):
+  with pytest.raises(
+    UserError, match="mine.py: ZeroDivisionError: integer division or modulo by zero"
+  ):
     arguments.load_config(str(tmp_path / "mine.py"))
 
 
