@@ -52,7 +52,7 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, run_folder, tmp_path):
   draw(tmp_path / "lights")
   flags = (f"--workdir={run_folder}", f"--data={tmp_path}/lights", f"--out={tmp_path}/more")
   code, out, _ = call(capsys, *flags)
-  assert code == 0 and "task 10 (lights): accuracy " in out
+  assert code == 0 and "task 3/3 (lights, id 10): accuracy " in out
   before, after = saved.open_run(str(run_folder)), saved.open_run(str(tmp_path / "more"))
   assert [t.name for t in after.learned] == ["permutation 0", "permutation 1", "lights"]
   assert after.results["accuracy"][2][2] > 60  # of three classes
