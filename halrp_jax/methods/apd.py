@@ -39,7 +39,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.cluster import KMeans
 
 from halrp_jax import keys
 from halrp_jax.methods import additive
@@ -293,6 +292,8 @@ def _k_means(
   Returns:
     The cluster of every row [T], and the centroids [K + num_new, ..].
   """
+  from sklearn.cluster import KMeans  # takes a second to import, and no other method needs it
+
   start = np.concatenate([known, rows[np.sort(rng.choice(len(rows), num_new, replace=False))]])
   flat = rows.reshape(len(rows), -1)
   settings: dict[str, Params] = {"init": start.reshape(len(start), -1), "n_init": 1}
