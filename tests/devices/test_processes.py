@@ -21,12 +21,15 @@ from halrp_jax.types import UserError
 from ..conftest import ROOT
 from ..data.test_custom import draw
 
-KEYS = ("--config.order=0,1", "--config.epochs=8", "--config.checkpoint.every_seconds=0.")
+KEYS = ("--config.order=0,1", "--config.epochs=2", "--config.checkpoint.every_seconds=0.")
 SHORT = (f"--config={ROOT}/configs/digits.py:stl", *KEYS)
-FLAGS = {  # method -> what starts it; 16 epochs of two tasks
-  "stl": SHORT,
-  "halrp": (f"--config={ROOT}/configs/digits.py", *KEYS, "--config.method.warmup_epochs=2"),
-}
+HALRP = (
+  f"--config={ROOT}/configs/digits.py",
+  *KEYS,
+  "--config.epochs=8",
+  "--config.method.warmup_epochs=2",
+)
+FLAGS = {"stl": SHORT, "halrp": HALRP}
 SLOW = pytest.mark.slow
 
 
@@ -147,30 +150,23 @@ def test_a_finished_run_is_shown_by_process_0(together, launch):
   assert "is finished already" in succeed(launch(together("stl", "sharded")[0], *SHORT))
 
 
-@pytest.mark.parametrize(
-  ("method", "victim"),
-  [
-    ("stl", 1),
-    pytest.param("stl", 0, marks=SLOW),
-    pytest.param("halrp", 1, marks=SLOW),
-    pytest.param("halrp", 0, marks=SLOW),
-  ],
-)
-def test_if_one_is_killed_the_other_ends_and_both_go_on(method, victim, tmp_path, launch, together):
+@SLOW
+@pytest.mark.parametrize("victim", [1, 0])
+def test_if_one_is_killed_the_other_ends_and_both_go_on(victim, tmp_path, launch, together):
   """Inside the second task; started again they end with the bits of a run nobody disturbed.
 
   That one was started by Slurm, these by arguments: which process is which means the same.
   """
-  pair = launch(tmp_path, *FLAGS[method])
-  wait_for(tmp_path, "epoch", 12)
+  pair = launch(tmp_path, *HALRP)
+  wait_for(tmp_path, "epoch", 12)  # the second of six of fine-tuning
   start = time.monotonic()
   pair[victim].kill()
   code, _, error = ends(pair, 60)[1 - victim]
   assert code not in (0, 1, 2) and time.monotonic() - start < 60
   assert "another one has ended" in error or "another task died" in error
   assert not (tmp_path / "record.json").exists()
-  succeed(launch(tmp_path, *FLAGS[method]))
-  whole = together(method, "sharded")[0]
+  succeed(launch(tmp_path, *HALRP))
+  whole = together("halrp", "sharded")[0]
   assert record(tmp_path)["state_hash"] == record(whole)["state_hash"]
   assert record(tmp_path)["accuracy"] == record(whole)["accuracy"]
   assert len(events(tmp_path, "epoch")) == len(events(whole, "epoch")) == 16
