@@ -68,16 +68,18 @@ def test_everything_is_finite_in_float32(alpha, d):
   num = 1000
   log_c, log_d = jnp.full(num, np.log(alpha)), jnp.full(num, np.log(d))
   p = jnp.linspace(-90, 90, num)
+  for seed in range(20):
+    both = value_and_gradient(log_c, log_d, p, jax.random.key(seed), log_c + 0.1, log_d + 0.1)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(both))
 
-  def kl(log_c, log_d, p, key):
+
+@jax.jit
+def value_and_gradient(log_c, log_d, p, key, *before):
+  def kl(log_c, log_d, p):
     _, kl_b = ibpwf.draw_logistic(key, p, log_c, log_d)
-    before = jnp.full(num, np.log(alpha) + 0.1), jnp.full(num, np.log(d) + 0.1)
     return kl_b + ibpwf.kl_kumaraswamy(log_c, log_d, *before).sum()
 
-  value_and_grad = jax.jit(jax.value_and_grad(kl, (0, 1, 2)))
-  for seed in range(20):
-    both = value_and_grad(log_c, log_d, p, jax.random.key(seed))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(both))
+  return jax.value_and_grad(kl, (0, 1, 2))(log_c, log_d, p)
 
 
 def test_a_strong_prior_is_learned_in_float32(digits_config):

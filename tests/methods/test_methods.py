@@ -272,8 +272,11 @@ def _slopes(penalty_fn, params, frozen, seed):
     return jax.tree.map(lambda x: scale * rng.normal(size=x.shape), params)
 
   def double(x):
-    is_float = jax.numpy.issubdtype(jax.numpy.result_type(x), np.floating)
-    return np.asarray(x, np.float64) if is_float else x
+    types = ((np.floating, np.float64), (np.signedinteger, np.int64))
+    for narrow, wide in types:  # slices want integers of the width of Python's
+      if jax.numpy.issubdtype(jax.numpy.result_type(x), narrow):
+        return np.asarray(x, wide)
+    return x
 
   point = jax.tree.map(lambda x, noise: double(x) + noise, params, random(0.05))
   with jax.enable_x64(True):

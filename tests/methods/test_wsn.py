@@ -44,7 +44,7 @@ def test_masks_hold_their_share_and_their_weights_stay(bn, digits_config):
 def test_norm_without_affine_parameters_is_not_trained():
   """On a network that has BatchNorm."""
   model = models.make("lenet", 3, "running")
-  params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
   trained, fixed = wsn._split_norm({n: x for n, x in params.items() if "bn" in n or n == "head"})
   assert set(trained) == {"head"} and set(fixed) == {"bn1", "bn2", "bn_fc1", "bn_fc2"}
 
