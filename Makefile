@@ -15,8 +15,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs
 
-.PHONY: demo test test-all test-newest test-oldest wheel reproduction docs accelerator-wheels \
-  environment test-environment clean
+.PHONY: demo test test-all test-newest test-oldest forget-old-programs wheel reproduction docs \
+  accelerator-wheels environment test-environment clean
 
 demo: environment
 	$(BIN)/python -m halrp_jax.main --config=configs/digits.py --workdir=$(RUNS)/digits-halrp --overwrite
@@ -48,6 +48,11 @@ test-oldest: .venv-oldest/created
 wheel: environment
 	$(BIN)/python -m pip install --quiet --editable '.[release]'
 	.ci/wheel $(BIN)/python
+
+# Of compiled programs that HALRP_TEST_CACHE keeps, those that no run of the last month has used.
+forget-old-programs:
+	[ ! -d "$(HALRP_TEST_CACHE)" ] || \
+	  find "$(HALRP_TEST_CACHE)" -type f -name '*-cache' -mtime +30 -atime +30 -delete
 
 reproduction: environment
 	$(BIN)/python -m halrp_jax report --runs=docs/records --out=$(RUNS)/report --docs=docs
