@@ -50,7 +50,7 @@ class VisionTransformer(nn.Module):
     window = (self.patch, self.patch)
     x = nn.Conv(self.features, window, window, "VALID", name="patches")(x)
     x = x.reshape(x.shape[0], -1, self.features)  # [B, N, F]
-    positions = self.param("places", nn.initializers.normal(0.02), x.shape[1:])
+    positions = self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
     x = x + positions[None]
     for i in range(self.num_blocks):
       x = Block(self.num_heads, name=f"block{i}")(x)

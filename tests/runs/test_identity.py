@@ -161,7 +161,8 @@ def test_nothing_learned_is_nothing_lost(mine, tmp_path):
   shutil.rmtree(tmp_path / "run" / "checkpoints")
   (tmp_path / "run" / "checkpoints").mkdir()
   write(tmp_path / "mine", "a", 7)
-  run(mine(), tmp_path / "run")
+  record, _ = run(mine(), tmp_path / "run")
+  assert bits(record) == bits(run(mine(), tmp_path / "new")[0])
 
 
 def test_other_versions_and_machines_are_said_and_recorded(
