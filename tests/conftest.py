@@ -2,11 +2,13 @@
 
 import contextlib
 import gc
+import importlib.metadata
 import os
 import pathlib
 
-# Half the time of the tests is XLA's. The processes they start inherit it but in test_end_to_end.
+# Most of the tests' time is XLA's, and each worker has one processor.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait busily
 
 import jax
 import pytest
@@ -18,7 +20,10 @@ from halrp_jax.runs import experiment
 from halrp_jax.types import Stopped
 
 ROOT = pathlib.Path(__file__).parents[1]
-
+if importlib.metadata.version("jaxlib") < "0.11":  # later ones do not know the flag
+  os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# the processes that tests start inherit it, but in test_end_to_end
+FOR_SPEED = {"JAX_DISABLE_MOST_OPTIMIZATIONS", "OPENBLAS_NUM_THREADS", "XLA_FLAGS"}
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

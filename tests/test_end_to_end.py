@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from .conftest import ROOT
+from .conftest import FOR_SPEED, ROOT
 
 
 def command(*arguments, **kwargs):
@@ -18,7 +18,7 @@ def command(*arguments, **kwargs):
     capture_output=True,
     text=True,
     timeout=900,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
+    env={k: v for k, v in os.environ.items() if k not in FOR_SPEED} | {"JAX_PLATFORMS": "cpu"},
     **kwargs,
   )
 

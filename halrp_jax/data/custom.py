@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halrp_jax.data import cache, folders, formats, sources
+from halrp_jax.data import archives, cache, folders, formats, sources
 from halrp_jax.data.tasks import ImageSet, join, make_task
 from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError, brief
@@ -291,9 +291,9 @@ def _read_images(
     folders.for_all(read_into, range(len(names)))
     out[len(names) :] = done.reshape(num_extra, *shape)
 
-  files = sources.files_of(tree, _MOST_BYTES)._replace(names=tuple(names))
+  files = archives.files_of(tree, _MOST_BYTES)._replace(names=tuple(names))
   # "photos" stands for the decoding by formats.read_photo. If that changes, so must this word.
-  key = f"photos-{sources.fingerprint(files, names)}"
+  key = f"photos-{archives.fingerprint(files, names)}"
   array = cache.images(config.data.cache, key, (len(names) + num_extra, *shape), decode)
   label = np.array([classes.index(folders.shown(n.split("/")[-2])) for n in names])
   part = np.array([part_of[n] for n in names])

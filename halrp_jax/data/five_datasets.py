@@ -15,7 +15,7 @@ import warnings
 
 import numpy as np
 
-from halrp_jax.data import cache, folders, formats, mnist_family, sources
+from halrp_jax.data import archives, cache, folders, formats, mnist_family, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, grey_to_rgb, join, make_task
 from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
@@ -91,7 +91,7 @@ def _read(config: Config, name: str) -> ImageSet:
   return _read_cifar10(files) if name == "cifar10" else _read_svhn(files)
 
 
-def _read_cifar10(files: sources.Files) -> ImageSet:
+def _read_cifar10(files: archives.Files) -> ImageSet:
   """Reads the binary version of CIFAR-10."""
   names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
   *contents, meta = files.read(*names, "batches.meta.txt")
@@ -112,7 +112,7 @@ def _read_cifar10(files: sources.Files) -> ImageSet:
   return ImageSet(np.concatenate(images), label, num_train, classes)
 
 
-def _read_svhn(files: sources.Files) -> ImageSet:
+def _read_svhn(files: archives.Files) -> ImageSet:
   """Reads the cropped digits of SVHN."""
   names = ("train_32x32.mat", "test_32x32.mat")
   parts = [
@@ -123,7 +123,7 @@ def _read_svhn(files: sources.Files) -> ImageSet:
   return ImageSet(np.concatenate([x, x_test]), label, len(x), tuple("0123456789"))
 
 
-def _read_notmnist(files: sources.Files, setting: str) -> ImageSet:
+def _read_notmnist(files: archives.Files, setting: str) -> ImageSet:
   """Reads notMNIST; `setting` is the config key `data.cache`."""
   classes = tuple("ABCDEFGHIJ")
   names = [n for n in files.names if n.endswith(".png") and n not in _NOT_IMAGES]
@@ -146,7 +146,7 @@ def _read_notmnist(files: sources.Files, setting: str) -> ImageSet:
 
     folders.for_all(decode_one, files.stream(frozenset(row)))
 
-  key = f"notmnist-{sources.fingerprint(files, row)}"
+  key = f"notmnist-{archives.fingerprint(files, row)}"
   image = cache.images(setting, key, (len(row), 32, 32, 3), decode)
   label = np.array([classes.index(n[0]) for n in row])
   return ImageSet(image, label, len(train), classes)

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageFile
 
-from halrp_jax.data import sources
+from halrp_jax.data import archives
 from halrp_jax.types import UserError, brief
 
 # Largest accepted sizes, to protect the memory from forged files.
@@ -39,7 +39,7 @@ def idx(contents: bytes, name: str, dimensions: int) -> np.ndarray:
   Raises:
     UserError: if the file is damaged or has another number of axes.
   """
-  contents = sources.gunzip(contents, name, _MOST_IDX)
+  contents = archives.gunzip(contents, name, _MOST_IDX)
   header = 4 + 4 * dimensions
   if len(contents) < header or contents[:4] != bytes([0, 0, 8, dimensions]):
     raise UserError(
@@ -266,7 +266,7 @@ def read_photo(path: pathlib.Path, shape: tuple[int, int, int]) -> tuple[np.ndar
     UserError: if the file can't be read; names the file, its format, and the reason.
   """
   height, width, channels = shape
-  contents = sources.read_file(path, _MOST_BYTES)
+  contents = archives.read_file(path, _MOST_BYTES)
   image, done = photo(contents, str(path), "L" if channels == 1 else "RGB")
   if image.size != (width, height):
     image, done = image.resize((width, height), Image.Resampling.BILINEAR), done | _RESIZED

@@ -12,7 +12,7 @@ References: B. Lake et al., "Human-level concept learning through probabilistic 
 import numpy as np
 from PIL import Image
 
-from halrp_jax.data import cache, folders, formats, sources
+from halrp_jax.data import archives, cache, folders, formats, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
 from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
@@ -43,7 +43,7 @@ def read(config: Config) -> list[Task]:
   characters = _characters(archives, config.allow_partial)
   drawings = [drawing for _, of_character in characters for drawing in of_character]
   fingerprint = "-".join(
-    sources.fingerprint(files, [name for archive, name in drawings if archive == half])
+    archives.fingerprint(files, [name for archive, name in drawings if archive == half])
     for half, files in archives.items()
   )
   shape = (len(drawings) * _ROTATIONS, 32, 32, 1)
@@ -70,22 +70,22 @@ def read(config: Config) -> list[Task]:
   return tasks
 
 
-def _archives(data_dir: str, allow_partial: bool) -> dict[str, sources.Files]:
+def _archives(data_dir: str, allow_partial: bool) -> dict[str, archives.Files]:
   """Returns the files of images_background and images_evaluation, each a zip file or a folder."""
   files = sources.find(data_dir, "omniglot")
   found = {}
   for half in _ALPHABETS:
     if f"{half}.zip" in files.names:
-      found[half] = sources.archive(files.path / f"{half}.zip", half, _MOST_BYTES)
+      found[half] = archives.archive(files.path / f"{half}.zip", half, _MOST_BYTES)
     elif (files.path / half).is_dir():
-      found[half] = sources.folder(files.path / half, _MOST_BYTES)
+      found[half] = archives.folder(files.path / half, _MOST_BYTES)
     elif not allow_partial or not found:
       raise UserError(f"{files.path}: found neither {half}/ nor {half}.zip; download the archive")
   return found
 
 
 def _characters(
-  archives: dict[str, sources.Files], allow_partial: bool
+  archives: dict[str, archives.Files], allow_partial: bool
 ) -> list[tuple[str, list[tuple[str, str]]]]:
   """Returns the first 1,200 characters: the name of each, and its drawings as (archive, file)."""
   drawings: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -109,7 +109,7 @@ def _characters(
 
 
 def _decode(
-  archives: dict[str, sources.Files], drawings: list[tuple[str, str]], out: np.ndarray
+  archives: dict[str, archives.Files], drawings: list[tuple[str, str]], out: np.ndarray
 ) -> None:
   """Decodes the drawings and their rotations into an array.
 

@@ -12,7 +12,7 @@ Reference: Y. Le and X. Yang, "Tiny ImageNet visual recognition challenge", 2015
 
 import numpy as np
 
-from halrp_jax.data import cache, folders, formats, sources
+from halrp_jax.data import archives, cache, folders, formats, sources
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
 from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
@@ -81,7 +81,7 @@ def _drawn(data: ImageSet, c: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
   return rows[num_held_out:], rows[:num_held_out]
 
 
-def _read(files: sources.Files, setting: str) -> ImageSet:
+def _read(files: archives.Files, setting: str) -> ImageSet:
   """Reads all images, classes in the order of their wnids.
 
   Args:
@@ -119,12 +119,12 @@ def _read(files: sources.Files, setting: str) -> ImageSet:
 
     folders.for_all(decode_one, files.stream(frozenset(row)))
 
-  key = f"tinyimagenet-{sources.fingerprint(files, row)}"
+  key = f"tinyimagenet-{archives.fingerprint(files, row)}"
   image = cache.images(setting, key, (len(row), 64, 64, 3), decode)
   return ImageSet(image, np.array([label[n] for n in row]), len(train), words)
 
 
-def _texts(files: sources.Files) -> tuple[list[str], tuple[str, ...], str]:
+def _texts(files: archives.Files) -> tuple[list[str], tuple[str, ...], str]:
   """Returns the sorted wnids, the names of their classes, and the text of val_annotations.txt."""
   texts = files.read("wnids.txt", "words.txt", "val/val_annotations.txt")
   wnids, words, annotations = (t.decode("utf-8", "replace") for t in texts)

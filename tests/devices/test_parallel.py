@@ -32,7 +32,8 @@ SLOW = pytest.mark.slow
 
 def in_a_process(num_devices: int, call: str):
   """Returns what a function of this module returns where there are so many devices, by JSON."""
-  flags = f"--xla_force_host_platform_device_count={num_devices}"
+  flags = os.environ.get("XLA_FLAGS", "")
+  flags += f" --xla_force_host_platform_device_count={num_devices}"
   code = f"import json; import tests.devices.test_parallel as t; print(json.dumps(t.{call}))"
   done = subprocess.run(
     [sys.executable, "-c", code],
