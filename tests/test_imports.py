@@ -37,7 +37,17 @@ MOST_AT_THE_TOP = 10
 SIBLINGS = {
   "commands": {"program", "terminal"},
   "data": {
-    *("cache", "folders", "formats", "mnist_family", "orders", "prepared", "sources", "tasks"),
+    *(
+      "archives",
+      "cache",
+      "folders",
+      "formats",
+      "mnist_family",
+      "orders",
+      "prepared",
+      "sources",
+      "tasks",
+    ),
   },
   "methods": {"additive", "anchored", "dictionary"},
   "models": set(),

@@ -197,14 +197,14 @@ def _read_folder(config: Config, notify: Callable[[str], None]) -> dict[str, _Ow
   what = f"data_dir={config.data_dir}"
   tree = folders.walk(sources.path_of("data_dir", config.data_dir), what)
   shape = (config.data.image_size, config.data.image_size, 3)
-  archives = [n for n in tree.files if "/" not in n and n.lower().endswith(".npz")]
-  stray = [n for n in (*tree.files, *tree.skipped) if "/" not in n and n not in archives]
-  if not archives and _is_one_task(tree):
+  npz_files = [n for n in tree.files if "/" not in n and n.lower().endswith(".npz")]
+  stray = [n for n in (*tree.files, *tree.skipped) if "/" not in n and n not in npz_files]
+  if not npz_files and _is_one_task(tree):
     tasks = [(tree.path.resolve().name, functools.partial(_read_images, tree, config, shape))]
     stray = []
     notify(f"{what}: read as one task, with its folders as classes")
   else:
-    tasks = [(n[:-4], functools.partial(_read_npz, tree.path / n)) for n in archives]
+    tasks = [(n[:-4], functools.partial(_read_npz, tree.path / n)) for n in npz_files]
     tasks += [
       (name, functools.partial(_read_images, child, config, shape, f"{name}/"))
       for name, child in tree.children().items()

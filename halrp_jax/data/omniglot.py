@@ -39,19 +39,19 @@ def read(config: Config) -> list[Task]:
     UserError: if a file is damaged, or a character does not have 20 drawings and `allow_partial` is
       False.
   """
-  archives = _archives(config.data_dir, config.allow_partial)
-  characters = _characters(archives, config.allow_partial)
+  halves = _halves(config.data_dir, config.allow_partial)
+  characters = _characters(halves, config.allow_partial)
   drawings = [drawing for _, of_character in characters for drawing in of_character]
   fingerprint = "-".join(
     archives.fingerprint(files, [name for archive, name in drawings if archive == half])
-    for half, files in archives.items()
+    for half, files in halves.items()
   )
   shape = (len(drawings) * _ROTATIONS, 32, 32, 1)
   image = cache.images(
     config.data.cache,
     f"omniglot-{fingerprint}",
     shape,
-    lambda out: _decode(archives, drawings, out),
+    lambda out: _decode(halves, drawings, out),
   )
   sizes = [len(of_character) * _ROTATIONS for _, of_character in characters]
   data = ImageSet(
@@ -70,7 +70,7 @@ def read(config: Config) -> list[Task]:
   return tasks
 
 
-def _archives(data_dir: str, allow_partial: bool) -> dict[str, archives.Files]:
+def _halves(data_dir: str, allow_partial: bool) -> dict[str, archives.Files]:
   """Returns the files of images_background and images_evaluation, each a zip file or a folder."""
   files = sources.find(data_dir, "omniglot")
   found = {}
@@ -85,11 +85,11 @@ def _archives(data_dir: str, allow_partial: bool) -> dict[str, archives.Files]:
 
 
 def _characters(
-  archives: dict[str, archives.Files], allow_partial: bool
+  halves: dict[str, archives.Files], allow_partial: bool
 ) -> list[tuple[str, list[tuple[str, str]]]]:
   """Returns the first 1,200 characters: the name of each, and its drawings as (archive, file)."""
   drawings: dict[tuple[str, str], list[tuple[str, str]]] = {}
-  for half, files in archives.items():
+  for half, files in halves.items():
     for name in files.names:
       if name.endswith(".png") and name.count("/") == 2:
         character, _, _ = name.rpartition("/")
@@ -98,27 +98,27 @@ def _characters(
   for (half, name), files in characters:
     if len(files) < 2 or (len(files) != _DRAWINGS and not allow_partial):
       raise UserError(
-        f"{archives[half].path}: character {name} has {len(files)} drawings, expected {_DRAWINGS};"
+        f"{halves[half].path}: character {name} has {len(files)} drawings, expected {_DRAWINGS};"
         " download the original archive again"
       )
   if not characters:
     raise UserError(
-      f"{archives[_ALPHABETS[0]].path}: contains no drawings; download the original archive"
+      f"{halves[_ALPHABETS[0]].path}: contains no drawings; download the original archive"
     )
   return [(name, files) for (_, name), files in characters]
 
 
 def _decode(
-  archives: dict[str, archives.Files], drawings: list[tuple[str, str]], out: np.ndarray
+  halves: dict[str, archives.Files], drawings: list[tuple[str, str]], out: np.ndarray
 ) -> None:
   """Decodes the drawings and their rotations into an array.
 
   Args:
-    archives: the files, by archive.
+    halves: the files, by archive.
     drawings: the drawings as (archive, file).
     out: the array to fill, each drawing followed by its rotations. uint8 [N, 32, 32, 1]
   """
-  for half, files in archives.items():
+  for half, files in halves.items():
     index = {name: i for i, (archive, name) in enumerate(drawings) if archive == half}
 
     def decode_one(item, files=files, index=index):
