@@ -16,6 +16,7 @@ The results of one device and of several agree up to rounding. Dropout with pmap
 each device draws its own random bits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -64,6 +65,12 @@ def make_layout(mode: str) -> Layout:
     mode: the config key `parallel`; "auto" has the same effect as "sharded".
   """
   count = 1 if mode in ("none", "replicas") else jax.device_count()
+  return _make_layout(mode, count, tuple(jax.local_devices()) if count > 1 else ())
+
+
+@functools.lru_cache
+def _make_layout(mode: str, count: int, local_devices: tuple[jax.Device, ...]) -> Layout:
+  """Builds the layout, the same object for the same devices: programs are compiled per layout."""
   is_mapped = mode == "pmap" and count > 1
   if is_mapped:
     compile_fn = _compile_mapped

@@ -14,13 +14,14 @@ To add one, write a file beside this one and add a line to `METHODS`.
 
 # pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
 
+import functools
 from types import ModuleType
 
 import flax.linen as nn
 
 from halrp_jax import models
 from halrp_jax.devices import parallel
-from halrp_jax.keys import Config
+from halrp_jax.keys import Config, MethodConfig
 from halrp_jax.methods import (
   apd,
   apdfix,
@@ -82,12 +83,23 @@ def make(
   """
   _check_network(config.method.name, model, benchmark)
   setup = setup_of(config, model, benchmark, layout)
+  try:
+    return _make(config.method, setup)
+  except TypeError as e:
+    if "unhashable" not in str(e):
+      raise
+    return _make.__wrapped__(config.method, setup)  # a network with fields that have no hash
+
+
+@functools.lru_cache(maxsize=1)
+def _make(config: MethodConfig, setup: Setup) -> Method:
+  """Builds the method. Runs that differ only in seed and order share it with what it compiled."""
   method = _complete(config, setup)
-  if config.method.batch_norm == "population" or models.evaluates_with_batch(model):
-    if not contract.is_own(model):
-      population.require_measurable(model, benchmark.image_shape)
-    fixed = models.with_stored_statistics(model)
-    evaluated = method if fixed is model else _complete(config, setup._replace(model=fixed))
+  if setup.batch_norm == "population" or models.evaluates_with_batch(setup.model):
+    if not contract.is_own(setup.model):
+      population.require_measurable(setup.model, setup.image_shape)
+    fixed = models.with_stored_statistics(setup.model)
+    evaluated = method if fixed is setup.model else _complete(config, setup._replace(model=fixed))
     logits_fn = evaluated.logits
     assert logits_fn is not None  # of `_complete`
     learn = population.wrap_learn(method, logits_fn, setup.evaluation_batch_size)
@@ -117,12 +129,12 @@ def setup_of(
   )
 
 
-def _complete(config: Config, setup: Setup) -> Method:
+def _complete(config: MethodConfig, setup: Setup) -> Method:
   """Returns the method as its module builds it, with `logits` derived from `network`."""
-  method: Method = METHODS[config.method.name].make(config.method, setup)
+  method: Method = METHODS[config.name].make(config, setup)
   if method.logits is not None:
     return method
-  assert method.network is not None, f"{config.method.name} has neither logits nor network"
+  assert method.network is not None, f"{config.name} has neither logits nor network"
   return method._replace(logits=evaluate.logits_of(setup.model, method.network))
 
 
