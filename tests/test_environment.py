@@ -103,7 +103,9 @@ def test_spaces_and_unicode_in_every_path(tmp_path, capsys):
     assert expected in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("missing", ["HOME", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize(
+  "missing", ["HOME", pytest.param("XDG_CACHE_HOME", marks=pytest.mark.slow)]
+)
 def test_without_a_home(tmp_path, missing):
   env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
   if missing == "XDG_CACHE_HOME":

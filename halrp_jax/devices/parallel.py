@@ -65,13 +65,16 @@ def make_layout(mode: str) -> Layout:
     mode: the config key `parallel`; "auto" has the same effect as "sharded".
   """
   count = 1 if mode in ("none", "replicas") else jax.device_count()
-  return _make_layout(mode, count, tuple(jax.local_devices()) if count > 1 else ())
+  num_replicas = jax.local_device_count() if mode == "replicas" else 1
+  local_devices = tuple(jax.local_devices()) if count > 1 else ()
+  return _make_layout(count, local_devices, mode == "pmap" and count > 1, num_replicas)
 
 
 @functools.lru_cache
-def _make_layout(mode: str, count: int, local_devices: tuple[jax.Device, ...]) -> Layout:
-  """Builds the layout, the same object for the same devices: programs are compiled per layout."""
-  is_mapped = mode == "pmap" and count > 1
+def _make_layout(
+  count: int, local_devices: tuple[jax.Device, ...], is_mapped: bool, num_replicas: int
+) -> Layout:
+  """Builds a layout: always the same object for the same devices, so that runs share programs."""
   if is_mapped:
     compile_fn = _compile_mapped
   else:
@@ -81,7 +84,7 @@ def _make_layout(mode: str, count: int, local_devices: tuple[jax.Device, ...]) -
     _make_shard(count, is_mapped),
     compile_fn,
     AXIS if is_mapped else None,
-    jax.local_device_count() if mode == "replicas" else 1,
+    num_replicas,
   )
 
 

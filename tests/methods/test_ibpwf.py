@@ -166,6 +166,7 @@ def test_the_sampled_phase_draws_anew_at_every_step_and_repeats(digits_config):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(ibpwf, "make_fit", spy)
+    methods._make.cache_clear()
     method = methods.make(config, model, benchmark)
   task = benchmark.tasks[0]
   state, _ = method.learn(method.init(None, benchmark), (task,), jax.random.key(0), QUIET)

@@ -332,7 +332,7 @@ def record(tmp_path_factory):
   return get
 
 
-@slow_but("halrp", "stl")
+@slow_but("halrp")
 def test_runs_repeat_to_the_bit(record, digits_config, method_name):
   (a, _), (b, _) = (record(digits_config(method_name, **SHORT), copy) for copy in (0, 1))
   timing = ("seconds", "memory_bytes", "peak_memory_bytes", "date")
@@ -391,7 +391,7 @@ def test_the_record_holds_together(record, digits_config, method_name):
   assert run["config"]["method"]["name"] == method_name == run["method"]
 
 
-@slow_but("halrp", "mtl", "prd", "stl")
+@slow_but("halrp", "mtl")
 def test_tasks_with_different_numbers_of_classes(method_name, digits_config):
   """Digits 0-9, 0-4 and 0-2: one head width inside, each task's own width outside."""
   config = resolve(digits_config(method_name, train_fraction=0.1))

@@ -53,7 +53,7 @@ def benchmark_of():
 FAST = {
   "alexnet": {"stl"},
   "resnet18": {"halrp"},
-  "lenet": {"apdfix", "be", "bmkp", "ewc", "iru", "prd"},
+  "lenet": {"bmkp", "iru", "prd"},
   "wide_lenet": {"stl"},
   "saha_lenet": {"gpm"},
   "saha_lenet_without_lrn": {"wsn"},
