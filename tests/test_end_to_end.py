@@ -24,7 +24,7 @@ def command(*arguments, as_users=False):
   )
 
 
-@pytest.mark.parametrize("method", ["halrp", "stl"])
+@pytest.mark.parametrize("method", ["halrp", pytest.param("stl", marks=pytest.mark.slow)])
 def test_digits(tmp_path, method):
   workdir = tmp_path / "run"
   done = command(
@@ -32,7 +32,7 @@ def test_digits(tmp_path, method):
     f"--config=configs/digits.py:{method}",
     f"--workdir={workdir}",
     "--config.epochs=10",
-    as_users=method == "halrp",
+    as_users=True,
   )
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
@@ -54,6 +54,7 @@ def test_digits(tmp_path, method):
   assert done.returncode == 0 and f"{record['average_accuracy']:.2f}" in done.stdout
 
 
+@pytest.mark.slow
 def test_real_cifar100_through_the_command_line(tmp_path, real_data):
   workdir = tmp_path / "run"
   done = command(

@@ -41,6 +41,7 @@ def run_in_shell(text):
     assert m == "-m" and call([module, *arguments]) == 0, text
 
 
+@pytest.mark.slow
 def test_every_block_runs(tmp_path, monkeypatch):
   write_small_cifar(tmp_path, per_class=50)
   configs = tmp_path / "configs"

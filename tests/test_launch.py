@@ -353,7 +353,7 @@ def steps(calls):
   return found
 
 
-@pytest.mark.parametrize("queued", [(), ("--queued",)])
+@pytest.mark.parametrize("queued", [pytest.param((), marks=pytest.mark.slow), ("--queued",)])
 def test_a_vm_that_is_taken_away_is_made_again_and_goes_on_with_its_workdir(fake, queued):
   (fake.root / "runs").write_text("taken\ntaken\n0")
   flags = (*VM, *KIND, "--spot", "--bucket=gs://b/f", "--wait=0", *queued)

@@ -13,7 +13,7 @@ from halrp_jax.types import UserError
 from . import originals
 from .test_data import write_small_cifar
 
-NUM_MUTATIONS, NUM_IN_SHORT = 200, 50
+NUM_MUTATIONS, NUM_IN_SHORT = 200, 25
 
 
 def custom_folder(folder):

@@ -13,7 +13,7 @@ from halrp_jax.types import UserError
 from ..conftest import interrupt
 
 
-@pytest.fixture(scope="module", params=["halrp", "ewc"])
+@pytest.fixture(scope="module", params=["halrp", pytest.param("ewc", marks=pytest.mark.slow)])
 def run_folder(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp(request.param)
   config = make_config(

@@ -81,7 +81,9 @@ def test_more_clusters_than_a_consolidation_has_tasks_are_refused(digits_config)
     resolve(config)
 
 
-@pytest.mark.parametrize("old_tau", ["trained", "closed_form"])
+@pytest.mark.parametrize(
+  "old_tau", ["trained", pytest.param("closed_form", marks=pytest.mark.slow)]
+)
 def test_old_tasks_stay_where_they_were(old_tau, digits_config):
   """However strongly new ones pull: within what pruning and consolidation may do."""
   from .test_methods import learn, logits

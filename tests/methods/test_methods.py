@@ -13,7 +13,7 @@ from halrp_jax.training import batches, fit
 from halrp_jax.types import Benchmark, Store
 
 NUM_TASKS = 3
-LONG = {"apd", "ibpwf", "iru"}  # ten seconds for three tasks; slow but in their own files
+LONG = {"apd", "ibpwf", "iru", "prd"}  # slow but in their own files
 QUIET = Store("test", lambda event: None)
 # methods that forget nothing, and what switches off the only source of forgetting they may have, or
 # what one needs to learn anything at all
@@ -296,7 +296,7 @@ def _ends_and_slope(penalty_fn, point, step, frozen):
 
 
 SHORT = {"train_fraction": 0.1, "loop": "scan"}
-WHOLE_RUNS = slow_but("ewc", "halrp", "mtl", "stl")
+WHOLE_RUNS = slow_but("halrp", "mtl")
 
 
 @pytest.fixture(scope="module")

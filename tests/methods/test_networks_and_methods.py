@@ -51,9 +51,9 @@ def benchmark_of():
 
 # Pairs that differ in what a method does with a layer; the others are slow.
 FAST = {
-  "alexnet": {"stl"},
+  "alexnet": set(),
   "resnet18": {"halrp"},
-  "lenet": {"bmkp", "iru", "prd"},
+  "lenet": {"iru"},
   "wide_lenet": {"stl"},
   "saha_lenet": {"gpm"},
   "saha_lenet_without_lrn": {"wsn"},

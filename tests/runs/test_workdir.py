@@ -65,8 +65,8 @@ def digits_config(digits_config):
 
 
 # methods that differ in what they store: one that shares weights and measures them after training,
-# one of two phases and ranks, and one whose tasks are one group
-every_kind = slow_except("ewc", "halrp", "mtl")
+# and one of two phases and ranks
+every_kind = slow_except("ewc", "halrp")
 
 
 @pytest.fixture(scope="module")

@@ -379,6 +379,7 @@ def test_the_package_exports_it():
     halrp_jax.perturbed  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_vision_transformer_of_the_examples():
   """With one block and few steps: the perturbed task gains what the frozen weights lack."""
   spec = importlib.util.spec_from_file_location("vit", ROOT / "examples/vision_transformer.py")
