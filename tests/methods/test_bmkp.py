@@ -185,6 +185,7 @@ def test_size_is_counted_by_hand(learned):
     assert size.training_only == 81920 + 512 and size.base == 85002
 
 
+@pytest.mark.slow
 def test_lambda_keeps_new_directions_few(digits_config):
   """What a much larger lambda leaves outside the basis has fewer directions that count."""
 

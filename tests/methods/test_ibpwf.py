@@ -82,6 +82,7 @@ def value_and_gradient(log_c, log_d, p, key, *before):
   return jax.value_and_grad(kl, (0, 1, 2))(log_c, log_d, p)
 
 
+@pytest.mark.slow
 def test_a_strong_prior_is_learned_in_float32(digits_config):
   """alpha = 700 for the 64 factors of the narrowest layer."""
   config = digits_config("ibpwf", **{"method.alpha_share": 700 / 64, "method.l2": 0.0})

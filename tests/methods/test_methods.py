@@ -368,7 +368,7 @@ def test_nothing_is_traced_again_as_tasks_come(record, digits_config, method_nam
   )
 
 
-@slow_but("stl")
+@slow_but()
 def test_another_seed_is_another_run(record, digits_config, method_name):
   (a, _), (b, _) = (record(digits_config(method_name, seed=s, **SHORT)) for s in (0, 1))
   assert a["state_hash"] != b["state_hash"] and a["split_hash"] != b["split_hash"]

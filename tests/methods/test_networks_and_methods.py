@@ -52,7 +52,7 @@ def benchmark_of():
 # Pairs that differ in what a method does with a layer; the others are slow.
 FAST = {
   "alexnet": set(),
-  "resnet18": {"halrp"},
+  "resnet18": set(),
   "lenet": {"iru"},
   "wide_lenet": {"stl"},
   "saha_lenet": {"gpm"},

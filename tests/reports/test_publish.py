@@ -342,6 +342,7 @@ def test_figures_of_a_whole_study():
     assert len(_texts(picture.figure)) >= 2, picture.name
 
 
+@pytest.mark.slow
 def test_nothing_is_cut_off_however_many_systems_there_are(published):
   """Legends grow with the systems."""
   many = [p for p in published.pictures if p.name == "by-task-cifar100-split-lenet-5"]

@@ -130,6 +130,7 @@ def test_layers_that_a_method_can_not_compute_are_refused(name, fault, digits_co
     methods.make(config, Net(fault), benchmark)
 
 
+@pytest.mark.slow
 def test_halrp_sees_attention_as_perturb_does(config):
   """[F, heads * dim], through base_state, ranks and merge."""
   benchmark, _, _, _ = experiment.build(config)
