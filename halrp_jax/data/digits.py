@@ -5,13 +5,13 @@ Repository, 1998). Training and validation images are drawn from the first 1,297
 the test images. There are 10 tasks, and each permutes the pixels in a different way.
 """
 
-from typing import Any
+import importlib.metadata
 
 import numpy as np
 
 from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, make_task
 from halrp_jax.keys import Config
-from halrp_jax.types import Inputs, Task
+from halrp_jax.types import Inputs, Task, UserError
 
 NUM_TASKS = 10
 NUM_TRAIN = 1297
@@ -26,12 +26,9 @@ def outline(config: Config) -> Outline:
 def read(config: Config) -> list[Task]:
   """Reads the tasks. They do not depend on the config."""
   del config
-  from sklearn.datasets import load_digits  # takes a second to import
-
-  digits: Any = load_digits()  # a Bunch, whose attributes have no types
-  image = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # [1797, 8, 8, 1]
-  label = digits.target.astype(np.int32)
-  data = ImageSet(image, label, NUM_TRAIN, tuple(str(n) for n in digits.target_names))
+  rows = _read_rows()
+  image = np.round(rows[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+  data = ImageSet(image, rows[:, -1].astype(np.int32), NUM_TRAIN, tuple("0123456789"))
   pool = image[:NUM_TRAIN] / 255
   mean, std = (np.array([f(pool)], np.float32) for f in (np.mean, np.std))
   tasks = []
@@ -40,3 +37,18 @@ def read(config: Config) -> list[Task]:
     inputs = Inputs(mean, std, permutation)
     tasks.append(make_task(i, f"permutation {i}", data, range(10), inputs))
   return tasks
+
+
+def _read_rows() -> np.ndarray:
+  """Returns [1797, 65]: the 64 pixels of an image, 0 to 16, then its label.
+
+  Reads the file of scikit-learn, whose import would take a second.
+
+  Raises:
+    UserError: if it can't be read.
+  """
+  try:
+    files = importlib.metadata.distribution("scikit-learn")
+    return np.loadtxt(str(files.locate_file("sklearn/datasets/data/digits.csv.gz")), delimiter=",")
+  except (ImportError, OSError) as e:
+    raise UserError(f"the digits of scikit-learn can't be read ({e}); install it again") from e

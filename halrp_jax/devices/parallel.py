@@ -71,9 +71,7 @@ def make_layout(mode: str) -> Layout:
 
 
 @functools.lru_cache
-def _make_layout(
-  count: int, local_devices: tuple, is_mapped: bool, num_replicas: int
-) -> Layout:
+def _make_layout(count: int, local_devices: tuple, is_mapped: bool, num_replicas: int) -> Layout:
   """Builds a layout: always the same object for the same devices, so that runs share programs."""
   if is_mapped:
     compile_fn = _compile_mapped

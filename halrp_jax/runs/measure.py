@@ -1,7 +1,6 @@
 """Measures seconds and memory of a run, and names its device."""
 
 import contextlib
-import gc
 import os
 import platform
 import resource
@@ -69,7 +68,6 @@ def forget_peak() -> None:
   Returns freed memory to the system first, since an earlier run of the process may have needed
   more than this one.
   """
-  gc.collect()
   allocator.trim()
   with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb") as stream:
     stream.write(b"5")

@@ -1,0 +1,27 @@
+"""The digits of scikit-learn, read without it."""
+
+import importlib.metadata
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from halrp_jax.data import digits
+from halrp_jax.types import UserError
+
+
+def test_they_are_those_of_scikit_learn():
+  rows, want = digits._read_rows(), load_digits()
+  np.testing.assert_array_equal(rows[:, :-1], want.data)
+  np.testing.assert_array_equal(rows[:, -1], want.target)
+  assert [str(n) for n in want.target_names] == list("0123456789")
+
+
+def test_a_broken_installation_is_one_line(tmp_path, monkeypatch):
+  class Gone:
+    def locate_file(self, path):
+      return tmp_path / path
+
+  monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Gone())
+  with pytest.raises(UserError, match="digits of scikit-learn can't be read .*install it again"):
+    digits._read_rows()
