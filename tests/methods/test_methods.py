@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -428,3 +429,34 @@ def test_tasks_with_different_numbers_of_classes(method_name, digits_config):
 def logits_of(method, state, task, t):
   image, _ = batches.load_batch(task.test, task.inputs, np.arange(50))
   return method.predict(state, t, image)
+
+
+def test_runs_that_differ_in_seed_and_order_share_their_programs(digits_config):
+  def built(**keys):
+    return experiment.build(resolve(digits_config("stl", **keys)))[2]
+
+  first = built(order="0,1")
+  assert built(order="1,0", seed=7) is first
+  assert built(order="0,1", epochs=3) is not first
+
+
+class Listed(nn.Module):
+  """A network with a field that has no hash."""
+
+  widths: list
+  num_classes: int = 10
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.relu(nn.Dense(self.widths[0], name="fc")(x.reshape(len(x), -1)))
+    return nn.Dense(self.num_classes, name="head")(x)
+
+
+def test_a_network_without_a_hash_is_learned(digits_config):
+  config = resolve(digits_config("stl", epochs=1))
+  benchmark, *_ = experiment.build(config)
+  method = methods.make(config, Listed([8]), benchmark)
+  state, _ = method.learn(
+    method.init(jax.random.key(0), benchmark), benchmark.tasks[:1], jax.random.key(1), QUIET
+  )
+  assert state.tasks[0].params["fc"]["kernel"].shape == (64, 8)
