@@ -3,11 +3,11 @@
   python -m halrp_jax report --runs=runs --out=report
   python -m halrp_jax report --runs=docs/records --out=report --docs=docs
 
-Writes OUT/index.html (one file that needs no network), OUT/tables/ (the paper's tables with the
-results of these runs beside the published ones, as CSV, Markdown and LaTeX) and OUT/figures/ (SVG
-and PNG). A run counts for a table if its config is that of a file in configs/, whatever its order
-and seed. All other runs are listed in the overview, with the keys that differ. Files that can't be
-used are named and left out.
+Writes OUT/index.html (one file that needs no internet connection), OUT/tables/ (the paper's tables
+with the results of these runs beside the published ones, as CSV, Markdown and LaTeX) and
+OUT/figures/ (SVG and PNG). A run counts for a table if its config is that of a file in configs/,
+whatever its order and seed. All other runs are listed in the overview, with the keys that differ.
+Files that can't be used are named and left out.
 
 With --docs, reproduction.md and its figures are written into that folder too. The explanations for
 results that differ from the paper are read from the file reasons.json there.
@@ -28,7 +28,11 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--docs", default="", help="folder for reproduction.md; default: it is not written"
   )
-  parser.add_argument("--configs", default="", help="folder of the config files; default: configs")
+  parser.add_argument(
+    "--configs",
+    default="",
+    help="folder of the config files; default: configs in the current folder, or the installed one",
+  )
   options = parser.parse_args(argv)
   catalogue = reproduce.catalogue(reproduce.configs_folder(options.configs))
   report = publish.collect(options.runs, catalogue, list(paper.TARGETS.values()))

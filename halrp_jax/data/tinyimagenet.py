@@ -1,8 +1,8 @@
 """TinyImageNet: 20 tasks of 10 classes or 40 tasks of 5, with images of 64 x 64 x 3.
 
 The 200 classes are ordered by their ids in WordNet (wnids). Of the 500 training images of a class,
-50 are held out. The paper tests on the official validation images. The authors' code swaps the
-two: it reports the accuracy on the held-out images and validates on the official validation images.
+50 are held out. The paper tests on the official validation images. The authors' code does the
+reverse: it tests on the held-out images and validates on the official validation images.
 The published numbers come from that code, so `data.tiny_test` = "held_out" is the default;
 "official" follows the paper. Training images are cropped and flipped at random
 (`protocol.augment`).
@@ -65,7 +65,7 @@ def _tasks(config: Config, outline: Outline) -> list[Task]:
   tasks = []
   for i, task in enumerate(outline.tasks):
     classes = range(task.num_classes * i, task.num_classes * (i + 1))
-    train, held_out = zip(*(_drawn(data, c, config.seed) for c in classes), strict=True)
+    train, held_out = zip(*(_split_class(data, c, config.seed) for c in classes), strict=True)
     held_out, official = np.concatenate(held_out), data.rows(classes, True)
     swapped = config.data.tiny_test == "held_out"
     test, valid = (held_out, official) if swapped else (official, held_out)
@@ -74,8 +74,8 @@ def _tasks(config: Config, outline: Outline) -> list[Task]:
   return tasks
 
 
-def _drawn(data: ImageSet, c: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the rows of class c for training, and the held-out rows."""
+def _split_class(data: ImageSet, c: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Divides the rows of class c at random into training rows and held-out rows."""
   rows = np.random.default_rng((seed, c)).permutation(data.rows([c], False))
   num_held_out = len(rows) * _HELD_OUT // _NUM_TRAIN
   return rows[num_held_out:], rows[:num_held_out]

@@ -1,1 +1,1 @@
-"""Uses finished runs: loads, predicts with, extends, exports; starts from pretrained weights."""
+"""Loads and extends runs, predicts with them, exports them; starts from pretrained weights."""

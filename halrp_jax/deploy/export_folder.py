@@ -25,7 +25,7 @@ def stem_of(task_id: int) -> str:
 
 
 def file_of(folder: pathlib.Path, stem: str, format: str) -> pathlib.Path:
-  """Returns the path of a file, or of an Orbax folder, beside its card."""
+  """Returns the path of the file, or of the Orbax folder, that a card describes."""
   return folder / (stem if format == "orbax" else f"{stem}.{format}")
 
 
@@ -47,20 +47,24 @@ def read_card(folder: pathlib.Path, stem: str) -> Card:
         f"{file}: has schema {card['schema']!r}, expected {SCHEMA}; export the run again"
       )
     if card["format"] not in FORMATS or not isinstance(card["hash"], str):
-      raise ValueError("format or hash")
+      raise ValueError("its format or hash is not valid")
     return card
   except FileNotFoundError as e:
     known = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "no cards"
     raise UserError(f"{file}: not found; {folder} holds {known}") from e
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise UserError(f"{file}: was changed or damaged ({brief(e)})") from e
+    raise UserError(
+      f"{file}: was changed or damaged, or can't be read ({brief(e)}); export the run again to "
+      "another folder"
+    ) from e
 
 
 def require_one_model(folder: pathlib.Path, format: str, own: dict[str, Card]) -> None:
   """Checks that the files in a folder are of the same model and form as those to be written.
 
-  Files of another model or form are not replaced, not even if all of them would be: an export that
-  is interrupted would leave a mixture.
+  The form is the format together with the kind in the card. Files of another model or form are
+  never replaced, even if the export would replace all of them: if it were interrupted, the folder
+  would hold a mixture.
 
   Args:
     folder: folder of the export.
@@ -79,20 +83,20 @@ def require_one_model(folder: pathlib.Path, format: str, own: dict[str, Card]) -
       card = read_card(folder, stem)
       form = card["format"], card.get("kind")
       if stem in own and form != (format, own[stem]["kind"]):
-        _refuse(path, f"is of --format={form[0]} ({form[1]})")
+        _refuse(path, f"was written with --format={form[0]} (kind: {form[1]})")
       if "state" in own.get(stem, {}) and "state" not in card:
         _refuse(path, "is of an older version, which did not record its model")
       if stem not in own or any(card.get(k) != x for k, x in own[stem].items()):
         _refuse(path, "is of another model, or of this one before it learned more")
     elif stem not in own or path != file_of(folder, stem, format):
-      _refuse(path, "does not belong to what is to be written")
+      _refuse(path, "is not a file of this model in this format")
 
 
 def _refuse(path: pathlib.Path, why: str) -> NoReturn:
   """Raises the error of a folder that holds a file of another model or form."""
   raise UserError(
     f"--out={path.parent}: {path.name}, which is there, {why}; a folder holds one model in one "
-    "format: choose another folder"
+    "form: choose another folder"
   )
 
 
@@ -100,10 +104,10 @@ def _refuse(path: pathlib.Path, why: str) -> NoReturn:
 
 
 def pack(name: str, x: np.ndarray) -> Arrays:
-  """Returns the arrays that store a matrix in the smaller of two ways.
+  """Returns a matrix as named arrays, stored dense or sparse, whichever takes fewer bytes.
 
-  Either the matrix itself as NAME, or its non-zero entries row by row as NAME.values and a bit per
-  entry (numpy.packbits) as NAME.mask.
+  Dense: NAME is the matrix. Sparse: NAME.values has its non-zero entries row by row, and NAME.mask
+  a bit per entry (numpy.packbits) that says whether it is non-zero.
   """
   is_nonzero = x != 0
   values, mask = x[is_nonzero], np.packbits(is_nonzero)
@@ -129,7 +133,8 @@ def unpack(arrays: Arrays, name: str, shape: tuple[int, int], file: object) -> n
   values, mask = (take(arrays, f"{name}.{part}", file) for part in ("values", "mask"))
   size = shape[0] * shape[1]
   if mask.dtype != np.uint8 or mask.shape != (-(-size // 8),):
-    raise UserError(f"{file}: {name}.mask is {mask.dtype} {mask.shape}, expected {size} bits")
+    expected = f"uint8 {(-(-size // 8),)}"
+    raise UserError(f"{file}: {name}.mask is {mask.dtype} {mask.shape}, expected {expected}")
   is_nonzero = np.unpackbits(mask)[:size].astype(bool).reshape(shape)
   count = int(is_nonzero.sum())
   if values.shape != (count,):

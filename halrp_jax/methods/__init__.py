@@ -3,13 +3,14 @@
 Each method is one module with
 
   Config                        its config keys `method.*`: a dataclass of fields made by `keys`
-  VARIANTS                      optional: {variant: {key: value}}, the values of keys left None
+  VARIANTS                      optional: {variant: {key: value}}, values for keys that are None
   check(config) -> list[str]    optional: errors in a run's config that concern several keys
   TaskState                     the state of a task: a NamedTuple with at least `stats` and
                                 `num_classes`
   make(config, setup) -> types.Method    builds the method; `config` is its `Config`
 
-To add one, write a file beside this one and add a line to `METHODS`.
+To add one, write a file beside this one, import it here and add a line to `METHODS`, and to
+`_PLAIN_LAYERS` if it applies.
 """
 
 # pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
@@ -63,7 +64,8 @@ METHODS: dict[str, ModuleType] = {
   "ibpwf": ibpwf,
 }
 
-# Methods that need kernels [.., J], whose last axis are the outputs of the layer.
+# Methods that support only Dense and ordinary 2-D convolutions (`contract.check_plain`): they need
+# kernels [.., J] whose last axis indexes the outputs of the layer.
 _PLAIN_LAYERS = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "wsn"}
 
 
@@ -93,15 +95,22 @@ def make(
 
 @functools.lru_cache(maxsize=1)
 def _make(config: MethodConfig, setup: Setup) -> Method:
-  """Builds the method. Runs that differ only in seed and order share it with what it compiled."""
+  """Builds the method. The last one built is cached, together with its compiled functions.
+
+  Runs that differ only in seed and order have equal arguments, so they share it.
+  """
   method = _complete(config, setup)
   if setup.batch_norm == "population" or models.evaluates_with_batch(setup.model):
     if not contract.is_own(setup.model):
       population.require_measurable(setup.model, setup.image_shape)
-    fixed = models.with_stored_statistics(setup.model)
-    evaluated = method if fixed is setup.model else _complete(config, setup._replace(model=fixed))
-    logits_fn = evaluated.logits
-    assert logits_fn is not None  # of `_complete`
+    stored_model = models.with_stored_statistics(setup.model)
+    stored_method = (
+      method
+      if stored_model is setup.model
+      else _complete(config, setup._replace(model=stored_model))
+    )
+    logits_fn = stored_method.logits
+    assert logits_fn is not None  # `_complete` sets it
     learn = population.wrap_learn(method, logits_fn, setup.evaluation_batch_size)
     method = method._replace(learn=learn)
   return method._replace(predict=evaluate.make_predict(method))
@@ -139,9 +148,9 @@ def _complete(config: MethodConfig, setup: Setup) -> Method:
 
 
 def restore(name: str, state: State) -> State:
-  """Converts the task states of a method state that was read from a file to `TaskState`.
+  """Converts task states that older versions stored as dicts to the method's `TaskState`.
 
-  Older versions stored dicts in their place.
+  Other task states are returned unchanged.
 
   Args:
     name: name of the method.
@@ -156,9 +165,9 @@ def restore(name: str, state: State) -> State:
 
 
 def _check_network(name: str, model: nn.Module, benchmark: Benchmark) -> None:
-  """Raises UserError if the method called `name` can't use a network that is not of this package.
+  """Raises UserError if a user's own network can't be used with the method called `name`.
 
-  HALRP and BE check the network themselves.
+  Networks of `halrp_jax.models` need no check. HALRP and BE check the network themselves.
   """
   if contract.is_own(model) or name in ("halrp", "be"):
     return
@@ -172,10 +181,10 @@ def _check_network(name: str, model: nn.Module, benchmark: Benchmark) -> None:
 
 
 def variant_defaults(method_config: dict[str, object]) -> dict[str, object]:
-  """Returns the values of the keys left None, which `method.variant` chooses.
+  """Returns the values that `method.variant` gives to config keys that are None.
 
   Args:
-    method_config: the keys `method.*` by name.
+    method_config: the keys `method.*` and their values.
 
   Returns:
     Values by key; {} for a method without variants.

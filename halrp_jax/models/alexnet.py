@@ -22,10 +22,10 @@ class AlexNet(nn.Module):
   num_classes: int
   channels: tuple[int, ...] = (64, 128, 256)
   kernels: tuple[int, ...] = (4, 3, 2)  # width of each convolution's window
-  dropout: tuple[float, ...] = (0.2, 0.2, 0.5)  # rates after the convolutions
+  dropout: tuple[float, ...] = (0.2, 0.2, 0.5)  # rates after convolutions; 0.5 after dense layers
   hidden: tuple[int, ...] = (2048, 2048)
   running: bool = False  # whether BatchNorm evaluates with stored statistics
-  axis_name: str | None = None  # of the devices that share a training batch under jax.pmap
+  axis_name: str | None = None  # jax.pmap axis over which a training batch is sharded
   dtype: jax.typing.DTypeLike | None = None  # of products and activations; None for float32
 
   @nn.compact

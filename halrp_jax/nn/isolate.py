@@ -1,11 +1,11 @@
 """A fusion barrier for XLA:CPU.
 
-XLA:CPU fuses a cheap producer (normalisation, ReLU, padding) into every consumer, and computes the
-producer again for each value that the consumer reads: in a convolution, once for every slice of the
-unfolded input. It never fuses across the branches of a conditional. So this module puts a function
+XLA:CPU fuses a cheap producer (normalisation, ReLU, padding) into each of its consumers, so the
+producer is computed again in every consumer: in a convolution, once for every slice of the unfolded
+input. It never fuses across the branches of a conditional. So this module puts a function
 into one branch of a `lax.cond` whose condition XLA cannot know when it compiles: whether the first
-value is NaN. The other branch returns NaN everywhere. Thus a NaN spreads further than without the
-barrier, and never gets lost.
+value is NaN. The other branch returns NaN everywhere. So a NaN as the first value spreads to the
+whole result; a NaN elsewhere passes through the function as without the barrier.
 
 `lax.optimization_barrier` does not help with jax 0.10, the oldest version that setup.cfg admits:
 XLA:CPU removes it before its fusion passes, and the compiled fusions are the same as without it.
@@ -14,8 +14,8 @@ when no supported version needs this module any more.
 
 The table shows the time of a training step with 128 images, with jax and jaxlib 0.10.2 on 2 cores
 of an x86-64 CPU. It was measured by `python benchmarks/fusion_barrier.py --rounds=9 --repeats=4`,
-which runs the three forms in turn. Times are medians. A ratio compares a form with the first one
-within the same round.
+which runs the three forms in turn. Times and ratios are medians over the rounds. A ratio is the
+time of a form divided by the time of this barrier in the same round.
 
 | ms of wall clock (s to compile)    | this barrier | optimization_barrier | none             |
 |------------------------------------|--------------|----------------------|------------------|

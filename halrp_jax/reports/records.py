@@ -1,10 +1,10 @@
 """Reads the records of runs, groups runs of one setting, and computes the numbers of a group.
 
-A setting is the config without order, seed and keys that do not change results, together with the
-JAX flags that differ from their defaults. `config.setting_of` makes it, and records hold it. A
-group is all runs of one setting on the same data. Data are compared by the hashes of their images
-and labels. Records of older versions have no such hashes: then the benchmark, the names of the
-tasks and, among runs of one seed, the split hashes are compared.
+A setting is the config without order, seed and the keys that do not change results.
+`config.setting_of` computes it, and records store it. A group is all runs of one setting on the
+same data, with the same JAX flags (`unusual_flags`). Data are compared by the hashes of their
+images and labels. Records of older versions have no such hashes. For them the benchmark and the
+names of the tasks are compared, and the split hashes of runs that have the same seed.
 
 Means are over all runs of a group. The accuracy of a task under an order is the mean over the seeds
 of that order.
@@ -23,7 +23,7 @@ from halrp_jax import metrics
 from halrp_jax.types import CHECKPOINTS, CONFIG, JAX_FLAGS, RECORD, SCHEMA, STANDING, TASKS, Json
 
 # JSON files that a run writes beside the records
-_NO_RECORDS = {CONFIG, TASKS, STANDING, "tune.json"}
+_NOT_RECORDS = {CONFIG, TASKS, STANDING, "tune.json"}
 
 # Variants of a setting that have rows of their own in the tables; "" is the setting itself.
 TEST_BATCH, RUNNING = "test-batch statistics", "running statistics"
@@ -41,7 +41,7 @@ _WITHOUT_BATCH_NORM = ("mlp", "saha_lenet", "saha_lenet_without_lrn")
 class Run(NamedTuple):
   """A record that was read."""
 
-  path: str  # of the run's folder, or of the file, below the folder that was searched
+  path: str  # relative to the searched folder: folder of a record.json, or another JSON file
   record: Json  # content of record.json, with its `setting`
 
   @property
@@ -89,8 +89,8 @@ def read(
 
   Args:
     root: the folder.
-    setting_of: computes the setting from a record's config (`config.setting_of`). It is needed for
-      records of older versions, which hold no setting, or none with the newest keys. None: the
+    setting_of: computes the setting from a record's config (`config.setting_of`). Records of older
+      versions need it, because they have no setting or one without the newest keys. None: the
       setting in the record is used.
 
   Returns:
@@ -103,7 +103,7 @@ def read(
     relative = pathlib.Path(folder).relative_to(root)
     if CONFIG in names and RECORD not in names:
       skipped.append(Skipped(str(relative), "not finished: the command of the run resumes it"))
-    for name in sorted(n for n in names if n.endswith(".json") and n not in _NO_RECORDS):
+    for name in sorted(n for n in names if n.endswith(".json") and n not in _NOT_RECORDS):
       path = str(relative if name == RECORD else relative / name)
       try:
         content = json.loads((pathlib.Path(folder) / name).read_text(encoding="utf-8"))
@@ -207,15 +207,16 @@ def variant(setting: Json, standard: Json) -> str | None:
   """Returns how a setting differs from a standard setting.
 
   Returns:
-    One of `VARIANTS`; None if other keys differ too. If the BatchNorm statistics differ, pruning is
-    not compared: these are runs of versions whose HALRP could only prune retrospectively.
+    One of `VARIANTS`; None if other keys differ too. If the BatchNorm statistics differ, the
+    variant names only them, and `method.prune_scope` is not compared: older versions, which had no
+    population statistics, could only prune retrospectively.
   """
-  odd = {k for k in setting.keys() | standard.keys() if setting.get(k) != standard.get(k)}
-  if odd - {"method.batch_norm", "method.prune_scope"}:
+  different = {k for k in setting.keys() | standard.keys() if setting.get(k) != standard.get(k)}
+  if different - {"method.batch_norm", "method.prune_scope"}:
     return None
   if (found := statistics(setting)) != statistics(standard):
     return found
-  retrospective = "method.prune_scope" in odd and setting.get("method.prune_scope") == "all"
+  retrospective = "method.prune_scope" in different and setting.get("method.prune_scope") == "all"
   return RETROSPECTIVE if retrospective else ""
 
 
@@ -233,7 +234,8 @@ def group(runs: list[Run]) -> tuple[list[Group], list[Skipped]]:
     *head, setting = _key(run)
     key, cell = (*head, data, setting), (run.task_ids, run.record["seed"])
     if old := found.setdefault(key, {}).get(cell):
-      skipped.append(Skipped(old.path, f"{run.path} is a newer run of the same"))
+      reason = f"{run.path} is a newer run of the same setting, data, order and seed"
+      skipped.append(Skipped(old.path, reason))
     found[key][cell] = run
   groups: list[Group] = []
   for (method, benchmark, network, fraction, partial, *_), cells in found.items():
@@ -279,18 +281,18 @@ def _data(runs: list[Run]) -> list[tuple]:
 
 
 def notes(groups: list[Group]) -> list[str]:
-  """Returns sentences on how comparable the runs are over which a report takes means."""
+  """Returns sentences about the comparability of the runs that a report averages."""
   runs = [run for found in groups for run in found.runs]
   lines = []
   if unknown := sum(data_of(run.record) is None for run in runs):
     lines.append(
       f"{unknown} of {len(runs)} runs were made by versions that recorded no hash of the data: "
-      "their data are distinguished by the benchmark and the names of the tasks."
+      "their data are distinguished by benchmark, task names and, for equal seeds, split hashes."
     )
   if mixed := sum(len({_machine(run) for run in found.runs}) > 1 for found in groups):
     lines.append(
-      f"In {mixed} of {len(groups)} settings the runs were made with several versions or machines: "
-      "the last bits may differ."
+      f"In {mixed} of {len(groups)} groups the runs were made with several versions or machines: "
+      "results may differ by rounding."
     )
   return lines
 
@@ -310,7 +312,7 @@ def data_of(record: Json) -> dict[int, str] | None:
   """Returns the data hashes of a record's tasks, {task id: hash}.
 
   Returns:
-    None for records of versions that stored no hashes.
+    None if a hash is missing, as in records of older versions.
 
   Raises:
     ValueError, TypeError, KeyError or AttributeError: if the record is damaged.
@@ -384,8 +386,9 @@ def number(found: Group, metric: str) -> Number | None:
       "seconds" (of the whole run), "mopd" or "aopd" (points).
 
   Returns:
-    The mean over the runs; for "mopd" and "aopd" the number without an error. None where the metric
-    is not defined: "mopd" and "aopd" need two orders, and "bwt" more than one task.
+    The mean over the runs and its standard error. "mopd" and "aopd" are computed from all runs
+    together and have no standard error. None where the metric is not defined: "mopd" and "aopd"
+    need two orders, and "bwt" more than one task.
   """
   if metric in ("mopd", "aopd"):
     if found.num_orders < 2:

@@ -1,7 +1,8 @@
-"""Reads the states in a run's folder: the newest complete one, or all of them for `doctor`.
+"""Reads the newest complete state of a run, and verifies all its checkpoints for `doctor`.
 
-A state is an item (checkpoint.py) that names its parts and holds the results so far. The parts are
-items as well, and each is written once (workdir.py).
+A state is stored as an item (checkpoint.py): its about.json names its parts and holds the results
+so far. The parts, which are the shared pytree and the state of each task, are items too. A part
+that does not change is stored once for several states (workdir.py).
 """
 
 import pathlib
@@ -22,14 +23,15 @@ NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
 
 
 def inspect(path: str) -> tuple[list[dict], State | None, dict]:
-  """Verifies every file of a run; changes nothing.
+  """Verifies all checkpoints of a run, without changing anything.
 
   Args:
     path: the run's folder.
 
   Returns:
-    Per item a dict: name, files and bytes (numbers), problem (a line, or None), strays (names of
-    files that no run has written); the newest complete state, or None; the results stored with it.
+    A list with a dict for each entry of checkpoints/: name, files (how many), bytes (their size),
+    problem (one line, or None) and strays (names of files that halrp_jax did not write). The newest
+    complete state, or None. The results stored with that state, or {}.
 
   Raises:
     UserError: if the folder is not a run's.
@@ -69,8 +71,8 @@ def read_benchmark(path: str) -> Benchmark:
   file = pathlib.Path(path) / TASKS
   card = files.read_json(
     file,
-    f"--workdir={path}: holds no {TASKS} with class names and normalisation, as the run is of an "
-    "older version; learn it again with --overwrite",
+    f"--workdir={path}: holds no {TASKS} with class names and normalisation; it was deleted, or an "
+    "older version made the run; learn it again with --overwrite",
   )
   return cards.to_benchmark(card, str(file))
 
@@ -78,7 +80,7 @@ def read_benchmark(path: str) -> Benchmark:
 def newest_state(path: str) -> tuple[State, dict]:
   """Reads the newest complete state of a run, and the results stored with it.
 
-  Warns of newer states that are damaged.
+  Warns about every newer state that is incomplete or damaged.
 
   Raises:
     UserError: if there is no complete state, or a file can't be read.
@@ -90,10 +92,11 @@ def newest_state(path: str) -> tuple[State, dict]:
       return state, about["results"]
     except NO_STATE as e:
       problem = str(e)
-      warnings.warn(f"{e}; the state before {folder.name} is used instead", stacklevel=2)
+      text = f"{folder} is skipped ({e}); an older state is used if there is one"
+      warnings.warn(text, stacklevel=2)
     except OSError as e:
       raise UserError(f"{e.filename or folder}: can't be read ({e.strerror or e})") from e
-  raise UserError(f"--workdir={path}: holds no complete state ({problem})")
+  raise UserError(f"--workdir={path}: holds no complete state ({problem}); run its command again")
 
 
 def find_states(items: pathlib.Path) -> list[pathlib.Path]:
@@ -103,7 +106,7 @@ def find_states(items: pathlib.Path) -> list[pathlib.Path]:
 
 
 def position(folder: pathlib.Path) -> int:
-  """Returns how many groups of tasks are learned in a state, from its folder's name."""
+  """Returns the number of groups of tasks learned in a state, read from its folder's name."""
   return int(folder.name.removeprefix("state-"))
 
 

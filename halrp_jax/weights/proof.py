@@ -2,8 +2,8 @@
 
 Two things can go wrong unnoticed. A layer may compute with another kernel than the parameter at its
 path (normalised weights, a network applied inside another). Or it may compute in a way that a
-perturbed layer does not reproduce. Both are found by computing the network, not by a list of known
-layers.
+perturbed layer does not reproduce. Both are found by tracing and computing the network, because the
+types of its layers (`kinds`) do not show them.
 """
 
 import contextlib
@@ -21,10 +21,13 @@ from flax.linen.module import InterceptorContext
 from halrp_jax.types import Params, UserError, brief
 from halrp_jax.weights import kinds, lowrank, trees
 
-# Largest difference of equal results, relative to the largest value; 32 times the epsilon of the
-# dtype if that is more.
+# Two results count as equal if they differ by at most this fraction of the largest value, or by
+# 32 times the epsilon of their dtype if that is more (`_agree`).
 _TOLERANCE = 1e-3
-ADVICE = "it can't be perturbed; leave it out with the argument `pattern` of perturb.init"
+ADVICE = (
+  "it can't be perturbed; leave it out with the argument `pattern` of perturb.init, or, in a run, "
+  "set method.name=stl"
+)
 _OTHER_KERNEL = (
   "the kernel it computes with is not the parameter at its path (a normalised or otherwise "
   f"transformed kernel, or a network applied inside another): {ADVICE}"
@@ -82,7 +85,7 @@ class Layer(NamedTuple):
 def find_layers(
   run_fn: Callable[[Params], Params], names: Collection[str], variables: Mapping[str, Params]
 ) -> dict[str, Layer]:
-  """Finds the layers that shall be perturbed in a network, which is traced but not computed.
+  """Finds the layers to be perturbed by tracing a network, without computing it.
 
   Args:
     run_fn: (variables) -> what the network returns.
@@ -110,8 +113,8 @@ def find_layers(
         kernel, own = module.get_variable("params", "kernel"), flat[f"{name}/kernel"]
         if kernel is None or kernel.shape != own.shape:
           raise UserError(
-            f"{name}: its kernel is one of a stack (nn.scan, nn.vmap), or of a network inside "
-            f"another: {ADVICE}"
+            f"{name}: its kernel is one of a stack (nn.scan, nn.vmap), or belongs to a network "
+            f"applied inside another: {ADVICE}"
           )
         is_sure = kernel is own and (name not in found or found[name].is_sure)
         shape = kinds.matrix_shape(name, module, kernel)
@@ -139,20 +142,23 @@ def prove_layers(
   perturbations: Sequence[Mapping[str, lowrank.Perturbation]],
   key: jax.Array | None = None,
 ) -> list[Params]:
-  """Computes a network, and compares every perturbed layer with both forms of its perturbation.
+  """Computes a network with perturbed kernels, and compares each layer with its perturbed forms.
+
+  The forms are "composed" and "factored" (`kinds.apply`). Each must return the same as the ordinary
+  layer with the perturbed kernel.
 
   Args:
     run_fn: (variables, kernels by path) -> what the network returns with these kernels.
-    variables: parameters without `kernels`, and other collections.
-    kernels: unperturbed, by path.
-    perturbations: the network is computed with each of them; by path.
-    key: if given, layers are compared on random inputs instead of those that reach them.
+    variables: {"params": parameters without `kernels`, other collections}.
+    kernels: unperturbed kernels by layer path.
+    perturbations: dicts of perturbations by layer path; the network is computed once with each.
+    key: if given, layers are compared on random inputs instead of those that they receive.
 
   Returns:
     What `run_fn` returns with the kernels of each perturbation.
 
   Raises:
-    UserError: if a layer computes something else than its perturbed kernel says.
+    UserError: if a layer does not compute with its perturbed kernel, or a form is not exact.
   """
   faults: dict[str, str] = {}
 
@@ -205,7 +211,7 @@ def _compare(
   y: jax.Array,
   key: jax.Array | None,
 ) -> dict[str, jax.Array]:
-  """Compares a layer with both forms of its perturbation.
+  """Compares a layer with its composed and its factored form.
 
   Args:
     module: the layer, bound to its parameters.
@@ -217,7 +223,7 @@ def _compare(
     key: see `prove_layers`.
 
   Returns:
-    For every possible fault whether it is absent, a boolean [].
+    {message of a fault: boolean [], True if the layer does not have that fault}.
   """
   own = module.get_variable("params", "kernel")
   bias = module.get_variable("params", "bias") if module.use_bias else None
@@ -229,7 +235,7 @@ def _compare(
     expected = kinds.run_detached(module, params, x)
   for form in ("composed", "factored"):
     actual = kinds.apply(module, kernel, p, bias, x, form=form)
-    fault = f"its {form} perturbation is not exact on inputs {x.dtype}{list(x.shape)}: {ADVICE}"
+    fault = f"its {form} form is not exact for inputs {x.dtype}{list(x.shape)}: {ADVICE}"
     absent[fault] = _agree(actual, expected, own.dtype)
   return absent
 
@@ -240,9 +246,10 @@ def full_precision() -> contextlib.AbstractContextManager[object]:
 
 
 def is_same(a: Params, b: Params) -> bool:
-  """Returns whether two pytrees agree up to the rounding of a whole network in 16 bits.
+  """Returns whether the leaves of two pytrees agree up to the rounding of a network in bfloat16.
 
-  The precision of the layers themselves is tested by `prove_layers`.
+  The tolerance is coarse, at least a quarter of the largest value of a leaf. `prove_layers` has
+  compared the single layers more strictly.
   """
   a, b = jax.tree.leaves(a), jax.tree.leaves(b)
   return len(a) == len(b) and all(
@@ -262,11 +269,12 @@ def _agree(
   if not jnp.issubdtype(a.dtype, jnp.inexact):
     return jnp.all(a == b)
   tolerance = max(_TOLERANCE, *(32 * float(jnp.finfo(d).eps) for d in (a.dtype, *dtypes)))
-  limit = float(jnp.finfo(a.dtype).max) / 16  # above it one form may overflow and not the other
+  # Values of b from `limit` on, and NaN, are not compared: one form may overflow, the other not.
+  limit = float(jnp.finfo(a.dtype).max) / 16
   a, b = (x if jnp.iscomplexobj(x) else x.astype(jnp.float32) for x in (a, b))
-  counted = jnp.abs(b) < limit
-  largest = jnp.max(jnp.abs(b), initial=0.0, where=counted)
-  return jnp.max(jnp.abs(a - b), initial=0.0, where=counted) <= tolerance * largest
+  is_compared = jnp.abs(b) < limit
+  largest = jnp.max(jnp.abs(b), initial=0.0, where=is_compared)
+  return jnp.max(jnp.abs(a - b), initial=0.0, where=is_compared) <= tolerance * largest
 
 
 def _random_like(key: jax.Array, x: jax.Array) -> jax.Array:
@@ -282,7 +290,7 @@ def stand_ins(key: jax.Array, tree: Params) -> Params:
   """Returns `tree` with its floating-point arrays drawn anew, uniformly from [0.5, 1).
 
   The proof must hold for any parameters and statistics. Freshly initialised ones can hide a fault:
-  normalised weights, for example, equal the weights until these have been trained.
+  a layer that normalises its kernel, for example, may leave a freshly drawn kernel unchanged.
   """
   leaves, treedef = jax.tree.flatten(tree)
 

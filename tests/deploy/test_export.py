@@ -246,7 +246,10 @@ def test_a_folder_of_another_models_programs_is_refused(run, tmp_path):
 @pytest.mark.parametrize(
   ("second", "says"),
   [
-    (("orbax", False), r"base.json, which is there, is of --format=safetensors \(base\)"),
+    (
+      ("orbax", False),
+      r"base.json, which is there, was written with --format=safetensors \(kind: base\)",
+    ),
     (("safetensors", True), r"base.json, which is there, is of another model"),
     (("stablehlo", False), r"base.json, which is there, is of another model"),
   ],
@@ -262,12 +265,12 @@ def test_another_form_in_the_same_folder_is_refused(run, tmp_path, second, says)
 def test_files_without_a_card_are_not_joined(run, tmp_path):
   (tmp_path / "README").write_text("not ours")
   (tmp_path / "task77.safetensors").write_bytes(b"")
-  with pytest.raises(UserError, match="task77.safetensors, which is there, does not belong"):
+  with pytest.raises(UserError, match="task77.safetensors, which is there, is not a file of this"):
     write(run, tmp_path)
   (tmp_path / "task77.safetensors").unlink()
   write(run, tmp_path)
   (tmp_path / "task00.stablehlo").write_bytes(b"")  # as an older version left it
-  with pytest.raises(UserError, match="task00.stablehlo, which is there, does not belong"):
+  with pytest.raises(UserError, match="task00.stablehlo, which is there, is not a file of this"):
     write(run, tmp_path)
 
 

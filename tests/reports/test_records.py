@@ -134,7 +134,9 @@ def test_a_newer_run_takes_the_place_of_the_same_older_one(make):
   new = run(make(date="2026-02-01T00:00:00+00:00"), "new")
   (group,), skipped = records.group([new, old])
   assert [r.path for r in group.runs] == ["new"]
-  assert skipped == [records.Skipped("old", "new is a newer run of the same")]
+  assert skipped == [
+    records.Skipped("old", "new is a newer run of the same setting, data, order and seed")
+  ]
 
 
 def standing_of(hashes, **flags):
@@ -181,7 +183,7 @@ def test_what_a_report_takes_for_granted_is_said(make):
   groups, _ = records.group([run(older), run(newer), run(make(seed=2, **standing_of("abc")))])
   unknown, mixed = records.notes(groups)
   assert unknown.startswith("1 of 3 runs were made by versions that recorded no hash of the data")
-  assert mixed.startswith("In 1 of 2 settings the runs were made with several versions or machines")
+  assert mixed.startswith("In 1 of 2 groups the runs were made with several versions or machines")
   assert records.notes([g for g in groups if len(g.runs) == 0]) == []
 
 
