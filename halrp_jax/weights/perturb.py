@@ -210,7 +210,7 @@ def _centre(kernel: jax.Array, num_out: int) -> jax.Array:
   return (4 * (kernel - 0.75) / math.sqrt(kernel.size / num_out)).astype(kernel.dtype)
 
 
-compose = kinds.compose  # of one layer
+compose = kinds.compose  # the perturbed kernel of one layer; `kinds.compose` says more
 
 
 def merge(
