@@ -58,6 +58,7 @@ def small_heap():
 def no_old_programs():
   """Frees the programs of a file's tests. What stays is not looked at again: runs collect, too."""
   yield
+  methods._make.cache_clear()
   jax.clear_caches()
   gc.collect()
   gc.freeze()
@@ -114,6 +115,14 @@ def interrupt(config, folder, num_tasks: int) -> None:
 
   with pytest.raises(Stopped):
     experiment.run(config, str(folder), show, stop_asked=lambda: len(evaluations) >= num_tasks)
+
+
+@contextlib.contextmanager
+def building_anew():
+  """Within it methods are built anew, and none built there is used outside: parts are replaced."""
+  methods._make.cache_clear()
+  yield
+  methods._make.cache_clear()
 
 
 def slow_except(*quick: str):

@@ -12,6 +12,7 @@ from halrp_jax import main
 from halrp_jax.runs import experiment
 
 from .conftest import ROOT
+from .runs.test_workdir import same
 
 
 def arguments(workdir, *more, config="digits.py:stl"):
@@ -64,7 +65,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
   assert_one_line(result, "checkpoints: a checkpoint can't be written", "File too large")
   items = list((tmp_path / "run" / "checkpoints").iterdir())
   assert not [p for p in items if p.name.startswith(".writing")]
-  assert run_here(tmp_path / "run") == 0
+  assert run_here(tmp_path / "run") == run_here(tmp_path / "whole") == 0
+  assert same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_workdir_that_can_not_be_written(tmp_path):

@@ -6,6 +6,7 @@ the test images. There are 10 tasks, and each permutes the pixels in a different
 """
 
 import importlib.metadata
+import zlib
 
 import numpy as np
 
@@ -49,6 +50,7 @@ def _read_rows() -> np.ndarray:
   """
   try:
     files = importlib.metadata.distribution("scikit-learn")
-    return np.loadtxt(str(files.locate_file("sklearn/datasets/data/digits.csv.gz")), delimiter=",")
-  except (ImportError, OSError) as e:
+    path = str(files.locate_file("sklearn/datasets/data/digits.csv.gz"))
+    return np.loadtxt(path, delimiter=",").reshape(1797, 65)
+  except (ImportError, OSError, EOFError, ValueError, zlib.error) as e:
     raise UserError(f"the digits of scikit-learn can't be read ({e}); install it again") from e

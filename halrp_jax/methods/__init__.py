@@ -85,19 +85,17 @@ def make(
   """
   _check_network(config.method.name, model, benchmark)
   setup = setup_of(config, model, benchmark, layout)
-  try:
-    return _make(config.method, setup)
-  except TypeError as e:
-    if "unhashable" not in str(e):
-      raise
-    return _make.__wrapped__(config.method, setup)  # a network with fields that have no hash
+  # A user's networks may be equal and behave differently. The method of simultaneous runs holds
+  # copies of images, and how they loop over batches.
+  is_shared = contract.is_own(model) and config.parallel != "replicas"
+  return (_make if is_shared else _make.__wrapped__)(config.method, setup)
 
 
 @functools.lru_cache(maxsize=1)
 def _make(config: MethodConfig, setup: Setup) -> Method:
   """Builds the method. The last one built is cached, together with its compiled functions.
 
-  Runs that differ only in seed and order have equal arguments, so they share it.
+  Runs that differ only in seed and in the order of the same tasks share it.
   """
   method = _complete(config, setup)
   if setup.batch_norm == "population" or models.evaluates_with_batch(setup.model):

@@ -276,7 +276,7 @@ def _learn_all(
   """Learns the groups of tasks that are not learned yet, one after another; returns the record."""
   benchmark, model, method, layout = built
   num_tasks = len(benchmark.tasks)
-  gc.collect()  # of an earlier run; once, because it takes as long as a task of digits
+  gc.collect()  # of an earlier run; not before every task: it takes as long as one of digits
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
   state = _restored(config, model, benchmark, state, show)

@@ -66,7 +66,7 @@ def forget_peak() -> None:
   """Resets the process's peak memory where the system can (Linux); accelerators can't.
 
   Returns freed memory to the system first, since an earlier run of the process may have needed
-  more than this one.
+  more than this one. The caller has collected garbage.
   """
   allocator.trim()
   with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb") as stream:

@@ -1,5 +1,6 @@
 """The digits of scikit-learn, read without it."""
 
+import gzip
 import importlib.metadata
 
 import numpy as np
@@ -17,10 +18,14 @@ def test_they_are_those_of_scikit_learn():
   assert [str(n) for n in want.target_names] == list("0123456789")
 
 
-def test_a_broken_installation_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("contents", [None, gzip.compress(b"1,2\n" * 99)[:-9], b"1,2\n3,4\n"])
+def test_a_broken_installation_is_one_line(tmp_path, monkeypatch, contents):
   class Gone:
     def locate_file(self, path):
-      return tmp_path / path
+      return tmp_path / path.rpartition("/")[2].removesuffix(".gz" * (contents == b"1,2\n3,4\n"))
+
+  if contents:
+    Gone().locate_file("digits.csv.gz").write_bytes(contents)
 
   monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Gone())
   with pytest.raises(UserError, match="digits of scikit-learn can't be read .*install it again"):

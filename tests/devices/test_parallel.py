@@ -152,8 +152,7 @@ def everything(folder: str) -> dict:
   """All that the tests ask of four devices, in one process; `folder` gets a run to be continued."""
   compile_cache.use("")
   half(f"{folder}/half")
-  run = learned("l2", "sharded", f"{folder}/sharded")
-  return {"trained": trained("lenet"), "runs": {"sharded": run}, "statistics": statistics()}
+  return {"trained": trained("lenet"), "runs": runs("l2", folder), "statistics": statistics()}
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +218,9 @@ def check_compiled(counts: list[int]) -> None:
   assert first and second and (third, fourth) == (0, 0)
 
 
-def test_later_tasks_compile_nothing(four):
-  check_compiled(four["runs"]["sharded"]["compiled"])
+@pytest.mark.parametrize("mode", MODES)
+def test_later_tasks_compile_nothing(mode, four):
+  check_compiled(four["runs"][mode]["compiled"])
 
 
 def test_a_run_of_four_devices_goes_on_with_one_and_with_eight(four, tmp_path):

@@ -12,6 +12,7 @@ from halrp_jax.runs import experiment
 from halrp_jax.training import batches, fit
 from halrp_jax.types import UserError
 
+from ..conftest import building_anew
 from .test_methods import QUIET, learn
 
 PAIRS = [  # (a, b), (alpha, beta)
@@ -165,9 +166,8 @@ def test_the_sampled_phase_draws_anew_at_every_step_and_repeats(digits_config):
     seen.append(kwargs.get("objective_fn"))
     return fit.make_fit(*args, **kwargs)
 
-  with pytest.MonkeyPatch.context() as patch:
+  with building_anew(), pytest.MonkeyPatch.context() as patch:
     patch.setattr(ibpwf, "make_fit", spy)
-    methods._make.cache_clear()
     method = methods.make(config, model, benchmark)
   task = benchmark.tasks[0]
   state, _ = method.learn(method.init(None, benchmark), (task,), jax.random.key(0), QUIET)

@@ -13,8 +13,10 @@ from halrp_jax.runs import experiment
 from halrp_jax.training import batches, fit
 from halrp_jax.types import Benchmark, Store
 
+from ..conftest import building_anew
+
 NUM_TASKS = 3
-LONG = {"apd", "ibpwf", "iru", "prd"}  # slow but in their own files
+LONG = {"apd", "ibpwf", "iru"}  # slow but in their own files
 QUIET = Store("test", lambda event: None)
 # methods that forget nothing, and what switches off the only source of forgetting they may have, or
 # what one needs to learn anything at all
@@ -88,7 +90,7 @@ def learned(phases):
 
   def get(name, config):
     if name not in cache:
-      with pytest.MonkeyPatch.context() as patch:
+      with building_anew(), pytest.MonkeyPatch.context() as patch:
         phases[name] = watch_phases(patch)
         cache[name] = learn(config)
     return cache[name]
@@ -323,6 +325,7 @@ def record(tmp_path_factory):
       if event["event"] == "task":
         task[0] = event["t"]
 
+    methods._make.cache_clear()
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -369,7 +372,7 @@ def test_nothing_is_traced_again_as_tasks_come(record, digits_config, method_nam
   )
 
 
-@slow_but()
+@slow_but("stl")
 def test_another_seed_is_another_run(record, digits_config, method_name):
   (a, _), (b, _) = (record(digits_config(method_name, seed=s, **SHORT)) for s in (0, 1))
   assert a["state_hash"] != b["state_hash"] and a["split_hash"] != b["split_hash"]

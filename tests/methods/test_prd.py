@@ -11,6 +11,8 @@ from halrp_jax.runs import experiment
 from halrp_jax.training import batches
 from halrp_jax.types import Store
 
+from ..conftest import building_anew
+
 
 def random(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -76,7 +78,8 @@ def gradients(digits_config, monkeypatch):
       prd, "make_fit", lambda *_, objective_fn, **__: objectives.append(objective_fn)
     )
     config = digits_config("prd", **{f"method.{k}": v for k, v in keys.items()})
-    experiment.build(resolve(config))
+    with building_anew():
+      experiment.build(resolve(config))
     encoder = {
       "fc1": {"kernel": random(64, 256) / 8, "bias": random(256)},
       "fc2": {"kernel": random(256, 256) / 16, "bias": random(256)},
