@@ -201,7 +201,10 @@ def test_truncated_files_are_bad(kind, share):
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
     (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, AVIF or a video"),
     (b"%PDF-1.4", "PDF"),
-    (b"II*\0" + b"\xff" * 8, "TIFF: damaged at its beginning"),
+    (
+      b"II*\0" + b"\xff" * 8,
+      "TIFF: (damaged at its beginning|Invalid dimensions)",
+    ),  # by Pillow's version
     (b"RIFF\0\0\0\0WEBPVP8 \0\0\0\0", "WEBP: "),
     (bytes(1000), "none of PNG, JPEG, WebP, BMP, GIF, TIFF and PPM"),
   ],
