@@ -85,8 +85,8 @@ def make(
   """
   _check_network(config.method.name, model, benchmark)
   setup = setup_of(config, model, benchmark, layout)
-  # A user's networks may be equal and behave differently. The method of simultaneous runs holds
-  # copies of images, and how they loop over batches.
+  # Two networks of a user's own may be equal and behave differently. The method of simultaneous
+  # runs keeps copies of their images and the kind of loop over batches that it chose.
   is_shared = contract.is_own(model) and config.parallel != "replicas"
   return (_make if is_shared else _make.__wrapped__)(config.method, setup)
 

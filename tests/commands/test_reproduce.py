@@ -217,10 +217,10 @@ def test_list_names_every_target_with_its_cells(capsys, monkeypatch):
   monkeypatch.setattr(estimate, "calibrate", lambda config: (0.1, 1.0))
   assert command.main(["--list", "--compile_cache=off"]) == 0
   lines = capsys.readouterr().out.splitlines()
-  told = {line[:10].strip(): line.split() for line in lines[3:]}
-  assert told.keys() == paper.TARGETS.keys()
+  shown = {line[:10].strip(): line.split() for line in lines[3:]}
+  assert shown.keys() == paper.TARGETS.keys()
   # ten cells of ten tasks with 20 epochs of 8 batches out of 1,000 images
-  words = told["table 6"]
+  words = shown["table 6"]
   hours = (10 * 16000 * 0.1 / 10 + 10 * 10 * 1.0) / 3600
   assert words[2:5] == ["10", "16,000", f"{hours:.1f}"]
 

@@ -74,21 +74,21 @@ def test_what_is_loaded_predicts_what_the_run_does(run, images, tmp_path, format
 
 
 def test_a_task_is_small_and_pruned_factors_are_sparse(run, tmp_path):
-  """Fixed values, the low-rank values that are kept, a bit for each place: and hardly more."""
+  """Fixed values, the low-rank values that are kept, a bit for each entry: and hardly more."""
   sizes = write(run, tmp_path)
   assert sizes["task01"] == (tmp_path / "task01.safetensors").stat().st_size
   arrays = safetensors.load_file(tmp_path / "task01.safetensors")
   masks = [k for k in arrays if k.endswith("/U.mask")]
   learned = run.state.tasks[1]
   assert masks and not any(k.removesuffix(".mask") in arrays for k in masks)
-  kept = places = 0
+  kept = entries = 0
   for name, p in learned.perturbation.items():
     rank = int(learned.rank[name])
     assert json.loads((tmp_path / "task01.json").read_text())["ranks"][name] == rank
     kept += np.count_nonzero(p.U) + np.count_nonzero(p.V)
-    places += rank * (len(p.U) + len(p.V))
+    entries += rank * (len(p.U) + len(p.V))
   fixed = sum(x.size for k, x in arrays.items() if not k.endswith((".values", ".mask")))
-  assert sum(x.nbytes for x in arrays.values()) <= 4 * (fixed + kept) + places // 8 + 4
+  assert sum(x.nbytes for x in arrays.values()) <= 4 * (fixed + kept) + entries // 8 + 4
   assert sizes["task00"] < sizes["base"] / 2
 
 

@@ -80,8 +80,8 @@ def main(*keys, env) -> subprocess.Popen:
 
 def ends(pair, seconds=120) -> list[tuple[int, str, str]]:
   """(exit code, stdout, stderr) of each, which must not take longer."""
-  told = [process.communicate(timeout=seconds) for process in pair]
-  return [(p.returncode, *texts) for p, texts in zip(pair, told, strict=True)]
+  outputs = [process.communicate(timeout=seconds) for process in pair]
+  return [(p.returncode, *texts) for p, texts in zip(pair, outputs, strict=True)]
 
 
 def succeed(pair) -> str:

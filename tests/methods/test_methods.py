@@ -434,7 +434,7 @@ def logits_of(method, state, task, t):
   return method.predict(state, t, image)
 
 
-def test_runs_that_differ_in_seed_and_order_share_their_programs(digits_config):
+def test_runs_that_differ_in_seed_and_order_share_their_method(digits_config):
   def built(**keys):
     return experiment.build(resolve(digits_config("stl", **keys)))[2]
 
