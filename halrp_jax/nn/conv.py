@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from halrp_jax.nn import isolate
+from halrp_jax.nn import isolate, winograd
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 4  # with at most so many input channels, 2 x 2 blocks (space to depth) are faster
+_MANY_CHANNELS = 16  # from so many input and output channels on, Winograd's form is faster
 _Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
 
@@ -162,7 +163,33 @@ def _fast_conv(x: jax.Array, kernel: jax.Array, *, padding: _Padding, stride: in
     return times(x[:, ::stride, ::stride], kernel[0, 0])
   if stride == 2 or x.shape[-1] <= _FEW_CHANNELS:
     return _blocked_conv(x, kernel, padding, stride)
+  if _suits_winograd(x, kernel, padding):
+    return _winograd_conv(x, kernel, padding)
   return _product_conv(x, kernel, padding)
+
+
+def _suits_winograd(x: jax.Array, kernel: jax.Array, padding: _Padding) -> bool:
+  """Returns whether Winograd's form is faster: 3 x 3, many channels, few outputs beyond the edges.
+
+  Its transformations need more than the 8 bits of precision of bfloat16.
+  """
+  size = _output_size(x, kernel, padding)
+  computed = math.prod(-(-n // winograd.TILE) * winograd.TILE for n in size)
+  return (
+    kernel.shape[:2] == (3, 3)
+    and min(kernel.shape[2:]) >= _MANY_CHANNELS
+    and jnp.finfo(x.dtype).bits >= 32
+    and computed <= 2 * math.prod(size)
+  )
+
+
+def _winograd_conv(x: jax.Array, kernel: jax.Array, padding: _Padding) -> jax.Array:
+  """Convolves with stride 1 by Winograd's form, with rows and columns added to fill its tiles."""
+  size = _output_size(x, kernel, padding)
+  missing = (-n % winograd.TILE for n in size)
+  pads = ((low, high + more) for (low, high), more in zip(padding, missing, strict=True))
+  y = winograd.conv(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel)
+  return y[:, : size[0], : size[1]]
 
 
 # --- convolutions as matrix products (NHWC, HWIO) ---------------------------------------
