@@ -19,7 +19,6 @@ from halrp_jax.nn import isolate, winograd
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 4  # with at most so many input channels, 2 x 2 blocks (space to depth) are faster
-_MANY_CHANNELS = 16  # from so many input and output channels on, Winograd's form is faster
 _Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
 
@@ -161,26 +160,16 @@ def _fast_conv(x: jax.Array, kernel: jax.Array, *, padding: _Padding, stride: in
   """Convolves in the form that is fastest on the CPU, chosen by the shapes alone."""
   if kernel.shape[:2] == (1, 1):
     return times(x[:, ::stride, ::stride], kernel[0, 0])
-  if stride == 2 or x.shape[-1] <= _FEW_CHANNELS:
+  if x.shape[-1] <= _FEW_CHANNELS:
     return _blocked_conv(x, kernel, padding, stride)
-  if _suits_winograd(x, kernel, padding):
+  if stride == 2:
+    windows = _unfold_windows(x, kernel.shape[:2], padding, x.shape[1:3])
+    return times(windows, kernel.reshape(-1, kernel.shape[-1]))
+  size = _output_size(x, kernel, padding)
+  filled = [-(-n // winograd.TILE) * winograd.TILE for n in size]
+  if winograd.suits(kernel.shape, x.dtype) and math.prod(filled) <= 2 * math.prod(size):
     return _winograd_conv(x, kernel, padding)
   return _product_conv(x, kernel, padding)
-
-
-def _suits_winograd(x: jax.Array, kernel: jax.Array, padding: _Padding) -> bool:
-  """Returns whether Winograd's form is faster: 3 x 3, many channels, few outputs beyond the edges.
-
-  Its transformations need more than the 8 bits of precision of bfloat16.
-  """
-  size = _output_size(x, kernel, padding)
-  computed = math.prod(-(-n // winograd.TILE) * winograd.TILE for n in size)
-  return (
-    kernel.shape[:2] == (3, 3)
-    and min(kernel.shape[2:]) >= _MANY_CHANNELS
-    and jnp.finfo(x.dtype).bits >= 32
-    and computed <= 2 * math.prod(size)
-  )
 
 
 def _winograd_conv(x: jax.Array, kernel: jax.Array, padding: _Padding) -> jax.Array:
@@ -271,6 +260,55 @@ def _times_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.A
   return times(dy, matrix.T), jnp.einsum("nmi,nmj->nij", *parts).sum(0)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _unfold_windows(
+  x: jax.Array, window: tuple[int, int], padding: _Padding, size: tuple[int, int]
+) -> jax.Array:
+  """Computes the patches for stride 2: [B, *size, C] -> [B, H', W', h * w * C]."""
+  return isolate.call(lambda x: patches(x, window, (2, 2), padding), x)
+
+
+def _fold_windows(
+  z: jax.Array, window: tuple[int, int], padding: _Padding, size: tuple[int, int]
+) -> jax.Array:
+  """Computes the transpose of `_unfold_windows`.
+
+  A row of the input is seen by every other row of the windows, so rows and columns are summed for
+  even and odd positions separately.
+  """
+  b, h_out, w_out, width = z.shape
+  channels = width // math.prod(window)
+  blocks = [n + (k - 1) // 2 for n, k in zip((h_out, w_out), window, strict=True)]
+
+  def total(z):
+    z = z.reshape(b, h_out, w_out, *window, channels)
+
+    def place(i, j):
+      pads = (
+        (k // 2, n - m - k // 2) for k, n, m in zip((i, j), blocks, (h_out, w_out), strict=True)
+      )
+      return jnp.pad(z[:, :, :, i, j], ((0, 0), *pads, (0, 0)))
+
+    def phase(row, column):
+      parts = [place(i, j) for i in range(row, window[0], 2) for j in range(column, window[1], 2)]
+      return (
+        functools.reduce(jnp.add, parts) if parts else jnp.zeros((b, *blocks, channels), z.dtype)
+      )
+
+    return jnp.stack([jnp.stack([phase(r, c) for c in (0, 1)], 3) for r in (0, 1)], 2)
+
+  x = isolate.call(total, z).reshape(b, 2 * blocks[0], 2 * blocks[1], channels)
+  for axis, (n, (low, _)) in enumerate(zip(size, padding, strict=True), 1):
+    x = lax.slice_in_dim(x, low, min(low + n, x.shape[axis]), axis=axis)
+    missing = n - x.shape[axis]
+    x = jnp.pad(x, [(0, missing) if a == axis else (0, 0) for a in range(4)])
+  return x
+
+
+_unfold_windows.defvjp(
+  lambda x, *static: (_unfold_windows(x, *static), None),
+  lambda *args: (_fold_windows(args[-1], *args[:3]),),
+)
 _unfold.defvjp(
   lambda x, *static: (_unfold(x, *static), None), lambda *args: (_fold(args[-1], *args[:3]),)
 )

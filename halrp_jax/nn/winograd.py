@@ -16,10 +16,13 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from halrp_jax.nn import isolate
 
+SAVING = 4  # multiplications of a direct sum over those of this form: 16 * 9 / 36
 TILE = 4  # rows and columns of outputs that one tile computes
+_MANY_CHANNELS = 16  # with fewer input or output channels this form is not faster
 _POINTS = TILE + 2  # rows and columns of inputs that it reads
 _INPUT = np.array(  # B^T
   [
@@ -48,6 +51,20 @@ _OUTPUT = np.array(  # A^T
 )
 
 
+def suits(kernel_shape: tuple[int, ...], dtype: DTypeLike) -> bool:
+  """Returns whether a convolution with stride 1 is faster in this form, whole tiles assumed.
+
+  Args:
+    kernel_shape: [h, w, C, J]
+    dtype: of the input. The transformations need more than the 8 bits of precision of bfloat16.
+  """
+  return (
+    tuple(kernel_shape[:-2]) == (3, 3)
+    and min(kernel_shape[-2:]) >= _MANY_CHANNELS
+    and jnp.finfo(dtype).bits >= 32
+  )
+
+
 @jax.custom_vjp
 def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Convolves with stride 1 and without padding.
@@ -69,7 +86,7 @@ def _conv_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
   points = _POINTS**2
   a, b = (v.reshape(points, -1, v.shape[-1]) for v in (inputs, outputs))
   d_kernel = jnp.einsum("nti,ntj->nij", a, b).reshape(_POINTS, _POINTS, *kernel.shape[2:])
-  d_inputs = _multiply(outputs, _from_kernel(kernel).swapaxes(2, 3))
+  d_inputs = _multiply(outputs, _from_kernel(kernel.swapaxes(2, 3)))
   return _to_inputs(d_inputs)[:, : x.shape[1], : x.shape[2]], _to_kernel(d_kernel)
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.linear import canonicalize_padding
 
+from halrp_jax.nn import winograd
 from halrp_jax.nn.conv import conv_general_dilated, patches, times
 from halrp_jax.nn.pool import window_sum
 from halrp_jax.types import Params, UserError
@@ -137,7 +138,7 @@ def apply(
       (`can_be_factored`) is always composed.
   """
   x = jnp.asarray(x)
-  factored = form == "factored" or (form == "auto" and _factored_is_cheaper(kernel, p, x))
+  factored = form == "factored" or (form == "auto" and _factored_is_cheaper(module, kernel, p, x))
   if not (factored and x.size and can_be_factored(module)):
     params = {"kernel": compose(kernel, p)} | ({} if bias is None else {"bias": bias})
     return run_detached(module, params, x)
@@ -260,17 +261,22 @@ def _per_axis(value: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
   return (value or 1,) * n if value is None or isinstance(value, int) else tuple(value)
 
 
-def _factored_is_cheaper(kernel: jax.Array, p: lowrank.Perturbation, x: jax.Array) -> bool:
+def _factored_is_cheaper(
+  module: nn.Module, kernel: jax.Array, p: lowrank.Perturbation, x: jax.Array
+) -> bool:
   """Returns whether one training step is cheaper in the factored form, judged by shapes alone.
 
   The costs are multiply-adds and passes over memory. The composed form takes three products with
   the kernel (output, gradient of the input, gradient of the kernel), and writes and reads the
   kernel several times. The factored form takes two products, the low-rank branch, and more passes
-  over the activations.
+  over the activations. Winograd's form makes a product with the kernel cheaper, but not the branch.
   """
   num_in, num_out, columns = p.S.size, p.R.size, p.U.shape[-1]
   positions, window = x.size // num_in, kernel[..., 0, 0].size
-  saved = positions * kernel.size + _MEMORY_COST * 4 * kernel.size + 3 * columns * num_in * num_out
+  product = kernel.size
+  if isinstance(module, nn.Conv) and _per_axis(module.strides, 2) == (1, 1):
+    product //= winograd.SAVING if winograd.suits(kernel.shape, x.dtype) else 1
+  saved = positions * product + _MEMORY_COST * 4 * kernel.size + 3 * columns * num_in * num_out
   if window == 1:
     products, numbers = columns * (num_in + num_out), 2 * num_in + 2 * num_out
   else:
