@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from halrp_jax import commands
 from halrp_jax.commands import COMMANDS, STOPPABLE, program
-from halrp_jax.devices import allocator, stop
+from halrp_jax.devices import allocator, environment, stop
 from halrp_jax.keys import nearest
 from halrp_jax.types import UserError
 
@@ -48,9 +48,10 @@ def _main(argv: list[str], stop_asked: Callable[[], bool]) -> int:
 
 def script() -> int:
   """Runs the verb of this process's command line, as `halrp` and `python -m halrp_jax` do."""
-  # Both come before the module of the verb imports NumPy and JAX, whose threads inherit the mask of
+  # All come before the module of the verb imports NumPy and JAX, whose threads inherit the mask of
   # signals: a thread that does not block SIGTERM would end the process.
   allocator.tune()
+  environment.prepare()
   stop_asked = stop.listen() if STOPPABLE.intersection(sys.argv[1:2]) else lambda: False
   program.prepare()
   return main(sys.argv, stop_asked)

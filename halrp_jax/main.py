@@ -19,13 +19,14 @@ import sys
 from collections.abc import Callable
 
 from halrp_jax.commands import program
-from halrp_jax.devices import allocator, stop
+from halrp_jax.devices import allocator, environment, stop
 
 if __name__ == "__main__":  # before jax is imported
   if "--version" in sys.argv[1:]:
     program.prepare()
     sys.exit(program.run(lambda: print(program.version()) or 0))
   allocator.tune()
+  environment.prepare()
   stop_asked = stop.listen()
 
 

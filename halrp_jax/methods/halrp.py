@@ -503,7 +503,7 @@ def _build(config: Config, setup: Setup) -> _Functions:
     initialize=networks.make_initialize(setup),
     fit_free=make_fit(setup, *networks.plain_network(model)),
     fit_perturbed=make_fit(setup, networks.perturbed_network(model), penalty),
-    square_gradients=jax.jit(square_gradients),
+    square_gradients=jax.jit(square_gradients, compiler_options=networks.COMPILE_QUICKLY),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
     prune=jax.jit(lowrank.prune),

@@ -14,6 +14,10 @@ from halrp_jax.types import Array, Network, Params
 from halrp_jax.weights import perturb, trees
 
 
+# For programs that run so seldom that compiling them takes longer. The numbers stay the same.
+COMPILE_QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
+
+
 class HasL2(Protocol):
   """Config of a method with an L2 term on kernels."""
 
@@ -57,7 +61,9 @@ def statistics_of(model: nn.Module, image_shape: tuple[int, ...]) -> Params:
 
 def make_initialize(setup: Setup) -> Callable[[jax.Array], tuple[Params, Params]]:
   """Builds the jitted `initialize(key) -> params, stats`."""
-  return jax.jit(lambda key: initialize(setup.model, key, setup.image_shape))
+  return jax.jit(
+    lambda key: initialize(setup.model, key, setup.image_shape), compiler_options=COMPILE_QUICKLY
+  )
 
 
 def l2_coefficient(config: HasL2) -> float:
