@@ -13,7 +13,6 @@ from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Network, Params
 from halrp_jax.weights import perturb, trees
 
-
 # For programs that run so seldom that compiling them takes longer. The numbers stay the same.
 COMPILE_QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
