@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import importlib.metadata
 import os
 import pathlib
 
@@ -15,16 +14,15 @@ import pytest
 
 from halrp_jax import methods
 from halrp_jax.config import make_config
-from halrp_jax.devices import compile_cache
+from halrp_jax.devices import compile_cache, environment
 from halrp_jax.runs import experiment
 from halrp_jax.types import Stopped
 
 ROOT = pathlib.Path(__file__).parents[1]
-if importlib.metadata.version("jaxlib") < "0.11":  # later ones do not know the flag
-  os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # the processes that tests start inherit it, but in test_end_to_end
-FOR_SPEED = {"JAX_DISABLE_MOST_OPTIMIZATIONS", "OPENBLAS_NUM_THREADS", "XLA_FLAGS"}
+FOR_SPEED = {"JAX_DISABLE_MOST_OPTIMIZATIONS", "OPENBLAS_NUM_THREADS"}
 
+environment.prepare()  # XLA reads its flags when the first array is made
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
