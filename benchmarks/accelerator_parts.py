@@ -22,10 +22,11 @@ import tempfile
 import time
 from importlib import metadata
 
-from halrp_jax.devices import allocator
+from halrp_jax.devices import allocator, environment
 
 if __name__ == "__main__":
   allocator.tune()
+  environment.prepare()
 
 import accelerator
 import jax

@@ -1,7 +1,10 @@
 """Compares the speed of training steps of this working tree with those of another revision.
 
-  python benchmarks/compare.py b65a6b0 [--rounds=5] [--runs=lenet-stl,lenet-halrp,alexnet-stl]
+  python benchmarks/compare.py b65a6b0 [--rounds=5] [--runs=lenet-stl,lenet-halrp]
       [--always_compile] [--json=FILE]
+
+It ends with exit code 1 if the step of some run is more than 10 % slower in at least four of five
+rounds. Run it on an idle machine before each release, with the revision of the last one.
 
 Prints the median seconds of a step and of compiling for the revision (base) and for the working
 tree (new), and the ratio new / base: the median over the rounds of the ratio within a round, and
@@ -34,7 +37,9 @@ RUNS = {  # name: (method, network, tasks, epochs); the last task is measured
   "lenet-stl": ("stl", "lenet", "0", 6),
   "lenet-halrp": ("halrp", "lenet", "0,1", 6),
   "alexnet-stl": ("stl", "alexnet", "0", 4),
+  "resnet18-stl": ("stl", "resnet18", "0", 3),
 }
+SLOWER, SHARE = 1.1, 0.8  # a step is slower if this ratio is exceeded in this share of the rounds
 
 
 def write_images(folder: pathlib.Path) -> None:
@@ -132,8 +137,18 @@ def summary(found: dict) -> list[dict]:
   return rows
 
 
+def slower(found: dict) -> list[str]:
+  """Returns the runs whose step is slower than that of the base in nearly all rounds."""
+
+  def is_slower(by_tree):
+    pairs = list(zip(by_tree["base"]["step"], by_tree["new"]["step"], strict=True))
+    return sum(b > SLOWER * a for a, b in pairs) >= SHARE * len(pairs)
+
+  return [name for name, by_tree in found.items() if is_slower(by_tree)]
+
+
 def main(argv: list[str]) -> int:
-  """Measures and prints a table; returns the exit code."""
+  """Measures and prints a table; returns the exit code: 1 if a step has become slower."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("base", help="revision of git to compare with")
   parser.add_argument("--rounds", type=int, default=5)
@@ -163,7 +178,9 @@ def main(argv: list[str]) -> int:
   if args.json:
     report = {"base": args.base, "rounds": args.rounds, "load": load, "rows": rows, "all": found}
     pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-  return 0
+  if names := slower(found):
+    print(f"slower than {args.base}: {', '.join(names)}", file=sys.stderr)
+  return int(bool(names))
 
 
 if __name__ == "__main__":

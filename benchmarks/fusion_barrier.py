@@ -15,10 +15,11 @@ import sys
 import time
 from unittest import mock
 
-from halrp_jax.devices import allocator
+from halrp_jax.devices import allocator, environment
 
 if __name__ == "__main__":
   allocator.tune()
+  environment.prepare()
 
 import jax
 import jaxlib

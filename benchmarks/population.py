@@ -10,10 +10,11 @@ import argparse
 import statistics
 import time
 
-from halrp_jax.devices import allocator
+from halrp_jax.devices import allocator, environment
 
 if __name__ == "__main__":
   allocator.tune()
+  environment.prepare()
 
 import jax
 import numpy as np

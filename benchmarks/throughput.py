@@ -11,10 +11,11 @@ import statistics
 import sys
 import time
 
-from halrp_jax.devices import allocator
+from halrp_jax.devices import allocator, environment
 
 if __name__ == "__main__":
   allocator.tune()
+  environment.prepare()
 
 import jax
 import jax.numpy as jnp
