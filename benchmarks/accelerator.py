@@ -76,6 +76,7 @@ REST = (
 )
 PARTS = tuple(dict.fromkeys(part for part, *_ in FIRST))
 LEAST = 8  # no part is started with fewer seconds left
+LEAST_SMOKE = 25  # a CPU needs so long to compile the smallest part
 
 
 # --- the processes ----------------------------------------------------------------------
@@ -182,7 +183,7 @@ def measure(options) -> int:
       begin, now = time.monotonic(), worker
       # the next part imports its modules meanwhile
       worker = start(units[i + 1]) if i + 1 < len(units) else None
-      for row in now.go(min(left, max(limit * scale, LEAST))):
+      for row in now.go(min(left, max(limit * scale, LEAST_SMOKE if options.smoke else LEAST))):
         if "about" in row:
           results |= row["about"]
           continue
@@ -203,10 +204,10 @@ def chosen(options) -> list[tuple]:
   """Returns the (part, target, limit) of the parts and networks that were asked for, in order."""
   parts = options.parts.split(",") if options.parts else PARTS
   units = REST if options.rest else FIRST + REST
-  if options.smoke and not options.rest:  # small networks first
-    small = {"lenet:float32": "mlp:float32", "resnet18_64:bfloat16": "lenet:bfloat16"}
-    first = [(part, small.get(target, target), limit) for part, target, limit in FIRST]
-    units = tuple(dict.fromkeys((*first, *units)))
+  if options.smoke and not options.rest:  # every part once with the smallest network, before all
+    once = {part: (part, target, limit) for part, target, limit in reversed(FIRST)}
+    once |= {part: (part, "mlp:float32", once[part][2]) for part in ("steps", "torch")}
+    units = tuple(dict.fromkeys((*(once[part] for part in PARTS), *units)))
   networks = options.networks.split(",") if options.networks else None
   return [
     unit
