@@ -274,8 +274,9 @@ def _factored_is_cheaper(
   num_in, num_out, columns = p.S.size, p.R.size, p.U.shape[-1]
   positions, window = x.size // num_in, kernel[..., 0, 0].size
   product = kernel.size
-  if isinstance(module, nn.Conv) and _per_axis(module.strides, 2) == (1, 1):
-    product //= winograd.SAVING if winograd.suits(kernel.shape, x.dtype) else 1
+  is_ours = isinstance(module, nn.Conv) and module.conv_general_dilated is conv_general_dilated
+  if is_ours and _per_axis(module.strides, 2) == (1, 1) and winograd.suits(kernel.shape, x.dtype):
+    product //= winograd.SAVING
   saved = positions * product + _MEMORY_COST * 4 * kernel.size + 3 * columns * num_in * num_out
   if window == 1:
     products, numbers = columns * (num_in + num_out), 2 * num_in + 2 * num_out

@@ -39,12 +39,21 @@ def test_the_error_is_about_1e_5_of_the_largest_value(channels):
   assert np.abs(y - exact).max() < 2e-5 * np.abs(exact).max()
 
 
+def test_the_error_in_float64_is_that_of_float64():
+  with jax.enable_x64(True):
+    x = np.random.default_rng(0).normal(size=(1, 6, 6, 16))
+    kernel = np.random.default_rng(1).normal(size=(3, 3, 16, 16))
+    exact = sum(x[:, i : i + 4, j : j + 4] @ kernel[i, j] for i in range(3) for j in range(3))
+    assert np.abs(winograd.conv(jnp.asarray(x), jnp.asarray(kernel)) - exact).max() < 1e-12
+
+
 def test_it_is_used_for_3_x_3_kernels_of_many_channels_in_float32():
   assert winograd.suits((3, 3, 16, 16), jnp.float32)
   assert not winograd.suits((3, 3, 15, 16), jnp.float32)
   assert not winograd.suits((3, 3, 16, 15), jnp.float32)
   assert not winograd.suits((5, 3, 16, 16), jnp.float32)
   assert not winograd.suits((3, 3, 16, 16), jnp.bfloat16)
+  assert not winograd.suits((3, 3, 16, 16), jnp.int32)
 
 
 def test_a_nan_in_an_image_reaches_its_outputs():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from halrp_jax.nn.conv import conv_general_dilated
 from halrp_jax.types import UserError
-from halrp_jax.weights import perturb
+from halrp_jax.weights import kinds, lowrank, perturb
 
 
 class Net(nn.Module):
@@ -346,3 +347,19 @@ def test_arguments_of_the_wrong_kind_are_named(arguments, says):
 def test_rank_and_pattern_of_the_wrong_kind_are_named(keys, says):
   with pytest.raises(UserError, match=says):
     perturb.init(jax.random.key(1), DENSE, DENSE.init(jax.random.key(0), X), X, **keys)
+
+
+@pytest.mark.parametrize(
+  ("strides", "own", "factored"),
+  [
+    ((1, 1), True, False),  # Winograd's form makes the gradient of the kernel cheap
+    ((2, 2), True, True),
+    ((1, 1), False, True),  # XLA's convolution
+  ],
+)
+def test_a_layer_is_composed_where_winograds_form_computes_it(strides, own, factored):
+  ours = {"conv_general_dilated": conv_general_dilated} if own else {}
+  layer = nn.Conv(64, (3, 3), strides, use_bias=False, **ours)
+  kernel, x = np.zeros((3, 3, 64, 64), np.float32), np.zeros((128, 16, 16, 64), np.float32)
+  p = lowrank.identity(kernel, 8, fold=True)
+  assert kinds._factored_is_cheaper(layer, kernel, p, x) == factored
