@@ -76,7 +76,7 @@ REST = (
 )
 PARTS = tuple(dict.fromkeys(part for part, *_ in FIRST))
 LEAST = 8  # no part is started with fewer seconds left
-LEAST_SMOKE = 25  # a CPU needs so long to compile the smallest part
+LEAST_SMOKE = 20  # the same with --smoke: a CPU needs so long to compile the smallest network
 
 
 # --- the processes ----------------------------------------------------------------------
@@ -156,6 +156,7 @@ def measure(options) -> int:
   results = {"budget": options.budget, "smoke": options.smoke, "gpu": nvidia_smi()}
   results |= {"no_room": [], "rows": []}
   units, failed = chosen(options), 0
+  least = LEAST_SMOKE if options.smoke else LEAST
   scale = options.budget / max(min(360, sum(limit for *_, limit in units)), 1)
   if results["gpu"] and not options.smoke:  # fail rather than measure the CPU by mistake
     environment["JAX_PLATFORMS"] = "cuda,cpu"
@@ -177,13 +178,13 @@ def measure(options) -> int:
   with open(out / "accelerator.log", "w", encoding="utf-8") as log:
     for i, (part, target, limit) in enumerate(units):
       left = deadline - time.monotonic()
-      if left < LEAST:
+      if left < least:
         results["no_room"] = [f"{part} {target}" for part, target, _ in units[i:]]
         break
       begin, now = time.monotonic(), worker
       # the next part imports its modules meanwhile
       worker = start(units[i + 1]) if i + 1 < len(units) else None
-      for row in now.go(min(left, max(limit * scale, LEAST_SMOKE if options.smoke else LEAST))):
+      for row in now.go(min(left, max(limit * scale, least))):
         if "about" in row:
           results |= row["about"]
           continue

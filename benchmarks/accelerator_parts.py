@@ -244,7 +244,7 @@ def evaluate(target, options):
 
 def replicas_(target, options):
   """Measures 25 runs at once and a single run, without and with compiled programs in the cache."""
-  numbers, times = ("0,1", ("",)) if options.smoke else ("0,1,2,3,4", ("", " again"))
+  numbers, suffixes = ("0,1", ("",)) if options.smoke else ("0,1,2,3,4", ("", " again"))
   epochs = 2 if options.smoke else 6
   how = [f"--config.epochs={epochs}", "--config.method.warmup_epochs=1"]
   how += ["--config.order=0,1"] * options.smoke  # two tasks
@@ -253,7 +253,7 @@ def replicas_(target, options):
   cells = sweep.cells({"halrp": config}, orders, numbers)
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
-    for again in times:
+    for again in suffixes:
       alone, accuracy, _ = replicas.run(cells[:1], root / f"one{again}", False)
       yield row(f"one run{again}", alone, "s", acc=accuracy.mean())
       seconds, accuracy, _ = replicas.run(cells, root / f"all{again}", True)

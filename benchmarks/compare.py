@@ -3,7 +3,7 @@
   python benchmarks/compare.py b65a6b0 [--rounds=5] [--runs=lenet-stl,lenet-halrp]
       [--always_compile] [--json=FILE]
 
-It ends with exit code 1 if the step of some run is more than 10 % slower in at least four of five
+It ends with exit code 1 if the step of some run is more than 10 % slower in at least 80 % of the
 rounds. Run it on an idle machine before each release, with the revision of the last one.
 
 Prints the median seconds of a step and of compiling for the revision (base) and for the working

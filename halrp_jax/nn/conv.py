@@ -165,9 +165,7 @@ def _fast_conv(x: jax.Array, kernel: jax.Array, *, padding: _Padding, stride: in
   if stride == 2:
     windows = _unfold_windows(x, kernel.shape[:2], padding, x.shape[1:3])
     return times(windows, kernel.reshape(-1, kernel.shape[-1]))
-  size = _output_size(x, kernel, padding)
-  filled = [-(-n // winograd.TILE) * winograd.TILE for n in size]
-  if winograd.suits(kernel.shape, x.dtype) and math.prod(filled) <= 2 * math.prod(size):
+  if winograd.suits(kernel.shape, _output_size(x, kernel, padding), x.dtype):
     return _winograd_conv(x, kernel, padding)
   return _product_conv(x, kernel, padding)
 
@@ -184,7 +182,8 @@ def _winograd_conv(x: jax.Array, kernel: jax.Array, padding: _Padding) -> jax.Ar
 # --- convolutions as matrix products (NHWC, HWIO) ---------------------------------------
 # The columns are unfolded, a matrix product follows, and the rows are folded. The gradient goes the
 # same way back: it unfolds the rows, multiplies, and folds the columns. With few input channels the
-# whole window is unfolded instead, and nothing is folded.
+# whole window is unfolded instead, and nothing is folded. So it is with stride 2, where the gradient
+# folds the windows.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -283,14 +282,14 @@ def _fold_windows(
   def total(z):
     z = z.reshape(b, h_out, w_out, *window, channels)
 
-    def place(i, j):
+    def pad_to(i, j):
       pads = (
         (k // 2, n - m - k // 2) for k, n, m in zip((i, j), blocks, (h_out, w_out), strict=True)
       )
       return jnp.pad(z[:, :, :, i, j], ((0, 0), *pads, (0, 0)))
 
     def phase(row, column):
-      parts = [place(i, j) for i in range(row, window[0], 2) for j in range(column, window[1], 2)]
+      parts = [pad_to(i, j) for i in range(row, window[0], 2) for j in range(column, window[1], 2)]
       return (
         functools.reduce(jnp.add, parts) if parts else jnp.zeros((b, *blocks, channels), z.dtype)
       )

@@ -6,11 +6,13 @@ outputs and X of 6 x 6 inputs that overlap by two. Summed over the input channel
 each of the 36 positions of a tile are one matrix product. The gradient is the transpose of these
 steps and uses the transformed output gradient for both of its matrix products.
 
-The result differs from that of `lax.conv_general_dilated` by rounding of about 1e-5 of the largest
-value, ten times that of a direct sum (tests/nn/test_winograd.py).
+The result differs from that of `lax.conv_general_dilated` by rounding of up to about 1e-5 of the
+largest value, ten to twenty times that of a direct sum (tests/nn/test_winograd.py). A value that is
+not finite spoils all outputs of its tiles.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import jax
@@ -49,17 +51,19 @@ _OUTPUT = np.array(  # A^T
 )
 
 
-def suits(kernel_shape: tuple[int, ...], dtype: DTypeLike) -> bool:
-  """Returns whether a convolution with stride 1 is faster in this form, whole tiles assumed.
+def suits(kernel_shape: tuple[int, ...], size: Sequence[int], dtype: DTypeLike) -> bool:
+  """Returns whether a convolution with stride 1 is faster in this form.
 
   Args:
     kernel_shape: [h, w, C, J]
-    dtype: of the input. The transformations need more than the 8 bits of precision of bfloat16.
+    size: height and width of the output. Tiles that are mostly outside of it are wasted.
+    dtype: of the products. The transformations need more than the 8 bits of precision of bfloat16.
   """
   return (
     tuple(kernel_shape[:-2]) == (3, 3)
     and min(kernel_shape[-2:]) >= _MANY_CHANNELS
     and dtype in (jnp.float32, jnp.float64)
+    and math.prod(-(-n // TILE) * TILE for n in size) <= 2 * math.prod(size)
   )
 
 
@@ -74,18 +78,22 @@ def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   Returns:
     [B, H - 2, W - 2, J]
   """
-  return _to_outputs(_multiply(_from_inputs(x), _from_kernel(kernel)))
+  witness = kernel[0, 0, 0, 0]
+  products = _multiply(_from_inputs(x, witness), _from_kernel(kernel, witness))
+  return _to_outputs(products, witness)
 
 
 def _conv_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Computes the gradient of `conv` with respect to both arguments."""
   x, kernel = saved
-  inputs, outputs = _from_inputs(x), _from_outputs(dy)
+  witness = kernel[0, 0, 0, 0]
+  inputs, outputs = _from_inputs(x, witness), _from_outputs(dy, witness)
   points = _POINTS**2
   a, b = (v.reshape(points, -1, v.shape[-1]) for v in (inputs, outputs))
   d_kernel = jnp.einsum("nti,ntj->nij", a, b).reshape(_POINTS, _POINTS, *kernel.shape[2:])
-  d_inputs = _multiply(outputs, _from_kernel(kernel.swapaxes(2, 3)))
-  return _to_inputs(d_inputs)[:, : x.shape[1], : x.shape[2]], _to_kernel(d_kernel)
+  d_inputs = _multiply(outputs, _from_kernel(kernel.swapaxes(2, 3), witness))
+  dx = _to_inputs(d_inputs, witness)[:, : x.shape[1], : x.shape[2]]
+  return dx, _to_kernel(d_kernel, witness)
 
 
 conv.defvjp(lambda x, kernel: (conv(x, kernel), (x, kernel)), _conv_bwd)
@@ -101,7 +109,13 @@ def _multiply(tiles: jax.Array, kernel: jax.Array) -> jax.Array:
 
 # --- the transformations ----------------------------------------------------------------
 # Each works on the rows of the tiles and then on their columns, with a fusion barrier between the
-# two. "to" and "from" of the same name are transposes of each other.
+# two (`isolate.call`), whose witness is a value of the kernel: a NaN in one image leaves the others
+# alone. "to" and "from" of the same name are transposes of each other.
+
+
+def _twice(rows: Callable, columns: Callable, x: jax.Array, witness: jax.Array) -> jax.Array:
+  """Returns columns(rows(x)), with fusion barriers around both."""
+  return isolate.call(columns, isolate.call(rows, x, witness=witness), witness=witness)
 
 
 def _combine(parts: list[jax.Array], matrix: np.ndarray, axis: int) -> jax.Array:
@@ -118,7 +132,7 @@ def _combine(parts: list[jax.Array], matrix: np.ndarray, axis: int) -> jax.Array
   return cast("jax.Array", sum(terms))  # not the int 0: there are terms
 
 
-def _from_inputs(x: jax.Array) -> jax.Array:
+def _from_inputs(x: jax.Array, witness: jax.Array) -> jax.Array:
   """Computes B^T X B of all tiles: [B, H, W, C] -> [6, 6, B, (H - 2) / 4, (W - 2) / 4, C]."""
   height, width = (n - _POINTS + 1 for n in x.shape[1:3])  # past the last tile's first row, column
 
@@ -128,10 +142,10 @@ def _from_inputs(x: jax.Array) -> jax.Array:
   def columns(x):
     return _combine([x[..., j : j + width : TILE, :] for j in range(_POINTS)], _INPUT, 1)
 
-  return isolate.call(columns, isolate.call(rows, x))
+  return _twice(rows, columns, x, witness)
 
 
-def _to_inputs(tiles: jax.Array) -> jax.Array:
+def _to_inputs(tiles: jax.Array, witness: jax.Array) -> jax.Array:
   """Computes the transpose of `_from_inputs`, and two more rows and columns of zeros."""
   _, _, b, height, width, channels = tiles.shape
 
@@ -144,23 +158,23 @@ def _to_inputs(tiles: jax.Array) -> jax.Array:
   def overlap(tiles):
     """Adds the last two rows and columns of each tile to the first two of the next one."""
 
-    def place(part, down, right):
+    def pad_to(part, down, right):
       h, w = (TILE - part.shape[axis] for axis in (2, 4))
       return jnp.pad(part, ((0, 0), (down, 1 - down), (0, h), (right, 1 - right), (0, w), (0, 0)))
 
     first, last = slice(0, TILE), slice(TILE, _POINTS)
     return (
-      place(tiles[:, :, first, :, first], 0, 0)
-      + place(tiles[:, :, first, :, last], 0, 1)
-      + place(tiles[:, :, last, :, first], 1, 0)
-      + place(tiles[:, :, last, :, last], 1, 1)
+      pad_to(tiles[:, :, first, :, first], 0, 0)
+      + pad_to(tiles[:, :, first, :, last], 0, 1)
+      + pad_to(tiles[:, :, last, :, first], 1, 0)
+      + pad_to(tiles[:, :, last, :, last], 1, 1)
     )
 
-  x = isolate.call(overlap, isolate.call(columns, isolate.call(rows, tiles)))
+  x = isolate.call(overlap, _twice(rows, columns, tiles, witness))
   return x.reshape(b, TILE * (height + 1), TILE * (width + 1), channels)
 
 
-def _to_outputs(tiles: jax.Array) -> jax.Array:
+def _to_outputs(tiles: jax.Array, witness: jax.Array) -> jax.Array:
   """Computes A^T M A of all tiles: [6, 6, B, h, w, J] -> [B, 4 * h, 4 * w, J]."""
   _, _, b, height, width, channels = tiles.shape
 
@@ -170,11 +184,11 @@ def _to_outputs(tiles: jax.Array) -> jax.Array:
   def columns(tiles):
     return _combine(list(tiles), _OUTPUT, 4)  # [B, h, 4, w, 4, J]
 
-  y = isolate.call(columns, isolate.call(rows, tiles))
+  y = _twice(rows, columns, tiles, witness)
   return y.reshape(b, TILE * height, TILE * width, channels)
 
 
-def _from_outputs(dy: jax.Array) -> jax.Array:
+def _from_outputs(dy: jax.Array, witness: jax.Array) -> jax.Array:
   """Computes the transpose of `_to_outputs`."""
   b, height, width, channels = dy.shape
 
@@ -186,10 +200,10 @@ def _from_outputs(dy: jax.Array) -> jax.Array:
     dy = dy.reshape(*dy.shape[:3], width // TILE, TILE, channels)
     return _combine([dy[..., j, :] for j in range(TILE)], _OUTPUT.T, 1)
 
-  return isolate.call(columns, isolate.call(rows, dy))
+  return _twice(rows, columns, dy, witness)
 
 
-def _from_kernel(kernel: jax.Array) -> jax.Array:
+def _from_kernel(kernel: jax.Array, witness: jax.Array) -> jax.Array:
   """Computes G K G^T: [3, 3, C, J] -> [6, 6, C, J]."""
 
   def rows(kernel):
@@ -198,10 +212,10 @@ def _from_kernel(kernel: jax.Array) -> jax.Array:
   def columns(kernel):
     return _combine([kernel[:, j] for j in range(3)], _KERNEL, 1)
 
-  return isolate.call(columns, isolate.call(rows, kernel))
+  return _twice(rows, columns, kernel, witness)
 
 
-def _to_kernel(points: jax.Array) -> jax.Array:
+def _to_kernel(points: jax.Array, witness: jax.Array) -> jax.Array:
   """Computes the transpose of `_from_kernel`."""
 
   def rows(points):
@@ -210,4 +224,4 @@ def _to_kernel(points: jax.Array) -> jax.Array:
   def columns(points):
     return _combine([points[:, j] for j in range(_POINTS)], _KERNEL.T, 1)
 
-  return isolate.call(columns, isolate.call(rows, points))
+  return _twice(rows, columns, points, witness)

@@ -13,7 +13,8 @@ from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Network, Params
 from halrp_jax.weights import perturb, trees
 
-# For programs that run so seldom that compiling them takes longer. The numbers stay the same.
+# For programs that run so seldom that compiling them takes longer. Initial weights keep their bits,
+# the importance changes by rounding.
 COMPILE_QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
 

@@ -270,13 +270,15 @@ def _factored_is_cheaper(
   the kernel (output, gradient of the input, gradient of the kernel), and writes and reads the
   kernel several times. The factored form takes two products, the low-rank branch, and more passes
   over the activations. Winograd's form makes a product with the kernel cheaper, but not the branch.
+  Only CPUs use that form; the choice is the same on all platforms, so that their numbers agree.
   """
   num_in, num_out, columns = p.S.size, p.R.size, p.U.shape[-1]
   positions, window = x.size // num_in, kernel[..., 0, 0].size
   product = kernel.size
-  is_ours = isinstance(module, nn.Conv) and module.conv_general_dilated is conv_general_dilated
-  if is_ours and _per_axis(module.strides, 2) == (1, 1) and winograd.suits(kernel.shape, x.dtype):
-    product //= winograd.SAVING
+  if isinstance(module, nn.Conv) and module.conv_general_dilated is conv_general_dilated:
+    # the output has about the size of the input
+    suits = winograd.suits(kernel.shape, x.shape[-3:-1], module.dtype or x.dtype)
+    product //= winograd.SAVING if suits and _per_axis(module.strides, 2) == (1, 1) else 1
   saved = positions * product + _MEMORY_COST * 4 * kernel.size + 3 * columns * num_in * num_out
   if window == 1:
     products, numbers = columns * (num_in + num_out), 2 * num_in + 2 * num_out

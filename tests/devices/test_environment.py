@@ -22,6 +22,7 @@ def prepared(monkeypatch, jaxlib, **variables):
     ("0.10.2", "", "--xla_cpu_use_fusion_emitters=false"),
     ("0.10.2", "--a=1", "--a=1 --xla_cpu_use_fusion_emitters=false"),
     ("0.10.2", "--xla_cpu_use_fusion_emitters=true", "--xla_cpu_use_fusion_emitters=true"),
+    ("0.10.2", "flags.txt", "flags.txt"),  # the name of a file
     ("0.11.0", "--a=1", "--a=1"),  # it would end the process: the flag is not known
     ("0.12.0.1", "", ""),
   ],
