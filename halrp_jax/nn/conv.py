@@ -182,7 +182,7 @@ def _winograd_conv(x: jax.Array, kernel: jax.Array, padding: _Padding) -> jax.Ar
 # --- convolutions as matrix products (NHWC, HWIO) ---------------------------------------
 # The columns are unfolded, a matrix product follows, and the rows are folded. The gradient goes the
 # same way back: it unfolds the rows, multiplies, and folds the columns. With few input channels the
-# whole window is unfolded instead, and nothing is folded. So it is with stride 2, where the gradient
+# whole window is unfolded instead, and nothing is folded. With stride 2, too; there the gradient
 # folds the windows.
 
 
