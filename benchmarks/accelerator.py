@@ -76,7 +76,7 @@ REST = (
 )
 PARTS = tuple(dict.fromkeys(part for part, *_ in FIRST))
 LEAST = 8  # no part is started with fewer seconds left
-LEAST_SMOKE = 20  # the same with --smoke: a CPU needs so long to compile the smallest network
+LEAST_SMOKE = 25  # the same with --smoke: a CPU needs so long to compile the smallest network
 
 
 # --- the processes ----------------------------------------------------------------------
