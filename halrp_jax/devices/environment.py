@@ -12,11 +12,10 @@ _FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
 def prepare() -> None:
   """Sets what makes the start of a run fast, unless the user has set it.
 
-  jaxlib 0.10 compiles for the CPU twice as fast without its fusion emitters, and the compiled steps
-  take the same time; later jaxlibs do not know the flag and compile as fast without it. The threads
-  of OpenBLAS, which computes the singular values, wait busily for work for a tenth of a second
-  after each call, which takes a core from XLA: they now wait for less than a
-  millisecond.
+  jaxlib 0.10 compiles for the CPU twice as fast without its fusion emitters; docs/speed.md has what
+  that does to the steps. Later jaxlibs do not know the flag. The threads of OpenBLAS, which
+  computes the singular values, wait busily for work for a tenth of a second after each call, which
+  takes a core from XLA: they now wait for less than a millisecond.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   version = importlib.metadata.version("jaxlib").split(".")
