@@ -7,6 +7,7 @@ import datetime
 import functools
 import gc
 import json
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -291,13 +292,15 @@ def _learn_all(
       store = Store(f"task{t:02d}", log, folder.progress_store(), gang)
       notes = benchmark.notes if position == 1 else ()
       log_once(store, [*({"event": "note", "note": n} for n in notes), {"event": "task"} | label])
+      before = state
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
       jax.block_until_ready(state)
     processes.require_same(
       f"other weights after task {t}", functools.partial(checkpoint.fingerprint, state)
     )
     with measure.measure(compile_seconds) as evaluating:
-      accuracy[t, : t + 1], valid = _evaluate(config, benchmark, method, layout, state, t)
+      known = _unchanged(method, before, state, accuracy[group[0] - 1])
+      accuracy[t, : t + 1], valid = _evaluate(config, benchmark, method, layout, state, t, known)
     seconds = measure.seconds(learning, evaluating, history.get("select_seconds", 0.0))
     row = _row(method, state, history, seconds, valid)
     rows = [*rows, row]  # a new list: the writer's thread may still be reading the old one
@@ -320,6 +323,29 @@ def _restored(
   return state
 
 
+def _unchanged(method: Method, before: State, now: State, row: np.ndarray) -> dict[int, float]:
+  """Returns the accuracies after the last task that still hold, by index of the task.
+
+  They are those of the tasks whose predictions depend on the very arrays that they depended on.
+
+  Args:
+    method: whose `serves` names what predictions depend on besides the states of the tasks.
+    before: the state that `row` was measured with.
+    now: the state now.
+    row: accuracies in %, NaN where none was measured.
+  """
+
+  def is_same(tree, other):
+    leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+    return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
+
+  if not before.tasks or not is_same(method.served(before), method.served(now)):
+    return {}
+  pairs = enumerate(zip(before.tasks, now.tasks, strict=False))
+  same = [i for i, (old, new) in pairs if is_same(old, new)]
+  return {i: float(row[i]) for i in same if not np.isnan(row[i])}
+
+
 def _evaluate(
   config: Config,
   benchmark: Benchmark,
@@ -327,22 +353,27 @@ def _evaluate(
   layout: parallel.Layout,
   state: State,
   t: int,
+  known: dict[int, float],
 ) -> tuple[list[float], float]:
-  """Returns the test accuracy on the tasks up to t and the validation accuracy on task t, in %."""
+  """Returns the test accuracy on the tasks up to t and the validation accuracy on task t, in %.
+
+  Tasks with a `known` test accuracy are not evaluated again.
+  """
   predict = method.predict
   assert predict is not None  # set by `methods.make`
 
-  def accuracies(tasks: tuple[Task, ...], split: str, first: int) -> list[float]:
+  def accuracies(indices: list[int], split: str) -> list[float]:
     return evaluate(
-      lambda i, image: predict(state, first + i, layout.shard(image)),
-      tasks,
+      lambda i, image: predict(state, indices[i], layout.shard(image)),
+      [benchmark.tasks[i] for i in indices],
       split,
       config.images_per_evaluation,
     )
 
-  test = accuracies(benchmark.tasks[: t + 1], "test", 0)
-  (valid,) = accuracies(benchmark.tasks[t : t + 1], "valid", t)
-  return test, valid
+  new = [i for i in range(t + 1) if i not in known]
+  test = known | dict(zip(new, accuracies(new, "test"), strict=True))
+  (valid,) = accuracies([t], "valid")
+  return [test[i] for i in range(t + 1)], valid
 
 
 def _row(
