@@ -24,7 +24,7 @@ from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, identity, measure, standing, workdir
 from halrp_jax.training import networks, population
 from halrp_jax.training.evaluate import evaluate
-from halrp_jax.types import SCHEMA, Benchmark, History, Method, State, Store, Task, UserError
+from halrp_jax.types import SCHEMA, Benchmark, History, Method, State, Store, UserError
 from halrp_jax.weights import trees
 
 Built = tuple[Benchmark, nn.Module, Method, parallel.Layout]  # from `build`
