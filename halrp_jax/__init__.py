@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported by __getattr__ when they are used
   from halrp_jax.deploy import export as export
-  from halrp_jax.deploy import pretrained as pretrained
   from halrp_jax.deploy import saved as saved
+  from halrp_jax.runs import pretrained as pretrained
   from halrp_jax.weights import perturb as perturb
 
   __version__: str | None
@@ -25,7 +25,7 @@ _MODULES = {
   "perturb": "weights.perturb",
   "saved": "deploy.saved",
   "export": "deploy.export",
-  "pretrained": "deploy.pretrained",
+  "pretrained": "runs.pretrained",
 }
 
 

@@ -117,10 +117,15 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
   del flat["method.name"]
   method = methods.METHODS[name]
   lines = keys.errors(flat, keys.keys_of(method.Config))
-  for key, known in (("benchmark", data.BENCHMARKS), ("network", models.NETWORKS)):
-    if isinstance(flat.get(key), str) and flat[key] not in known:
-      hint = keys.nearest(flat[key], known)
-      lines.append(f"{key} must be one of {', '.join(known)}, got {flat[key]!r}{hint}")
+  benchmark, known = flat.get("benchmark"), data.BENCHMARKS
+  if isinstance(benchmark, str) and benchmark not in known:
+    hint = keys.nearest(benchmark, known)
+    lines.append(f"benchmark must be one of {', '.join(known)}, got {benchmark!r}{hint}")
+  if isinstance(flat.get("network"), str):
+    try:
+      models.parse(flat["network"])
+    except UserError as e:
+      lines += getattr(e, "lines", [str(e)])
   keys.require(lines)
   sections: Json = {section: cls(**values[section]) for section, cls in keys.SECTIONS.items()}
   resolved = Config(**{**values, **sections, "method": method.Config(**chosen)})

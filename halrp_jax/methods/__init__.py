@@ -167,7 +167,8 @@ def _check_network(name: str, model: nn.Module, benchmark: Benchmark) -> None:
 
   Networks of `halrp_jax.models` need no check. HALRP and BE check the network themselves.
   """
-  if contract.is_own(model) or name in ("halrp", "be"):
+  is_own = contract.is_own(model)
+  if name in ("halrp", "be") or (is_own and (models.is_plain(model) or name not in _PLAIN_LAYERS)):
     return
   variables = contract.check(model, benchmark.image_shape, benchmark.max_classes)
   if name in _PLAIN_LAYERS:

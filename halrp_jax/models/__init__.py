@@ -2,15 +2,18 @@
 
 To add one, write a file beside this one and add a line to `NETWORKS`. A network has the field
 `num_classes`, the width of its head. With BatchNorm it has a field `running` too: whether it
-evaluates with stored statistics.
+evaluates with stored statistics. Its other fields that are single values are options, which
+the config key `network` can set (`parse`).
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from halrp_jax.models import alexnet, lenet, mlp, resnet
+from halrp_jax import keys
+from halrp_jax.models import alexnet, efficientnet, lenet, mlp, resnet, resnet50, vit
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "lenet": lenet.LeNet,
@@ -20,7 +23,85 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "alexnet": alexnet.AlexNet,
   "resnet18": resnet.ResNet18,
   "mlp": mlp.MLP,
+  "efficientnet_lite0": efficientnet.EfficientNetLite0,
+  "resnet50": resnet50.ResNet50,
+  "vit_ti16": vit.ViT_Ti,
+  "vit_s16": vit.ViT_S,
+  "vit_b16": vit.ViT_B,
 }
+
+# Fields of a network that `make` sets from other keys.
+_NO_OPTIONS = {"num_classes", "running", "axis_name", "dtype", "parent", "name"}
+_CHOICES = {  # values of the options that are texts
+  "padding": ("tensorflow", "even"),
+  "pool": ("token", "mean", "gap"),
+  "gelu": ("exact", "tanh"),
+}
+
+
+def parse(text: str) -> tuple[str, dict[str, str | int | float]]:
+  """Splits NAME,OPTION=VALUE,..., the value of the config key `network`.
+
+  Options are fields of the network's module: "vit_s16,patch=32,pool=mean".
+
+  Returns:
+    The name of the network, and the values of the options that are given.
+
+  Raises:
+    UserError: if the network or an option is unknown, or a value is out of range; one line names
+      all of them.
+  """
+  name, *settings = text.split(",")
+  keys.require(
+    []
+    if name in NETWORKS
+    else [
+      f"network must be one of {', '.join(NETWORKS)}, got {name!r}{keys.nearest(name, NETWORKS)}"
+    ]
+  )
+  known, found, lines = options(name), {}, []
+  for setting in settings:
+    key, is_setting, value = setting.partition("=")
+    if not is_setting or key not in known:
+      hint = f"{name} has the options {', '.join(known)}" if known else f"{name} has no options"
+      lines.append(
+        f"network={text}: {setting!r} is no OPTION=VALUE{keys.nearest(key, known)}; {hint}"
+      )
+    elif key in found:
+      lines.append(f"network={text}: {key} is given twice")
+    else:
+      found[key] = _typed(value, known[key])
+      if (expected := _expected(key, known[key], found[key])) is not None:
+        lines.append(f"network={text}: {key} must be {expected}, got {value!r}")
+  keys.require(lines)
+  return name, found
+
+
+def options(name: str) -> dict[str, str | int | float]:
+  """Returns the options of a network and their default values."""
+  module = NETWORKS[name](num_classes=1)
+  fields = [f.name for f in dataclasses.fields(module) if f.name not in _NO_OPTIONS]
+  values = {f: getattr(module, f) for f in fields}
+  return {f: x for f, x in values.items() if isinstance(x, str | int | float)}
+
+
+def _typed(text: str, like: str | int | float) -> str | int | float:
+  """Returns a text as a value of the type of `like`, or unchanged if it is no such value."""
+  try:
+    return type(like)(text)
+  except ValueError:
+    return text
+
+
+def _expected(key: str, default: str | int | float, value: str | int | float) -> str | None:
+  """Returns in words which values an option has if it does not have `value`, else None."""
+  if key in _CHOICES:
+    return None if value in _CHOICES[key] else "one of " + ", ".join(_CHOICES[key])
+  if key == "dropout":
+    return None if isinstance(value, float) and 0 <= value < 1 else "a number >= 0 and < 1"
+  kind = "a whole number" if isinstance(default, int) else "a number"
+  is_good = isinstance(value, type(default)) and not isinstance(value, str) and 0 < value < 2**20
+  return None if is_good else f"{kind} > 0"
 
 
 def make(
@@ -33,7 +114,7 @@ def make(
   """Returns the network called `name`.
 
   Args:
-    name: a key of `NETWORKS`.
+    name: a key of `NETWORKS`, and options as for `parse`.
     num_classes: width of the head.
     batch_norm: statistics that BatchNorm evaluates with. "population" and "running": stored ones;
       "batch": those of the batch; "own": as in the paper's network of that name. It has no effect
@@ -42,7 +123,8 @@ def make(
       parameters, statistics and logits stay float32.
     axis_name: axis of the devices that share a training batch under jax.pmap (`Layout.axis_name`).
   """
-  network = NETWORKS[name](num_classes=num_classes)
+  name, chosen = parse(name)
+  network = NETWORKS[name](num_classes=num_classes, **chosen)
   if hasattr(network, "axis_name"):
     network = network.clone(axis_name=axis_name)
   if precision != "float32":
@@ -50,6 +132,11 @@ def make(
   if batch_norm == "own" or not hasattr(network, "running"):
     return network
   return network.clone(running=batch_norm != "batch")
+
+
+def is_plain(model: nn.Module) -> bool:
+  """Returns whether all layers of one of these networks are Dense or ordinary 2-D convolutions."""
+  return not isinstance(model, efficientnet.EfficientNetLite0 | vit.ViT)
 
 
 def evaluates_with_batch(model: nn.Module) -> bool:

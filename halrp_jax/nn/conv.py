@@ -32,26 +32,8 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   Returns:
     [B, H, W, C]
   """
-  h, w, channels = kernel.shape
-  kernel = kernel.astype(x.dtype)
-
-  def plain(x, kernel):
-    kernel = kernel[:, :, None]
-    return lax.conv_general_dilated(
-      x, kernel, (1, 1), "SAME", dimension_numbers=_DIMENSIONS, feature_group_count=channels
-    )
-
-  def shifted(x, kernel):
-    height, width = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (h // 2, h // 2), (w // 2, w // 2), (0, 0)))
-    parts = (
-      x[:, i : i + height, j : j + width] * kernel[i, j][None, None, None]
-      for i in range(h)
-      for j in range(w)
-    )
-    return cast("jax.Array", sum(parts))  # not the int 0: there are parts
-
-  return lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+  kernel = kernel.astype(x.dtype)[:, :, None]
+  return conv_general_dilated(x, kernel, (1, 1), "SAME", feature_group_count=x.shape[-1])
 
 
 def patches(
@@ -74,13 +56,8 @@ def patches(
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  last = [(n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True)]
-  parts = [
-    x[:, i : i + last[0] : strides[0], j : j + last[1] : strides[1]]
-    for i in range(window[0])
-    for j in range(window[1])
-  ]
-  return jnp.concatenate(parts, -1)
+  size = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True)]
+  return jnp.concatenate(list(_taps(x, window, size, strides).values()), -1)
 
 
 # --- convolution ------------------------------------------------------------------------
@@ -101,8 +78,9 @@ def conv_general_dilated(
   """Computes what `lax.conv_general_dilated` does, also fast on the CPU.
 
   It is an argument for `nn.Conv(conv_general_dilated=...)`. The fast form covers 4-dimensional
-  arrays in the layout NHWC, kernels in HWIO, strides 1 or 2, without dilation or groups; all
-  other convolutions are left to `lax.conv_general_dilated`.
+  arrays in the layout NHWC, kernels in HWIO, strides 1 or 2, without dilation, and without groups
+  or with a group for each channel (depthwise); all other convolutions are left to
+  `lax.conv_general_dilated`.
 
   Args:
     lhs: input. [B, H, W, C]
@@ -135,9 +113,10 @@ def conv_general_dilated(
     )
 
   strides = tuple(window_strides)
+  is_depthwise = lhs.ndim == 4 and lhs.shape[-1] == feature_group_count == rhs.shape[-1] > 1
   is_simple = (
     lhs.ndim == 4
-    and feature_group_count == 1
+    and (feature_group_count == 1 or is_depthwise)
     and preferred_element_type is None
     and strides in ((1, 1), (2, 2))
     and all(d == 1 for f in (lhs_dilation, rhs_dilation) for d in f or (1,))
@@ -152,7 +131,8 @@ def conv_general_dilated(
     0 <= p < k for k, pair in zip(rhs.shape[:2], (rows, columns), strict=True) for p in pair
   ):
     return plain(lhs, rhs)
-  fast = functools.partial(_fast_conv, padding=(rows, columns), stride=strides[0])
+  form = _depthwise_conv if is_depthwise else _fast_conv
+  fast = functools.partial(form, padding=(rows, columns), stride=strides[0])
   return lax.platform_dependent(lhs, rhs, cpu=fast, default=plain)
 
 
@@ -177,6 +157,95 @@ def _winograd_conv(x: jax.Array, kernel: jax.Array, padding: _Padding) -> jax.Ar
   pads = ((low, high + more) for (low, high), more in zip(padding, missing, strict=True))
   y = winograd.conv(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel)
   return y[:, : size[0], : size[1]]
+
+
+# --- depthwise convolutions -------------------------------------------------------------
+
+
+def _depthwise_conv(
+  x: jax.Array, kernel: jax.Array, *, padding: _Padding, stride: int
+) -> jax.Array:
+  """Convolves every channel with its own kernel [h, w, 1, C]."""
+  return _shifted_sum(x, kernel[:, :, 0], padding, stride)
+
+
+def _plain_shifted_sum(
+  x: jax.Array, kernel: jax.Array, padding: _Padding, stride: int
+) -> jax.Array:
+  """Computes a depthwise convolution as the sum of shifted inputs times a row of the kernel.
+
+  Args:
+    x: [B, H, W, C]
+    kernel: [h, w, C]
+    padding: zeros added above and below, left and right.
+    stride: along both axes.
+
+  Returns:
+    [B, H', W', C]
+  """
+  size = _output_size(x, kernel, padding, stride)
+
+  def total(x, kernel):
+    taps = _taps(x, kernel.shape[:2], size, (stride, stride))
+    parts = [part * kernel[i][None, None, None] for i, part in taps.items()]
+    return functools.reduce(jnp.add, parts)
+
+  return isolate.call(total, _padded(x, padding), kernel)
+
+
+_shifted_sum = jax.custom_vjp(_plain_shifted_sum, nondiff_argnums=(2, 3))
+
+
+def _shifted_sum_bwd(
+  padding: _Padding, stride: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Computes the gradient of `_shifted_sum`.
+
+  XLA:CPU sums over images and pixels with one addition at a time. So eight images are added first,
+  as vectors, and a matrix product adds what is left.
+  """
+  x, kernel = saved
+  (dx,) = jax.vjp(lambda x: _plain_shifted_sum(x, kernel, padding, stride), x)[1](dy)
+  b, h_out, w_out, channels = dy.shape
+  group = math.gcd(b, 8)
+
+  def products(x, dy):
+    found = []
+    for part in _taps(x, kernel.shape[:2], (h_out, w_out), (stride, stride)).values():
+      added = functools.reduce(jnp.add, [part[i::group] * dy[i::group] for i in range(group)])
+      added = added.reshape(-1, w_out * channels)
+      row = jnp.ones((1, len(added)), added.dtype) @ added
+      found.append(row.reshape(w_out, channels).sum(0))
+    return jnp.stack(found)
+
+  return dx, isolate.call(products, _padded(x, padding), dy).reshape(kernel.shape)
+
+
+def _padded(x: jax.Array, padding: _Padding) -> jax.Array:
+  """Returns x with zeros around height and width, computed once for all shifts."""
+  return isolate.call(lambda x: jnp.pad(x, ((0, 0), *padding, (0, 0))), x)
+
+
+def _taps(
+  x: jax.Array, window: Sequence[int], size: Sequence[int], strides: Sequence[int]
+) -> dict[tuple[int, int], jax.Array]:
+  """Returns, for each position in the window, the inputs that are multiplied there.
+
+  Args:
+    x: padded input. [B, H, W, C]
+    window: height and width of the kernel.
+    size: height H' and width W' of the output.
+    strides: along height and width.
+
+  Returns:
+    {position: [B, H', W', C]}
+  """
+  rows, columns = ((n - 1) * s + 1 for n, s in zip(size, strides, strict=True))
+  return {
+    (i, j): x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
+    for i in range(window[0])
+    for j in range(window[1])
+  }
 
 
 # --- convolutions as matrix products (NHWC, HWIO) ---------------------------------------
@@ -304,6 +373,9 @@ def _fold_windows(
   return x
 
 
+_shifted_sum.defvjp(
+  lambda x, kernel, *static: (_shifted_sum(x, kernel, *static), (x, kernel)), _shifted_sum_bwd
+)
 _unfold_windows.defvjp(
   lambda x, *static: (_unfold_windows(x, *static), None),
   lambda *args: (_fold_windows(args[-1], *args[:3]),),

@@ -1,5 +1,7 @@
 """Dense layers, convolutions and dropout as the models use them."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,21 +37,24 @@ def dense(
 def conv(
   features: int,
   width: int,
-  padding: int,
+  padding: int | Sequence[tuple[int, int]],
   stride: int = 1,
   *,
+  bias: bool = False,
+  groups: int = 1,
   dtype: DTypeLike | None = None,
   name: str,
 ) -> nn.Conv:
   """Builds a convolution with a square kernel that is fast on every platform.
 
-  It has no bias: the bias is a parameter of the `nn.norm.BatchNorm` that follows.
-
   Args:
     features: number of output channels.
     width: width and height of the kernel.
-    padding: rows and columns of zeros added on every side.
+    padding: rows and columns of zeros added on every side, or ((above, below), (left, right)).
     stride: stride along both axes.
+    bias: whether the layer has a bias. In front of `nn.norm.BatchNorm` it is a parameter of that.
+    groups: number of groups of channels that are convolved separately; as many as there are
+      channels for a depthwise convolution.
     dtype: data type of the products and of the result. None: that of the inputs and parameters.
     name: name of the layer in the parameters.
   """
@@ -58,7 +63,8 @@ def conv(
     (width, width),
     (stride, stride),
     padding,
-    use_bias=False,
+    feature_group_count=groups,
+    use_bias=bias,
     dtype=dtype,
     kernel_init=uniform_fan_in(),
     conv_general_dilated=conv_general_dilated,

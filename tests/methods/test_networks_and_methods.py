@@ -21,9 +21,14 @@ SMALL = {
   "alexnet": {"channels": (4, 5, 6), "hidden": (16, 12)},
   "resnet18": {"width": 4, "stage_sizes": (1, 1)},  # either kind of shortcut
   "mlp": {"hidden": (16, 12)},
+  "efficientnet_lite0": {"stages": ((16, 1, 1, 3, 1), (24, 2, 2, 5, 3))},
+  "resnet50": {"stage_sizes": (1, 1)},
 } | dict.fromkeys(
   ("lenet", "wide_lenet", "saha_lenet", "saha_lenet_without_lrn"),
   {"channels": (4, 5), "hidden": (16, 12)},
+)
+SMALL |= dict.fromkeys(
+  ("vit_ti16", "vit_s16", "vit_b16"), {"features": 24, "num_blocks": 2, "num_heads": 3}
 )
 
 

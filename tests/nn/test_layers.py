@@ -34,14 +34,20 @@ def value_and_gradients(fn, weight, *arguments):
 
 
 def plain(x, kernel, padding, stride):
-  strides = (stride, stride)
-  return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
+  groups = x.shape[-1] // kernel.shape[2]
+  return lax.conv_general_dilated(
+    *(x, kernel, (stride, stride), padding),
+    dimension_numbers=DIMENSIONS,
+    feature_group_count=groups,
+  )
 
 
 def ours(x, kernel, padding, stride):
   numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, DIMENSIONS)
-  strides = (stride, stride)
-  return conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+  groups = x.shape[-1] // kernel.shape[2]
+  return conv_general_dilated(
+    *(x, kernel, (stride, stride), padding), dimension_numbers=numbers, feature_group_count=groups
+  )
 
 
 CONVOLUTIONS = [
@@ -67,11 +73,14 @@ CONVOLUTIONS = [
   ((9, 6, 16), (3, 3, 16, 20), ((0, 1), (2, 0)), 1),  # Winograd's form
   ((3, 3, 16), (3, 3, 16, 16), ((0, 0), (0, 0)), 1),  # one output: too little for Winograd's form
   ((8, 8, 6), (3, 3, 6, 4), ((0, 0), (0, 0)), 2),  # the last row and column are not used
+  ((9, 8, 6), (3, 5, 1, 6), ((1, 1), (2, 2)), 1),  # depthwise
+  ((9, 8, 6), (5, 3, 1, 6), "SAME", 2),
+  ((8, 8, 6), (3, 3, 1, 12), "SAME", 1),  # two outputs for each channel: the plain operation
 ]
 # (index, batch) of those that differ in their form: both sides unfolded (4), one folded (0), blocks
-# (1), windows unfolded (5), 1 x 1 (6), Winograd's (19), the plain operation (18) and an odd number
-# of rows, whose gradient is one product
-IN_SHORT = {(i, 8) for i in (0, 1, 4, 5, 6, 8, 9, 10, 12, 16, 17, 18, 19, 21)} | {(13, 5)}
+# (1), windows unfolded (5), 1 x 1 (6), Winograd's (19), depthwise (22), the plain operation (18)
+# and an odd number of rows, whose gradient is one product
+IN_SHORT = {(i, 8) for i in (0, 1, 4, 5, 6, 8, 9, 10, 12, 16, 17, 18, 19, 21, 22, 23)} | {(13, 5)}
 
 
 @pytest.mark.parametrize(

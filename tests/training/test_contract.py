@@ -8,8 +8,7 @@ import pytest
 
 from halrp_jax import methods, models
 from halrp_jax.config import resolve
-from halrp_jax.deploy import pretrained
-from halrp_jax.runs import experiment
+from halrp_jax.runs import experiment, pretrained
 from halrp_jax.training import batches, contract, networks
 from halrp_jax.types import Store, UserError
 from halrp_jax.weights import perturb
@@ -82,7 +81,11 @@ def test_our_networks_meet_it_and_are_not_traced_for_it(network):
   model, shape = models.make(network, 10), (32, 32, 3)
   assert contract.is_own(model)
   variables = contract.check(model, shape, 10)
-  contract.check_plain(model, variables, shape, "any")
+  if models.is_plain(model):
+    contract.check_plain(model, variables, shape, "any")
+  else:
+    with pytest.raises(UserError, match="supports only Dense and ordinary 2-D Conv"):
+      contract.check_plain(model, variables, shape, "any")
   found = contract._find_layers(model, variables, shape)
   guessed = contract.guessed_matrix_shapes(variables["params"])
   assert {name: layer.shape for name, layer in found.items()} == guessed

@@ -8,8 +8,7 @@ from flax import traverse_util
 
 from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
-from halrp_jax.deploy import pretrained
-from halrp_jax.runs import checkpoint, experiment
+from halrp_jax.runs import checkpoint, experiment, pretrained
 from halrp_jax.training import batches, networks
 from halrp_jax.training.fit import make_fit
 from halrp_jax.types import Store, UserError
@@ -53,8 +52,11 @@ def test_a_head_for_other_classes_starts_fresh(tmp_path, params):
 @pytest.mark.parametrize(
   ("spoil", "says"),
   [
-    (lambda p: p["fc1"].pop("kernel"), "missing array params/fc1/kernel for MLP"),
-    (lambda p: p.update(fc9={"bias": np.zeros(2)}), "unexpected array params/fc9/bias for MLP"),
+    (lambda p: p["fc1"].pop("kernel"), "missing array params/fc1/kernel for network=mlp"),
+    (
+      lambda p: p.update(fc9={"bias": np.zeros(2)}),
+      "unexpected array params/fc9/bias for network=mlp",
+    ),
     (lambda p: p["fc2"].update(bias=np.zeros(3)), r"fc2/bias is \(3,\), expected \(256,\)"),
   ],
 )
