@@ -9,7 +9,9 @@ wrote. Their names are those of another library (`convert.SOURCES`), or the path
 initialized.
 """
 
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,11 +26,12 @@ from halrp_jax.keys import Config
 from halrp_jax.methods import halrp
 from halrp_jax.runs import checkpoint, convert
 from halrp_jax.training import contract, networks
-from halrp_jax.types import Array, Benchmark, Params, State, Task, UserError, brief
+from halrp_jax.types import Benchmark, Params, State, Task, UserError, brief
 from halrp_jax.weights import trees
 
-_Flat = dict[str, Array]  # by path, such as "params/fc1/kernel"
+_Flat = dict[str, Any]  # arrays by path, such as "params/fc1/kernel"
 _SIZES = ("features", "channels", "width")  # fields in which networks of one class differ
+_COLLECTIONS = ("params", "batch_stats")
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 
 
@@ -86,8 +89,10 @@ def read(
   Raises:
     UserError: as `load`, and if the network does not compute what the file's does.
   """
-  fresh = networks.initialize(model, jax.random.key(0) if key is None else key, image_shape)
-  expected = _flatten(dict(zip(("params", "batch_stats"), fresh, strict=True)))
+  key = jax.random.key(0) if key is None else key
+  init: Callable = functools.partial(networks.initialize, model, image_shape=image_shape)
+  shapes = jax.eval_shape(lambda key: dict(zip(_COLLECTIONS, init(key), strict=True)), key)
+  expected = _flatten(shapes)
   found, left_out = _read(pathlib.Path(path))
   network = _network_name(model)
   own = convert.find_source(path, found, network, source)
@@ -95,13 +100,16 @@ def read(
     found = _with_collections(found)
   else:
     _require_options(path, own, network, model)
-    shapes = {n: x.shape for n, x in expected.items()}
     patch = getattr(model, "patch", 0)
     grid = (image_shape[0] // patch, image_shape[1] // patch) if patch else None
-    found, known, unexpected = convert.convert(own, found, shapes, grid)
+    found, known, unexpected = convert.convert(
+      own, found, {n: x.shape for n, x in expected.items()}, grid
+    )
     left_out += [f"{n} ({own} has it, the network does not need it)" for n in known]
     found |= {n: np.zeros(0) for n in unexpected}
-  found, replaced = _with_head(found, expected)
+  found, replaced = _with_head(
+    found, expected, lambda: jax.jit(lambda k: init(k)[0][trees.HEAD])(key)
+  )
   left_out += [f"{n} {x.shape} (the tasks have another head)" for n, x in replaced.items()]
   _check(path, found, expected, network, image_shape)
   arrays = {n: jnp.asarray(found[n], x.dtype) for n, x in expected.items()}
@@ -154,15 +162,22 @@ def _check(
   raise UserError(f"{path}: {first} is {shape}, expected {other} for network={network}{more}{hint}")
 
 
-def _with_head(found: _Flat, expected: _Flat) -> tuple[_Flat, _Flat]:
-  """Returns the arrays with the head of `expected`, unless they have one of the same shapes.
+def _with_head(found: _Flat, expected: _Flat, draw: Callable[[], Params]) -> tuple[_Flat, _Flat]:
+  """Returns the arrays with a fresh head, unless they have one of the shapes of `expected`.
 
-  The second result is the head that was replaced, {} if none was.
+  Args:
+    found: arrays by path.
+    expected: shapes by path.
+    draw: returns the parameters of a fresh head.
+
+  Returns:
+    The arrays, and the head that was replaced, {} if none was.
   """
   prefix = f"params/{trees.HEAD}/"
-  head = {n: x for n, x in expected.items() if n.startswith(prefix)}
-  if all(n in found and found[n].shape == x.shape for n, x in head.items()):
+  shapes = {n: x.shape for n, x in expected.items() if n.startswith(prefix)}
+  if all(n in found and found[n].shape == shape for n, shape in shapes.items()):
     return found, {}
+  head = {prefix + n: x for n, x in _flatten(draw()).items()}
   replaced = {n: x for n, x in found.items() if n.startswith(prefix)}
   return {n: x for n, x in found.items() if n not in replaced} | head, replaced
 

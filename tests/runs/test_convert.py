@@ -1,0 +1,125 @@
+"""Files of other libraries give the logits of the networks that they are from."""
+
+import functools
+import json
+import pathlib
+import zlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy as safetensors
+
+from halrp_jax import models
+from halrp_jax.runs import pretrained
+from halrp_jax.types import UserError
+
+CASES = json.loads(pathlib.Path(__file__).with_name("timm_logits.json").read_text())
+# compiling a large network takes half a minute
+SLOW = {"lite0", "resnet50", "vit_mean", "big_vision"}
+
+
+def drawn(name, shape):
+  """Returns what `drawn` of benchmarks/timm_logits.py does, which imports timm."""
+  rng = np.random.default_rng(zlib.crc32(name.encode()))
+  if name.endswith("num_batches_tracked"):
+    return np.zeros(shape, np.int64)
+  if name.endswith("running_var"):
+    return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+  x = rng.standard_normal(shape).astype(np.float32)
+  if len(shape) > 1:
+    fan_in = np.prod(shape) / (shape[-1] if name.endswith("kernel") else shape[0])
+    return x * np.float32(fan_in**-0.5)
+  return np.float32(0.1) * x + np.float32(name.endswith(("scale", "weight")))
+
+
+def write(path, case, **changes):
+  """Writes the drawn arrays of a case to a file, and returns its path."""
+  arrays = {n: drawn(n, tuple(s)) for n, s in CASES[case]["arrays"].items()} | changes
+  arrays = {n: x for n, x in arrays.items() if x is not None}
+  if case.startswith("big_vision"):
+    np.savez(path / "base.npz", **arrays)
+    return str(path / "base.npz")
+  safetensors.save_file(arrays, path / "base.safetensors")
+  return str(path / "base.safetensors")
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES]
+)
+def test_logits_are_those_of_timm(name, tmp_path):
+  case = CASES[name]
+  model, size = models.make(case["network"], 1000, "running"), case["size"]
+  base = pretrained.read(write(tmp_path, name), model, (size, size, 3), source=case["source"])
+  image = drawn("image", (1, size, size, 3)) * np.float32(size)
+  logits = jax.jit(functools.partial(model.apply, train=False))(
+    {"params": base.params, "batch_stats": base.stats}, image
+  )
+  np.testing.assert_allclose(logits[0, : len(case["logits"])], case["logits"], atol=1e-4)
+  assert all("num_batches_tracked" in line for line in base.left_out)
+
+
+def read(path, network="vit_ti16", size=64, num_classes=1000, source="auto"):
+  model = models.make(network, num_classes, "running")
+  return pretrained.read(path, model, (size, size, 3), source=source)
+
+
+def test_half_precision_becomes_float32_and_a_head_of_other_classes_fresh(tmp_path):
+  arrays = {n: drawn(n, tuple(s)) for n, s in CASES["vit"]["arrays"].items()}
+  safetensors.save_file({n: x.astype(np.float16) for n, x in arrays.items()}, tmp_path / "half")
+  base = read(str(tmp_path / "half"), num_classes=7)
+  assert {x.dtype for x in jax.tree.leaves(base.params)} == {np.dtype(np.float32)}
+  assert base.params["head"]["kernel"].shape == (192, 7)
+  assert any("float16 becomes float32" in line for line in base.left_out)
+  assert any("params/head/kernel" in line for line in base.left_out)
+
+
+FAULTS = {
+  "other network": (
+    {"network": "efficientnet_lite0"},
+    {},
+    "its arrays are those of vit_b16 or vit_s16 or vit_ti16, not of network=efficientnet_lite0",
+  ),
+  "other size": ({"network": "vit_s16"}, {}, r"is .*, expected .* for network=vit_s16 \(and "),
+  "other options": ({"network": "vit_ti16,gelu=tanh"}, {}, "set network=vit_ti16,gelu=exact"),
+  "other source": ({"source": "torchvision"}, {}, "base_source=torchvision, but its names are"),
+  "missing": ({}, {"blocks.3.norm1.bias": None}, "missing array params/block3/norm1/bias for"),
+  "extra head": ({}, {"head_dist.weight": np.ones((1000, 192), np.float32)}, "unexpected array"),
+  "grey": (
+    {},
+    {"patch_embed.proj.weight": np.ones((192, 1, 16, 16), np.float32)},
+    "the file's network takes 1 channels, the images have 3",
+  ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_fit_is_refused_in_one_line(fault, tmp_path):
+  arguments, changes, said = FAULTS[fault]
+  path = write(tmp_path, "vit", **changes)
+  with pytest.raises(UserError, match=said) as caught:
+    read(path, **arguments)
+  assert "\n" not in str(caught.value) and path in str(caught.value)
+
+
+def test_names_that_two_networks_share_need_the_source(tmp_path):
+  path = write(tmp_path, "tf_lite0")
+  with pytest.raises(UserError, match="set base_source=timm/tf_efficientnet_lite0 or base_source="):
+    read(path, "efficientnet_lite0")
+  with pytest.raises(UserError, match="set network=efficientnet_lite0,padding=even,epsilon=1e-05"):
+    read(path, "efficientnet_lite0", source="timm/efficientnet_lite0")
+
+
+@pytest.mark.parametrize("kind", ["half a file", "pickle", "pickled npz"])
+def test_files_that_are_not_read(kind, tmp_path):
+  whole = pathlib.Path(write(tmp_path, "vit"))
+  if kind == "half a file":
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    path, said = whole, "can't be read"
+  elif kind == "pickle":
+    path, said = tmp_path / "base.pth", "is a pickle, .* convert it once: python -c"
+  else:
+    path, said = tmp_path / "base.npz", "can't be read"
+    np.savez(path, x=np.array([{}], object))
+  with pytest.raises(UserError, match=said):
+    read(str(path))
