@@ -9,9 +9,8 @@ import numpy as np
 import plain_networks
 import throughput
 
-from halrp_jax import methods
+from halrp_jax import methods, models
 from halrp_jax.config import make_config, resolve
-from halrp_jax.runs import experiment
 from halrp_jax.training import networks
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
@@ -80,7 +79,7 @@ def make(setting: str, method: str, smoke: bool, num_tasks: int = 2, **keys):
   benchmark = draw(
     shape, batch, num_tasks, batch * steps, 1000 // (20 if smoke else 1), num_classes
   )
-  model = experiment.network_of(config, benchmark.max_classes)
+  model = models.of_config(config, benchmark.max_classes)
   return config, benchmark, methods.make(config, model, benchmark), batch
 
 

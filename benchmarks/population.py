@@ -19,10 +19,9 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from halrp_jax import methods
+from halrp_jax import methods, models
 from halrp_jax.config import make_config, resolve
 from halrp_jax.methods import stl
-from halrp_jax.runs import experiment
 from halrp_jax.training import evaluate, networks, population
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task
 
@@ -56,7 +55,7 @@ def compare(network: str, num_images: int, rounds: int) -> tuple[int, float, flo
   inputs = Inputs(np.full(3, 0.5, np.float32), np.full(3, 0.3, np.float32), None)
   task = Task(0, "random", tuple("0123456789"), jax.device_put(inputs), split, split, split)
   benchmark = Benchmark("random", (task,), "", False)
-  model = experiment.network_of(config, 10)
+  model = models.of_config(config, 10)
   setup = methods.setup_of(config, model, benchmark)
   method = stl.make(config.method, setup)
   measure = population.make_measure(evaluate.logits_of(model, method.network), 128)

@@ -31,6 +31,7 @@ _NOT_IN_SETTING = {
 }
 # The values that stand for what halrp_jax did in versions without the key, where that is not the
 # key's default.
+_CUSTOM_SIZE = 32  # height and width of the user's own images if `data.image_size` is 0
 _VALUES_BEFORE_KEY = {
   "protocol.fraction_per_class": False,
   "method.batch_norm": "own",
@@ -113,6 +114,8 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
   for key, value in methods.variant_defaults(chosen).items():
     if chosen.get(key) is None:
       chosen[key] = value
+  if values.get("benchmark") == "custom" and isinstance(values.get("data"), dict):
+    values["data"]["image_size"] = values["data"].get("image_size") or _CUSTOM_SIZE
   flat = keys.flat(values)
   del flat["method.name"]
   method = methods.METHODS[name]
@@ -129,9 +132,20 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
   keys.require(lines)
   sections: Json = {section: cls(**values[section]) for section, cls in keys.SECTIONS.items()}
   resolved = Config(**{**values, **sections, "method": method.Config(**chosen)})
+  if resolved.base_training != "all":
+    keys.require(_base_errors(resolved))
   if hasattr(method, "check"):
     keys.require(method.check(resolved))
   return resolved
+
+
+def _base_errors(config: Config) -> list[str]:
+  """Returns the errors of a config whose first task does not train the whole network."""
+  key = f"base_training = {config.base_training!r}"
+  lines = [] if config.base else [f"{key} needs a base: set base=FILE"]
+  if config.method.name != "halrp":
+    lines.append(f"{key} is for halrp; {config.method.name} trains all parameters")
+  return lines
 
 
 def _copy(values: Mapping[str, object]) -> Json:
@@ -165,6 +179,8 @@ def setting_of(config: Json) -> Json:
     known = keys.keys_of(methods.METHODS[name].Config)
     switches = methods.variant_defaults(config["method"])
     before = {k: v for k, v in _VALUES_BEFORE_KEY.items() if k in known}
+    if "base" not in flat and flat["benchmark"] != "custom":
+      flat["data.image_size"] = 0  # it was for custom alone
     flat = {k: key.default for k, key in known.items()} | before | flat
     for key, value in switches.items():
       if flat.get(f"method.{key}") is None:

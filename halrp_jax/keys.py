@@ -196,8 +196,12 @@ class Data:
     "the published numbers); official: the official validation set (the paper's text)",
   )
   tasks: str = text("", "custom with source=tfds: names of the TFDS data sets, separated by commas")
-  image_size: int = whole(
-    32, 8, 1024, "custom: height and width to which images of other sizes are resized"
+  image_size: int = _field(
+    0,
+    "0, or a whole number >= 8 and <= 1024",
+    lambda x: _is_number(x) and isinstance(x, int) and (x == 0 or 8 <= x <= 1024),
+    "height and width of the network's input, to which images of other sizes are resized; 0: those "
+    "of the benchmark's images, 32 for custom",
   )
   test_fraction: float = number(
     0.2, 0, 0.9, "custom: fraction of every class used for testing if there is no test set", True
@@ -257,7 +261,25 @@ class Config:
   train_fraction: float = number(
     1.0, 0, 1, "fraction of each task's training images that is used", open_low=True
   )
-  network: str = text("mlp", "name of the network (--list shows them)")
+  network: str = text(
+    "mlp",
+    "name of the network (--list shows them), and options: NAME,OPTION=VALUE,... (a wrong one "
+    "shows which there are)",
+  )
+  base: str = text(
+    "",
+    "parameters from which every new network starts: a .safetensors or .npz file, an Orbax folder, "
+    "or empty for random ones; images are then normalised as for these parameters",
+  )
+  base_source: str = text(
+    "auto", "whose names the arrays of `base` have; auto: they are recognised, unless two fit"
+  )
+  base_training: str = one_of(
+    "all",
+    ("all", "head", "none"),
+    "halrp: what the first task trains of `base`; head: the head alone; none: nothing, `base` has "
+    "a head for the first task",
+  )
   epochs: int = whole(20, 1, None, "n: epochs per task, warm-up included")
   batch_size: int = whole(128, 1, None, "images per optimizer step")
   evaluation_batch_size: int = whole(

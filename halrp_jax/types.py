@@ -87,7 +87,7 @@ class Split(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """Turns stored uint8 images into network inputs: x / 255, permute, (x - mean) / std.
+  """Turns stored uint8 images into network inputs: x / 255, permute, resize, (x - mean) / std.
 
   C is the number of channels of the input. The stored image may have fewer channels, because a
   permutation can name the same value several times.
@@ -96,6 +96,9 @@ class Inputs(NamedTuple):
   mean: Array  # float32 [C]
   std: Array  # float32 [C]
   permutation: Array | None  # int32 [H*W*C], indices into the flattened image; None: no permutation
+  # float32 [H', H] and [W', W], the weights of the stored rows and columns in those of the input
+  # (`data.tasks.resizing`); None: the stored size
+  resize: tuple[Array, Array] | None = None
 
 
 class Task(NamedTuple):
@@ -130,8 +133,10 @@ class Benchmark(NamedTuple):
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """Returns the shape [H, W, C] of one network input."""
-    height, width, _ = self.tasks[0].train.image.shape[1:]
-    return height, width, len(self.tasks[0].inputs.mean)
+    (height, width, _), inputs = self.tasks[0].train.image.shape[1:], self.tasks[0].inputs
+    if inputs.resize is not None:
+      height, width = (len(weights) for weights in inputs.resize)
+    return height, width, len(inputs.mean)
 
   @property
   def max_classes(self) -> int:

@@ -30,7 +30,7 @@ from halrp_jax.data import (
   sources,
   tinyimagenet,
 )
-from halrp_jax.data.tasks import Outline
+from halrp_jax.data.tasks import Outline, resizing
 from halrp_jax.keys import Config
 from halrp_jax.types import Benchmark, Split, Task, UserError
 
@@ -139,9 +139,20 @@ def read(config: Config) -> Benchmark:
     UserError: if the data are damaged or too few, or the config has no valid task order.
   """
   drawn, missing, notes = _read_and_split(config)
+  split_hash = _hash(drawn)
+  if config.data.image_size and BENCHMARKS[config.benchmark].outline(config):
+    drawn = [_resized(task, config.data.image_size) for task in drawn]
   tasks = in_order(config, {task.id: task for task in drawn})
   is_partial = bool(missing) or len(tasks) < len(drawn)
-  return Benchmark(config.benchmark, tasks, _hash(drawn), is_partial, notes)
+  return Benchmark(config.benchmark, tasks, split_hash, is_partial, notes)
+
+
+def _resized(task: Task, size: int) -> Task:
+  """Returns a task whose network input has `size` x `size` pixels; its images stay as stored."""
+  stored = task.train.image.shape[1:3]
+  if stored == (size, size):
+    return task
+  return task._replace(inputs=task.inputs._replace(resize=resizing(stored, (size, size))))
 
 
 def in_order(config: Config, found: dict[int, T]) -> tuple[T, ...]:
@@ -238,7 +249,9 @@ def planned(config: Config) -> tuple[tuple[int, int, int], list[dict]] | None:
       valid = _planned_fraction(config, task.num_valid, task.num_classes)
       sizes |= {"train": used, "valid": valid}
     tasks.append({"id": i, "name": task.name, "num_classes": task.num_classes} | sizes)
-  return outline.image_shape, tasks
+  size = config.data.image_size
+  shape = (size, size, outline.image_shape[2]) if size else outline.image_shape
+  return shape, tasks
 
 
 def _planned_fraction(config: Config, num_images: int, num_classes: int) -> int:

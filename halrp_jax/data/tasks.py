@@ -89,6 +89,30 @@ def join(sets: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   return (sets[0] if len(sets) == 1 else np.concatenate(sets)), offsets
 
 
+def resizing(stored: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the weights that resize images: those of `Inputs.resize`.
+
+  The interpolation is bicubic, with antialiasing where an axis becomes smaller, as Pillow's is.
+
+  Args:
+    stored: height H and width W of the stored images.
+    size: height H' and width W' of the network's input.
+
+  Returns:
+    float32 [H', H] and [W', W].
+  """
+
+  def weights(n: int, m: int) -> np.ndarray:
+    scale = max(n / m, 1.0)
+    centre = (np.arange(m) + 0.5) * n / m - 0.5
+    x = np.abs(np.arange(n)[None] - centre[:, None]) / scale
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    w = np.where(x < 1, near, np.where(x < 2, far, 0))  # Keys' kernel with a = -0.5
+    return (w / w.sum(1, keepdims=True)).astype(np.float32)
+
+  return weights(stored[0], size[0]), weights(stored[1], size[1])
+
+
 def grey_to_rgb(image: np.ndarray) -> np.ndarray:
   """Repeats grey images in three channels: [N, H, W] -> [N, H, W, 3]."""
   return np.repeat(image[..., None], 3, axis=3)

@@ -53,7 +53,7 @@ from halrp_jax.deploy.export_folder import (
   unpack,
 )
 from halrp_jax.deploy.inputs import require_images, require_index, require_path
-from halrp_jax.runs import cards, checkpoint, experiment
+from halrp_jax.runs import cards, checkpoint
 from halrp_jax.training import batches, networks, population
 from halrp_jax.types import Array, Network, Params, Task, UserError, brief
 from halrp_jax.weights import lowrank, trees
@@ -245,7 +245,7 @@ def _batch_norm(run: saved.Saved, t: int) -> str:
   """Returns the kind of statistics that BatchNorm evaluates a task's file with."""
   if t in population.unmeasured(run.state):
     return "batch"
-  trained = experiment.network_of(run.config, run.benchmark.max_classes)
+  trained = models.of_config(run.config, run.benchmark.max_classes)
   of_images = run.config.method.batch_norm == "population" or models.evaluates_with_batch(trained)
   return "population" if of_images else "running"
 

@@ -15,7 +15,15 @@ from halrp_jax.config import resolve
 from halrp_jax.deploy.inputs import require_ids, require_images, require_index
 from halrp_jax.devices import parallel
 from halrp_jax.keys import Config
-from halrp_jax.runs import checkpoint, experiment, identity, standing, states, workdir
+from halrp_jax.runs import (
+  checkpoint,
+  experiment,
+  identity,
+  pretrained,
+  standing,
+  states,
+  workdir,
+)
 from halrp_jax.training import batches, losses, networks, population
 from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import (
@@ -71,7 +79,7 @@ def open_run(path: str) -> Saved:
   """
   config = resolve(identity.read_config(path))
   benchmark = states.read_benchmark(path)
-  model = models.with_stored_statistics(experiment.network_of(config, benchmark.max_classes))
+  model = models.with_stored_statistics(models.of_config(config, benchmark.max_classes))
   state, results = states.newest_state(path)
   state = methods.restore(config.method.name, state)
   state = population.complete(state, networks.statistics_of(model, benchmark.image_shape))
@@ -278,7 +286,12 @@ def _load_new_task(run: Saved, data_path: str, note: Callable[[str], None]) -> T
   """Reads the images of the new task as the run's were read; `note` gets lines on the files."""
   task_id = 1 + max(task.id for task in run.benchmark.tasks)
   all_images = dataclasses.replace(run.config, train_fraction=1.0)
-  return data.load_task(data_path, all_images, run.stored_shape, task_id, note)
+  task = data.load_task(data_path, all_images, run.stored_shape, task_id, note)
+  own = run.learned[0].inputs
+  inputs = task.inputs._replace(resize=own.resize)
+  if run.config.base:  # all tasks are normalised as the base's images were
+    inputs = inputs._replace(mean=own.mean, std=own.std)
+  return task._replace(inputs=inputs)
 
 
 def _standing(run: Saved, benchmark: Benchmark) -> dict[str, Any]:
@@ -301,8 +314,11 @@ def _method_of(run: Saved, benchmark: Benchmark) -> Method:
   `run.method` has those for predictions.
   """
   layout = parallel.make_layout(run.config.parallel)
-  network = experiment.network_of(run.config, run.benchmark.max_classes, layout.axis_name)
-  return methods.make(run.config, network, benchmark, layout)
+  network = models.of_config(run.config, run.benchmark.max_classes, layout.axis_name)
+  start = None
+  if run.config.base and run.config.method.name != "halrp":  # HALRP's state has the base
+    start = pretrained.open_base(run.config, run.benchmark).start
+  return methods.make(run.config, network, benchmark, layout, start)
 
 
 def _learn_one(

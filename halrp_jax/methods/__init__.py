@@ -42,7 +42,7 @@ from halrp_jax.methods import (
   wsn,
 )
 from halrp_jax.training import contract, evaluate, population
-from halrp_jax.training.setup import Setup
+from halrp_jax.training.setup import Setup, Start
 from halrp_jax.types import Benchmark, Method, Params, State, UserError
 
 METHODS: dict[str, ModuleType] = {
@@ -70,7 +70,11 @@ _PLAIN_LAYERS = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "wsn"}
 
 
 def make(
-  config: Config, model: nn.Module, benchmark: Benchmark, layout: parallel.Layout | None = None
+  config: Config,
+  model: nn.Module,
+  benchmark: Benchmark,
+  layout: parallel.Layout | None = None,
+  base: Start | None = None,
 ) -> Method:
   """Builds the method that `config.method.name` names, ready to learn and to predict.
 
@@ -79,12 +83,13 @@ def make(
     model: the network.
     benchmark: its number of tasks, image shape and widest task are used.
     layout: how the devices are used; by default made from `config.parallel`.
+    base: parameters that new networks start from; None: random ones.
 
   Raises:
     UserError: if the network does not meet the requirements of the method (`contract`).
   """
   _check_network(config.method.name, model, benchmark)
-  setup = setup_of(config, model, benchmark, layout)
+  setup = setup_of(config, model, benchmark, layout, base)
   # Two networks of a user's own may be equal and behave differently. The method of simultaneous
   # runs keeps copies of their images and the kind of loop over batches that it chose.
   is_shared = contract.is_own(model) and config.parallel != "replicas"
@@ -115,7 +120,11 @@ def _make(config: MethodConfig, setup: Setup) -> Method:
 
 
 def setup_of(
-  config: Config, model: nn.Module, benchmark: Benchmark, layout: parallel.Layout | None = None
+  config: Config,
+  model: nn.Module,
+  benchmark: Benchmark,
+  layout: parallel.Layout | None = None,
+  base: Start | None = None,
 ) -> Setup:
   """Returns what a method is made from besides its own config; arguments as for `make`."""
   return Setup(
@@ -133,6 +142,8 @@ def setup_of(
     protocol=config.protocol,
     checkpoint=config.checkpoint,
     layout=layout or parallel.make_layout(config.parallel),
+    base=base,
+    base_training=config.base_training,
   )
 
 

@@ -41,7 +41,7 @@ from halrp_jax import keys
 from halrp_jax.training import batches, contract, losses, networks, sizes
 from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Array, Method, Params, State, Store, Task
+from halrp_jax.types import Array, Method, Params, State, Store, Task, UserError
 from halrp_jax.weights import kinds, lowrank, trees
 
 _CODE = {
@@ -181,7 +181,12 @@ def check(config: keys.Config) -> list[str]:
 
 
 def make(config: Config, setup: Setup) -> Method:
-  """Builds HALRP, and compiles its functions once for all tasks."""
+  """Builds HALRP, and compiles its functions once for all tasks.
+
+  Raises:
+    UserError: if the pretrained base does not fit `base_training`.
+  """
+  _check_base(setup)
   f = _build(config, setup)
 
   def learn(state, tasks, key, store):
@@ -221,14 +226,23 @@ def learn_base(
 ) -> State:
   """Trains the first task freely (line 1); its kernels are the base.
 
+  With `base_training` the head alone is trained, or nothing; the base then is the pretrained one.
+
   Returns:
     The method state with the first task.
   """
   init_key, fit_key = jax.random.split(key)
-  params, stats = f.initialize(init_key)
-  frozen = {"l2": networks.l2_coefficient(config) if config.base_l2 else 0.0}
   epochs, store = setup.epochs, store.child("base")
-  params, stats = f.fit_free(params, stats, frozen, task, fit_key, epochs, store)
+  params, stats = f.initialize(init_key)
+  if setup.base_training == "all":
+    frozen = {"l2": networks.l2_coefficient(config) if config.base_l2 else 0.0}
+    params, stats = f.fit_free(params, stats, frozen, task, fit_key, epochs, store)
+  elif setup.base_training == "head":
+    head = {trees.HEAD: params[trees.HEAD]}
+    head, _ = f.fit_head(head, stats, {"params": params}, task, fit_key, epochs, store)
+    params |= head
+  elif setup.base is not None:
+    params = setup.base.params
   return first_state(config, task, params, stats, f.shapes(params))
 
 
@@ -461,6 +475,7 @@ class _Functions(NamedTuple):
   shapes: Callable[[Params], contract.Shapes]  # (params) -> {layer: (I, J)}
   initialize: Callable  # (key) -> params, stats
   fit_free: Fit  # of the plain network
+  fit_head: Fit  # of its head alone
   fit_perturbed: Fit  # of the perturbed network
   square_gradients: Callable  # (params, stats, image, label, num_classes) -> {layer: |g_l|^2}
   decompose: Callable  # (kernels as matrices, free ones, key) -> {layer: Decomposition}
@@ -502,12 +517,29 @@ def _build(config: Config, setup: Setup) -> _Functions:
     shapes=contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes),
     initialize=networks.make_initialize(setup),
     fit_free=make_fit(setup, *networks.plain_network(model)),
+    fit_head=make_fit(setup, *networks.head_network(model)),
     fit_perturbed=make_fit(setup, networks.perturbed_network(model), penalty),
     square_gradients=jax.jit(square_gradients, compiler_options=networks.COMPILE_QUICKLY),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
     prune=jax.jit(lowrank.prune),
   )
+
+
+def _check_base(setup: Setup) -> None:
+  """Raises UserError if the pretrained base does not fit `base_training`."""
+  if setup.base_training == "all" or setup.base is None:
+    return
+  if setup.base_training == "none" and not setup.base.has_head:
+    raise UserError(
+      f"base_training = 'none' needs a base with a head of {setup.max_classes} outputs, and base "
+      "has none: set base_training=head"
+    )
+  if setup.base.stats and setup.batch_norm == "population":
+    raise UserError(
+      f"base_training = {setup.base_training!r} keeps the BatchNorm statistics of base: set "
+      "method.batch_norm=running, which does too"
+    )
 
 
 def _columns(shape: tuple[int, int], config: Config) -> int:

@@ -134,6 +134,17 @@ def make(
   return network.clone(running=batch_norm != "batch")
 
 
+def of_config(config: keys.Config, num_classes: int, axis_name: str | None = None) -> nn.Module:
+  """Returns the network of a config.
+
+  Args:
+    config: resolved.
+    num_classes: outputs of its head.
+    axis_name: axis of the devices that a training step is mapped over (`parallel.Layout`), or None.
+  """
+  return make(config.network, num_classes, config.method.batch_norm, config.precision, axis_name)
+
+
 def is_plain(model: nn.Module) -> bool:
   """Returns whether all layers of one of these networks are Dense or ordinary 2-D convolutions."""
   return not isinstance(model, efficientnet.EfficientNetLite0 | vit.ViT)

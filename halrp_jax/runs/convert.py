@@ -22,8 +22,8 @@ Rule = tuple[str, str | Callable[[re.Match], str]]  # pattern of our layer, name
 class Preprocessing(NamedTuple):
   """How the images of a pretrained network are prepared: resized, cropped, normalised."""
 
-  mean: tuple[float, float, float]  # of pixels from 0 to 1
-  std: tuple[float, float, float]
+  mean: tuple[float, ...]  # [3] of pixels from 0 to 1
+  std: tuple[float, ...]  # [3]
   interpolation: str  # "bicubic" or "bilinear"
   crop: float  # share of the shorter side that the central square keeps
 

@@ -5,10 +5,9 @@ import time
 import jax
 import numpy as np
 
-from halrp_jax import data, methods
+from halrp_jax import data, methods, models
 from halrp_jax.devices import parallel
 from halrp_jax.keys import Config
-from halrp_jax.runs import experiment
 from halrp_jax.types import Benchmark, Inputs, Split, Store, Task, UserError
 
 _STEPS = 4  # full batches per epoch of the calibration
@@ -51,7 +50,7 @@ def calibrate(config: Config) -> tuple[float, float]:
   """
   image_shape, _ = _planned(config)
   layout = parallel.make_layout(config.parallel)
-  model = experiment.network_of(config, _CLASSES, layout.axis_name)
+  model = models.of_config(config, _CLASSES, layout.axis_name)
   benchmark = _random_benchmark(image_shape, config.batch_size)
   method = methods.make(config, model, benchmark, layout)
   key, store = jax.random.key(0), Store("calibration", lambda event: None)

@@ -21,7 +21,7 @@ from halrp_jax import data, keys, methods, metrics, models
 from halrp_jax.config import resolve, setting_of
 from halrp_jax.devices import determinism, parallel, processes, replicas
 from halrp_jax.keys import Config
-from halrp_jax.runs import checkpoint, identity, measure, standing, workdir
+from halrp_jax.runs import checkpoint, identity, measure, pretrained, standing, workdir
 from halrp_jax.training import networks, population
 from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import SCHEMA, Benchmark, History, Method, State, Store, UserError
@@ -30,19 +30,6 @@ from halrp_jax.weights import trees
 Built = tuple[Benchmark, nn.Module, Method, parallel.Layout]  # from `build`
 
 # --- what a config names: data, network, method ---------------------------------------
-
-
-def network_of(config: Config, num_classes: int, axis_name: str | None = None) -> nn.Module:
-  """Returns the network of a config.
-
-  Args:
-    config: resolved.
-    num_classes: outputs of its head.
-    axis_name: axis of the devices that a training step is mapped over (`parallel.Layout`), or None.
-  """
-  return models.make(
-    config.network, num_classes, config.method.batch_norm, config.precision, axis_name
-  )
 
 
 def build(config: Config) -> Built:
@@ -62,10 +49,14 @@ def build(config: Config) -> Built:
         f"{task.name!r} no batch out of {len(task.train.index)} images: take a smaller batch_size"
       )
   benchmark = _apply_evaluate_on(config, benchmark)
+  start = None
+  if config.base:
+    base = pretrained.open_base(config, benchmark)
+    benchmark, start = pretrained.prepared(benchmark, base, config), base.start
   layout = parallel.make_layout(config.parallel)
   benchmark = layout.replicate(benchmark)
-  model = network_of(config, benchmark.max_classes, layout.axis_name)
-  return benchmark, model, methods.make(config, model, benchmark, layout), layout
+  model = models.of_config(config, benchmark.max_classes, layout.axis_name)
+  return benchmark, model, methods.make(config, model, benchmark, layout, start), layout
 
 
 def _apply_evaluate_on(config: Config, benchmark: Benchmark) -> Benchmark:
@@ -106,7 +97,7 @@ def plan(config: config_dict.ConfigDict | Config) -> dict:
   """
   config = resolve(config)
   image_shape, tasks, missing = _planned_tasks(config)
-  model = network_of(config, max(t["num_classes"] for t in tasks))
+  model = models.of_config(config, max(t["num_classes"] for t in tasks))
   shapes, _ = jax.eval_shape(
     lambda key: networks.initialize(model, key, image_shape), jax.random.key(0)
   )

@@ -13,7 +13,7 @@ from halrp_jax.types import CHECKPOINTS, CONFIG, RECORD, STANDING, TASKS, UserEr
 
 EXTENDED = "extended"  # key in the config of a run that `extend` made
 # Keys that older versions did not have, and whose default is what those versions did.
-_LATER_KEYS = (*keys.NEUTRAL_KEYS, "precision")
+_LATER_KEYS = (*keys.NEUTRAL_KEYS, "precision", "base", "base_source", "base_training")
 # Keys of a method that older versions did not have, with the value for what those versions did.
 _OLDER_VALUES: dict[object, dict[str, str]] = {"halrp": {"prune_scope": "all"}}
 
@@ -41,6 +41,9 @@ def read_config(path: str) -> dict:
 def _fill_in(config: dict) -> None:
   """Adds the keys that older versions did not have to a nested config."""
   known = keys.keys_of()
+  values = config.get("data")
+  if "base" not in config and config.get("benchmark") != "custom" and isinstance(values, dict):
+    values["image_size"] = 0  # it was for custom alone
   for name in _LATER_KEYS:
     section, _, key = name.rpartition(".")
     values = config.setdefault(section, {}) if section else config

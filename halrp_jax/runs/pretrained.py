@@ -26,6 +26,7 @@ from halrp_jax.keys import Config
 from halrp_jax.methods import halrp
 from halrp_jax.runs import checkpoint, convert
 from halrp_jax.training import contract, networks
+from halrp_jax.training.setup import Start
 from halrp_jax.types import Benchmark, Params, State, Task, UserError, brief
 from halrp_jax.weights import trees
 
@@ -42,6 +43,12 @@ class Base(NamedTuple):
   stats: Params  # BatchNorm statistics; {} if the network has none
   source: str | None  # a key of `convert.SOURCES`; None: the names are those of our network
   left_out: tuple[str, ...]  # names of the file's arrays that are not used, each with the reason
+  has_head: bool  # whether the head is the file's; else it is drawn anew
+
+  @property
+  def start(self) -> Start:
+    """Returns what new networks start from."""
+    return Start(self.params, self.stats, self.has_head)
 
   @property
   def preprocessing(self) -> convert.Preprocessing | None:
@@ -107,14 +114,49 @@ def read(
     )
     left_out += [f"{n} ({own} has it, the network does not need it)" for n in known]
     found |= {n: np.zeros(0) for n in unexpected}
-  found, replaced = _with_head(
+  found, replaced, is_fresh = _with_head(
     found, expected, lambda: jax.jit(lambda k: init(k)[0][trees.HEAD])(key)
   )
   left_out += [f"{n} {x.shape} (the tasks have another head)" for n, x in replaced.items()]
   _check(path, found, expected, network, image_shape)
   arrays = {n: jnp.asarray(found[n], x.dtype) for n, x in expected.items()}
   tree = {"batch_stats": {}} | traverse_util.unflatten_dict(arrays, sep="/")
-  return Base(tree["params"], tree["batch_stats"], own, tuple(left_out))
+  params, stats = (tree[name] for name in _COLLECTIONS)
+  return Base(params, stats, own, tuple(left_out), not is_fresh)
+
+
+def open_base(config: Config, benchmark: Benchmark) -> Base:
+  """Reads the network that `config.base` names.
+
+  Args:
+    config: resolved.
+    benchmark: its image shape and widest task are used.
+
+  Raises:
+    UserError: as `read`.
+  """
+  model = models.of_config(config, benchmark.max_classes)
+  return read(config.base, model, benchmark.image_shape, source=config.base_source)
+
+
+def prepared(benchmark: Benchmark, base: Base, config: Config) -> Benchmark:
+  """Returns a benchmark whose images are normalised as those that `base` was trained on.
+
+  If that is not known, or `data.normalise` is off, the images stay as they are. A note says which
+  arrays of the file are not used.
+  """
+  notes = benchmark.notes
+  if left_out := list(base.left_out):
+    more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+    notes += (f"base={config.base}: not used: {left_out[0]}{more}",)
+  card = base.preprocessing
+  if card is None or not config.data.normalise:
+    return benchmark._replace(notes=notes)
+  mean, std = (jnp.asarray(x, jnp.float32) for x in (card.mean, card.std))
+  tasks = tuple(
+    task._replace(inputs=task.inputs._replace(mean=mean, std=std)) for task in benchmark.tasks
+  )
+  return benchmark._replace(tasks=tasks, notes=notes)
 
 
 def _network_name(model: nn.Module) -> str:
@@ -162,7 +204,9 @@ def _check(
   raise UserError(f"{path}: {first} is {shape}, expected {other} for network={network}{more}{hint}")
 
 
-def _with_head(found: _Flat, expected: _Flat, draw: Callable[[], Params]) -> tuple[_Flat, _Flat]:
+def _with_head(
+  found: _Flat, expected: _Flat, draw: Callable[[], Params]
+) -> tuple[_Flat, _Flat, bool]:
   """Returns the arrays with a fresh head, unless they have one of the shapes of `expected`.
 
   Args:
@@ -171,15 +215,15 @@ def _with_head(found: _Flat, expected: _Flat, draw: Callable[[], Params]) -> tup
     draw: returns the parameters of a fresh head.
 
   Returns:
-    The arrays, and the head that was replaced, {} if none was.
+    The arrays, the head that was replaced, {} if none was, and whether the head is fresh.
   """
   prefix = f"params/{trees.HEAD}/"
   shapes = {n: x.shape for n, x in expected.items() if n.startswith(prefix)}
   if all(n in found and found[n].shape == shape for n, shape in shapes.items()):
-    return found, {}
+    return found, {}, False
   head = {prefix + n: x for n, x in _flatten(draw()).items()}
   replaced = {n: x for n, x in found.items() if n.startswith(prefix)}
-  return {n: x for n, x in found.items() if n not in replaced} | head, replaced
+  return {n: x for n, x in found.items() if n not in replaced} | head, replaced, True
 
 
 def _flatten(tree: dict[str, Any]) -> _Flat:

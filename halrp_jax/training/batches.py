@@ -46,15 +46,29 @@ def prepare_images(image: Array, inputs: Inputs, owner: Array | None = None) -> 
   if owner is None:
     if inputs.permutation is not None:
       x = x.reshape(x.shape[0], -1)[:, inputs.permutation].reshape(*x.shape[:3], -1)
+    x = _resized(x, inputs)
     return (x - inputs.mean[None, None, None]) / inputs.std[None, None, None]
   if inputs.permutation is not None:
     permuted = jnp.take_along_axis(x.reshape(x.shape[0], -1), inputs.permutation[owner], 1)
     x = permuted.reshape(*x.shape[:3], -1)
+  x = _resized(x, inputs)
   return (x - inputs.mean[owner][:, None, None]) / inputs.std[owner][:, None, None]
 
 
+def _resized(x: jax.Array, inputs: Inputs) -> jax.Array:
+  """Returns images [B, H, W, C] with values from 0 to 1 in the size of the network's input."""
+  if inputs.resize is None:
+    return x
+  rows, columns = inputs.resize
+  x = jnp.einsum("hH,bHWc,wW->bhwc", rows, x, columns, precision="highest")
+  return jnp.clip(x, 0, 1)  # bicubic interpolation can overshoot
+
+
 def stack_inputs(tasks: Sequence[Task]) -> Inputs:
-  """Stacks the `Inputs` of all tasks along a leading axis, for `prepare_images` with `owner`."""
+  """Stacks the `Inputs` of all tasks along a leading axis, for `prepare_images` with `owner`.
+
+  All tasks have the same `resize`, which is not stacked.
+  """
   mean = jnp.stack([task.inputs.mean for task in tasks])
   std = jnp.stack([task.inputs.std for task in tasks])
   permutation = None
@@ -63,7 +77,7 @@ def stack_inputs(tasks: Sequence[Task]) -> Inputs:
     permutations = [task.inputs.permutation for task in tasks]
     rows: list[Params] = [identity if p is None else p for p in permutations]
     permutation = jnp.stack(rows)
-  return Inputs(mean, std, permutation)
+  return Inputs(mean, std, permutation, tasks[0].inputs.resize)
 
 
 def join_tasks(tasks: Sequence[Task], mixed: bool) -> Joint:

@@ -60,10 +60,18 @@ def statistics_of(model: nn.Module, image_shape: tuple[int, ...]) -> Params:
 
 
 def make_initialize(setup: Setup) -> Callable[[jax.Array], tuple[Params, Params]]:
-  """Builds the jitted `initialize(key) -> params, stats`."""
-  return jax.jit(
-    lambda key: initialize(setup.model, key, setup.image_shape), compiler_options=COMPILE_QUICKLY
-  )
+  """Builds `initialize(key) -> params, stats` of a new network.
+
+  Its parameters are those of `Setup.base` with a fresh head, or random ones.
+  """
+
+  def draw(key: jax.Array) -> tuple[Params, Params]:
+    return initialize(setup.model, key, setup.image_shape)
+
+  if (base := setup.base) is None:
+    return jax.jit(draw, compiler_options=COMPILE_QUICKLY)
+  draw_head = jax.jit(lambda key: draw(key)[0][trees.HEAD], compiler_options=COMPILE_QUICKLY)
+  return lambda key: (base.params | {trees.HEAD: draw_head(key)}, base.stats)
 
 
 def l2_coefficient(config: HasL2) -> float:

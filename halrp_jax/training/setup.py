@@ -2,12 +2,23 @@
 
 # pyright: reportMissingParameterType=error, reportMissingTypeArgument=error
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
 
 from halrp_jax import keys, models
 from halrp_jax.devices import parallel
+from halrp_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+  """A network that was trained elsewhere, from which every new network starts."""
+
+  params: Params  # of the whole network
+  stats: Params  # BatchNorm statistics; {} if the network has none
+  has_head: bool  # whether its head is the file's; else it is drawn anew
 
 
 class Setup(NamedTuple):
@@ -27,6 +38,8 @@ class Setup(NamedTuple):
   protocol: keys.Protocol
   checkpoint: keys.Checkpoint
   layout: parallel.Layout
+  base: Start | None = None  # None: new networks start from random parameters
+  base_training: str = "all"  # `config.base_training`
 
   @property
   def measuring(self) -> nn.Module:

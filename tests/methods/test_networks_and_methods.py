@@ -8,7 +8,6 @@ import pytest
 
 from halrp_jax import methods, models
 from halrp_jax.config import make_config, resolve
-from halrp_jax.runs import experiment
 from halrp_jax.training import batches, networks
 from halrp_jax.types import Benchmark, Inputs, Split, Task
 from halrp_jax.weights import taps, trees
@@ -93,7 +92,7 @@ def test_two_tasks_are_learned(network, method_name, benchmark_of):
     batch_size=8,
   )
   config = resolve(config)
-  model = experiment.network_of(config, 3).clone(**SMALL[network])
+  model = models.of_config(config, 3).clone(**SMALL[network])
   method = methods.make(config, model, benchmark)
   state = method.init(jax.random.key(0), benchmark)
   first = None
