@@ -149,7 +149,8 @@ def read(config: Config) -> Benchmark:
 
 def _resized(task: Task, size: int) -> Task:
   """Returns a task whose network input has `size` x `size` pixels; its images stay as stored."""
-  stored = task.train.image.shape[1:3]
+  _, height, width, _ = task.train.image.shape
+  stored = height, width
   if stored == (size, size):
     return task
   return task._replace(inputs=task.inputs._replace(resize=resizing(stored, (size, size))))

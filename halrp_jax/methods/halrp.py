@@ -103,6 +103,14 @@ class Config(keys.MethodConfig):
     "importance: the method; flat: upper_rank everywhere; lrp: singular values alone; random: "
     "upper_rank everywhere with random U and V",
   )
+  scales: bool = keys.flag(True, "R and S are trained; false: they stay 1, as in LoRA")
+  private: str = keys.one_of(
+    "all",
+    ("all", "norm", "head"),
+    "parameters beside the kernels that each task has for itself; norm: those of normalisation and "
+    "the head; head: the head alone, and BatchNorm evaluates with the first task's statistics in "
+    "training too",
+  )
   svd: str = keys.one_of(
     "exact",
     ("exact", "randomized"),
@@ -208,13 +216,14 @@ def make(config: Config, setup: Setup) -> Method:
     perturbation, chosen, seconds = store.once("select", timed_select)
     ranks, epochs = chosen["ranks"], setup.epochs - config.warmup_epochs
     task_state = fine_tune(
-      f, epochs, state, perturbation, ranks, params, stats, task, fine_key, store
+      f, config, epochs, state, perturbation, ranks, params, stats, task, fine_key, store
     )
     state = prune(f, state.append(task_state), config, max(1, setup.num_tasks - 1))
     return state, chosen | {"select_seconds": seconds}
 
   logits = networks.perturbed_logits(setup.model)
-  return Method(learn, sizes.perturbed, networks.merged, logits, ("kernels",))
+  size = functools.partial(sizes.perturbed, owned=_owned(config))
+  return Method(learn, size, networks.merged, logits, ("kernels",))
 
 
 # --- Algorithm 1 -------------------------------------------------------------------------
@@ -399,6 +408,7 @@ def choose_ranks(
 
 def fine_tune(
   f: "_Functions",
+  config: Config,
   epochs: int,
   state: State,
   perturbation: dict[str, lowrank.Perturbation],
@@ -413,6 +423,7 @@ def fine_tune(
 
   Args:
     f: the compiled functions.
+    config: config of the method.
     epochs: number of epochs.
     state: method state before the task.
     perturbation: perturbation from `select`.
@@ -427,6 +438,10 @@ def fine_tune(
     The state of the task.
   """
   _, rest = trees.split(params)
+  if config.private != "all":
+    shared, _ = trees.split_private(state.tasks[0].rest, config.private == "norm")
+    rest = trees.join_private(shared, trees.split_private(rest, config.private == "norm")[1])
+    stats = state.tasks[0].stats if config.private == "head" else stats
   start = {"perturbation": perturbation, "rest": rest}
   store = store.child("finetune")
   trained, stats = f.fit_perturbed(start, stats, state.shared, task, key, epochs, store)
@@ -454,7 +469,9 @@ def prune(f: "_Functions", state: State, config: Config, num_later: int) -> Stat
   if config.prune_scope == "new":
     unchanged, candidates = state.tasks[:-1], state.tasks[-1:]
     bound = bound and bound / num_later
-  rate = lowrank.prune_rate(config.prune_rate, bound, sizes.dense_growth(state, candidates))
+  rate = lowrank.prune_rate(
+    config.prune_rate, bound, sizes.dense_growth(state, candidates, _owned(config))
+  )
   if config.prune == "none" or rate is None:
     return state
   values = [sizes.low_rank_values(p) for p in candidates]
@@ -509,16 +526,34 @@ def _build(config: Config, setup: Setup) -> _Functions:
 
   def decompose(base, free, key):
     if config.svd == "exact":
-      return {n: lowrank.decompose(base[n], free[n]) for n in base}
+      return {n: lowrank.decompose(base[n], free[n], config.scales) for n in base}
     own, k = {n: jax.random.fold_in(key, i) for i, n in enumerate(base)}, config.svd_rank
-    return {n: lowrank.decompose_randomized(base[n], free[n], own[n], k) for n in base}
+    return {
+      n: lowrank.decompose_randomized(base[n], free[n], own[n], k, config.scales) for n in base
+    }
+
+  def perturbed(params, frozen, stats, image, train, key):
+    train = train and config.private != "head"
+    return networks.perturbed_network(model)(params, frozen, stats, image, train, key)
+
+  def keep_shared(updates, frozen):
+    """Returns the updates without those of parameters that a task does not have for itself."""
+    still: Callable = functools.partial(jax.tree.map, jnp.zeros_like)
+    found = updates["perturbation"]
+    if not config.scales:
+      found = {n: p._replace(R=still(p.R), S=still(p.S)) for n, p in found.items()}
+    rest = updates["rest"]
+    if config.private != "all":
+      shared, own = trees.split_private(rest, config.private == "norm")
+      rest = trees.join_private(still(shared), own)
+    return {"perturbation": found, "rest": rest}
 
   return _Functions(
     shapes=contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes),
     initialize=networks.make_initialize(setup),
     fit_free=make_fit(setup, *networks.plain_network(model)),
     fit_head=make_fit(setup, *networks.head_network(model)),
-    fit_perturbed=make_fit(setup, networks.perturbed_network(model), penalty),
+    fit_perturbed=make_fit(setup, perturbed, penalty, edit_fn=keep_shared),
     square_gradients=jax.jit(square_gradients, compiler_options=networks.COMPILE_QUICKLY),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
@@ -540,6 +575,11 @@ def _check_base(setup: Setup) -> None:
       f"base_training = {setup.base_training!r} keeps the BatchNorm statistics of base: set "
       "method.batch_norm=running, which does too"
     )
+
+
+def _owned(config: Config) -> sizes.Owned:
+  """Returns what a later task has for itself beside U and V."""
+  return sizes.Owned(config.private, config.scales)
 
 
 def _columns(shape: tuple[int, int], config: Config) -> int:

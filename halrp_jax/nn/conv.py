@@ -209,14 +209,21 @@ def _shifted_sum_bwd(
   b, h_out, w_out, channels = dy.shape
   group = math.gcd(b, 8)
 
+  rows, columns = ((n - 1) * stride + 1 for n in (h_out, w_out))
+
+  def product(x, dy, position):
+    """Returns the gradient [C] at one position (i, j) of the window."""
+    part = lax.dynamic_slice(x, (0, *position, 0), (b, rows, columns, channels))
+    part = part[:, ::stride, ::stride]
+    added = functools.reduce(jnp.add, [part[i::group] * dy[i::group] for i in range(group)])
+    added = added.reshape(-1, w_out * channels)
+    row = jnp.ones((1, len(added)), added.dtype) @ added
+    return row.reshape(w_out, channels).sum(0)
+
   def products(x, dy):
-    found = []
-    for part in _taps(x, kernel.shape[:2], (h_out, w_out), (stride, stride)).values():
-      added = functools.reduce(jnp.add, [part[i::group] * dy[i::group] for i in range(group)])
-      added = added.reshape(-1, w_out * channels)
-      row = jnp.ones((1, len(added)), added.dtype) @ added
-      found.append(row.reshape(w_out, channels).sum(0))
-    return jnp.stack(found)
+    # a loop: written out, these products would be most of what XLA has to compile
+    positions = jnp.stack(jnp.meshgrid(*map(jnp.arange, kernel.shape[:2]), indexing="ij"), -1)
+    return lax.map(lambda p: product(x, dy, (p[0], p[1])), positions.reshape(-1, 2))
 
   return dx, isolate.call(products, _padded(x, padding), dy).reshape(kernel.shape)
 

@@ -18,6 +18,16 @@ class RestCount(NamedTuple):
   biases: int  # of the layers with a kernel, wherever they are stored; the paper leaves them out
 
 
+class Owned(NamedTuple):
+  """What a later task has for itself beside U and V."""
+
+  private: str = "all"  # of the parameters without kernels: "all", "norm" (and head) or "head"
+  scales: bool = True  # R and S
+
+
+EVERYTHING = Owned()
+
+
 def count_rest(rest: Params, kernels: Mapping[str, object], num_classes: int) -> RestCount:
   """Counts parameters other than kernels.
 
@@ -102,7 +112,7 @@ def low_rank_values(task: Params) -> dict[str, np.ndarray]:
   return values
 
 
-def dense_growth(state: State, tasks: Sequence[Params]) -> float:
+def dense_growth(state: State, tasks: Sequence[Params], owned: Owned = EVERYTHING) -> float:
   """Returns how much some tasks add to the model if zeros count too, as a fraction of the base.
 
   `method.prune_bound` limits this growth.
@@ -110,40 +120,56 @@ def dense_growth(state: State, tasks: Sequence[Params]) -> float:
   Args:
     state: the method state.
     tasks: states of the tasks, not the first.
+    owned: what a task has for itself.
   """
-  dense = sum(_fixed_count(p) + sum(v.size for v in low_rank_values(p).values()) for p in tasks)
+  dense = sum(
+    _fixed_count(p, owned) + sum(v.size for v in low_rank_values(p).values()) for p in tasks
+  )
   return dense / _base_count(state)
 
 
-def perturbed(state: State) -> Size:
+def perturbed(state: State, owned: Owned = EVERYTHING) -> Size:
   """Returns the size of a method whose task states have perturbations of the shared kernels.
 
   As in the authors' code, `Size.paper` has neither the biases of later tasks nor BatchNorm's
   statistics, and of U and V only entries larger than 1e-8.
+
+  Args:
+    state: the method state.
+    owned: what a task has for itself; the rest is the first task's and not counted again.
   """
   base = _base_count(state)
   paper, dense, nonzero, mask_bits = base, base, base, 0
   for t, task in enumerate(state.tasks):
-    uncounted = count_leaves(task.stats)
+    uncounted = 0 if t and owned.private == "head" else count_leaves(task.stats)
     if t:
       values = np.concatenate([*low_rank_values(task).values()])
-      fixed, kept = _fixed_count(task), np.count_nonzero(values)
+      fixed, kept = _fixed_count(task, owned), np.count_nonzero(values)
       paper += fixed + np.count_nonzero(np.abs(values) > 1e-8)
       dense += fixed + values.size
       nonzero += fixed + kept
       mask_bits += values.size if kept < values.size else 0
-      uncounted += count_rest(task.rest, task.perturbation, int(task.num_classes)).biases
+      uncounted += _own_rest(task, owned).biases
     dense += uncounted
     nonzero += uncounted
   return Size(base, dense, int(nonzero), int(mask_bits), 0, int(paper))
 
 
-def _fixed_count(task: Params) -> int:
+def _fixed_count(task: Params, owned: Owned) -> int:
   """Counts the numbers of a later task that the paper counts and that are never pruned."""
-  count = count_rest(task.rest, task.perturbation, int(task.num_classes)).counted
+  count = _own_rest(task, owned).counted
   for name, p in task.perturbation.items():
-    count += p.R.size + p.S.size + (0 if p.sigma is None else int(task.rank[name]))
+    count += p.R.size + p.S.size if owned.scales else 0
+    count += 0 if p.sigma is None else int(task.rank[name])
   return count
+
+
+def _own_rest(task: Params, owned: Owned) -> RestCount:
+  """Counts the parameters other than kernels that a later task has for itself."""
+  rest = task.rest
+  if owned.private != "all":
+    _, rest = trees.split_private(rest, owned.private == "norm")
+  return count_rest(rest, task.perturbation, int(task.num_classes))
 
 
 def _base_count(state: State) -> int:

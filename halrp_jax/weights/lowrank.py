@@ -170,21 +170,29 @@ def residual(base: jax.Array, free: jax.Array, R: jax.Array, S: jax.Array) -> ja
   return rest.mean(tuple(range(rest.ndim - 2))).T
 
 
-def decompose(base: jax.Array, free: jax.Array) -> Decomposition:
+def decompose(base: jax.Array, free: jax.Array, scales: bool = True) -> Decomposition:
   """Returns scales, residual and its thin SVD (paper Alg. 1, lines 4 and 5).
 
   Args:
     base: W [*window, I, J].
     free: F [*window, I, J].
+    scales: whether R and S are those of least squares; otherwise they are 1.
   """
-  R, S = least_squares_scales(base, free)
+  R, S = _scales(base, free, scales)
   rest = residual(base, free, R, S)
   U, sigma, Vt = jnp.linalg.svd(rest, full_matrices=False)
   return Decomposition(R, S, U, sigma, Vt.T, jnp.sum(rest**2))
 
 
+def _scales(base: jax.Array, free: jax.Array, scales: bool) -> tuple[jax.Array, jax.Array]:
+  """Returns R [J] and S [I] by least squares, or ones."""
+  if scales:
+    return least_squares_scales(base, free)
+  return jnp.ones(base.shape[-1:], base.dtype), jnp.ones(base.shape[-2:-1], base.dtype)
+
+
 def decompose_randomized(
-  base: jax.Array, free: jax.Array, key: jax.Array, rank: int
+  base: jax.Array, free: jax.Array, key: jax.Array, rank: int, scales: bool = True
 ) -> Decomposition:
   """Decomposes as `decompose` does, but finds only the largest `rank` singular triplets.
 
@@ -196,21 +204,22 @@ def decompose_randomized(
     free: F [*window, I, J].
     key: random key for the start.
     rank: number of singular triplets.
+    scales: see `decompose`.
   """
   with jax.default_matmul_precision("float32"):  # accelerators take a lower one by default
-    return _decompose_randomized(base, free, key, rank)
+    return _decompose_randomized(base, free, key, rank, scales)
 
 
 def _decompose_randomized(
-  base: jax.Array, free: jax.Array, key: jax.Array, rank: int
+  base: jax.Array, free: jax.Array, key: jax.Array, rank: int, scales: bool
 ) -> Decomposition:
   """Computes `decompose_randomized` in the current precision of products."""
   _check_kernels(base=base, free=free)
   num_in, num_out = base.shape[-2:]
   width = rank + _OVERSAMPLING
   if width >= min(num_in, num_out):
-    return decompose(base, free)
-  R, S = least_squares_scales(base, free)
+    return decompose(base, free, scales)
+  R, S = _scales(base, free, scales)
   rest = residual(base, free, R, S)  # [J, I]
   q, _ = jnp.linalg.qr(rest @ jax.random.normal(key, (num_in, width)))
   for _ in range(_POWER_ITERATIONS):
