@@ -90,7 +90,7 @@ test-environment: .venv/installed-test
 .venv-all/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-all
 	.venv-all/bin/python -m pip install --quiet --upgrade pip
-	.venv-all/bin/python -m pip install --quiet --editable '.[test,tfds,bench]'
+	.venv-all/bin/python -m pip install --quiet --editable '.[test,tfds,bench,hub]'
 	touch $@
 
 .venv-newest/created:

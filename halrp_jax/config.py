@@ -132,20 +132,14 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
   keys.require(lines)
   sections: Json = {section: cls(**values[section]) for section, cls in keys.SECTIONS.items()}
   resolved = Config(**{**values, **sections, "method": method.Config(**chosen)})
-  if resolved.base_training != "all":
-    keys.require(_base_errors(resolved))
+  if resolved.base_training != "all" and name != "halrp":
+    raise UserError(
+      f"base_training = {resolved.base_training!r} is for halrp; {name} trains all parameters: set "
+      "base_training=all"
+    )
   if hasattr(method, "check"):
     keys.require(method.check(resolved))
   return resolved
-
-
-def _base_errors(config: Config) -> list[str]:
-  """Returns the errors of a config whose first task does not train the whole network."""
-  key = f"base_training = {config.base_training!r}"
-  lines = [] if config.base else [f"{key} needs a base: set base=FILE"]
-  if config.method.name != "halrp":
-    lines.append(f"{key} is for halrp; {config.method.name} trains all parameters")
-  return lines
 
 
 def _copy(values: Mapping[str, object]) -> Json:

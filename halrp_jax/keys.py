@@ -268,8 +268,9 @@ class Config:
   )
   base: str = text(
     "",
-    "parameters from which every new network starts: a .safetensors or .npz file, an Orbax folder, "
-    "or empty for random ones; images are then normalised as for these parameters",
+    "parameters from which every new network starts: a .safetensors or .npz file, an Orbax "
+    "folder, https://...#sha256=HEX, hf://ORG/NAME/FILE@REVISION, or empty for random ones; images "
+    "are then normalised as for these parameters",
   )
   base_source: str = text(
     "auto", "whose names the arrays of `base` have; auto: they are recognised, unless two fit"

@@ -50,6 +50,11 @@ def build(config: Config) -> Built:
       )
   benchmark = _apply_evaluate_on(config, benchmark)
   start = None
+  if config.base_training != "all" and not config.base:
+    raise UserError(
+      f"base_training = {config.base_training!r} needs parameters that were trained elsewhere: set "
+      "base=FILE, or base_training=all to train a random network"
+    )
   if config.base:
     base = pretrained.open_base(config, benchmark)
     benchmark, start = pretrained.prepared(benchmark, base, config), base.start
@@ -182,7 +187,7 @@ def run(
   if config.deterministic:
     determinism.require()
   built = processes.run_on_all(lambda: gang.build(build, config) if gang else build(config))
-  now = _shared_standing(built[0])
+  now = _shared_standing(config, built[0])
   strict = config.checkpoint.strict
   with (
     workdir.opened(path, config.to_dict(), overwrite, strict, stop_asked, now) as folder,
@@ -243,10 +248,13 @@ def _check_processes(config: Config, overwrite: bool) -> None:
     raise UserError("several processes on GPUs must compute the same bits: set deterministic=True")
 
 
-def _shared_standing(benchmark: Benchmark) -> dict:
+def _shared_standing(config: Config, benchmark: Benchmark) -> dict:
   """Returns the standing of the run, after checking that all processes have the same."""
   processes.require_same("other images", lambda: benchmark.split_hash)
   now = standing.of(benchmark)
+  if config.base:
+    now["base"] = pretrained.digest(config.base)
+    processes.require_same("another base", lambda: now["base"])
   software = now["flags"] | standing.versions()
   processes.require_same("other JAX flags or versions", lambda: json.dumps(software))
   now["machine"] = standing.machine()

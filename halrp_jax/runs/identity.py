@@ -70,7 +70,9 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
   _fill_in(old)
   old, new = keys.flat(old), keys.flat(config)
   changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-  if refused := [k for k in changed if k not in (*keys.NEUTRAL_KEYS, f"{EXTENDED}.data")]:
+  # of a base the contents are compared (standing.py), not the path
+  free = (*keys.NEUTRAL_KEYS, f"{EXTENDED}.data", "base" if old.get("base") and new["base"] else "")
+  if refused := [k for k in changed if k not in free]:
     changes = ", ".join(f"{k} = {new.get(k)!r} (was {old.get(k)!r})" for k in refused)
     raise UserError(
       f"--workdir={folder} holds a run of another config: {changes}; take another folder, or "

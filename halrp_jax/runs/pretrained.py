@@ -10,6 +10,7 @@ initialized.
 """
 
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from flax import traverse_util
 from halrp_jax import models
 from halrp_jax.keys import Config
 from halrp_jax.methods import halrp
-from halrp_jax.runs import checkpoint, convert
+from halrp_jax.runs import checkpoint, convert, remote
 from halrp_jax.training import contract, networks
 from halrp_jax.training.setup import Start
 from halrp_jax.types import Benchmark, Params, State, Task, UserError, brief
@@ -136,7 +137,16 @@ def open_base(config: Config, benchmark: Benchmark) -> Base:
     UserError: as `read`.
   """
   model = models.of_config(config, benchmark.max_classes)
-  return read(config.base, model, benchmark.image_shape, source=config.base_source)
+  path = remote.local_path("base", config.base)
+  return read(str(path), model, benchmark.image_shape, source=config.base_source)
+
+
+def digest(text: str) -> str:
+  """Returns the SHA-256 of the file or folder that `config.base` names, in hexadecimal digits."""
+  path, found = remote.local_path("base", text), hashlib.sha256()
+  for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    found.update(file.read_bytes())
+  return found.hexdigest()
 
 
 def prepared(benchmark: Benchmark, base: Base, config: Config) -> Benchmark:

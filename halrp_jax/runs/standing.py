@@ -4,6 +4,7 @@
                 labels) and `split` (which of them train, validate and test; data/content.py)
   split_hash    one hash for all tasks; the only entry that older versions wrote
   input_shape, num_classes    of the network
+  base          SHA-256 of the pretrained base, if there is one
   extends       fingerprint of the state that `extend` started from
   flags         JAX flags that change numbers
   machine       what changes the rounding at most: versions, platform, processor, XLA's flags
@@ -113,6 +114,8 @@ def compare(before: dict, now: dict, source: str = "") -> tuple[list[str], list[
   for key in ("input_shape", "num_classes"):
     if key in before and key in now and before[key] != now[key]:
       refused.append(f"{key} = {now[key]} (was {before[key]})")
+  if _differ(before.get("base"), now.get("base")):
+    refused.append("base is another file")
   if _differ(before.get("extends"), now.get("extends")):
     refused.append("the run to be extended has another state")
   refused += _changes(before.get("flags", {}), now.get("flags", {}))

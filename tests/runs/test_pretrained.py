@@ -8,10 +8,11 @@ from flax import traverse_util
 
 from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
+from halrp_jax.deploy import export, saved
 from halrp_jax.runs import checkpoint, experiment, pretrained
 from halrp_jax.training import batches, networks
 from halrp_jax.training.fit import make_fit
-from halrp_jax.types import Store, UserError
+from halrp_jax.types import Stopped, Store, UserError
 
 SHAPE = (8, 8, 1)
 MODEL = models.make("mlp", 10)
@@ -105,3 +106,87 @@ def test_a_kernel_that_is_no_matrix_is_refused_by_name(params, digits_config):
   odd = params | {"gate": {"kernel": np.ones(3, np.float32)}}
   with pytest.raises(UserError, match=r"gate/kernel: shape \(3,\), expected at least two axes"):
     pretrained.base_state(config.method, task, odd, {})
+
+
+# --- from the command line ----------------------------------------------------------------
+
+
+@pytest.fixture
+def base_file(tmp_path, params):
+  write(tmp_path / "base.safetensors", params)
+  return str(tmp_path / "base.safetensors")
+
+
+@pytest.mark.parametrize("training", ["all", "head", "none"])
+def test_the_first_task_trains_what_base_training_says(training, base_file, params, digits_config):
+  more = {"base": base_file, "base_training": training, "order": "3,1", "epochs": 2}
+  config = resolve(digits_config("halrp", **more))
+  benchmark, _, method, _ = experiment.build(config)
+  state, _ = method.learn(
+    method.init(jax.random.key(0), benchmark),
+    benchmark.tasks[:1],
+    jax.random.key(1),
+    Store("test", lambda event: None),
+  )
+  kept = np.array_equal(state.shared["kernels"]["fc1"], params["fc1"]["kernel"])
+  head = np.array_equal(state.tasks[0].rest["head"]["kernel"], params["head"]["kernel"])
+  assert (kept, head) == {"all": (False, False), "head": (True, False), "none": (True, True)}[
+    training
+  ]
+
+
+def test_every_network_of_stl_starts_from_it(base_file, params, digits_config):
+  config = resolve(digits_config("stl", base=base_file, learning_rate=1e-9, epochs=1))
+  benchmark, _, method, _ = experiment.build(config)
+  state = method.init(jax.random.key(0), benchmark)
+  for i in (0, 1):
+    key, store = jax.random.key(i), Store(f"{i}", lambda event: None)
+    state, _ = method.learn(state, benchmark.tasks[i : i + 1], key, store)
+    np.testing.assert_allclose(
+      state.tasks[i].params["fc1"]["kernel"], params["fc1"]["kernel"], atol=1e-6
+    )
+  heads = [np.asarray(task.params["head"]["kernel"]) for task in state.tasks]
+  assert not np.allclose(heads[0], heads[1]), "each network has a head of its own"
+
+
+def test_a_run_is_resumed_with_the_same_base_alone(base_file, params, digits_config, tmp_path):
+  config = digits_config("stl", base=base_file, order="3,1", epochs=1)
+  asked = iter([False] * 3 + [True] * 100)
+  with pytest.raises(Stopped):
+    experiment.run(config, str(tmp_path / "run"), stop_asked=lambda: next(asked))
+  other = jax.tree.map(lambda x: x + 1, params)
+  write(tmp_path / "base.safetensors", other)
+  with pytest.raises(UserError, match="base is another file"):
+    experiment.run(config, str(tmp_path / "run"))
+  write(tmp_path / "moved.safetensors", params)
+  moved = digits_config("stl", base=str(tmp_path / "moved.safetensors"), order="3,1", epochs=1)
+  record = experiment.run(moved, str(tmp_path / "run"))
+  assert len(record["accuracy"]) == 2
+
+
+@pytest.mark.parametrize(
+  ("method_name", "more", "said"),
+  [
+    ("halrp", {"base_training": "head"}, "needs parameters that were trained elsewhere: set base="),
+    ("stl", {"base_training": "head", "base": "FILE"}, "is for halrp; stl trains all parameters"),
+    ("halrp", {"base": "nowhere.safetensors"}, "nowhere.safetensors: can't be read"),
+  ],
+)
+def test_configs_that_do_not_fit_are_refused(method_name, more, said, digits_config):
+  with pytest.raises(UserError, match=said):
+    experiment.build(resolve(digits_config(method_name, **more)))
+
+
+def test_images_are_resized_for_the_network_and_its_export(base_file, digits_config, tmp_path):
+  """The card of a task knows the size, so predictions take images as they are stored."""
+  config = digits_config("stl", order="3,1", epochs=1, **{"data.image_size": 12})
+  record = experiment.run(config, str(tmp_path / "run"))
+  run = saved.open_run(str(tmp_path / "run"))
+  assert run.benchmark.image_shape == (12, 12, 1) and run.stored_shape == (8, 8, 1)
+  task = experiment.build(resolve(config))[0].tasks[0]
+  image = np.asarray(task.test.image)[np.asarray(task.test.index)]
+  found = saved.make_classifier(run, 0)(image)
+  hits = np.mean(np.argmax(found, 1) == np.asarray(task.test.label))
+  assert 100 * hits == pytest.approx(record["accuracy"][1][0])
+  list(export.write(run, str(tmp_path / "out"), [0], "safetensors", True))
+  np.testing.assert_allclose(export.load(tmp_path / "out", 3).classify(image), found, atol=1e-6)
