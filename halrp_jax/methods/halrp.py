@@ -36,13 +36,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from halrp_jax import keys
 from halrp_jax.training import batches, contract, losses, networks, sizes
 from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Method, Params, State, Store, Task, UserError
-from halrp_jax.weights import kinds, lowrank, trees
+from halrp_jax.weights import kinds, lowrank, taps, trees
 
 _CODE = {
   "upper_rank": 100,
@@ -99,9 +100,10 @@ class Config(keys.MethodConfig):
   )
   rank_rule: str = keys.one_of(
     "importance",
-    ("importance", "flat", "lrp", "random"),
+    ("importance", "flat", "lrp", "random", "eva"),
     "importance: the method; flat: upper_rank everywhere; lrp: singular values alone; random: "
-    "upper_rank everywhere with random U and V",
+    "upper_rank everywhere with random U and V; eva: V are the directions of most variance of the "
+    "layers' inputs and U is 0, upper_rank on average and at most twice that (arXiv 2410.07170)",
   )
   scales: bool = keys.flag(True, "R and S are trained; false: they stay 1, as in LoRA")
   private: str = keys.one_of(
@@ -181,10 +183,10 @@ def check(config: keys.Config) -> list[str]:
       "method.importance_split = 'valid' needs protocol.validation_fraction > 0; "
       "or set method.importance_split=train"
     )
-  if m.rank_rule in ("flat", "random") and not m.upper_rank:
+  if m.rank_rule in ("flat", "random", "eva") and not m.upper_rank:
     errors.append(f"method.rank_rule = {m.rank_rule!r} needs method.upper_rank > 0")
-  if m.rank_rule == "random" and m.sigma == "kept":
-    errors.append("method.rank_rule = 'random' has no Sigma: set method.sigma=folded")
+  if m.rank_rule in ("random", "eva") and m.sigma == "kept":
+    errors.append(f"method.rank_rule = {m.rank_rule!r} has no Sigma: set method.sigma=folded")
   return errors
 
 
@@ -330,6 +332,8 @@ def select(
     {n: kinds.as_matrix(w, shapes[n]) for n, w in tree.items()} for tree in (kernels, free)
   )
   decomposition = f.decompose(matrices, free, svd_key)
+  if config.rank_rule == "eva":
+    return *along_inputs(f, config, setup.batch_size, params, stats, task, decomposition), True
   ranks, exact = choose_ranks(config, decomposition, kernels, importance)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
@@ -370,6 +374,48 @@ def layer_importance(
       count = kernels[name].size if config.importance == "mean" else 1
       total[name] += share * float(value) / count
   return total
+
+
+def along_inputs(
+  f: "_Functions",
+  config: Config,
+  batch_size: int,
+  params: Params,
+  stats: Params,
+  task: Task,
+  decomposition: dict[str, lowrank.Decomposition],
+) -> tuple[dict[str, lowrank.Perturbation], dict[str, int]]:
+  """Returns perturbations whose V are the main directions of the layers' inputs, and their ranks.
+
+  The ranks of all layers together are `upper_rank` for each layer whose V multiplies an input; the
+  largest shares of variance are taken. Other layers get rank 0.
+
+  Args:
+    f: the compiled functions.
+    config: config of the method.
+    batch_size: images per batch.
+    params: parameters of the network.
+    stats: BatchNorm statistics.
+    task: whose training images are used.
+    decomposition: by layer, of which R and S are used.
+  """
+  total: dict[str, Array] = {}
+  for rows in batches.consecutive(len(task.train.index), batch_size):
+    image, _ = batches.load_batch(task.train, task.inputs, rows)
+    moments = f.input_moments(params, stats, image)
+    total = {n: x + total.get(n, 0) for n, x in moments.items()}
+  found = {n: lowrank.explained(x) for n, x in total.items()}
+  most = 2 * config.upper_rank
+  widths = {n: min(d.U.shape[0], d.V.shape[0]) for n, d in decomposition.items()}
+  scores = [shares[: widths[n]] for n, (shares, _) in found.items()]
+  counts = lowrank.allocate_count(scores, config.upper_rank * len(found), most)
+  ranks = dict.fromkeys(decomposition, 0) | dict(zip(found, counts, strict=True))
+  perturbation = {}
+  for name, d in decomposition.items():
+    _, vectors = found.get(name, (None, np.zeros((d.V.shape[0],) * 2, np.float32)))
+    width = _columns((d.V.shape[0], d.U.shape[0]), config)
+    perturbation[name] = lowrank.directions(d, vectors, ranks[name], width)
+  return perturbation, ranks
 
 
 def choose_ranks(
@@ -494,6 +540,7 @@ class _Functions(NamedTuple):
   fit_free: Fit  # of the plain network
   fit_head: Fit  # of its head alone
   fit_perturbed: Fit  # of the perturbed network
+  input_moments: Callable  # (params, stats, image) -> {layer: sum of x x' over inputs x}
   square_gradients: Callable  # (params, stats, image, label, num_classes) -> {layer: |g_l|^2}
   decompose: Callable  # (kernels as matrices, free ones, key) -> {layer: Decomposition}
   truncate: Callable  # `lowrank.truncate`
@@ -503,6 +550,7 @@ class _Functions(NamedTuple):
 def _build(config: Config, setup: Setup) -> _Functions:
   """Builds the functions that are compiled once for all tasks."""
   model, measured = setup.model, setup.measuring
+  shapes = contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes)
 
   def penalty(params, frozen):
     """Returns the regularisation of the paper's Eq. 12, which has no term for Sigma."""
@@ -523,6 +571,10 @@ def _build(config: Config, setup: Setup) -> _Functions:
       return losses.cross_entropy(logits, label, num_classes)
 
     return {name: jnp.vdot(g, g) for name, g in jax.grad(loss_fn)(kernels).items()}
+
+  def input_moments(params, stats, image):
+    variables = {"params": params, "batch_stats": stats}
+    return taps.input_moments(measured, shapes(params), variables, image)
 
   def decompose(base, free, key):
     if config.svd == "exact":
@@ -549,11 +601,12 @@ def _build(config: Config, setup: Setup) -> _Functions:
     return {"perturbation": found, "rest": rest}
 
   return _Functions(
-    shapes=contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes),
+    shapes=shapes,
     initialize=networks.make_initialize(setup),
     fit_free=make_fit(setup, *networks.plain_network(model)),
     fit_head=make_fit(setup, *networks.head_network(model)),
     fit_perturbed=make_fit(setup, perturbed, penalty, edit_fn=keep_shared),
+    input_moments=jax.jit(input_moments),
     square_gradients=jax.jit(square_gradients, compiler_options=networks.COMPILE_QUICKLY),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
@@ -585,7 +638,8 @@ def _owned(config: Config) -> sizes.Owned:
 def _columns(shape: tuple[int, int], config: Config) -> int:
   """Returns the width of U and V, the largest rank that a layer of `shape` (I, J) can get."""
   full = min(shape)
-  return min(config.upper_rank or full, full)
+  most = 2 * config.upper_rank if config.rank_rule == "eva" else config.upper_rank
+  return min(most or full, full)
 
 
 def _task_state(

@@ -186,6 +186,28 @@ def _low_rank_branch(
   return times(total.astype(dtype), (p.V @ u.T).astype(dtype))
 
 
+def low_rank_inputs(module: nn.Module, x: jax.Array, num_in: int) -> jax.Array | None:
+  """Returns the rows [N, I] that V' of a layer multiplies.
+
+  Args:
+    module: a layer that `is_known`.
+    x: its input.
+    num_in: I, the inputs of its kernel as a matrix.
+
+  Returns:
+    The inputs of a dense layer, the sums over the window of a convolution. None for a layer that
+    can't be factored, whose V multiplies no input.
+  """
+  if isinstance(module, nn.DenseGeneral):
+    axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+    x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+  elif not can_be_factored(module):
+    return None
+  elif isinstance(module, nn.Conv):
+    x = _by_image(window_sum, module, x)
+  return x.reshape(-1, num_in)
+
+
 def can_be_factored(module: nn.Module) -> bool:
   """Returns whether the factored form is known: for Dense and ordinary convolutions.
 

@@ -349,6 +349,49 @@ def allocate_ranks(
   ]
 
 
+def explained(moment: jax.typing.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+  """Returns shares and directions of the variance of a layer's inputs (EVA, arXiv 2410.07170).
+
+  Args:
+    moment: sum of x x' over inputs x. [I, I]
+
+  Returns:
+    Shares of the total, descending, float64 [I], and the directions as columns, float32 [I, I].
+  """
+  values, vectors = np.linalg.eigh(np.asarray(moment, np.float64))
+  values = np.maximum(values[::-1], 0)
+  return values / max(values.sum(), _TINY), vectors[:, ::-1].astype(np.float32)
+
+
+def allocate_count(scores: list[np.ndarray], count: int, upper_rank: int) -> list[int]:
+  """Returns a rank for every layer, `count` together: the largest of all scores are taken.
+
+  Args:
+    scores: one array [m_l] per layer, descending.
+    count: sum of all ranks, or less if the layers have no room for it.
+    upper_rank: largest rank of a layer.
+  """
+  scores = [np.asarray(s, np.float64)[:upper_rank] for s in scores]
+  layer = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
+  order = np.argsort(-np.concatenate(scores), kind="stable")[:count]
+  return np.bincount(layer[order], minlength=len(scores)).tolist()
+
+
+def directions(d: Decomposition, vectors: np.ndarray, rank: int, columns: int) -> Perturbation:
+  """Returns the perturbation with U = 0 and the first `rank` of some directions as V.
+
+  Args:
+    d: the decomposition, of which R and S are used.
+    vectors: [I, I] orthonormal columns.
+    rank: number of columns of V that are used; the others are zero.
+    columns: width K of U and V.
+  """
+  _check_factors(d)
+  v = np.zeros((d.V.shape[0], columns), np.float32)
+  v[:, :rank] = vectors[:, :rank]
+  return Perturbation(d.R, d.S, jnp.zeros((d.U.shape[0], columns)), None, jnp.asarray(v))
+
+
 PRUNE_RULES: dict[str, tuple[str | None, bool]] = {
   # rule: (values that share one percentile, whether the absolute threshold applies too)
   "none": (None, False),

@@ -31,6 +31,34 @@ def layer_inputs(
   return _record(model, names, variables, image, lambda module, x, y: kinds.rows(module, x))
 
 
+def input_moments(
+  model: nn.Module,
+  shapes: Mapping[str, tuple[int, int]],
+  variables: Mapping[str, Params],
+  image: jax.Array,
+) -> dict[str, jax.Array]:
+  """Returns the second moments of what V' of each layer multiplies, in evaluation mode.
+
+  Args:
+    model: a network.
+    shapes: (I, J) of the kernels as matrices, by layer path.
+    variables: variables of the network, {"params": ..., "batch_stats": ...}.
+    image: network inputs [B, H, W, C].
+
+  Returns:
+    {layer path: sum of x x' over all rows x, float32 [I, I]}, without layers whose V multiplies no
+    input (`kinds.low_rank_inputs`).
+  """
+
+  def moment(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+    num_in = shapes[trees.SEPARATOR.join(module.path)][0]
+    rows = kinds.low_rank_inputs(module, x.astype(jnp.float32), num_in)
+    return jnp.zeros(()) if rows is None else rows.T @ rows
+
+  found = _record(model, shapes, variables, image, moment)
+  return {name: x for name, x in found.items() if x.ndim}
+
+
 def layer_outputs(
   model: nn.Module, names: Collection[str], variables: Mapping[str, Params], image: jax.Array
 ) -> dict[str, jax.Array]:

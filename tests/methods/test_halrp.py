@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from halrp_jax import models
 from halrp_jax.config import resolve
 from halrp_jax.methods import halrp
 from halrp_jax.runs import experiment
-from halrp_jax.training import networks, sizes
+from halrp_jax.training import batches, networks, sizes
 from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import State, Store
 from halrp_jax.weights import lowrank, trees
@@ -205,6 +206,39 @@ def test_randomised_ranks_are_exact_or_say_that_they_are_not(digits_config, swit
     assert max(got["ranks"].values()) == switches["svd_rank"]
   (event,) = [e for e in events if e["event"] == "ranks" and e["phase"] == "test"]
   assert event["ranks_exact"] == exact
+
+
+def test_eva_starts_along_the_inputs_of_each_layer(digits_config):
+  """V of fc1 are the principal directions of the task's training images, U is zero."""
+  overrides = {"rank_rule": "eva", "upper_rank": 6, "warmup_epochs": 0, "scales": False}
+  config = digits_config(
+    learning_rate=1e-12, epochs=1, **{f"method.{k}": v for k, v in overrides.items()}
+  )
+  state, history, _ = learn_two(config)
+  ranks = history["ranks"]
+  assert sum(ranks.values()) == 12 and max(ranks.values()) <= 12
+  p = state.tasks[1].perturbation["fc1"]
+  task = experiment.build(resolve(config))[0].tasks[1]
+  image, _ = batches.load_batch(task.train, task.inputs, np.arange(len(task.train.index)))
+  _, _, directions = np.linalg.svd(np.asarray(image).reshape(len(image), -1), full_matrices=False)
+  k = ranks["fc1"]
+  cosines = np.abs(np.sum(np.asarray(p.V)[:, :k] * directions[:k].T, 0))
+  np.testing.assert_allclose(cosines, 1, atol=1e-3)
+  assert np.allclose(p.U, 0, atol=1e-6) and not np.any(np.asarray(p.V)[:, k:])
+  assert (np.asarray(p.R) == 1).all() and (np.asarray(p.S) == 1).all()
+
+
+@pytest.mark.parametrize("private", ["norm", "head"])
+def test_parameters_that_are_not_private_stay_the_first_tasks(private, digits_config):
+  config = digits_config(network="lenet", train_fraction=0.1, **{"method.private": private})
+  state, _, _ = learn_two(config)
+  first, second = (traverse_util.flatten_dict(p.rest, sep="/") for p in state.tasks)
+  changed = {n for n, x in second.items() if not np.array_equal(x, first[n])}
+  head, norms = {n for n in changed if n.startswith("head/")}, {n for n in changed if "bn" in n}
+  assert head == {"head/kernel", "head/bias"} and changed == head | norms
+  assert bool(norms) == (private == "norm")
+  fewer = sizes.perturbed(state, sizes.Owned(private)).dense < sizes.perturbed(state).dense
+  assert fewer == (private == "head")  # all of LeNet's other parameters are BatchNorm's
 
 
 def test_lrp_ignores_the_importance(digits_config):
