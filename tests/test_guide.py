@@ -7,12 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
+from PIL import Image
 
 from halrp_jax import __main__ as verbs
 from halrp_jax import main
 
 from .conftest import ROOT
 from .data.test_data import write_small_cifar
+from .runs.test_convert import CASES, drawn
 
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
 QUICK = (
@@ -22,6 +25,25 @@ QUICK = (
 
 def blocks(text=GUIDE):
   return re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+# of section 6, on a smaller network
+QUICK_PHOTOS = "--config.network=vit_ti16,num_blocks=2 --config.epochs=2 --config.base"
+
+
+def write_photos(folder):
+  """Writes 64 images for the walk of section 6, and the base that its tasks start from."""
+  rng = np.random.default_rng(0)
+  for i in range(64):
+    task, c = divmod(i % 10, 2)
+    path = folder / "photos" / f"task{task}" / "abc"[c]
+    path.mkdir(parents=True, exist_ok=True)
+    pixels = rng.integers(0, 200, (80, 70, 3), np.uint8) + np.uint8(50 * c)
+    Image.fromarray(pixels).save(path / f"{i}.jpg")
+  shapes = CASES["vit"]["arrays"]
+  arrays = {n: drawn(n, tuple(s)) for n, s in shapes.items()}
+  two = {n: x for n, x in arrays.items() if not re.match(r"blocks\.([2-9]|1\d)\.", n)}
+  safetensors.numpy.save_file(two, folder / "base.safetensors")
 
 
 # in place of the interpreter: the command line as bash passes it, for a call in this process
@@ -47,11 +69,15 @@ def test_every_block_runs(tmp_path, monkeypatch):
   configs = tmp_path / "configs"
   configs.symlink_to(ROOT / "configs")
   monkeypatch.chdir(tmp_path)
+  write_photos(tmp_path)
   monkeypatch.setenv("DATA", str(tmp_path))
+  monkeypatch.setenv("PHOTOS", str(tmp_path / "photos"))
+  monkeypatch.setenv("BASE", str(tmp_path / "base.safetensors"))
   names = {}
   for kind, text in blocks():
     if kind == "sh":
-      run_in_shell(text.replace("--config.train_fraction=0.05", QUICK))
+      text = text.replace("--config.train_fraction=0.05", QUICK)
+      run_in_shell(text.replace("--config.network=efficientnet_lite0 --config.base", QUICK_PHOTOS))
     elif text.startswith("# in another process"):
       subprocess.run([sys.executable, "-c", text], check=True)
     else:

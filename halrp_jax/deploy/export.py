@@ -54,9 +54,9 @@ from halrp_jax.deploy.export_folder import (
 )
 from halrp_jax.deploy.inputs import require_images, require_index, require_path
 from halrp_jax.runs import cards, checkpoint
-from halrp_jax.training import batches, networks, population
+from halrp_jax.training import batches, contract, networks, population
 from halrp_jax.types import Array, Network, Params, Task, UserError, brief
-from halrp_jax.weights import lowrank, trees
+from halrp_jax.weights import kinds, lowrank, trees
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _IDENTITY = ("kind", "state", "task", "network", "input_shape")  # card entries that name the model
@@ -321,6 +321,7 @@ class _Structure(NamedTuple):
   task: Task  # without images
   shapes: dict[str, tuple[int, ...]]  # of all arrays, by name
   kernels: tuple[str, ...]  # names of the arrays that the base holds
+  matrices: contract.Shapes  # (I, J) of their layers
 
 
 def load(folder: str | os.PathLike[str], task: int) -> Model:
@@ -387,7 +388,8 @@ def _structure(card: Card, file: pathlib.Path) -> _Structure:
   tree = {"params": params, "batch_stats": stats}
   shapes: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
   kernels = tuple(f"params/{name}/kernel" for name in trees.layer_names(params))
-  return _Structure(network, task, {k: x.shape for k, x in shapes.items()}, kernels)
+  matrices = contract.guessed_matrix_shapes(params)
+  return _Structure(network, task, {k: x.shape for k, x in shapes.items()}, kernels, matrices)
 
 
 def _read_network(path: pathlib.Path, stem: str, card: Card, structure: _Structure) -> Arrays:
@@ -423,19 +425,19 @@ def _compose(
   rest, composed = dict(arrays), {}
   for name, kernel in kernels.items():
     layer = name.removeprefix("params/").removesuffix("/kernel")
-    p = _take_perturbation(rest, layer, kernel, file)
-    composed[name] = np.asarray(lowrank.compose(jnp.asarray(kernel), p))
+    p = _take_perturbation(rest, layer, structure.matrices[layer], file)
+    composed[name] = np.asarray(kinds.compose(jnp.asarray(kernel), p))
   require_arrays(rest, {k: s for k, s in structure.shapes.items() if k not in kernels}, file)
   _require_hash(arrays, card, file)
   return composed | rest
 
 
 def _take_perturbation(
-  arrays: Arrays, layer: str, kernel: np.ndarray, file: pathlib.Path
+  arrays: Arrays, layer: str, shape: tuple[int, int], file: pathlib.Path
 ) -> lowrank.Perturbation:
   """Removes the perturbation of a layer from the arrays of a task and returns it, checked."""
   name = f"perturbation/{layer}"
-  num_in, num_out = kernel.shape[-2:]
+  num_in, num_out = shape
   stored_rank = take(arrays, f"{name}/rank", file)
   if stored_rank.shape != (1,) or stored_rank.dtype != np.int32:
     raise UserError(
@@ -445,7 +447,7 @@ def _take_perturbation(
   found = {key: take(arrays, f"{name}/{key}", file) for key in "RS"}
   expected: dict[str, tuple[int, ...]] = {"R": (num_out,), "S": (num_in,)}
   for key, size in (("U", num_out), ("V", num_in)):
-    zeros = np.zeros((size, 0), kernel.dtype)
+    zeros = np.zeros((size, 0), np.float32)
     found[key] = unpack(arrays, f"{name}/{key}", (size, rank), file) if rank else zeros
     expected[key] = (size, rank)
   sigma = arrays.pop(f"{name}/sigma", None) if rank else None

@@ -16,6 +16,7 @@ from halrp_jax import __main__ as verbs
 from halrp_jax.config import make_config
 from halrp_jax.deploy import export, export_folder, saved
 from halrp_jax.methods import bn
+from halrp_jax.runs import experiment
 from halrp_jax.types import UserError
 
 from ..conftest import ROOT, interrupt
@@ -398,3 +399,20 @@ def test_methods_without_such_a_form_are_refused(run, tmp_path):
   bare = run._replace(state=run.state._replace(tasks=learned))
   with pytest.raises(UserError, match="halrp has no perturbations of a base: use --merge"):
     write(bare, tmp_path / "out")
+
+
+def test_attention_is_exported_with_the_matrices_of_its_projections(images, tmp_path):
+  config = make_config(
+    "halrp",
+    benchmark="digits",
+    order="3,1",
+    network="vit_ti16,features=12,num_heads=3,num_blocks=1,patch=4",
+    epochs=2,
+    protocol={},
+  )
+  experiment.run(config, str(tmp_path / "run"))
+  run = saved.open_run(str(tmp_path / "run"))
+  list(export.write(run, str(tmp_path / "out"), [1], "safetensors", False))
+  want = saved.make_classifier(run, 1)(images)
+  found = export.load(tmp_path / "out", run.learned[1].id).classify(images)
+  np.testing.assert_allclose(found, want, atol=1e-5)
