@@ -1,4 +1,4 @@
-"""Low-rank perturbations of any Flax Linen model: create them, apply them, merge them.
+"""Low-rank perturbations of any Flax model: create them, apply them, merge them.
 
   kernels, perturbation, rest = perturb.init(key, model, variables, x, rank=8, pattern="*/attn/*")
   y = perturb.apply(model, kernels, perturbation, variables | {"params": rest}, x)
@@ -7,7 +7,13 @@
 `kernels` are the frozen kernels of the base, `perturbation` has <R, S, U, Sigma, V> of every layer,
 and `rest` are the other parameters. The model stays an ordinary Flax module: while it is applied,
 `nn.intercept_methods` replaces the call of each perturbed Dense, Conv and DenseGeneral (the
-projections of attention). `kinds` says how a kernel is seen as a matrix [I, J].
+projections of attention). With an nnx model (`nnx_models`) the calls are
+
+  kernels, perturbation, rest = perturb.init(key, model, rank=8)
+  y = perturb.apply(model, kernels, perturbation, rest, x)
+  nnx.update(model, perturb.merge(kernels, perturbation, rest))    # model(x) == y
+
+`kinds` says how a kernel is seen as a matrix [I, J].
 
 There are two exact ways to compute such a layer:
 
@@ -16,7 +22,6 @@ There are two exact ways to compute such a layer:
   needed, which makes the backward pass a third cheaper.
 """
 
-import fnmatch
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -30,26 +35,26 @@ from jax.core import Tracer
 
 from halrp_jax.nn.conv import times
 from halrp_jax.types import Params, UserError, brief
-from halrp_jax.weights import kinds, lowrank, proof, trees
+from halrp_jax.weights import fresh, kinds, lowrank, proof, trees
 
 
 def init(
   key: jax.Array,
-  model: nn.Module,
-  variables: Mapping[str, Params],
+  model: Params,
+  variables: Mapping[str, Params] | None = None,
   *args: Params,
   rank: int,
   pattern: str = "*",
   **kwargs: object,
 ) -> tuple[dict[str, jax.Array], dict[str, lowrank.Perturbation], Params]:
-  """Creates perturbations of some layers of a Linen model, which change nothing yet.
+  """Creates perturbations of some layers of a Linen or nnx model, which change nothing yet.
 
   R and S are 1, U is 0, and V is random within +-1/sqrt(I), so that the first gradient moves R, S
   and U. Sigma is None, folded into U and V.
 
   Args:
     key: random key for V, such as jax.random.key(0).
-    model: any Linen model.
+    model: any Linen model; or an nnx model, without the following positional arguments.
     variables: variables of the base, {"params": ..., other collections}.
     *args: an example of what `model.apply` takes. The network is computed on it with unchanged and
       with changed kernels, and both forms are compared with the ordinary network. Under jax.jit it
@@ -60,19 +65,22 @@ def init(
     **kwargs: further arguments of `model.apply`.
 
   Returns:
-    Kernels by layer path, perturbations by layer path, the other parameters.
+    Kernels by layer path, perturbations by layer path, the other parameters; of an nnx model the
+    nnx.State without the kernels.
 
   Raises:
     UserError: if no layer matches, if a layer that matches can't be perturbed exactly, or if an
       argument is of the wrong kind.
   """
-  _check_rank_and_pattern(rank, pattern)
+  if _is_nnx(model):
+    from halrp_jax.weights import nnx_models  # importing nnx takes time
+
+    return nnx_models.init(key, model, rank=rank, pattern=pattern)
+  variables = {} if variables is None else variables
+  fresh.check_rank_and_pattern(rank, pattern)
   variables = proof.check_network(model, variables)
   params = variables["params"]
-  names = [n for n in trees.layer_names(params) if fnmatch.fnmatchcase(n, pattern)]
-  if not names:
-    known = ", ".join(trees.layer_names(params)) or "none"
-    raise UserError(f"no layer's path matches {pattern!r}; layers with a kernel: {known}")
+  names = fresh.matching(trees.layer_names(params), pattern)
 
   apply_fn: Callable[..., Params] = model.apply
   found = proof.find_layers(lambda v: apply_fn(v, *args, **kwargs), names, variables)
@@ -84,32 +92,16 @@ def init(
         "outside of jax.jit"
       )
   kernels, rest = trees.take_out(names, params)
-  perturbation: dict[str, lowrank.Perturbation] = {}
-  for layer_key, (name, kernel) in zip(_split(key, len(names)), kernels.items(), strict=True):
-    num_in, num_out = found[name].shape
-    columns, bound = min(rank, num_in, num_out), 1 / math.sqrt(num_in)
-    p = lowrank.identity(kernel.reshape(-1, num_in, num_out), columns, fold=True)
-    v = jax.random.uniform(layer_key, p.V.shape, kernel.dtype, -bound, bound)
-    perturbation[name] = p._replace(V=v)
+  shapes = {name: layer.shape for name, layer in found.items()}
+  perturbation = fresh.perturbations(key, kernels, shapes, rank)
   if not is_traced:
     _prove(model, kernels, perturbation, variables | {"params": rest}, args, kwargs)
   return kernels, perturbation, rest
 
 
-def _check_rank_and_pattern(rank: object, pattern: object) -> None:
-  """Raises UserError if an argument of `init` is of the wrong kind."""
-  if not isinstance(rank, int | np.integer) or rank < 0:
-    raise UserError(f"rank = {rank!r} must be a whole number, at least 0")
-  if not isinstance(pattern, str):
-    raise UserError(f"pattern = {pattern!r} must be a text such as '*/attn/*'")
-
-
-def _split(key: jax.Array, num: int) -> jax.Array:
-  """Returns `num` keys split from `key`; raises UserError if it is no key."""
-  try:
-    return jax.random.split(key, num)
-  except (TypeError, ValueError) as e:
-    raise UserError(f"key: expected one such as jax.random.key(0), given {key!r}") from e
+def _is_nnx(x: object) -> bool:
+  """Returns whether an object is an nnx model or state; does not import nnx."""
+  return any(c.__module__.startswith("flax.nnx") for c in type(x).__mro__)
 
 
 def _prove(
@@ -223,34 +215,46 @@ def merge(
   Args:
     kernels: frozen kernels by layer path.
     perturbation: <R, S, U, Sigma, V> by layer path.
-    rest: the other parameters.
+    rest: the other parameters; of an nnx model its nnx.State, and so is the result.
   """
+  if _is_nnx(rest):
+    from halrp_jax.weights import nnx_models
+
+    return nnx_models.merge(kernels, perturbation, rest)
   return trees.join({n: kinds.compose(w, perturbation[n]) for n, w in kernels.items()}, rest)
 
 
 def apply(
-  model: nn.Module,
+  model: Params,
   kernels: Mapping[str, jax.Array],
   perturbation: Mapping[str, lowrank.Perturbation],
-  variables: Mapping[str, Params],
+  variables: Params,
   *args: Params,
   form: str = "auto",
-  **kwargs: object,
+  **kwargs: Params,
 ) -> Params:
   """Applies a model with perturbed kernels.
 
   Args:
-    model: a Linen model whose perturbed layers are nn.Dense, nn.Conv or nn.DenseGeneral.
+    model: a Linen model whose perturbed layers are nn.Dense, nn.Conv or nn.DenseGeneral; or an nnx
+      model, of which only the graph is used.
     kernels: frozen kernels by layer path (`trees.split`, `init`).
     perturbation: <R, S, U, Sigma, V> by layer path.
-    variables: {"params": all parameters except the perturbed kernels, other collections}.
-    *args: passed to `model.apply`.
-    form: how a layer is computed: "factored", "composed", or "auto" for the cheaper one.
-    **kwargs: passed to `model.apply`.
+    variables: {"params": all parameters except the perturbed kernels, other collections}; of an nnx
+      model the nnx.State without the kernels.
+    *args: passed to `model.apply`, or to the nnx model.
+    form: how a layer is computed: "factored", "composed", or "auto" for the cheaper one. The
+      layers of an nnx model are composed.
+    **kwargs: passed to `model.apply`, or to the nnx model; with `mutable=True` an nnx model's state
+      after the call is returned too.
 
   Returns:
-    What `model.apply` returns.
+    What `model.apply` or the nnx model returns.
   """
+  if _is_nnx(model):
+    from halrp_jax.weights import nnx_models
+
+    return nnx_models.apply(model, kernels, perturbation, variables, *args, **kwargs)
 
   def intercept(
     next_fun: Callable[..., Params],
