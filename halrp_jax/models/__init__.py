@@ -25,9 +25,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "mlp": mlp.MLP,
   "efficientnet_lite0": efficientnet.EfficientNetLite0,
   "resnet50": resnet50.ResNet50,
-  "vit_ti16": vit.ViT_Ti,
-  "vit_s16": vit.ViT_S,
-  "vit_b16": vit.ViT_B,
+  "vit_ti16": vit.vit_ti,
+  "vit_s16": vit.vit_s,
+  "vit_b16": vit.vit_b,
 }
 
 # Fields of a network that `make` sets from other keys.

@@ -8,6 +8,7 @@ Reference: https://arxiv.org/abs/2010.11929.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -89,6 +90,16 @@ class ViT(nn.Module):
     return nn.Dense(self.num_classes, name="head")(x.astype(jnp.float32))
 
 
-ViT_Ti = functools.partial(ViT, features=192, num_heads=3)
-ViT_S = functools.partial(ViT, features=384, num_heads=6)
-ViT_B = functools.partial(ViT, features=768, num_heads=12)
+def vit_ti(num_classes: int, features: int = 192, num_heads: int = 3, **options: Any) -> ViT:  # noqa: ANN401 (the fields of ViT)
+  """Returns the ViT-Ti: 12 blocks of width 192 with 3 heads, patches of 16 x 16 pixels."""
+  return ViT(num_classes, features, num_heads, **options)
+
+
+def vit_s(num_classes: int, features: int = 384, num_heads: int = 6, **options: Any) -> ViT:  # noqa: ANN401
+  """Returns the ViT-S: 12 blocks of width 384 with 6 heads, patches of 16 x 16 pixels."""
+  return ViT(num_classes, features, num_heads, **options)
+
+
+def vit_b(num_classes: int, features: int = 768, num_heads: int = 12, **options: Any) -> ViT:  # noqa: ANN401
+  """Returns the ViT-B: 12 blocks of width 768 with 12 heads, patches of 16 x 16 pixels."""
+  return ViT(num_classes, features, num_heads, **options)

@@ -35,7 +35,10 @@ KINDS = {variant: kind for kind, variant in _VARIANT_OF.items()}
 # The networks for which batch_norm=own does not mean running statistics, and those that have no
 # BatchNorm. tests/reports/test_records.py compares both with halrp_jax/models/.
 _OWN = {"alexnet": TEST_BATCH}
-_WITHOUT_BATCH_NORM = ("mlp", "saha_lenet", "saha_lenet_without_lrn")
+_WITHOUT_BATCH_NORM = (
+  *("mlp", "saha_lenet", "saha_lenet_without_lrn"),
+  *("vit_ti16", "vit_s16", "vit_b16"),
+)
 
 
 class Run(NamedTuple):
@@ -197,7 +200,8 @@ def statistics(setting: Json) -> str:
     `TEST_BATCH` or `RUNNING`; "" for those of the training images, and for networks without
     BatchNorm.
   """
-  network, kind = str(setting.get("network")), setting.get("method.batch_norm", "own")
+  network = str(setting.get("network")).partition(",")[0]  # without its options
+  kind = setting.get("method.batch_norm", "own")
   if network in _WITHOUT_BATCH_NORM:
     return ""
   return _VARIANT_OF[kind] if kind in _VARIANT_OF else _OWN.get(network, RUNNING)

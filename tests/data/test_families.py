@@ -34,6 +34,7 @@ ASKED = {
   "tinyimagenet40": (40, 5, 2250, 250, 250, 2_817_925),
   "pmnist20_mlp": (20, 10, 48_000, 12_000, 10_000, 269_322),
   "iru_pmnist20": (20, 10, 60_000, 0, 10_000, 269_322),
+  "cifar100_split_pretrained": (10, 10, 4000, 1000, 1000, 3_383_818),
   "cifar100_20_mlp": (20, 5, 2000, 500, 500, 853_765),
   "cifar100_20_resnet18": (20, 5, 2000, 500, 500, 2_802_565),
   "five_datasets_alexnet": (5, 10, None, None, None, 6_533_450),
@@ -53,6 +54,7 @@ def test_every_config_is_here():
     *ablations,
     "digits",
     "custom",
+    "pretrained",
   }  # ablations: test_reproduce.py
 
 

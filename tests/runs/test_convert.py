@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import zlib
 
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy as safetensors
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from halrp_jax import models
 from halrp_jax.runs import pretrained
@@ -62,6 +65,28 @@ def test_logits_are_those_of_timm(name, tmp_path):
 def read(path, network="vit_ti16", size=64, num_classes=1000, source="auto"):
   model = models.make(network, num_classes, "running")
   return pretrained.read(path, model, (size, size, 3), source=source)
+
+
+@pytest.mark.skipif("HALRP_PRETRAINED" not in os.environ, reason="HALRP_PRETRAINED is not set")
+def test_the_published_weights_see_what_is_in_a_photograph():
+  """palace, bell cote, monastery; daisy, mushroom: classes of ImageNet in order of probability."""
+  path = os.path.join(os.environ["HALRP_PRETRAINED"], "efficientnet_lite0.safetensors")
+  model = models.make("efficientnet_lite0", 1000, "running")
+  base = pretrained.read(path, model, (224, 224, 3))
+  assert base.source == "lukemelas" and not base.left_out and base.has_head
+  card, size = base.preprocessing, 224
+  images = []
+  for name in ("china.jpg", "flower.jpg"):
+    photo = Image.fromarray(load_sample_image(name))
+    scale = size / card.crop / min(photo.size)
+    photo = photo.resize([round(n * scale) for n in photo.size], Image.Resampling.BICUBIC)
+    left, top = ((n - size) // 2 for n in photo.size)
+    photo = photo.crop((left, top, left + size, top + size))
+    images.append((np.asarray(photo, np.float32) / 255 - card.mean) / card.std)
+  variables = {"params": base.params, "batch_stats": base.stats}
+  logits = jax.jit(functools.partial(model.apply, train=False))(variables, np.float32(images))
+  best = np.argsort(-np.asarray(logits), 1)
+  assert best[0, :3].tolist() == [698, 442, 663] and best[1, :2].tolist() == [985, 947]
 
 
 def test_half_precision_becomes_float32_and_a_head_of_other_classes_fresh(tmp_path):

@@ -380,9 +380,10 @@ def test_the_package_exports_it():
 
 
 @pytest.mark.slow
-def test_the_vision_transformer_of_the_examples():
+@pytest.mark.parametrize("name", ["vision_transformer", "nnx_vit"])
+def test_the_vision_transformers_of_the_examples(name):
   """With one block and few steps: the perturbed task gains what the frozen weights lack."""
-  spec = importlib.util.spec_from_file_location("vit", ROOT / "examples/vision_transformer.py")
+  spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
   vit = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(vit)
   vit.VisionTransformer = functools.partial(vit.VisionTransformer, num_blocks=1)
