@@ -5,10 +5,10 @@
 Another method stands after the colon: --config=configs/cifar100_split.py:stl. DIR holds
 cifar-100-binary/ or cifar-100-binary.tar.gz.
 
-Expected for order A and seed 0, on 2 cores of a CPU:
+Expected for order A and seed 0, on 2 cores of a CPU with other work beside:
 
-  HALRP  ACC 67.68 %, growth 0.234, 2,105 s  docs/records/split100_A_population.json
-  STL    ACC 69.70 %, growth 9,     2,545 s  docs/records/split100_A_stl_population.json
+  HALRP  ACC 67.68 %, growth 0.234, 1,662 s  docs/records/split100_A_population.json
+  STL    ACC 69.70 %, growth 9,     1,036 s  docs/records/split100_A_stl_population.json
 
 The paper's ACC, the mean over five orders: HALRP 67.92 %, STL 69.55 %.
 """
