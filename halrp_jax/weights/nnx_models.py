@@ -98,10 +98,13 @@ def _kernel_path(name: str) -> _Path:
 
 
 def _layers(model: nnx.Module) -> dict[str, tuple[list[_Path], nnx.Module]]:
-  """Returns the layers that can be perturbed, by path: all their paths, and the module."""
+  """Returns the layers that can be perturbed, by path: all their paths, and the module.
+
+  A model that is one layer has none, as in Linen.
+  """
   found: dict[int, tuple[list[_Path], nnx.Module]] = {}
   for path, module in _walk((), model, ()):
-    if type(module) in (nnx.Linear, nnx.Conv, nnx.LinearGeneral):
+    if path and type(module) in (nnx.Linear, nnx.Conv, nnx.LinearGeneral):
       found.setdefault(id(module), ([], module))[0].append(path)
   named = {trees.SEPARATOR.join(map(str, paths[0])): (paths, m) for paths, m in found.values()}
   return {n: x for n, x in sorted(named.items()) if n.split(trees.SEPARATOR)[0] != trees.HEAD}

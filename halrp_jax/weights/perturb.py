@@ -75,6 +75,11 @@ def init(
   if _is_nnx(model):
     from halrp_jax.weights import nnx_models  # importing nnx takes time
 
+    if variables is not None:
+      raise UserError(
+        f"{type(model).__name__} is an nnx model, which holds its variables and needs no example: "
+        "call perturb.init(key, model, rank=...)"
+      )
     return nnx_models.init(key, model, rank=rank, pattern=pattern)
   variables = {} if variables is None else variables
   fresh.check_rank_and_pattern(rank, pattern)

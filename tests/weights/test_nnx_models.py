@@ -145,6 +145,7 @@ class Stacked(nnx.Module):
     (Shared, "first: the same layer is also second; shared layers are not perturbed"),
     (Stacked, "blocks: its kernel has 3 axes, expected 2: layers that are stacked"),
     (lambda rngs: nnx.LayerNorm(4, rngs=rngs), "no layer's path matches"),
+    (lambda rngs: nnx.Linear(4, 4, rngs=rngs), "no layer's path matches"),
   ],
 )
 def test_layers_that_can_not_be_perturbed_are_refused_by_name(build, said):

@@ -319,7 +319,7 @@ DENSE = Net(functools.partial(nn.Dense, 5))
     (lambda k, v: (k, Net, v, X), r"Net is a class: pass an instance, Net\(...\)"),
     (
       lambda k, v: (k, nnx.Linear(4, 5, rngs=nnx.Rngs(0)), v, X),
-      "given Linear; convert a module of flax.nnx",
+      r"Linear is an nnx model, which holds its variables .* call perturb.init\(key, model, rank",
     ),
     (lambda k, v: (k, v, DENSE, X), "expected a Flax Linen module .*, given dict"),
     (lambda k, v: (k, DENSE, v["params"], X), 'given layer, head; .* pass {"params": params}'),
