@@ -4,7 +4,8 @@ r"""Your own images on a pretrained network: a folder or an .npz file per task.
       --workdir=RUN [--config.network=vit_s16] [--config.data.image_size=224]
 
 FILE holds the parameters of an EfficientNet-Lite0, a ResNet-50 or a ViT with the names of timm,
-torchvision or big_vision (docs/guide.md, "A pretrained base"). DIR is as for configs/custom.py.
+torchvision or big_vision (docs/pretrained.md, also for --config.base_source). DIR is as for
+configs/custom.py.
 
 The first task trains only its head (base_training=head), so the base stays the published one. The
 hyper-parameters are a starting point. Expected ACC, growth and time depend on your images.

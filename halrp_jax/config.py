@@ -27,10 +27,12 @@ from halrp_jax.types import Json, UserError
 # switches that it stands for are part of the setting.
 _NOT_IN_SETTING = {
   *("order", "seed", "train_fraction", "allow_partial", "loop", "method.variant"),
+  *("base", "base_source"),  # the standing has the contents of the base
   *keys.NEUTRAL_KEYS,
 }
 # The values that stand for what halrp_jax did in versions without the key, where that is not the
 # key's default.
+_WITHOUT_BASE = ("ibpwf", "iru")  # methods whose networks do not start from parameters
 _CUSTOM_SIZE = 32  # height and width of the user's own images if `data.image_size` is 0
 _VALUES_BEFORE_KEY = {
   "protocol.fraction_per_class": False,
@@ -132,6 +134,8 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
   keys.require(lines)
   sections: Json = {section: cls(**values[section]) for section, cls in keys.SECTIONS.items()}
   resolved = Config(**{**values, **sections, "method": method.Config(**chosen)})
+  if resolved.base and name in _WITHOUT_BASE:
+    raise UserError(f"base: {name} makes its kernels of factors, it can't start from a network")
   if resolved.base_training != "all" and name != "halrp":
     raise UserError(
       f"base_training = {resolved.base_training!r} is for halrp; {name} trains all parameters: set "

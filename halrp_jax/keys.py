@@ -200,8 +200,9 @@ class Data:
     0,
     "0, or a whole number >= 8 and <= 1024",
     lambda x: _is_number(x) and isinstance(x, int) and (x == 0 or 8 <= x <= 1024),
-    "height and width of the network's input, to which images of other sizes are resized; 0: those "
-    "of the benchmark's images, 32 for custom",
+    "height and width of the network's input, to which images of other sizes are resized (with "
+    "custom those of folders, and with a base those of .npz files); 0: those of the benchmark's "
+    "images, 32 for custom",
   )
   test_fraction: float = number(
     0.2, 0, 0.9, "custom: fraction of every class used for testing if there is no test set", True

@@ -140,7 +140,9 @@ def read(config: Config) -> Benchmark:
   """
   drawn, missing, notes = _read_and_split(config)
   split_hash = _hash(drawn)
-  if config.data.image_size and BENCHMARKS[config.benchmark].outline(config):
+  # .npz files of custom are as large as they are, unless they are for a pretrained network
+  has_size = config.base or BENCHMARKS[config.benchmark].outline(config)
+  if config.data.image_size and has_size:
     drawn = [_resized(task, config.data.image_size) for task in drawn]
   tasks = in_order(config, {task.id: task for task in drawn})
   is_partial = bool(missing) or len(tasks) < len(drawn)

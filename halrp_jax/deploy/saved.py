@@ -289,7 +289,8 @@ def _load_new_task(run: Saved, data_path: str, note: Callable[[str], None]) -> T
   task = data.load_task(data_path, all_images, run.stored_shape, task_id, note)
   own = run.learned[0].inputs
   inputs = task.inputs._replace(resize=own.resize)
-  if run.config.base:  # all tasks are normalised as the base's images were
+  means = {tuple(map(float, known.inputs.mean)) for known in run.learned}
+  if run.config.base and len(means) == 1:  # all tasks are normalised as the base's images were
     inputs = inputs._replace(mean=own.mean, std=own.std)
   return task._replace(inputs=inputs)
 
@@ -317,6 +318,9 @@ def _method_of(run: Saved, benchmark: Benchmark) -> Method:
   network = models.of_config(run.config, run.benchmark.max_classes, layout.axis_name)
   start = None
   if run.config.base and run.config.method.name != "halrp":  # HALRP's state has the base
+    known = identity.read_standing(run.path).get("base")
+    if known and pretrained.digest(run.config.base) != known:
+      raise UserError(f"base={run.config.base}: is another file than {run.path} began with")
     start = pretrained.open_base(run.config, run.benchmark).start
   return methods.make(run.config, network, benchmark, layout, start)
 

@@ -100,18 +100,19 @@ class Config(keys.MethodConfig):
   )
   rank_rule: str = keys.one_of(
     "importance",
-    ("importance", "flat", "lrp", "random", "eva"),
-    "importance: the method; flat: upper_rank everywhere; lrp: singular values alone; random: "
-    "upper_rank everywhere with random U and V; eva: V are the directions of most variance of the "
-    "layers' inputs and U is 0, upper_rank on average and at most twice that (arXiv 2410.07170)",
+    ("importance", "flat", "lrp", "random", "eva", "none"),
+    "importance: the method; none: no low-rank part; flat: upper_rank everywhere; lrp: singular "
+    "values alone; random: upper_rank everywhere with random U and V; eva: V are the directions of "
+    "most variance of the layers' inputs and U is 0, upper_rank on average and at most twice that "
+    "(arXiv 2410.07170)",
   )
   scales: bool = keys.flag(True, "R and S are trained; false: they stay 1, as in LoRA")
   private: str = keys.one_of(
     "all",
     ("all", "norm", "head"),
     "parameters beside the kernels that each task has for itself; norm: those of normalisation and "
-    "the head; head: the head alone, and BatchNorm evaluates with the first task's statistics in "
-    "training too",
+    "the head; head: the head alone, and the network is in evaluation mode while it is trained, "
+    "with the first task's BatchNorm statistics",
   )
   svd: str = keys.one_of(
     "exact",
@@ -194,9 +195,9 @@ def make(config: Config, setup: Setup) -> Method:
   """Builds HALRP, and compiles its functions once for all tasks.
 
   Raises:
-    UserError: if the pretrained base does not fit `base_training`.
+    UserError: if the pretrained base does not fit `base_training`, or statistics `private`.
   """
-  _check_base(setup)
+  _check_base(config, setup)
   f = _build(config, setup)
 
   def learn(state, tasks, key, store):
@@ -436,7 +437,9 @@ def choose_ranks(
     Ranks by layer, and whether they are those of the exact SVD.
   """
   found = [d.sigma.size for d in decomposition.values()]
-  if config.rank_rule in ("flat", "random"):
+  if config.rank_rule == "none":
+    needed = ranks = [0] * len(found)
+  elif config.rank_rule in ("flat", "random"):
     needed = ranks = [min(config.upper_rank, d.S.size, d.R.size) for d in decomposition.values()]
   else:
     scores = []
@@ -614,8 +617,14 @@ def _build(config: Config, setup: Setup) -> _Functions:
   )
 
 
-def _check_base(setup: Setup) -> None:
-  """Raises UserError if the pretrained base does not fit `base_training`."""
+def _check_base(config: Config, setup: Setup) -> None:
+  """Raises UserError if the statistics or the head do not fit `private` or `base_training`."""
+  is_stored = setup.batch_norm == "running" or not hasattr(setup.model, "running")
+  if config.private == "head" and not is_stored:
+    raise UserError(
+      "method.private = 'head' keeps the first task's BatchNorm statistics: set "
+      "method.batch_norm=running, which does too"
+    )
   if setup.base_training == "all" or setup.base is None:
     return
   if setup.base_training == "none" and not setup.base.has_head:
@@ -637,6 +646,8 @@ def _owned(config: Config) -> sizes.Owned:
 
 def _columns(shape: tuple[int, int], config: Config) -> int:
   """Returns the width of U and V, the largest rank that a layer of `shape` (I, J) can get."""
+  if config.rank_rule == "none":
+    return 0
   full = min(shape)
   most = 2 * config.upper_rank if config.rank_rule == "eva" else config.upper_rank
   return min(most or full, full)

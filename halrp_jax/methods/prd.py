@@ -172,11 +172,11 @@ def _features(
 
 
 def _make_initialize(setup: Setup) -> Callable:
-  """Builds the jitted `initialize(key) -> State.shared, prototypes [C, F]`."""
+  """Builds `initialize(key) -> State.shared, prototypes [C, F]`."""
+  draw = networks.make_initialize(setup)
 
-  @jax.jit
   def initialize(key):
-    params, stats = networks.initialize(setup.model, key, setup.image_shape)
+    params, stats = draw(key)
     encoder, head = trees.split_private(params, norm=False)
     prototypes = head[trees.HEAD]["kernel"].T  # drawn like the kernel of a head
     g = Projection().init(jax.random.fold_in(key, 1), prototypes)["params"]

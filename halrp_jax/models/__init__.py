@@ -8,12 +8,14 @@ the config key `network` can set (`parse`).
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from halrp_jax import keys
 from halrp_jax.models import alexnet, efficientnet, lenet, mlp, resnet, resnet50, vit
+from halrp_jax.types import UserError
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "lenet": lenet.LeNet,
@@ -73,6 +75,12 @@ def parse(text: str) -> tuple[str, dict[str, str | int | float]]:
       found[key] = _typed(value, known[key])
       if (expected := _expected(key, known[key], found[key])) is not None:
         lines.append(f"network={text}: {key} must be {expected}, got {value!r}")
+  values: dict[str, Any] = known | found
+  if not lines and "num_heads" in values and values["features"] % values["num_heads"]:
+    lines.append(
+      f"network={text}: features = {values['features']} is no multiple of num_heads = "
+      f"{values['num_heads']}"
+    )
   keys.require(lines)
   return name, found
 
@@ -82,7 +90,8 @@ def options(name: str) -> dict[str, str | int | float]:
   module = NETWORKS[name](num_classes=1)
   fields = [f.name for f in dataclasses.fields(module) if f.name not in _NO_OPTIONS]
   values = {f: getattr(module, f) for f in fields}
-  return {f: x for f, x in values.items() if isinstance(x, str | int | float)}
+  kinds = (str, int, float)  # a bool is none of them
+  return {f: x for f, x in values.items() if type(x) in kinds}
 
 
 def _typed(text: str, like: str | int | float) -> str | int | float:
@@ -143,6 +152,16 @@ def of_config(config: keys.Config, num_classes: int, axis_name: str | None = Non
     axis_name: axis of the devices that a training step is mapped over (`parallel.Layout`), or None.
   """
   return make(config.network, num_classes, config.method.batch_norm, config.precision, axis_name)
+
+
+def require_image_shape(model: nn.Module, image_shape: tuple[int, ...]) -> None:
+  """Raises UserError if a network that has patches can't cut images [H, W, C] into them."""
+  patch = getattr(model, "patch", 1)
+  if any(n % patch for n in image_shape[:2]):
+    raise UserError(
+      f"images of {image_shape[0]} x {image_shape[1]} pixels can't be cut into patches of {patch} "
+      f"x {patch}: set data.image_size to a multiple of {patch}"
+    )
 
 
 def is_plain(model: nn.Module) -> bool:

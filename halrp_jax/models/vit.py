@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax.nn.conv import conv_general_dilated
-from halrp_jax.types import UserError
 
 _GELU = {"exact": functools.partial(nn.gelu, approximate=False), "tanh": nn.gelu}
 
@@ -57,11 +56,6 @@ class ViT(nn.Module):
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Returns logits [B, num_classes] of images [B, H, W, C]; H and W are multiples of `patch`."""
     window = (self.patch, self.patch)
-    if any(n % self.patch for n in x.shape[1:3]):
-      raise UserError(
-        f"images of {x.shape[1]} x {x.shape[2]} pixels can't be cut into patches of {self.patch} x "
-        f"{self.patch}: set data.image_size to a multiple of {self.patch}"
-      )
     x = nn.Conv(
       self.features,
       window,

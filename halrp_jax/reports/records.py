@@ -256,6 +256,7 @@ def _key(run: Run) -> tuple:
   whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in setting.items()}
   head = (record["method"], record["benchmark"], setting["network"])
   head += (float(record["config"]["train_fraction"]), record["partial"])
+  whole["base"] = record.get("standing", {}).get("base")  # contents of the pretrained base
   return (*head, tuple(sorted(run.task_ids)), json.dumps(whole, sort_keys=True))
 
 

@@ -8,7 +8,7 @@ input_shape   [H, W, C] of the network's input (may have more channels: a permut
 num_classes   number of the network's outputs; a task with K classes uses the first K
 split_hash    hash of images, indices and labels (`Benchmark.split_hash`)
 tasks         per task: id, name, class_names, mean, std, permutation (null: none), resize (height
-              and width of the network's input; null: those of the stored images)
+              and width of the network's input, where they are not those of the stored images)
 """
 
 import numpy as np
@@ -43,8 +43,7 @@ def of_task(task: Task) -> dict:
     "mean": np.asarray(task.inputs.mean, float).tolist(),
     "std": np.asarray(task.inputs.std, float).tolist(),
     "permutation": None if permutation is None else np.asarray(permutation).tolist(),
-    "resize": None if task.inputs.resize is None else [len(w) for w in task.inputs.resize],
-  }
+  } | ({} if task.inputs.resize is None else {"resize": [len(w) for w in task.inputs.resize]})
 
 
 def to_benchmark(card: dict, source: str) -> Benchmark:
@@ -102,7 +101,7 @@ def to_task(card: dict, image_shape: tuple[int, ...]) -> Task:
   image = np.zeros((0, *image_shape), np.uint8)
   empty = Split(image, np.zeros(0, np.int32), np.zeros(0, np.int32))
   names = tuple(map(str, card["class_names"]))
-  resize = card.get("resize")  # cards of older versions have none
+  resize = card.get("resize")
   if resize is not None:
     height, width = map(int, resize)
     if min(height, width) < 1:

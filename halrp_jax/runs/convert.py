@@ -112,7 +112,7 @@ _TIMM_VIT: tuple[Rule, ...] = (
   (r"block(\d+)/attention/(?:query|key|value)", r"blocks.\1.attn.qkv"),
   (r"block(\d+)/attention/out", r"blocks.\1.attn.proj"),
   (r"block(\d+)/fc(\d)", r"blocks.\1.mlp.fc\2"),
-  ("norm", "fc_norm"),  # with pool=mean
+  ("norm", "fc_norm"),  # with pool=mean; `misfits` tells the two apart
   ("norm", "norm"),
   ("head", "head"),
 )
@@ -200,7 +200,7 @@ SOURCES: dict[str, Source] = {
   ),
   "big_vision": Source(
     _VIT,
-    r"(.*/)?embedding/kernel",
+    r"(.*/)?Transformer/encoder_norm/scale",
     _BIG_VISION_VIT,
     _FLAX,
     "/",
@@ -251,6 +251,26 @@ def find_source(path: str, found: Arrays, network: str, asked: str = "auto") -> 
 def required_options(source: str, options: Mapping[str, object]) -> dict[str, str | float]:
   """Returns the options that a network must have for a source, where `options` has other ones."""
   return {k: v for k, v in SOURCES[source].options.items() if options.get(k) != v}
+
+
+def misfits(source: str, found: Arrays, options: Mapping[str, object]) -> str:
+  """Returns what a network's options contradict in a file, or "" if nothing.
+
+  Args:
+    source: a key of `SOURCES`.
+    found: arrays of the file by name.
+    options: of the network: its `pool`, if it has one.
+  """
+  if source != "timm/vit" or "pool" not in options:
+    return ""
+  is_mean, has_mean = options["pool"] == "mean", "fc_norm.weight" in found
+  if is_mean == has_mean:
+    return ""
+  return (
+    "it has the norm of mean pooling: set pool=mean"
+    if has_mean
+    else ("it has the norm of the class token: set pool=token")
+  )
 
 
 def convert(

@@ -49,6 +49,8 @@ def build(config: Config) -> Built:
         f"{task.name!r} no batch out of {len(task.train.index)} images: take a smaller batch_size"
       )
   benchmark = _apply_evaluate_on(config, benchmark)
+  single = models.of_config(config, benchmark.max_classes)
+  models.require_image_shape(single, benchmark.image_shape)
   start = None
   if config.base_training != "all" and not config.base:
     raise UserError(

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from halrp_jax import data, files, keys
 from halrp_jax.devices import processes
 from halrp_jax.keys import Config
-from halrp_jax.runs import standing
+from halrp_jax.runs import pretrained, standing
 from halrp_jax.types import CHECKPOINTS, CONFIG, RECORD, STANDING, TASKS, UserError, brief
 
 EXTENDED = "extended"  # key in the config of a run that `extend` made
 # Keys that older versions did not have, and whose default is what those versions did.
 _LATER_KEYS = (*keys.NEUTRAL_KEYS, "precision", "base", "base_source", "base_training")
 # Keys of a method that older versions did not have, with the value for what those versions did.
-_OLDER_VALUES: dict[object, dict[str, str]] = {"halrp": {"prune_scope": "all"}}
+_OLDER_VALUES: dict[object, dict[str, str | bool]] = {
+  "halrp": {"prune_scope": "all", "scales": True, "private": "all"}
+}
 
 
 # --- config ---------------------------------------------------------------------------
@@ -203,6 +205,7 @@ def require_same_data(
   now = {"flags": standing.flags()}
   try:
     now |= read(config)
+    now |= {"base": pretrained.digest(config.base)} if config.base else {}
   except UserError as e:
     show({"event": "standing", "said": [f"{path}: its data can't be compared ({brief(e)})"]})
   _, new = require_standing(path, config.to_dict(), now)

@@ -40,16 +40,9 @@ _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 class Base(NamedTuple):
   """A network that was trained elsewhere."""
 
-  params: Params
-  stats: Params  # BatchNorm statistics; {} if the network has none
+  start: Start  # its parameters, from which new networks start
   source: str | None  # a key of `convert.SOURCES`; None: the names are those of our network
   left_out: tuple[str, ...]  # names of the file's arrays that are not used, each with the reason
-  has_head: bool  # whether the head is the file's; else it is drawn anew
-
-  @property
-  def start(self) -> Start:
-    """Returns what new networks start from."""
-    return Start(self.params, self.stats, self.has_head)
 
   @property
   def preprocessing(self) -> convert.Preprocessing | None:
@@ -75,7 +68,7 @@ def load(
     UserError: if the file can't be read, or has missing or unexpected arrays, or other shapes.
   """
   base = read(path, model, image_shape, key)
-  return base.params, base.stats
+  return base.start.params, base.start.stats
 
 
 def read(
@@ -107,7 +100,7 @@ def read(
   if own is None:
     found = _with_collections(found)
   else:
-    _require_options(path, own, network, model)
+    _require_options(path, own, network, model, found)
     patch = getattr(model, "patch", 0)
     grid = (image_shape[0] // patch, image_shape[1] // patch) if patch else None
     found, known, unexpected = convert.convert(
@@ -123,7 +116,7 @@ def read(
   arrays = {n: jnp.asarray(found[n], x.dtype) for n, x in expected.items()}
   tree = {"batch_stats": {}} | traverse_util.unflatten_dict(arrays, sep="/")
   params, stats = (tree[name] for name in _COLLECTIONS)
-  return Base(params, stats, own, tuple(left_out), not is_fresh)
+  return Base(Start(params, stats, not is_fresh), own, tuple(left_out))
 
 
 def open_base(config: Config, benchmark: Benchmark) -> Base:
@@ -138,14 +131,29 @@ def open_base(config: Config, benchmark: Benchmark) -> Base:
   """
   model = models.of_config(config, benchmark.max_classes)
   path = remote.local_path("base", config.base)
-  return read(str(path), model, benchmark.image_shape, source=config.base_source)
+  return _opened(str(path), digest(config.base), model, benchmark.image_shape, config.base_source)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(
+  path: str, digest: str, model: nn.Module, image_shape: tuple[int, int, int], source: str
+) -> Base:
+  """Reads a base. The last one is cached, so that the runs of a sweep share a compiled method."""
+  return read(path, model, image_shape, source=source)
 
 
 def digest(text: str) -> str:
-  """Returns the SHA-256 of the file or folder that `config.base` names, in hexadecimal digits."""
+  """Returns the SHA-256 of the file or folder that `config.base` names, in hexadecimal digits.
+
+  Raises:
+    UserError: if it can't be read.
+  """
   path, found = remote.local_path("base", text), hashlib.sha256()
-  for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-    found.update(file.read_bytes())
+  try:
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+      found.update(file.read_bytes())
+  except OSError as e:
+    raise UserError(f"base={text}: can't be read ({e.strerror or e})") from e
   return found.hexdigest()
 
 
@@ -180,12 +188,22 @@ def _network_name(model: nn.Module) -> str:
   return type(model).__name__
 
 
-def _require_options(path: str, source: str, network: str, model: nn.Module) -> None:
+def _require_options(
+  path: str, source: str, network: str, model: nn.Module, found: convert.Arrays
+) -> None:
   """Raises UserError if a network's options make it compute something else than the source's."""
   given = {k: getattr(model, k) for k in convert.SOURCES[source].options}
   if other := convert.required_options(source, given):
     options = ",".join(f"{k}={v}" for k, v in other.items())
     raise UserError(f"{path}: {source} computes with {options}: set network={network},{options}")
+  if wrong := convert.misfits(source, found, {"pool": getattr(model, "pool", None)}):
+    raise UserError(f"{path}: {wrong} in network={network}")
+  heads = getattr(model, "num_heads", None)
+  standard = models.options(network).get("num_heads") if network in models.NETWORKS else heads
+  if heads != standard:
+    raise UserError(
+      f"{path}: {network} has {standard} heads of attention, but num_heads={heads}: leave it out"
+    )
 
 
 def _check(
@@ -259,7 +277,9 @@ def _read(path: pathlib.Path) -> tuple[_Flat, list[str]]:
       found = _flatten(checkpoint.load_plain(path))
     elif path.suffix == ".npz":
       with np.load(path, allow_pickle=False) as archive:
+        # NumPy reads a bfloat16 as two bytes without a type
         found = {n: archive[n] for n in archive.files}
+        found = {n: x.view(jnp.bfloat16) if x.dtype == "V2" else x for n, x in found.items()}
     else:
       found = dict(safetensors.flax.load(path.read_bytes()))
   except checkpoint.Damaged as e:

@@ -16,6 +16,7 @@ from flax import nnx
 from halrp_jax.types import Params, UserError
 from halrp_jax.weights import fresh, kinds, lowrank, trees
 
+_OF_NNX = ("_pytree__", "_object__")  # attributes that nnx itself adds to a module
 _Path = tuple[Any, ...]  # attributes, indices and keys from the model to a module
 
 
@@ -40,7 +41,13 @@ def init(
   layers = _layers(model)
   names = fresh.matching(layers, pattern)
   shapes = {name: _matrix_shape(name, *layers[name]) for name in names}
-  flat = dict(nnx.to_flat_state(nnx.split(model)[1]))
+  flat = dict(nnx.to_flat_state(_copy(nnx.split(model)[1])))
+  for name in names:
+    if _kernel_path(name) not in flat:
+      raise UserError(
+        f"{name}: its kernel is also that of another layer, or a key in its path is a text of "
+        "digits; such layers are not perturbed: choose others by pattern"
+      )
   kernels = {name: flat.pop(_kernel_path(name))[...] for name in names}
   perturbation = fresh.perturbations(key, kernels, shapes, rank)
   return kernels, perturbation, nnx.from_flat_state(list(flat.items()))
@@ -61,7 +68,8 @@ def apply(
     model: the model; only its graph is used.
     kernels: frozen kernels by layer path.
     perturbation: <R, S, U, Sigma, V> by layer path.
-    rest: the state without the kernels.
+    rest: the state without the kernels; of a model with dropout it has random counters, too, which
+      an optimizer can't train: take the parameters out with nnx.split_state(rest, nnx.Param, ...).
     *args: arguments of the call.
     mutable: whether to return the state after the call too: running statistics, random counters.
     **kwargs: further arguments of the call.
@@ -84,11 +92,16 @@ def merge(
   rest: nnx.State[Any, Any],
 ) -> nnx.State[Any, Any]:
   """Returns the ordinary state of one task, for `nnx.update`: kernels W_t and the rest."""
-  flat = list(nnx.to_flat_state(rest))
+  flat = list(nnx.to_flat_state(_copy(rest)))
   for name, kernel in kernels.items():
     composed = kinds.compose(kernel, perturbation[name])
     flat.append((_kernel_path(name), nnx.Param(composed)))
   return nnx.from_flat_state(flat)
+
+
+def _copy(state: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
+  """Returns a state with variables of its own: a call of the model can't change the given ones."""
+  return jax.tree.map(lambda x: x, state)
 
 
 def _kernel_path(name: str) -> _Path:
@@ -121,7 +134,7 @@ def _walk(path: _Path, node: object, above: tuple[int, ...]) -> Iterator[tuple[_
   elif isinstance(node, list | tuple):
     parts = list(enumerate(node))
   elif isinstance(node, nnx.Module):
-    parts = [(k, v) for k, v in vars(node).items() if not k.startswith("_")]
+    parts = [(k, v) for k, v in vars(node).items() if not k.startswith(_OF_NNX)]
   else:
     return
   for name, part in parts:

@@ -14,7 +14,7 @@ from halrp_jax.methods import halrp
 from halrp_jax.runs import experiment
 from halrp_jax.training import batches, networks, sizes
 from halrp_jax.training.evaluate import evaluate
-from halrp_jax.types import State, Store
+from halrp_jax.types import State, Store, UserError
 from halrp_jax.weights import lowrank, trees
 
 CAP = 100
@@ -170,6 +170,7 @@ def learn_two(config):
   [
     ({"rank_rule": "flat", "upper_rank": 7}, {"fc1": 7, "fc2": 7}),
     ({"rank_rule": "random", "upper_rank": 7}, {"fc1": 7, "fc2": 7}),
+    ({"rank_rule": "none", "scales": False, "warmup_epochs": 0}, {"fc1": 0, "fc2": 0}),
     pytest.param({"rank_rule": "flat"}, {"fc1": 64, "fc2": 100}, marks=pytest.mark.slow),
     ({"alpha": 1.0}, {"fc1": 64, "fc2": 100}),  # the authors' code collapses to rank 1 here
     pytest.param({"alpha": 1.0, "upper_rank": 0}, {"fc1": 64, "fc2": 256}, marks=pytest.mark.slow),
@@ -230,7 +231,8 @@ def test_eva_starts_along_the_inputs_of_each_layer(digits_config):
 
 @pytest.mark.parametrize("private", ["norm", "head"])
 def test_parameters_that_are_not_private_stay_the_first_tasks(private, digits_config):
-  config = digits_config(network="lenet", train_fraction=0.1, **{"method.private": private})
+  overrides = {"method.private": private, "method.batch_norm": "running"}
+  config = digits_config(network="lenet", train_fraction=0.1, **overrides)
   state, _, _ = learn_two(config)
   first, second = (traverse_util.flatten_dict(p.rest, sep="/") for p in state.tasks)
   changed = {n for n, x in second.items() if not np.array_equal(x, first[n])}
@@ -239,6 +241,14 @@ def test_parameters_that_are_not_private_stay_the_first_tasks(private, digits_co
   assert bool(norms) == (private == "norm")
   fewer = sizes.perturbed(state, sizes.Owned(private)).dense < sizes.perturbed(state).dense
   assert fewer == (private == "head")  # all of LeNet's other parameters are BatchNorm's
+  same = jax.tree.map(np.array_equal, state.tasks[1].stats, state.tasks[0].stats)
+  assert all(jax.tree.leaves(same)) == (private == "head")
+
+
+def test_a_private_head_needs_statistics_that_are_not_measured_again(digits_config):
+  config = resolve(digits_config(network="lenet", **{"method.private": "head"}))
+  with pytest.raises(UserError, match="set method.batch_norm=running"):
+    experiment.build(config)
 
 
 def test_lrp_ignores_the_importance(digits_config):

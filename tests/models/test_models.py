@@ -9,6 +9,7 @@ from flax import traverse_util
 
 from halrp_jax import models
 from halrp_jax.training import losses, networks, sizes
+from halrp_jax.types import UserError
 from halrp_jax.weights import trees
 
 from ..conftest import ROOT
@@ -201,3 +202,28 @@ def test_bfloat16_is_of_products_and_activations_alone(name):
     if eqn.primitive.name in ("dot_general", "conv_general_dilated")
   ]
   assert [a.dtype for a in products if a.shape != (32, 3)] == [jnp.bfloat16] * (len(products) - 1)
+
+
+@pytest.mark.parametrize(
+  ("text", "says"),
+  [
+    ("lenett", r"network must be one of .*, got 'lenett' \(did you mean lenet\?\)"),
+    ("vit_s16,patch=x", "patch must be a whole number > 0, got 'x'"),
+    ("vit_s16,pool=sum", "pool must be one of token, mean, gap, got 'sum'"),
+    ("vit_s16,patch=8,patch=16", "patch is given twice"),
+    ("vit_s16,num_heads=5", "features = 384 is no multiple of num_heads = 5"),
+    ("saha_lenet,lrn=false", "'lrn=false' is no OPTION=VALUE"),
+    ("vit_s16,dropout=1.5", "dropout must be a number >= 0 and < 1"),
+    ("efficientnet_lite0,padding=same", "padding must be one of tensorflow, even"),
+  ],
+)
+def test_wrong_options_of_a_network_are_named(text, says):
+  with pytest.raises(UserError, match=says):
+    models.parse(text)
+
+
+def test_options_are_fields_of_the_network():
+  model = models.make("vit_s16,patch=32,pool=gap,dropout=0.1", 3)
+  assert (model.patch, model.pool, model.dropout, model.features) == (32, "gap", 0.1, 384)
+  with pytest.raises(UserError, match="set data.image_size to a multiple of 32"):
+    models.require_image_shape(model, (48, 64, 3))

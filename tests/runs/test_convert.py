@@ -7,6 +7,7 @@ import pathlib
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy as safetensors
@@ -56,7 +57,7 @@ def test_logits_are_those_of_timm(name, tmp_path):
   base = pretrained.read(write(tmp_path, name), model, (size, size, 3), source=case["source"])
   image = drawn("image", (1, size, size, 3)) * np.float32(size)
   logits = jax.jit(functools.partial(model.apply, train=False))(
-    {"params": base.params, "batch_stats": base.stats}, image
+    {"params": base.start.params, "batch_stats": base.start.stats}, image
   )
   np.testing.assert_allclose(logits[0, : len(case["logits"])], case["logits"], atol=1e-4)
   assert all("num_batches_tracked" in line for line in base.left_out)
@@ -73,7 +74,7 @@ def test_the_published_weights_see_what_is_in_a_photograph():
   path = os.path.join(os.environ["HALRP_PRETRAINED"], "efficientnet_lite0.safetensors")
   model = models.make("efficientnet_lite0", 1000, "running")
   base = pretrained.read(path, model, (224, 224, 3))
-  assert base.source == "lukemelas" and not base.left_out and base.has_head
+  assert base.source == "lukemelas" and not base.left_out and base.start.has_head
   card, size = base.preprocessing, 224
   images = []
   for name in ("china.jpg", "flower.jpg"):
@@ -83,7 +84,7 @@ def test_the_published_weights_see_what_is_in_a_photograph():
     left, top = ((n - size) // 2 for n in photo.size)
     photo = photo.crop((left, top, left + size, top + size))
     images.append((np.asarray(photo, np.float32) / 255 - card.mean) / card.std)
-  variables = {"params": base.params, "batch_stats": base.stats}
+  variables = {"params": base.start.params, "batch_stats": base.start.stats}
   logits = jax.jit(functools.partial(model.apply, train=False))(variables, np.float32(images))
   best = np.argsort(-np.asarray(logits), 1)
   assert best[0, :3].tolist() == [698, 442, 663] and best[1, :2].tolist() == [985, 947]
@@ -93,8 +94,8 @@ def test_half_precision_becomes_float32_and_a_head_of_other_classes_fresh(tmp_pa
   arrays = {n: drawn(n, tuple(s)) for n, s in CASES["vit"]["arrays"].items()}
   safetensors.save_file({n: x.astype(np.float16) for n, x in arrays.items()}, tmp_path / "half")
   base = read(str(tmp_path / "half"), num_classes=7)
-  assert {x.dtype for x in jax.tree.leaves(base.params)} == {np.dtype(np.float32)}
-  assert base.params["head"]["kernel"].shape == (192, 7)
+  assert {x.dtype for x in jax.tree.leaves(base.start.params)} == {np.dtype(np.float32)}
+  assert base.start.params["head"]["kernel"].shape == (192, 7)
   assert any("float16 becomes float32" in line for line in base.left_out)
   assert any("params/head/kernel" in line for line in base.left_out)
 
@@ -108,6 +109,9 @@ FAULTS = {
   "other size": ({"network": "vit_s16"}, {}, r"is .*, expected .* for network=vit_s16 \(and "),
   "other options": ({"network": "vit_ti16,gelu=tanh"}, {}, "set network=vit_ti16,gelu=exact"),
   "other source": ({"source": "torchvision"}, {}, "base_source=torchvision, but its names are"),
+  "mean pooling": ({}, {"fc_norm.weight": np.ones(192, np.float32)}, "set pool=mean"),
+  "class token": ({"network": "vit_ti16,pool=mean"}, {}, "set pool=token in network=vit_ti16"),
+  "other heads": ({"network": "vit_ti16,num_heads=6"}, {}, "has 3 heads of attention, but num_"),
   "missing": ({}, {"blocks.3.norm1.bias": None}, "missing array params/block3/norm1/bias for"),
   "extra head": ({}, {"head_dist.weight": np.ones((1000, 192), np.float32)}, "unexpected array"),
   "grey": (
@@ -148,3 +152,12 @@ def test_files_that_are_not_read(kind, tmp_path):
     np.savez(path, x=np.array([{}], object))
   with pytest.raises(UserError, match=said):
     read(str(path))
+
+
+def test_bfloat16_of_an_npz_file_becomes_float32(tmp_path):
+  arrays = {n: drawn(n, tuple(s)) for n, s in CASES["big_vision"]["arrays"].items()}
+  halves = {n: x.astype(jnp.bfloat16) for n, x in arrays.items()}
+  np.savez(tmp_path / "base.npz", **halves)
+  base = read(str(tmp_path / "base.npz"), "vit_ti16,gelu=tanh")
+  found = base.start.params["patches"]["kernel"]
+  np.testing.assert_array_equal(found, np.float32(halves["params/embedding/kernel"]))

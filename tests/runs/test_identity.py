@@ -271,3 +271,13 @@ def test_a_run_is_extended_on_what_it_stands_on(mine, tmp_path):
   state = old.state._replace(tasks=old.state.tasks[:1] * 2)
   with pytest.raises(UserError, match="the run to be extended has another state"):
     extend("more", old._replace(state=state))
+
+
+def test_a_config_without_the_keys_of_later_versions_opens(digits_config, tmp_path):
+  now = resolve(digits_config("halrp")).to_dict()
+  older = {k: v for k, v in now.items() if not k.startswith("base")}
+  older["method"] = {k: v for k, v in now["method"].items() if k not in ("scales", "private")}
+  older["data"] = now["data"] | {"image_size": 32}  # it had no effect but for custom
+  (tmp_path / "config.json").write_text(json.dumps(older))
+  assert resolve(identity.read_config(str(tmp_path))).to_dict() == now
+  identity.check_config(tmp_path, now)

@@ -1,5 +1,6 @@
 """A base that others have trained: read by name and shape, and built upon."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -190,3 +191,31 @@ def test_images_are_resized_for_the_network_and_its_export(base_file, digits_con
   assert 100 * hits == pytest.approx(record["accuracy"][1][0])
   list(export.write(run, str(tmp_path / "out"), [0], "safetensors", True))
   np.testing.assert_allclose(export.load(tmp_path / "out", 3).classify(image), found, atol=1e-6)
+
+
+def test_a_finished_run_is_of_one_base(base_file, params, digits_config, tmp_path):
+  config = digits_config("stl", base=base_file, order="3,1", epochs=1)
+  record = experiment.run(config, str(tmp_path / "run"))
+  assert experiment.run(config, str(tmp_path / "run")) == record
+  write(tmp_path / "base.safetensors", jax.tree.map(lambda x: x + 1, params))
+  with pytest.raises(UserError, match="base is another file"):
+    experiment.run(config, str(tmp_path / "run"))
+
+
+def test_layers_may_be_named_as_those_of_another_library(tmp_path):
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      x = nn.relu(nn.Dense(5, name="embedding")(x.reshape(x.shape[0], -1)))
+      return nn.Dense(3, name="head")(x)
+
+  own = networks.initialize(Net(), jax.random.key(0), SHAPE)[0]
+  write(tmp_path / "base", own)
+  found, _ = pretrained.load(str(tmp_path / "base"), Net(), SHAPE)
+  jax.tree.map(np.testing.assert_array_equal, found, own)
+
+
+@pytest.mark.parametrize("name", ["ibpwf", "iru"])
+def test_methods_whose_kernels_are_factors_refuse_a_base(name, base_file, digits_config):
+  with pytest.raises(UserError, match=f"base: {name} makes its kernels of factors"):
+    resolve(digits_config(name, base=base_file))

@@ -122,6 +122,24 @@ def test_gradients_reach_the_perturbation_and_statistics_come_back(model, image)
   assert not np.allclose(before, after)
 
 
+def test_neither_model_nor_rest_is_changed_by_a_call(model, image):
+  training = nnx.clone(model)
+  training.train()
+  kernels, perturbation, rest = perturb.init(jax.random.key(0), training, rank=2)
+  before = jax.tree.map(np.array, (rest, nnx.state(training)))
+  perturb.apply(training, kernels, perturbation, rest, image)
+  merged = perturb.merge(kernels, changed(perturbation), rest)
+  nnx.update(training, jax.tree.map(lambda x: x + 1, merged))
+  jax.tree.map(np.testing.assert_array_equal, rest, before[0])
+
+
+class Tied(nnx.Module):
+  def __init__(self, rngs):
+    self.first = nnx.Linear(4, 4, rngs=rngs)
+    self._second = nnx.Linear(4, 4, rngs=rngs)
+    self._second.kernel = self.first.kernel
+
+
 class Shared(nnx.Module):
   def __init__(self, rngs):
     self.first = nnx.Linear(4, 4, rngs=rngs)
@@ -143,6 +161,7 @@ class Stacked(nnx.Module):
   ("build", "said"),
   [
     (Shared, "first: the same layer is also second; shared layers are not perturbed"),
+    (Tied, "its kernel is also that of another layer"),
     (Stacked, "blocks: its kernel has 3 axes, expected 2: layers that are stacked"),
     (lambda rngs: nnx.LayerNorm(4, rngs=rngs), "no layer's path matches"),
     (lambda rngs: nnx.Linear(4, 4, rngs=rngs), "no layer's path matches"),
