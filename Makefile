@@ -32,7 +32,7 @@ test: test-environment
 # The import fails where an extra is not installed, instead of skipping its tests.
 test-all: test .venv-all/installed
 	$(BIN)/python -m pytest -m slow -rP
-	.venv-all/bin/python -c 'import tensorflow, torch'
+	.venv-all/bin/python -c 'import huggingface_hub, tensorflow, timm'
 	.venv-all/bin/python -m pytest -m extra
 
 test-newest: .venv-newest/created

@@ -110,34 +110,36 @@ def big_vision_shapes(has_token: bool) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
+def compute(name: str) -> dict:
+  """Returns what is stored of a case."""
+  network, arguments, ours, source, size = CASES[name]
+  model = timm.create_model(network, **arguments)
+  shapes = {k: tuple(x.shape) for k, x in model.state_dict().items()}
+  if name.startswith("big_vision"):
+    shapes = big_vision_shapes(arguments.get("class_token", True))
+    with tempfile.TemporaryDirectory() as folder:
+      path = f"{folder}/weights.npz"
+      np.savez(path, **{k: drawn(k, s) for k, s in shapes.items()})
+      model.load_pretrained(path, prefix="params/")
+  else:
+    arrays = {k: torch.from_numpy(np.asarray(drawn(k, s))) for k, s in shapes.items()}
+    model.load_state_dict(arrays)
+  if name == "vit_interpolated":
+    model.set_input_size((size, size))
+  image = drawn("image", (1, size, size, 3)) * np.float32(size)
+  with torch.no_grad():
+    logits = model.eval()(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))[0]
+  return {
+    "network": ours,
+    "source": source,
+    "size": size,
+    "arrays": {k: list(s) for k, s in shapes.items()},
+    "logits": [float(f"{x:.6g}") for x in logits[:NUM_LOGITS].tolist()],
+  }
+
+
 def main():
-  cases = {}
-  for name, (network, arguments, ours, source, size) in CASES.items():
-    model = timm.create_model(network, **arguments)
-    shapes = {k: tuple(x.shape) for k, x in model.state_dict().items()}
-    if name.startswith("big_vision"):
-      shapes = big_vision_shapes(arguments.get("class_token", True))
-      with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/weights.npz"
-        np.savez(path, **{k: drawn(k, s) for k, s in shapes.items()})
-        model.load_pretrained(path, prefix="params/")
-    else:
-      arrays = {k: torch.from_numpy(np.asarray(drawn(k, s))) for k, s in shapes.items()}
-      model.load_state_dict(arrays)
-    if name == "vit_interpolated":
-      model.set_input_size((size, size))
-    image = drawn("image", (1, size, size, 3)) * np.float32(size)
-    with torch.no_grad():
-      logits = model.eval()(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))[0]
-    cases[name] = {
-      "network": ours,
-      "source": source,
-      "size": size,
-      "arrays": {k: list(s) for k, s in shapes.items()},
-      "logits": [float(f"{x:.6g}") for x in logits[:NUM_LOGITS].tolist()],
-    }
-    print(name, logits[:3].tolist())
-  lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in cases.items())
+  lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(compute(name))}" for name in CASES)
   FILE.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
 
 

@@ -1,8 +1,12 @@
-"""What the extras tfds (TensorFlow) and bench (PyTorch) add. `make test-all` installs them."""
+"""What the extras tfds, bench (PyTorch, timm) and hub add. `make test-all` installs them."""
 
+import http.server
 import importlib.util
+import json
+import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from halrp_jax.data import prepared
 
 from .conftest import ROOT
+from .runs.test_convert import CASES
 
 pytestmark = pytest.mark.extra
 
@@ -91,3 +96,62 @@ def test_the_benchmark_times_pytorch_beside_ours():
   assert done.returncode == 0, done.stderr
   steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("mlp ")]
   assert steps == ["STL", "HALRP", "plain", "torch"]
+
+
+@needs("huggingface_hub")
+def test_a_base_comes_from_the_hub_at_a_revision(tmp_path):
+  """From a server of this machine that answers as the Hub does, in a process of its own."""
+  contents, commit = b"a file of parameters", "0" * 40
+
+  class Hub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+      known = self.path == f"/org/name/resolve/{commit}/base.safetensors"
+      self.send_response(200 if known else 404)
+      headers = {"ETag": '"12345"', "X-Repo-Commit": commit, "Content-Length": len(contents)}
+      for name, value in headers.items() if known else {"Content-Length": 0}.items():
+        self.send_header(name, str(value))
+      self.end_headers()
+
+    def do_GET(self):
+      self.do_HEAD()
+      self.wfile.write(contents)
+
+    def log_message(self, *args):
+      pass
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = os.environ | {
+      "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+      "HF_HOME": str(tmp_path),
+      "HF_HUB_DISABLE_XET": "1",
+    }
+    found = []
+    for revision in (commit, "1" * 40):
+      code = f"""
+from halrp_jax.runs import remote
+from halrp_jax.types import UserError
+try:
+  print(remote.local_path("base", "hf://org/name/base.safetensors@{revision}").read_text())
+except UserError as e:
+  print(e)
+"""
+      arguments = [sys.executable, "-c", code]
+      done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+      assert done.returncode == 0, done.stderr
+      found.append(done.stdout.strip())
+    server.shutdown()
+  assert found[0] == contents.decode()
+  assert "could not be downloaded" in found[1]
+
+
+@needs("timm")
+def test_the_stored_logits_are_timms():
+  code = "import json, timm_logits; print(json.dumps(timm_logits.compute('vit')))"
+  environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+  arguments = [sys.executable, "-c", code]
+  done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  found, stored = json.loads(done.stdout.strip().splitlines()[-1]), CASES["vit"]
+  np.testing.assert_allclose(found.pop("logits"), stored["logits"], atol=1e-5)
+  assert found == {k: v for k, v in stored.items() if k != "logits"}
