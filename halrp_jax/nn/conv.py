@@ -33,7 +33,10 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     [B, H, W, C]
   """
   kernel = kernel.astype(x.dtype)[:, :, None]
-  return conv_general_dilated(x, kernel, (1, 1), "SAME", feature_group_count=x.shape[-1])
+  numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, _DIMENSIONS)
+  return conv_general_dilated(
+    *(x, kernel, (1, 1), "SAME"), dimension_numbers=numbers, feature_group_count=x.shape[-1]
+  )
 
 
 def patches(
@@ -120,7 +123,7 @@ def conv_general_dilated(
     and preferred_element_type is None
     and strides in ((1, 1), (2, 2))
     and all(d == 1 for f in (lhs_dilation, rhs_dilation) for d in f or (1,))
-    and dimension_numbers in (None, lax.conv_dimension_numbers(lhs.shape, rhs.shape, _DIMENSIONS))
+    and dimension_numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _DIMENSIONS)
   )
   if not is_simple:
     return plain(lhs, rhs)
