@@ -13,8 +13,6 @@ import tempfile
 import zlib
 
 import numpy as np
-import timm
-import torch
 
 FILE = pathlib.Path(__file__).parents[1] / "tests" / "runs" / "timm_logits.json"
 NUM_LOGITS = 64
@@ -112,6 +110,9 @@ def big_vision_shapes(has_token: bool) -> dict[str, tuple[int, ...]]:
 
 def compute(name: str) -> dict:
   """Returns what is stored of a case."""
+  import timm  # here, because the tests draw weights without them
+  import torch
+
   network, arguments, ours, source, size = CASES[name]
   model = timm.create_model(network, **arguments)
   shapes = {k: tuple(x.shape) for k, x in model.state_dict().items()}

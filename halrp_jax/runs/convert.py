@@ -137,56 +137,41 @@ _BIG_VISION_VIT: tuple[Rule, ...] = (
 _LITE0, _RESNET, _VIT = ("efficientnet_lite0",), ("resnet50",), ("vit_ti16", "vit_s16", "vit_b16")
 _COUNTERS = r".*num_batches_tracked"
 
+_TF_LITE0 = Source(
+  _LITE0,
+  r"conv_stem\.weight",
+  _TIMM_LITE0,
+  _TORCH,
+  ".",
+  _COUNTERS,
+  {"padding": "tensorflow", "epsilon": 1e-3},
+  Preprocessing(*_HALF, "bicubic", 0.875),
+)
+_TORCHVISION_RESNET50 = Source(
+  _RESNET,
+  r"layer1\.0\.conv1\.weight",
+  _TORCH_RESNET,
+  _TORCH,
+  ".",
+  _COUNTERS,
+  {},
+  Preprocessing(*_IMAGENET, "bilinear", 0.875),
+)
+
 SOURCES: dict[str, Source] = {
-  "lukemelas": Source(
-    _LITE0,
-    r"_conv_stem\.weight",
-    _LUKEMELAS_LITE0,
-    _TORCH,
-    ".",
-    _COUNTERS,
-    {"padding": "tensorflow", "epsilon": 1e-3},
-    Preprocessing((127 / 255,) * 3, (128 / 255,) * 3, "bicubic", 0.875),
+  "lukemelas": _TF_LITE0._replace(
+    mark=r"_conv_stem\.weight",
+    rules=_LUKEMELAS_LITE0,
+    preprocessing=Preprocessing((127 / 255,) * 3, (128 / 255,) * 3, "bicubic", 0.875),
   ),
-  "timm/tf_efficientnet_lite0": Source(
-    _LITE0,
-    r"conv_stem\.weight",
-    _TIMM_LITE0,
-    _TORCH,
-    ".",
-    _COUNTERS,
-    {"padding": "tensorflow", "epsilon": 1e-3},
-    Preprocessing(*_HALF, "bicubic", 0.875),
+  "timm/tf_efficientnet_lite0": _TF_LITE0,
+  "timm/efficientnet_lite0": _TF_LITE0._replace(
+    options={"padding": "even", "epsilon": 1e-5},
+    preprocessing=Preprocessing(*_IMAGENET, "bicubic", 0.875),
   ),
-  "timm/efficientnet_lite0": Source(
-    _LITE0,
-    r"conv_stem\.weight",
-    _TIMM_LITE0,
-    _TORCH,
-    ".",
-    _COUNTERS,
-    {"padding": "even", "epsilon": 1e-5},
-    Preprocessing(*_IMAGENET, "bicubic", 0.875),
-  ),
-  "torchvision": Source(
-    _RESNET,
-    r"layer1\.0\.conv1\.weight",
-    _TORCH_RESNET,
-    _TORCH,
-    ".",
-    _COUNTERS,
-    {},
-    Preprocessing(*_IMAGENET, "bilinear", 0.875),
-  ),
-  "timm/resnet50": Source(
-    _RESNET,
-    r"layer1\.0\.conv1\.weight",
-    _TORCH_RESNET,
-    _TORCH,
-    ".",
-    _COUNTERS,
-    {},
-    Preprocessing(*_IMAGENET, "bicubic", 0.95),
+  "torchvision": _TORCHVISION_RESNET50,
+  "timm/resnet50": _TORCHVISION_RESNET50._replace(
+    preprocessing=Preprocessing(*_IMAGENET, "bicubic", 0.95)
   ),
   "timm/vit": Source(
     _VIT,
@@ -253,24 +238,19 @@ def required_options(source: str, options: Mapping[str, object]) -> dict[str, st
   return {k: v for k, v in SOURCES[source].options.items() if options.get(k) != v}
 
 
-def misfits(source: str, found: Arrays, options: Mapping[str, object]) -> str:
-  """Returns what a network's options contradict in a file, or "" if nothing.
+def misfits(source: str, found: Arrays, pool: str | None) -> str:
+  """Returns how a network's `pool` contradicts a file, or "" if it does not.
 
   Args:
     source: a key of `SOURCES`.
     found: arrays of the file by name.
-    options: of the network: its `pool`, if it has one.
+    pool: option of a ViT; None for other networks.
   """
-  if source != "timm/vit" or "pool" not in options:
+  has_mean = "fc_norm.weight" in found
+  if source != "timm/vit" or pool is None or has_mean == (pool == "mean"):
     return ""
-  is_mean, has_mean = options["pool"] == "mean", "fc_norm.weight" in found
-  if is_mean == has_mean:
-    return ""
-  return (
-    "it has the norm of mean pooling: set pool=mean"
-    if has_mean
-    else ("it has the norm of the class token: set pool=token")
-  )
+  kind, right = ("mean pooling", "mean") if has_mean else ("the class token", "token")
+  return f"it has the norm of {kind}: set pool={right}"
 
 
 def convert(

@@ -196,7 +196,7 @@ def _require_options(
   if other := convert.required_options(source, given):
     options = ",".join(f"{k}={v}" for k, v in other.items())
     raise UserError(f"{path}: {source} computes with {options}: set network={network},{options}")
-  if wrong := convert.misfits(source, found, {"pool": getattr(model, "pool", None)}):
+  if wrong := convert.misfits(source, found, getattr(model, "pool", None)):
     raise UserError(f"{path}: {wrong} in network={network}")
   heads = getattr(model, "num_heads", None)
   standard = models.options(network).get("num_heads") if network in models.NETWORKS else heads

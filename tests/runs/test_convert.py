@@ -1,10 +1,10 @@
 """Files of other libraries give the logits of the networks that they are from."""
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +18,23 @@ from halrp_jax import models
 from halrp_jax.runs import pretrained
 from halrp_jax.types import UserError
 
+from ..conftest import ROOT
+
 CASES = json.loads(pathlib.Path(__file__).with_name("timm_logits.json").read_text())
 # compiling a large network takes half a minute
 SLOW = {"lite0", "resnet50", "vit_mean", "big_vision"}
 
 
-def drawn(name, shape):
-  """Returns what `drawn` of benchmarks/timm_logits.py does, which imports timm."""
-  rng = np.random.default_rng(zlib.crc32(name.encode()))
-  if name.endswith("num_batches_tracked"):
-    return np.zeros(shape, np.int64)
-  if name.endswith("running_var"):
-    return rng.uniform(0.5, 1.5, shape).astype(np.float32)
-  x = rng.standard_normal(shape).astype(np.float32)
-  if len(shape) > 1:
-    fan_in = np.prod(shape) / (shape[-1] if name.endswith("kernel") else shape[0])
-    return x * np.float32(fan_in**-0.5)
-  return np.float32(0.1) * x + np.float32(name.endswith(("scale", "weight")))
+def _timm_logits():
+  """Returns the module benchmarks/timm_logits.py, which needs no timm to draw weights."""
+  path = ROOT / "benchmarks" / "timm_logits.py"
+  spec = importlib.util.spec_from_file_location("timm_logits", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+drawn = _timm_logits().drawn  # (name, shape) -> the array of a name
 
 
 def write(path, case, **changes):

@@ -1,4 +1,4 @@
-"""What the methods demand of a network: ours meet it, others work or are told what to do."""
+"""The requirements of methods on a network: ours meet them, others get an error with the remedy."""
 
 import flax.linen as nn
 import jax
@@ -145,9 +145,9 @@ def test_halrp_sees_attention_as_perturb_does(config):
   _, p, _ = perturb.init(
     jax.random.key(1), model, {"params": params}, jnp.zeros((1, *SHAPE)), rank=2
   )
-  told = pretrained.base_state(config.method, first, params, stats).tasks[0].perturbation
+  guessed = pretrained.base_state(config.method, first, params, stats).tasks[0].perturbation
   for name, q in p.items():
-    for have in (state.tasks[0].perturbation[name], told[name]):
+    for have in (state.tasks[0].perturbation[name], guessed[name]):
       assert (have.R.shape, have.S.shape) == (q.R.shape, q.S.shape)
   state, _ = method.learn(state, (second,), jax.random.key(1), Store("x", lambda e: None))
   image, _ = batches.load_batch(second.test, second.inputs, np.arange(8))
