@@ -127,6 +127,9 @@ class Protocol:
   )
   optimizer: str = one_of("adam", ("adam", "sgd"), "Adam, or stochastic gradient descent")
   momentum: float = number(0.0, 0, 1, "optimizer=sgd: momentum")
+  head_rate: float = number(
+    1.0, 0, None, "factor by which the learning rate of the head is larger", open_low=True
+  )
   gradient_scale: float = number(
     10.0,
     0,
@@ -232,10 +235,11 @@ class MethodConfig:
   name: str  # a key of `methods.METHODS`
   batch_norm: str = one_of(
     "population",
-    ("population", "running", "batch", "own"),
+    ("population", "running", "batch", "frozen", "own"),
     "statistics that BatchNorm evaluates with; population: those of the task's training images, "
     "computed once after training; running: running averages; batch: those of the test batch (the "
-    "model then can't classify single images); own: as the network does in the paper",
+    "model then can't classify single images); frozen: those of `base`, in training too; own: as "
+    "the network does in the paper",
   )
 
 

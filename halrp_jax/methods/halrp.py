@@ -619,11 +619,11 @@ def _build(config: Config, setup: Setup) -> _Functions:
 
 def _check_base(config: Config, setup: Setup) -> None:
   """Raises UserError if the statistics or the head do not fit `private` or `base_training`."""
-  is_stored = setup.batch_norm == "running" or not hasattr(setup.model, "running")
+  is_stored = setup.batch_norm in ("running", "frozen") or not hasattr(setup.model, "running")
   if config.private == "head" and not is_stored:
     raise UserError(
       "method.private = 'head' keeps the first task's BatchNorm statistics: set "
-      "method.batch_norm=running, which does too"
+      "method.batch_norm=running or frozen, which do too"
     )
   if setup.base_training == "all" or setup.base is None:
     return
@@ -635,7 +635,7 @@ def _check_base(config: Config, setup: Setup) -> None:
   if setup.base.stats and setup.batch_norm == "population":
     raise UserError(
       f"base_training = {setup.base_training!r} keeps the BatchNorm statistics of base: set "
-      "method.batch_norm=running, which does too"
+      "method.batch_norm=running or frozen, which do too"
     )
 
 

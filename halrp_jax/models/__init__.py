@@ -126,11 +126,15 @@ def make(
     name: a key of `NETWORKS`, and options as for `parse`.
     num_classes: width of the head.
     batch_norm: statistics that BatchNorm evaluates with. "population" and "running": stored ones;
-      "batch": those of the batch; "own": as in the paper's network of that name. It has no effect
-      on a network without BatchNorm.
+      "batch": those of the batch; "frozen": stored ones, which training uses too and never changes;
+      "own": as in the paper's network of that name. It has no effect on a network without
+      BatchNorm.
     precision: "float32", or "bfloat16" for the products and outputs of all layers except the head;
       parameters, statistics and logits stay float32.
     axis_name: axis of the devices that share a training batch under jax.pmap (`Layout.axis_name`).
+
+  Raises:
+    UserError: as `parse`, and if the network's BatchNorm can't be frozen.
   """
   name, chosen = parse(name)
   network = NETWORKS[name](num_classes=num_classes, **chosen)
@@ -140,6 +144,13 @@ def make(
     network = network.clone(dtype=jnp.dtype(precision))
   if batch_norm == "own" or not hasattr(network, "running"):
     return network
+  if batch_norm == "frozen":
+    keys.require(
+      []
+      if hasattr(network, "frozen")
+      else [f"method.batch_norm = 'frozen': {name} can't freeze its BatchNorm; set running"]
+    )
+    network = network.clone(frozen=True)
   return network.clone(running=batch_norm != "batch")
 
 
@@ -185,6 +196,8 @@ def statistics(batch_norm: str, model: nn.Module) -> str:
     return "none"
   if evaluates_with_batch(model):
     return "test-batch statistics"
+  if batch_norm == "frozen":
+    return "those of the base"
   if batch_norm == "population":
     return "those of each task's training images, taken when the task was learned"
   return "running statistics"

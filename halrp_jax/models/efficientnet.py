@@ -64,6 +64,7 @@ class EfficientNetLite0(nn.Module):
   # per stage: output channels, blocks, stride of the first block, kernel, expansion
   stages: tuple[tuple[int, int, int, int, int], ...] = STAGES
   running: bool = True  # whether BatchNorm evaluates with stored statistics
+  frozen: bool = False  # whether it trains with them too, and leaves them as they are
   axis_name: str | None = None  # of the devices that share a training batch under jax.pmap
   dtype: jax.typing.DTypeLike | None = None  # of products and activations; None for float32
 
@@ -71,7 +72,10 @@ class EfficientNetLite0(nn.Module):
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Returns logits [B, num_classes] of images [B, H, W, C]."""
     norm = functools.partial(
-      BatchNorm, self.running, axis_name=self.axis_name, epsilon=self.epsilon
+      *(BatchNorm, self.running),
+      axis_name=self.axis_name,
+      epsilon=self.epsilon,
+      frozen=self.frozen,
     )
     conv = functools.partial(layers.conv, dtype=self.dtype)
     x = conv(32, 3, pads(self.padding, x.shape[1:3], 3, 2), 2, name="conv_stem")(x)

@@ -47,13 +47,14 @@ class ResNet50(nn.Module):
   num_classes: int
   stage_sizes: tuple[int, ...] = (3, 4, 6, 3)  # blocks per stage
   running: bool = True  # whether BatchNorm evaluates with stored statistics
+  frozen: bool = False  # whether it trains with them too, and leaves them as they are
   axis_name: str | None = None  # of the devices that share a training batch under jax.pmap
   dtype: jax.typing.DTypeLike | None = None  # of products and activations; None for float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Returns logits [B, num_classes] of images [B, H, W, C]."""
-    norm = functools.partial(BatchNorm, self.running, axis_name=self.axis_name)
+    norm = functools.partial(BatchNorm, self.running, axis_name=self.axis_name, frozen=self.frozen)
     x = layers.conv(64, 7, 3, 2, dtype=self.dtype, name="conv1")(x)
     x = overlapping_max_pool(norm(relu=True, name="bn1")(x, train))
     for stage, num_blocks in enumerate(self.stage_sizes):

@@ -26,7 +26,8 @@ class BatchNorm(nn.Module):
   updated with the *unbiased* variance, as in PyTorch (flax.linen.BatchNorm uses the biased one).
   Evaluation normalises with the running statistics ("batch_stats"), or with those of the batch if
   `running` is False; then a prediction depends on the other images of its batch. Training updates
-  the running statistics in both cases.
+  the running statistics in both cases. With `frozen`, training normalises with the running
+  statistics as well, and leaves them as they are.
 
   The bias of the preceding layer is a parameter of this module if `num_in` is not 0. Normalisation
   with the statistics of a batch cancels that bias, so training does not add it but only includes it
@@ -46,6 +47,7 @@ class BatchNorm(nn.Module):
   momentum: float = MOMENTUM
   axis_name: str | None = None  # mapped axis over which a batch is sharded in training
   epsilon: float = 1e-5
+  frozen: bool = False  # training uses the running statistics, and does not change them
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -59,6 +61,7 @@ class BatchNorm(nn.Module):
       An array of the shape of x, or [B, H // pool, W // pool, C].
     """
     features, dtype = x.shape[-1], x.dtype
+    train = train and not self.frozen
     x = x.astype(jnp.float32)
     scale = self.param("scale", nn.initializers.ones, (features,))
     bias = self.param("bias", nn.initializers.zeros, (features,))

@@ -27,10 +27,11 @@ _NOT_RECORDS = {CONFIG, TASKS, STANDING, "tune.json"}
 
 # Variants of a setting that have rows of their own in the tables; "" is the setting itself.
 TEST_BATCH, RUNNING = "test-batch statistics", "running statistics"
+FROZEN = "statistics of the base"
 RETROSPECTIVE = "retrospective pruning"
-VARIANTS = ("", TEST_BATCH, RUNNING, RETROSPECTIVE)
+VARIANTS = ("", TEST_BATCH, RUNNING, FROZEN, RETROSPECTIVE)
 # value of method.batch_norm -> variant, and back
-_VARIANT_OF = {"population": "", "batch": TEST_BATCH, "running": RUNNING}
+_VARIANT_OF = {"population": "", "batch": TEST_BATCH, "running": RUNNING, "frozen": FROZEN}
 KINDS = {variant: kind for kind, variant in _VARIANT_OF.items()}
 # The networks for which batch_norm=own does not mean running statistics, and those that have no
 # BatchNorm. tests/reports/test_records.py compares both with halrp_jax/models/.
@@ -197,8 +198,8 @@ def statistics(setting: Json) -> str:
   """Returns which statistics BatchNorm evaluates with in a setting.
 
   Returns:
-    `TEST_BATCH` or `RUNNING`; "" for those of the training images, and for networks without
-    BatchNorm.
+    `TEST_BATCH`, `RUNNING` or `FROZEN`; "" for those of the training images, and for networks
+    without BatchNorm.
   """
   network = str(setting.get("network")).partition(",")[0]  # without its options
   kind = setting.get("method.batch_norm", "own")

@@ -52,6 +52,11 @@ def build(config: Config) -> Built:
   single = models.of_config(config, benchmark.max_classes)
   models.require_image_shape(single, benchmark.image_shape)
   start = None
+  if config.method.batch_norm == "frozen" and not config.base:
+    raise UserError(
+      "method.batch_norm = 'frozen' keeps the statistics of parameters that were trained "
+      "elsewhere: set base=FILE, or method.batch_norm=population"
+    )
   if config.base_training != "all" and not config.base:
     raise UserError(
       f"base_training = {config.base_training!r} needs parameters that were trained elsewhere: set "

@@ -13,7 +13,14 @@ from halrp_jax.types import CHECKPOINTS, CONFIG, RECORD, STANDING, TASKS, UserEr
 
 EXTENDED = "extended"  # key in the config of a run that `extend` made
 # Keys that older versions did not have, and whose default is what those versions did.
-_LATER_KEYS = (*keys.NEUTRAL_KEYS, "precision", "base", "base_source", "base_training")
+_LATER_KEYS = (
+  *keys.NEUTRAL_KEYS,
+  "precision",
+  "base",
+  "base_source",
+  "base_training",
+  "protocol.head_rate",
+)
 # Keys of a method that older versions did not have, with the value for what those versions did.
 _OLDER_VALUES: dict[object, dict[str, str | bool]] = {
   "halrp": {"prune_scope": "all", "scales": True, "private": "all"}

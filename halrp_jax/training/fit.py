@@ -28,6 +28,7 @@ from halrp_jax.devices import processes
 from halrp_jax.training import batches, epoch, losses, networks
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Diverged, Json, Params, Store, Task
+from halrp_jax.weights import trees
 
 Fit = Callable[..., tuple[Params, Params]]  # returns params and stats
 
@@ -143,7 +144,13 @@ def _make_step(
     updates, opt_state = tx.update(grad, state.opt_state, state.params)
     updates = edit_fn(updates, frozen)
     rate = -rate * gamma**state.step
-    params = jax.tree.map(lambda x, u: x + rate * u, state.params, updates)
+
+    def change(path, x, update):
+      if setup.protocol.head_rate != 1 and trees.is_in_head(path):
+        update *= setup.protocol.head_rate
+      return x + rate * update
+
+    params = jax.tree_util.tree_map_with_path(change, state.params, updates)
     return TrainState(params, stats, opt_state, state.step + 1), sums
 
   return step

@@ -14,6 +14,11 @@ HEAD = "head"  # name of the classifying layer, which is never perturbed
 SEPARATOR = "/"
 
 
+def is_in_head(path: jax.tree_util.KeyPath) -> bool:
+  """Returns whether a leaf of what a method trains belongs to the head."""
+  return jax.tree_util.DictKey(HEAD) in path
+
+
 def layer_names(params: Params) -> tuple[str, ...]:
   """Returns the sorted paths of all layers with a kernel, except the head."""
   paths: Params = traverse_util.flatten_dict(params)
