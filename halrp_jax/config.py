@@ -33,6 +33,7 @@ _NOT_IN_SETTING = {
 # The values that stand for what halrp_jax did in versions without the key, where that is not the
 # key's default.
 _WITHOUT_BASE = ("ibpwf", "iru")  # methods whose networks do not start from parameters
+_WITH_FROZEN_BASE = ("halrp", "inflora", "sdlora")  # methods that can leave the base as it is
 _CUSTOM_SIZE = 32  # height and width of the user's own images if `data.image_size` is 0
 _VALUES_BEFORE_KEY = {
   "protocol.fraction_per_class": False,
@@ -136,10 +137,10 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
   resolved = Config(**{**values, **sections, "method": method.Config(**chosen)})
   if resolved.base and name in _WITHOUT_BASE:
     raise UserError(f"base: {name} makes its kernels of factors, it can't start from a network")
-  if resolved.base_training != "all" and name != "halrp":
+  if resolved.base_training != "all" and name not in _WITH_FROZEN_BASE:
     raise UserError(
-      f"base_training = {resolved.base_training!r} is for halrp; {name} trains all parameters: set "
-      "base_training=all"
+      f"base_training = {resolved.base_training!r} is for {', '.join(_WITH_FROZEN_BASE)}; {name} "
+      "trains all parameters: set base_training=all"
     )
   if hasattr(method, "check"):
     keys.require(method.check(resolved))

@@ -282,9 +282,10 @@ class Config:
   )
   base_training: str = one_of(
     "all",
-    ("all", "head", "none"),
-    "halrp: what the first task trains of `base`; head: the head alone; none: nothing, `base` has "
-    "a head for the first task",
+    ("all", "head", "none", "perturb"),
+    "what the first task trains of `base`; head: the head alone; none: nothing, `base` has a head "
+    "for the first task; perturb: the first task is learned as the later ones are, and changes "
+    "nothing of `base`",
   )
   epochs: int = whole(20, 1, None, "n: epochs per task, warm-up included")
   batch_size: int = whole(128, 1, None, "images per optimizer step")

@@ -49,7 +49,7 @@ SIBLINGS = {
       "tasks",
     ),
   },
-  "methods": {"additive", "anchored", "dictionary"},
+  "methods": {"additive", "anchored", "branches", "dictionary"},
   "models": set(),
 }
 

@@ -34,10 +34,12 @@ from halrp_jax.methods import (
   gpm,
   halrp,
   ibpwf,
+  inflora,
   iru,
   l2,
   mtl,
   prd,
+  sdlora,
   stl,
   wsn,
 )
@@ -62,6 +64,8 @@ METHODS: dict[str, ModuleType] = {
   "prd": prd,
   "iru": iru,
   "ibpwf": ibpwf,
+  "inflora": inflora,
+  "sdlora": sdlora,
 }
 
 # Methods that support only Dense and ordinary 2-D convolutions (`contract.check_plain`): they need

@@ -39,11 +39,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax import keys
-from halrp_jax.training import batches, contract, losses, networks, sizes
+from halrp_jax.training import batches, contract, first_task, losses, networks, sizes
 from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Method, Params, State, Store, Task, UserError
-from halrp_jax.weights import kinds, lowrank, taps, trees
+from halrp_jax.weights import kinds, lowrank, trees
 
 _CODE = {
   "upper_rank": 100,
@@ -79,6 +79,9 @@ VARIANTS = {
 }
 
 
+_EQUAL_RANKS = ("flat", "random", "lora")  # rank rules that give every layer upper_rank
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(keys.MethodConfig):
   """Config keys `method.*` of HALRP."""
@@ -88,6 +91,9 @@ class Config(keys.MethodConfig):
   )
   alpha: float = keys.number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all")
   warmup_epochs: int = keys.whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`")
+  warmup_rate: float = keys.number(
+    1.0, 0, None, "factor by which the learning rate of the warm-up is larger", open_low=True
+  )
   l1: float = keys.number(0.0, 0, None, "lambda_0: L1 coefficient on U and V")
   l2: float = keys.number(
     0.0, 0, None, "lambda_1: L2 coefficient on R, S, U, V; on the kernels in task 0"
@@ -100,11 +106,12 @@ class Config(keys.MethodConfig):
   )
   rank_rule: str = keys.one_of(
     "importance",
-    ("importance", "flat", "lrp", "random", "eva", "none"),
+    ("importance", "flat", "lrp", "pearl", "random", "lora", "eva", "none"),
     "importance: the method; none: no low-rank part; flat: upper_rank everywhere; lrp: singular "
-    "values alone; random: upper_rank everywhere with random U and V; eva: V are the directions of "
-    "most variance of the layers' inputs and U is 0, upper_rank on average and at most twice that "
-    "(arXiv 2410.07170)",
+    "values alone; pearl: in every layer the share alpha of its own squared singular values (arXiv "
+    "2505.11998); random: upper_rank everywhere with random U and V; lora: the same with U = 0 "
+    "(arXiv 2106.09685); eva: V are the directions of most variance of the layers' inputs and U is "
+    "0, upper_rank on average and at most twice that (arXiv 2410.07170)",
   )
   scales: bool = keys.flag(True, "R and S are trained; false: they stay 1, as in LoRA")
   private: str = keys.one_of(
@@ -184,9 +191,9 @@ def check(config: keys.Config) -> list[str]:
       "method.importance_split = 'valid' needs protocol.validation_fraction > 0; "
       "or set method.importance_split=train"
     )
-  if m.rank_rule in ("flat", "random", "eva") and not m.upper_rank:
+  if m.rank_rule in _EQUAL_RANKS + ("eva",) and not m.upper_rank:
     errors.append(f"method.rank_rule = {m.rank_rule!r} needs method.upper_rank > 0")
-  if m.rank_rule in ("random", "eva") and m.sigma == "kept":
+  if m.rank_rule in ("random", "lora", "eva") and m.sigma == "kept":
     errors.append(f"method.rank_rule = {m.rank_rule!r} has no Sigma: set method.sigma=folded")
   return errors
 
@@ -197,13 +204,17 @@ def make(config: Config, setup: Setup) -> Method:
   Raises:
     UserError: if the pretrained base does not fit `base_training`, or statistics `private`.
   """
-  _check_base(config, setup)
+  _check_private(config, setup)
   f = _build(config, setup)
+  l2 = networks.l2_coefficient(config) if config.base_l2 else 0.0
+  learn_first = first_task.make(setup, l2, f.fit_free)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
-    if not state.tasks:
-      return learn_base(f, config, setup, task, key, store), {}
+    if not state.tasks and setup.base_training != "perturb":  # line 1
+      params, stats = learn_first(task, key, store)
+      return first_state(config, task, params, stats, f.shapes(params)), {}
+    state = state if state.tasks else open_base(setup)
     contract.check_state(state, f.shapes)
     warm_key, select_key, fine_key = jax.random.split(key, 3)
     params, stats = warm_up(f, config, state, task, warm_key, store)
@@ -221,7 +232,7 @@ def make(config: Config, setup: Setup) -> Method:
     task_state = fine_tune(
       f, config, epochs, state, perturbation, ranks, params, stats, task, fine_key, store
     )
-    state = prune(f, state.append(task_state), config, max(1, setup.num_tasks - 1))
+    state = prune(f, state.append(task_state), config, setup.num_tasks)
     return state, chosen | {"select_seconds": seconds}
 
   logits = networks.perturbed_logits(setup.model)
@@ -233,29 +244,17 @@ def make(config: Config, setup: Setup) -> Method:
 # `f` are the compiled functions.
 
 
-def learn_base(
-  f: "_Functions", config: Config, setup: Setup, task: Task, key: jax.Array, store: Store
-) -> State:
-  """Trains the first task freely (line 1); its kernels are the base.
+def open_base(setup: Setup) -> State:
+  """Returns the method state before the first task if `base_training` is "perturb".
 
-  With `base_training` the head alone is trained, or nothing; the base then is the pretrained one.
+  Its base is the pretrained one, and its `shared` has also the pretrained other parameters and
+  statistics, which the first task starts from as the later ones do.
 
-  Returns:
-    The method state with the first task.
   """
-  init_key, fit_key = jax.random.split(key)
-  epochs, store = setup.epochs, store.child("base")
-  params, stats = f.initialize(init_key)
-  if setup.base_training == "all":
-    frozen = {"l2": networks.l2_coefficient(config) if config.base_l2 else 0.0}
-    params, stats = f.fit_free(params, stats, frozen, task, fit_key, epochs, store)
-  elif setup.base_training == "head":
-    head = {trees.HEAD: params[trees.HEAD]}
-    head, _ = f.fit_head(head, stats, {"params": params}, task, fit_key, epochs, store)
-    params |= head
-  elif setup.base is not None:
-    params = setup.base.params
-  return first_state(config, task, params, stats, f.shapes(params))
+  base = setup.base
+  assert base is not None
+  kernels, rest = trees.split(base.params)
+  return State({"kernels": kernels, "rest": rest, "stats": base.stats}, ())
 
 
 def first_state(
@@ -290,10 +289,11 @@ def warm_up(
   """
   init_key, fit_key = jax.random.split(key)
   fresh, _ = f.initialize(init_key)
-  base = state.tasks[0]
-  params = trees.join(state.shared["kernels"], networks.fresh_head(base.rest, fresh))
+  rest, stats = _start_of(state)
+  params = trees.join(state.shared["kernels"], networks.fresh_head(rest, fresh))
   epochs, store = config.warmup_epochs, store.child("warmup")
-  return f.fit_free(params, base.stats, {"l2": 0.0}, task, fit_key, epochs, store)
+  args = (task, fit_key, epochs, store)
+  return f.fit_free(params, stats, {"l2": 0.0}, *args, rate_factor=config.warmup_rate)
 
 
 def select(
@@ -334,14 +334,15 @@ def select(
   )
   decomposition = f.decompose(matrices, free, svd_key)
   if config.rank_rule == "eva":
-    return *along_inputs(f, config, setup.batch_size, params, stats, task, decomposition), True
+    return *along_inputs(f, config, params, stats, task, decomposition), True
   ranks, exact = choose_ranks(config, decomposition, kernels, importance)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
     width = _columns(shapes[name], config)
-    if config.rank_rule == "random":
+    if config.rank_rule in ("random", "lora"):
       layer_key = jax.random.fold_in(key, i)
-      perturbation[name] = lowrank.random_factors(layer_key, d, ranks[name], width)
+      p = lowrank.random_factors(layer_key, d, ranks[name], width)
+      perturbation[name] = p if config.rank_rule == "random" else p._replace(U=0 * p.U)
     else:
       perturbation[name] = f.truncate(d, ranks[name], width, config.sigma == "folded")
   return jax.block_until_ready(perturbation), ranks, exact
@@ -380,7 +381,6 @@ def layer_importance(
 def along_inputs(
   f: "_Functions",
   config: Config,
-  batch_size: int,
   params: Params,
   stats: Params,
   task: Task,
@@ -394,18 +394,13 @@ def along_inputs(
   Args:
     f: the compiled functions.
     config: config of the method.
-    batch_size: images per batch.
     params: parameters of the network.
     stats: BatchNorm statistics.
     task: whose training images are used.
     decomposition: by layer, of which R and S are used.
   """
-  total: dict[str, Array] = {}
-  for rows in batches.consecutive(len(task.train.index), batch_size):
-    image, _ = batches.load_batch(task.train, task.inputs, rows)
-    moments = f.input_moments(params, stats, image)
-    total = {n: x + total.get(n, 0) for n, x in moments.items()}
-  found = {n: lowrank.explained(x) for n, x in total.items()}
+  moments = f.input_moments(params, stats, task)
+  found = {n: lowrank.explained(x) for n, x in moments.items()}
   most = 2 * config.upper_rank
   widths = {n: min(d.U.shape[0], d.V.shape[0]) for n, d in decomposition.items()}
   scores = [shares[: widths[n]] for n, (shares, _) in found.items()]
@@ -439,17 +434,24 @@ def choose_ranks(
   found = [d.sigma.size for d in decomposition.values()]
   if config.rank_rule == "none":
     needed = ranks = [0] * len(found)
-  elif config.rank_rule in ("flat", "random"):
+  elif config.rank_rule in _EQUAL_RANKS:
     needed = ranks = [min(config.upper_rank, d.S.size, d.R.size) for d in decomposition.values()]
   else:
     scores = []
     for name, d in decomposition.items():
       window = kernels[name].size // (d.S.size * d.R.size) if config.window_factor else 1
       scores.append(window * importance[name] * lowrank.squared_singular_values(d))
-    allocate = functools.partial(lowrank.allocate_ranks, scores, config.alpha)
-    limits = {"min_rank": config.min_rank, "upper_rank": config.upper_rank}
-    needed = allocate(crossing=config.crossing)
-    ranks = allocate(crossing=config.crossing, **limits)
+    # layers that are chosen together
+    pools = [[x] for x in scores] if config.rank_rule == "pearl" else [scores]
+
+    def allocate(**limits: int) -> list[int]:
+      found = [
+        lowrank.allocate_ranks(x, config.alpha, crossing=config.crossing, **limits) for x in pools
+      ]
+      return sum(found, [])
+
+    needed = allocate()
+    ranks = allocate(min_rank=config.min_rank, upper_rank=config.upper_rank)
   exact = all(k <= n for k, n in zip(needed, found, strict=True))
   ranks = [min(k, n) for k, n in zip(ranks, found, strict=True)]
   return dict(zip(decomposition, ranks, strict=True)), exact
@@ -488,36 +490,38 @@ def fine_tune(
   """
   _, rest = trees.split(params)
   if config.private != "all":
-    shared, _ = trees.split_private(state.tasks[0].rest, config.private == "norm")
+    first, first_stats = _start_of(state)
+    shared, _ = trees.split_private(first, config.private == "norm")
     rest = trees.join_private(shared, trees.split_private(rest, config.private == "norm")[1])
-    stats = state.tasks[0].stats if config.private == "head" else stats
+    stats = first_stats if config.private == "head" else stats
   start = {"perturbation": perturbation, "rest": rest}
   store = store.child("finetune")
   trained, stats = f.fit_perturbed(start, stats, state.shared, task, key, epochs, store)
   return _task_state(task, trained["perturbation"], ranks, trained["rest"], stats)
 
 
-def prune(f: "_Functions", state: State, config: Config, num_later: int) -> State:
-  """Prunes U and V of the new task, or of all tasks but the first (line 9, paper Sect. 4.4).
+def prune(f: "_Functions", state: State, config: Config, num_tasks: int) -> State:
+  """Prunes U and V of the new task, or of all perturbed tasks (line 9, paper Sect. 4.4).
 
-  With method.prune_scope = "new", a task is pruned when it is learned, to the share 1/`num_later`
-  of the bound, and never changes again. With "all", it ends with as many values, but also changes
+  With method.prune_scope = "new", a task is pruned when it is learned, to its equal share of the
+  bound, and never changes again. With "all", it ends with as many values, but also changes
   after its BatchNorm statistics have been measured.
 
   Args:
     f: the compiled functions.
     state: method state with the new task.
     config: config of the method.
-    num_later: number of the benchmark's tasks except the first.
+    num_tasks: number of the benchmark's tasks.
 
   Returns:
     The state with pruned perturbations.
   """
   bound = None if isinstance(config.prune_bound, str) else config.prune_bound
-  unchanged, candidates = state.tasks[:1], state.tasks[1:]
+  first = 0 if "rest" in state.shared else 1
+  unchanged, candidates = state.tasks[:first], state.tasks[first:]
   if config.prune_scope == "new":
     unchanged, candidates = state.tasks[:-1], state.tasks[-1:]
-    bound = bound and bound / num_later
+    bound = bound and bound / max(1, num_tasks - first)
   rate = lowrank.prune_rate(
     config.prune_rate, bound, sizes.dense_growth(state, candidates, _owned(config))
   )
@@ -541,9 +545,8 @@ class _Functions(NamedTuple):
   shapes: Callable[[Params], contract.Shapes]  # (params) -> {layer: (I, J)}
   initialize: Callable  # (key) -> params, stats
   fit_free: Fit  # of the plain network
-  fit_head: Fit  # of its head alone
   fit_perturbed: Fit  # of the perturbed network
-  input_moments: Callable  # (params, stats, image) -> {layer: sum of x x' over inputs x}
+  input_moments: Callable  # (params, stats, task) -> {layer: sum of x x' over inputs x}
   square_gradients: Callable  # (params, stats, image, label, num_classes) -> {layer: |g_l|^2}
   decompose: Callable  # (kernels as matrices, free ones, key) -> {layer: Decomposition}
   truncate: Callable  # `lowrank.truncate`
@@ -575,10 +578,6 @@ def _build(config: Config, setup: Setup) -> _Functions:
 
     return {name: jnp.vdot(g, g) for name, g in jax.grad(loss_fn)(kernels).items()}
 
-  def input_moments(params, stats, image):
-    variables = {"params": params, "batch_stats": stats}
-    return taps.input_moments(measured, shapes(params), variables, image)
-
   def decompose(base, free, key):
     if config.svd == "exact":
       return {n: lowrank.decompose(base[n], free[n], config.scales) for n in base}
@@ -607,9 +606,8 @@ def _build(config: Config, setup: Setup) -> _Functions:
     shapes=shapes,
     initialize=networks.make_initialize(setup),
     fit_free=make_fit(setup, *networks.plain_network(model)),
-    fit_head=make_fit(setup, *networks.head_network(model)),
     fit_perturbed=make_fit(setup, perturbed, penalty, edit_fn=keep_shared),
-    input_moments=jax.jit(input_moments),
+    input_moments=networks.make_input_moments(setup, shapes),
     square_gradients=jax.jit(square_gradients, compiler_options=networks.COMPILE_QUICKLY),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
@@ -617,26 +615,24 @@ def _build(config: Config, setup: Setup) -> _Functions:
   )
 
 
-def _check_base(config: Config, setup: Setup) -> None:
-  """Raises UserError if the statistics or the head do not fit `private` or `base_training`."""
+def _check_private(config: Config, setup: Setup) -> None:
+  """Raises UserError if the BatchNorm statistics do not fit `private`."""
   is_stored = setup.batch_norm in ("running", "frozen") or not hasattr(setup.model, "running")
   if config.private == "head" and not is_stored:
     raise UserError(
       "method.private = 'head' keeps the first task's BatchNorm statistics: set "
-      "method.batch_norm=running or frozen, which do too"
+      "method.batch_norm=frozen or running, which do too"
     )
-  if setup.base_training == "all" or setup.base is None:
-    return
-  if setup.base_training == "none" and not setup.base.has_head:
-    raise UserError(
-      f"base_training = 'none' needs a base with a head of {setup.max_classes} outputs, and base "
-      "has none: set base_training=head"
-    )
-  if setup.base.stats and setup.batch_norm == "population":
-    raise UserError(
-      f"base_training = {setup.base_training!r} keeps the BatchNorm statistics of base: set "
-      "method.batch_norm=running or frozen, which do too"
-    )
+
+
+def _start_of(state: State) -> tuple[Params, Params]:
+  """Returns the parameters beside the kernels, and the statistics, that a later task starts from.
+
+  They are those of the first task, or the pretrained ones if it is learned as the others are.
+  """
+  if "rest" in state.shared:
+    return state.shared["rest"], state.shared["stats"]
+  return state.tasks[0].rest, state.tasks[0].stats
 
 
 def _owned(config: Config) -> sizes.Owned:

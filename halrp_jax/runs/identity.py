@@ -22,8 +22,8 @@ _LATER_KEYS = (
   "protocol.head_rate",
 )
 # Keys of a method that older versions did not have, with the value for what those versions did.
-_OLDER_VALUES: dict[object, dict[str, str | bool]] = {
-  "halrp": {"prune_scope": "all", "scales": True, "private": "all"}
+_OLDER_VALUES: dict[object, dict[str, str | bool | float]] = {
+  "halrp": {"prune_scope": "all", "scales": True, "private": "all", "warmup_rate": 1.0}
 }
 
 

@@ -133,6 +133,8 @@ def check_state(state: State, shapes_of: Callable[[Params], Shapes]) -> None:
     state: a method state whose task states have a `perturbation` of the shared kernels.
     shapes_of: result of `make_matrix_shapes` for the network.
   """
+  if not state.tasks:
+    return
   first = state.tasks[0].perturbation
   shapes = shapes_of(trees.join(state.shared["kernels"], state.tasks[0].rest))
   for name in sorted(shapes.keys() | first.keys()):

@@ -168,11 +168,12 @@ def make_fit(
   edit_fn: Callable = lambda updates, frozen: updates,
   recipe: Recipe | None = None,
 ) -> Fit:
-  """Builds `fit(params, stats, frozen, task, key, epochs, store) -> params, stats`.
+  """Builds `fit(params, stats, frozen, task, key, epochs, store, rate_factor) -> params, stats`.
 
-  The optimizer gets gradient_scale * gradient. It starts with empty moments and the full learning
-  rate, which is multiplied by `learning_rate_decay` after every step. With schedule="plateau" the
-  rate is cut when the validation loss has stopped falling, and training ends when it is too low.
+  The optimizer gets gradient_scale * gradient. It starts with empty moments and `rate_factor` (1 by
+  default) times the full learning rate, which is multiplied by `learning_rate_decay` after every
+  step. With schedule="plateau" the rate is cut when the validation loss has stopped falling, and
+  training ends when it is too low.
   `fit` returns the weights of the last epoch, or those of the best epoch on the validation images
   (`Recipe.keep`).
 
@@ -205,6 +206,7 @@ def make_fit(
     key: jax.Array,
     epochs: int,
     store: Store,
+    rate_factor: float = 1.0,
   ) -> tuple[Params, Params]:
     _check(params, task)
     result = f"{store.name}/result"
@@ -224,7 +226,7 @@ def make_fit(
         store.gang,
         progress.state,
         frozen,
-        (*data, jnp.float32(rate), gamma),
+        (*data, jnp.float32(rate_factor * rate), gamma),
         blocks,
         jax.random.fold_in(key, i),
         functools.partial(_watch, event, store),

@@ -6,12 +6,13 @@ from typing import Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from halrp_jax.nn.norm import MOMENTUM
-from halrp_jax.training import contract, losses
+from halrp_jax.training import batches, contract, losses
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Array, Network, Params
-from halrp_jax.weights import perturb, trees
+from halrp_jax.types import Array, Network, Params, Task
+from halrp_jax.weights import perturb, taps, trees
 
 # For programs that run so seldom that compiling them takes longer. Initial weights keep their bits,
 # the importance changes by rounding.
@@ -136,6 +137,51 @@ def fix_batch_statistics(
     lambda new, old: (new - (1 - momentum) * old) / momentum, updates["batch_stats"], start
   )
   return running, jax.lax.stop_gradient(stats)
+
+
+def with_low_rank_inputs(setup: Setup, shapes: contract.Shapes) -> tuple[str, ...]:
+  """Returns the paths of the layers whose inputs V' of a perturbation multiplies.
+
+  Args:
+    setup: whose network is meant.
+    shapes: (I, J) of its kernels as matrices, by layer path.
+  """
+
+  def moments(key: jax.Array) -> dict[str, jax.Array]:
+    params, stats = initialize(setup.model, key, setup.image_shape)
+    variables = {"params": params, "batch_stats": stats}
+    return taps.input_moments(setup.model, shapes, variables, jnp.zeros((1, *setup.image_shape)))
+
+  return tuple(jax.eval_shape(moments, jax.random.key(0)))
+
+
+def make_input_moments(
+  setup: Setup, shapes_of: Callable[[Params], contract.Shapes]
+) -> Callable[[Params, Params, Task], dict[str, np.ndarray]]:
+  """Builds `input_moments(params, stats, task)`: second moments of what V' multiplies, by layer.
+
+  They are the sums of x x' [I, I] over all rows x of the task's training images, in evaluation
+  mode (`taps.input_moments`).
+
+  Args:
+    setup: its network and batch size are used.
+    shapes_of: (params) -> (I, J) of the kernels as matrices, by layer path.
+  """
+
+  @jax.jit
+  def of_batch(params, stats, image):
+    variables = {"params": params, "batch_stats": stats}
+    return taps.input_moments(setup.measuring, shapes_of(params), variables, image)
+
+  def input_moments(params: Params, stats: Params, task: Task) -> dict[str, np.ndarray]:
+    total: dict[str, np.ndarray] = {}
+    for rows in batches.consecutive(len(task.train.index), setup.batch_size):
+      image, _ = batches.load_batch(task.train, task.inputs, rows)
+      found = jax.tree.map(np.asarray, of_batch(params, stats, image))
+      total = {n: x.astype(np.float64) + total.get(n, 0) for n, x in found.items()}
+    return total
+
+  return input_moments
 
 
 def plain_network(model: nn.Module) -> tuple[Callable, Callable]:

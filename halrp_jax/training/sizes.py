@@ -136,13 +136,19 @@ def perturbed(state: State, owned: Owned = EVERYTHING) -> Size:
 
   Args:
     state: the method state.
-    owned: what a task has for itself; the rest is the first task's and not counted again.
+    owned: what a task has for itself; the rest is the base's and not counted again.
   """
   base = _base_count(state)
   paper, dense, nonzero, mask_bits = base, base, base, 0
+  first = 1  # index of the first task that has a perturbation
+  if "rest" in state.shared:
+    # every task has one, and the head of the first is a part of the base
+    first = 0
+    head = count_rest({trees.HEAD: state.tasks[0].rest[trees.HEAD]}, {}, _first_classes(state))
+    paper, dense, nonzero = (base - head.counted,) * 3
   for t, task in enumerate(state.tasks):
     uncounted = 0 if t and owned.private == "head" else count_leaves(task.stats)
-    if t:
+    if t >= first:
       values = np.concatenate([*low_rank_values(task).values()])
       fixed, kept = _fixed_count(task, owned), np.count_nonzero(values)
       paper += fixed + np.count_nonzero(np.abs(values) > 1e-8)
@@ -173,6 +179,11 @@ def _own_rest(task: Params, owned: Owned) -> RestCount:
 
 
 def _base_count(state: State) -> int:
-  """Counts the parameters of the network of the first task."""
-  first = state.tasks[0]
-  return network_count(state.shared["kernels"], first.rest, int(first.num_classes))
+  """Counts the parameters of the base with the head of the first task."""
+  rest = state.shared.get("rest", state.tasks[0].rest)
+  return network_count(state.shared["kernels"], rest, _first_classes(state))
+
+
+def _first_classes(state: State) -> int:
+  """Returns the number of classes of the first task."""
+  return int(state.tasks[0].num_classes)

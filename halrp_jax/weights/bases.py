@@ -24,7 +24,7 @@ def grow(basis: np.ndarray, moment: np.ndarray, energy: float, first: bool) -> n
 
   Reference: G. Saha et al., "Gradient projection memory for continual learning", 2021, Eq. 4 to 9.
   """
-  squares, directions, total = _spectrum(basis, np.asarray(moment, np.float64))
+  squares, directions, total = spectrum(basis, np.asarray(moment, np.float64))
   if total <= 0:
     return basis
   # carried[i]: share of the energy with i more directions
@@ -35,8 +35,12 @@ def grow(basis: np.ndarray, moment: np.ndarray, energy: float, first: bool) -> n
   return np.concatenate([basis, more], 1)
 
 
-def _spectrum(basis: np.ndarray, moment: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-  """Decomposes the part of the rows that lies outside the basis.
+def spectrum(basis: np.ndarray, moment: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+  """Decomposes the part of the rows that lies outside a basis.
+
+  Args:
+    basis: M [d, k], orthonormal columns.
+    moment: the second moment x' x [d, d], or the rows x [n, d] themselves where n < d.
 
   Returns:
     Squared singular values of that part [m], descending; its directions [d, m]; the energy of the

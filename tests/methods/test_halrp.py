@@ -56,8 +56,8 @@ class PruneOnly:
   prune = staticmethod(lowrank.prune)
 
 
-def prune(state, m, num_later=9):
-  return halrp.prune(PruneOnly, state, m, num_later)
+def prune(state, m, num_tasks=10):
+  return halrp.prune(PruneOnly, state, m, num_tasks)
 
 
 def prune_all(state, m):
@@ -247,8 +247,37 @@ def test_parameters_that_are_not_private_stay_the_first_tasks(private, digits_co
 
 def test_a_private_head_needs_statistics_that_are_not_measured_again(digits_config):
   config = resolve(digits_config(network="lenet", **{"method.private": "head"}))
-  with pytest.raises(UserError, match="set method.batch_norm=running"):
+  with pytest.raises(UserError, match="set method.batch_norm=frozen or running"):
     experiment.build(config)
+
+
+def test_pearl_keeps_a_share_of_each_layers_own_energy(digits_config):
+  """The smallest ranks that exceed the share, found here from the residuals' singular values."""
+  rule = {"method.rank_rule": "pearl", "method.scales": False, "method.prune": "none"}
+  config = digits_config(**rule, **{"method.alpha": 0.7, "method.warmup_epochs": 2})
+  seen, decompose = [], lowrank.decompose
+  with pytest.MonkeyPatch.context() as patch:
+
+    def watching(*args):
+      found = decompose(*args)
+      jax.debug.callback(lambda x: seen.append(np.asarray(x, np.float64)), found.sigma)
+      return found
+
+    patch.setattr(lowrank, "decompose", watching)
+    with building_anew():
+      _, history, _ = learn_two(config)
+  wanted = [int(np.argmax(np.cumsum(x**2) > 0.7 * np.sum(x**2))) + 1 for x in seen]
+  assert sorted(wanted) == sorted(history["ranks"].values()) and len(set(wanted)) > 1
+
+
+def test_lora_starts_at_the_base_with_random_directions(digits_config):
+  rule = {"method.rank_rule": "lora", "method.scales": False, "method.upper_rank": 5}
+  config = digits_config(**rule, **{"method.warmup_epochs": 0, "learning_rate": 1e-12})
+  state, history, _ = learn_two(config)
+  assert set(history["ranks"].values()) == {5}
+  for p in state.tasks[1].perturbation.values():
+    assert np.abs(p.U).max() < 1e-6 and np.linalg.matrix_rank(np.asarray(p.V)) == 5
+    assert (np.asarray(p.R) == 1).all() and (np.asarray(p.S) == 1).all()
 
 
 def test_lrp_ignores_the_importance(digits_config):

@@ -10,7 +10,7 @@ import pytest
 from halrp_jax import methods, metrics, models
 from halrp_jax.config import resolve
 from halrp_jax.runs import experiment
-from halrp_jax.training import batches, fit
+from halrp_jax.training import batches, first_task, fit
 from halrp_jax.types import Benchmark, Store
 
 from ..conftest import building_anew
@@ -47,7 +47,7 @@ NO_HEAD_BIAS = ("prd",)
 NO_PENALTY = ("prd", "wsn")
 
 # methods whose first task is learned as alone
-SAME_FIRST_TASK = ("halrp", "bn", "be", "l2", "ewc", "gpm", "apdfix")
+SAME_FIRST_TASK = ("halrp", "bn", "be", "l2", "ewc", "gpm", "apdfix", "inflora", "sdlora")
 # least accuracy on tasks that were not the last: methods that forget, or that can hardly learn
 # anything on a frozen network without BatchNorm (chance is 0.1)
 LEAST = {"l2": 0.3, "ewc": 0.3, "clr": 0.3, "wsn": 0.5, "ibpwf": 0.3}
@@ -105,14 +105,14 @@ def watch_phases(patch):
   def watching(setup, apply_fn, penalty_fn, **kwargs):
     train = made(setup, apply_fn, penalty_fn, **kwargs)
 
-    def watched(params, stats, frozen, *args):
+    def watched(params, stats, frozen, *args, **kwargs):
       start = jax.tree.map(lambda x: x.copy() if hasattr(x, "copy") else x, (params, frozen))
       seen.append((penalty_fn, *start))  # copied, since training may overwrite them
-      return train(params, stats, frozen, *args)
+      return train(params, stats, frozen, *args, **kwargs)
 
     return watched
 
-  for module in (fit, *vars(methods).values()):
+  for module in (fit, first_task, *vars(methods).values()):
     if hasattr(module, "make_fit"):
       patch.setattr(module, "make_fit", watching)
   return seen

@@ -136,6 +136,32 @@ def test_the_first_task_trains_what_base_training_says(training, base_file, para
   ]
 
 
+@pytest.mark.parametrize("method_name", ["halrp", "inflora", "sdlora"])
+def test_the_first_task_can_be_learned_as_the_later_ones(
+  method_name, base_file, params, digits_config
+):
+  """With base_training=perturb it leaves the base as it is, and what it adds is counted."""
+  more = {"base": base_file, "base_training": "perturb", "order": "3,1", "epochs": 4}
+  if method_name != "halrp":
+    more |= {"method.rank": 4}
+  config = resolve(digits_config(method_name, **more))
+  benchmark, _, method, _ = experiment.build(config)
+  state = method.init(jax.random.key(0), benchmark)
+  for t, task in enumerate(benchmark.tasks):
+    store = Store(f"{t}", lambda event: None)
+    state, _ = method.learn(state, (task,), jax.random.key(t), store)
+    image, label = batches.load_batch(task.test, task.inputs, np.arange(100))
+    hits = np.argmax(method.predict(state, t, image), 1) == np.asarray(label)
+    assert hits.mean() > 0.6  # chance is 0.1
+    size = method.size(state)
+    if method_name == "inflora":  # its branches are added to the kernels
+      assert size.paper == size.base + t * (256 * 10 + 10)
+    else:
+      assert size.paper > size.base + t * (256 * 10 + 10) + 1000 * (t + 1)
+  if method_name != "inflora":
+    np.testing.assert_array_equal(state.shared["kernels"]["fc1"], params["fc1"]["kernel"])
+
+
 def test_every_network_of_stl_starts_from_it(base_file, params, digits_config):
   config = resolve(digits_config("stl", base=base_file, learning_rate=1e-9, epochs=1))
   benchmark, _, method, _ = experiment.build(config)
@@ -169,7 +195,12 @@ def test_a_run_is_resumed_with_the_same_base_alone(base_file, params, digits_con
   ("method_name", "more", "said"),
   [
     ("halrp", {"base_training": "head"}, "needs parameters that were trained elsewhere: set base="),
-    ("stl", {"base_training": "head", "base": "FILE"}, "is for halrp; stl trains all parameters"),
+    (
+      "stl",
+      {"base_training": "head", "base": "F"},
+      "is for halrp, inflora, sdlora; stl trains all",
+    ),
+    ("halrp", {"method.batch_norm": "frozen"}, "keeps the statistics of parameters that were"),
     ("halrp", {"base": "nowhere.safetensors"}, "nowhere.safetensors: can't be read"),
   ],
 )

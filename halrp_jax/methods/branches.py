@@ -1,0 +1,118 @@
+"""What InfLoRA and SD-LoRA share: one network for all tasks that low-rank branches change.
+
+| here               | meaning |
+|--------------------|---------|
+| shared["kernels"]  | kernels of the layers that have a branch, by path |
+| shared["rest"]     | all other parameters of the base except the head, frozen |
+| shared["stats"]    | BatchNorm statistics of the base |
+
+A branch U V' [J, I] is added to the kernel of every layer whose inputs V' can multiply
+(`kinds.low_rank_inputs`): dense layers and ordinary convolutions, where it is the same at every
+position of the window. All tasks are predicted with the current kernels, each with its own head and
+statistics.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from halrp_jax.training import contract, networks
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Array, Params, State
+from halrp_jax.weights import lowrank, trees
+
+
+class TaskState(NamedTuple):
+  """State of a task."""
+
+  head: Params  # all other parameters are shared
+  stats: Params  # BatchNorm's statistics
+  num_classes: Array  # int32 []
+
+
+def find_shapes(setup: Setup) -> contract.Shapes:
+  """Returns (I, J) of the kernels of all layers that get a branch, by path.
+
+  Raises:
+    UserError: if the network does not meet the requirements (`contract.make_matrix_shapes`).
+  """
+  model = setup.model
+  shapes_of = contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes)
+  params, _ = jax.eval_shape(
+    lambda key: networks.initialize(model, key, setup.image_shape), jax.random.key(0)
+  )
+  shapes = shapes_of(params)
+  return {n: shapes[n] for n in networks.with_low_rank_inputs(setup, shapes)}
+
+
+def open_base(params: Params, stats: Params, shapes: contract.Shapes) -> State:
+  """Returns a method state without tasks.
+
+  Args:
+    params: all parameters of the base.
+    stats: its BatchNorm statistics.
+    shapes: of the layers that get a branch.
+  """
+  kernels, rest = trees.take_out(shapes, params)
+  rest = {name: x for name, x in rest.items() if name != trees.HEAD}
+  return State({"kernels": kernels, "rest": rest, "stats": stats}, ())
+
+
+def latest_stats(state: State) -> Params:
+  """Returns the BatchNorm statistics that the next task starts from."""
+  return state.tasks[-1].stats if state.tasks else state.shared["stats"]
+
+
+def whole(shared: dict, head: Params) -> Params:
+  """Returns the parameters of a whole network."""
+  return trees.join(shared["kernels"], shared["rest"] | {trees.HEAD: head})
+
+
+def as_perturbation(
+  U: Mapping[str, jax.Array],
+  V: Mapping[str, jax.Array],
+  sigma: Mapping[str, jax.Array] | None = None,
+) -> dict[str, lowrank.Perturbation]:
+  """Returns branches U diag(sigma) V' as perturbations with R = S = 1.
+
+  Args:
+    U: [J, K] by layer.
+    V: [I, K] by layer.
+    sigma: [K] by layer; None: ones.
+  """
+
+  def perturbation(n: str) -> lowrank.Perturbation:
+    ones = (jnp.ones(len(x[n])) for x in (U, V))
+    return lowrank.Perturbation(*ones, U[n], None if sigma is None else sigma[n], V[n])
+
+  return {n: perturbation(n) for n in U}
+
+
+def apply(
+  model: nn.Module,
+  shared: dict,
+  branches: Mapping[str, lowrank.Perturbation],
+  head: Params,
+  stats: Params,
+  image: jax.Array,
+  train: bool,
+  key: jax.Array | None,
+) -> tuple[jax.Array, Params]:
+  """Applies the network with branches; returns logits [B, K] and BatchNorm statistics.
+
+  Args:
+    model: the network.
+    shared: what all tasks share.
+    branches: by layer.
+    head: of the task.
+    stats: BatchNorm statistics.
+    image: float32 [B, H, W, C]
+    train: whether it is trained. If not, the statistics stay as they are.
+    key: random key for dropout; None in evaluation.
+  """
+  params = {"perturbation": branches, "rest": shared["rest"] | {trees.HEAD: head}}
+  apply_fn = networks.perturbed_network(model)
+  return apply_fn(params, shared, stats, image, train, key)

@@ -1,0 +1,264 @@
+"""SD-LoRA: frozen directions of earlier tasks whose magnitudes are learned again with each task.
+
+Update rule: W = W_0 + sum_{k<t} alpha_k U_k V_k' / (|U_k| |V_k|) + alpha_t U_t V_t' for every layer
+whose inputs V_k' multiplies (kinds.low_rank_inputs), with Frobenius norms. Task t trains alpha_1 to
+alpha_t, U_t, V_t and its head.
+
+| paper     | here                 | meaning |
+|-----------|----------------------|---------|
+| W_0       | shared["kernels"]    | kernels of the base, frozen |
+| A_k       | shared["U"]          | [J, T r], columns k r to (k + 1) r of task k, norm 1 |
+| B_k       | shared["V"]          | [I, T r], the same |
+| alpha     | shared["magnitudes"] | [T] by layer; all tasks are predicted with the latest ones |
+
+When a task is learned, the norms of U_t and V_t go into alpha_t, so the network is the same before
+and after. There is one alpha per layer and task, as in the paper's formula; the released code has
+one for all layers, starts all of them again at 0.8 with every task, and so changes the network
+between two tasks. A new alpha_t starts at 0.8, V_t uniformly within +-1/sqrt(I), U_t at 0, as
+there.
+
+Without a pretrained base the first task trains the whole network. With `base_training` = "perturb"
+it learns a branch as the other tasks do, as in the paper.
+
+Biases and normalisation stay those of the base. The paper's setting is class-incremental: it adapts
+the queries and values of a ViT's attention, and one classifier covers the classes of all tasks.
+Here the task of an image is known and every task has a head, as for all methods of this package,
+and all layers that can be factored get a branch. The paper's variants with fewer ranks (RR) and
+with distillation (KD) are not built.
+
+Reference: Y. Wu et al., "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental
+Learning", ICLR 2025 (openreview 5U1rlpX68A, arXiv 2501.13198).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from halrp_jax import keys
+from halrp_jax.methods import branches
+from halrp_jax.training import contract, first_task, networks, sizes
+from halrp_jax.training.fit import Fit, make_fit
+from halrp_jax.training.setup import Setup
+from halrp_jax.types import Method, Network, Params, Size, State, Store, Task
+from halrp_jax.weights import kinds, lowrank, trees
+
+_START = 0.8  # a new magnitude
+_TINY = 1e-20  # lower bound of norms that are divided by
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """Config keys `method.*` of SD-LoRA."""
+
+  rank: int = keys.whole(10, 1, None, "r: columns of U and V of a task in every layer")
+
+
+TaskState = branches.TaskState
+
+
+def make(config: Config, setup: Setup) -> Method:
+  """Builds SD-LoRA.
+
+  Raises:
+    UserError: if the pretrained base does not fit `base_training`.
+  """
+  learn_first = first_task.make(setup, networks.l2_coefficient(config))
+  f = _build(config, setup)
+
+  def learn(state, tasks, key, store):
+    (task,) = tasks
+    if state.tasks:
+      state, head, stats = learn_branch(f, config, setup, state, task, key, store)
+    elif setup.base_training == "perturb":
+      assert setup.base is not None
+      state = branches.open_base(setup.base.params, setup.base.stats, f.shapes)
+      state, head, stats = learn_branch(f, config, setup, state, task, key, store)
+    else:
+      params, stats = learn_first(task, key, store)
+      state, head = branches.open_base(params, stats, f.shapes), params[trees.HEAD]
+      state = with_slots(state, f.shapes, config.rank, setup.num_tasks)
+    return state.append(TaskState(head, stats, jnp.int32(task.num_classes))), {}
+
+  def network(shared, task):
+    changes = branches_of(shared, config.rank)
+    kernels = {n: kinds.compose(w, changes[n]) for n, w in shared["kernels"].items()}
+    return Network(branches.whole(shared | {"kernels": kernels}, task.head), task.stats)
+
+  def logits(shared, task, image):
+    changes = branches_of(shared, config.rank)
+    args = (task.head, task.stats, image, False, None)
+    return branches.apply(setup.model, shared, changes, *args)[0]
+
+  def size_of(state):
+    return size(state, config.rank)
+
+  serves = ("kernels", "rest", "U", "V", "magnitudes")
+  return Method(learn, size_of, network, logits, serves)
+
+
+# --- one task -----------------------------------------------------------------------------
+# `f` are the compiled functions.
+
+
+def learn_branch(
+  f: "_Functions",
+  config: Config,
+  setup: Setup,
+  state: State,
+  task: Task,
+  key: jax.Array,
+  store: Store,
+) -> tuple[State, Params, Params]:
+  """Learns the branch and the head of a task, and all magnitudes.
+
+  Args:
+    f: the compiled functions.
+    config: config of the method.
+    setup: settings of the run.
+    state: method state before the task.
+    task: the task.
+    key: random key for V, the head, the order of images and dropout.
+    store: store of the task.
+
+  Returns:
+    The state with one more direction, the head, and the BatchNorm statistics.
+  """
+  init_key, branch_key, fit_key = jax.random.split(key, 3)
+  t = len(state.tasks)
+  state = with_slots(state, f.shapes, config.rank, max(setup.num_tasks, t + 1))
+  shared, stats = state.shared, branches.latest_stats(state)
+  start = fresh_branch(branch_key, f.shapes, config.rank) | {
+    "magnitudes": {n: x.at[t].set(_START) for n, x in shared["magnitudes"].items()},
+    "head": f.initialize(init_key)[0][trees.HEAD],
+  }
+  frozen = {"shared": shared, "slot": jnp.int32(t)}
+  args = (task, fit_key, setup.epochs, store.child("train"))
+  trained, stats = f.fit_branch(start, stats, frozen, *args)
+  shared = shared | f.freeze(shared, trained, frozen["slot"])
+  return state._replace(shared=shared), trained["head"], stats
+
+
+def fresh_branch(key: jax.Array, shapes: contract.Shapes, rank: int) -> dict[str, Params]:
+  """Returns U = 0 [J, r] and V [I, r], uniform within +-1/sqrt(I), by layer.
+
+  Args:
+    key: random key for V.
+    shapes: (I, J) by layer.
+    rank: r, the columns of U and V.
+  """
+
+  def draw(i: int, rows: int) -> jax.Array:
+    bound = 1 / math.sqrt(rows)
+    layer_key = jax.random.fold_in(key, i)
+    return jax.random.uniform(layer_key, (rows, rank), minval=-bound, maxval=bound)
+
+  return {
+    "U": {n: jnp.zeros((num_out, rank)) for n, (_, num_out) in shapes.items()},
+    "V": {n: draw(i, num_in) for i, (n, (num_in, _)) in enumerate(shapes.items())},
+  }
+
+
+def with_slots(state: State, shapes: contract.Shapes, rank: int, num_tasks: int) -> State:
+  """Returns the state with room for the branches of `num_tasks` tasks; free columns are zero."""
+
+  def widen(tree: Params, like: dict[str, tuple[int, ...]]) -> Params:
+    old = {n: tree.get(n, jnp.zeros(s[:-1] + (0,))) for n, s in like.items()}
+    more = {n: max(0, s[-1] - old[n].shape[-1]) for n, s in like.items()}
+    return {
+      n: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more[n])]) if more[n] else x
+      for n, x in old.items()
+    }
+
+  width = num_tasks * rank
+  wanted = {
+    "U": {n: (num_out, width) for n, (_, num_out) in shapes.items()},
+    "V": {n: (num_in, width) for n, (num_in, _) in shapes.items()},
+    "magnitudes": dict.fromkeys(shapes, (num_tasks,)),
+  }
+  found = {name: widen(state.shared.get(name, {}), like) for name, like in wanted.items()}
+  return state._replace(shared=state.shared | found)
+
+
+def branches_of(shared: dict, rank: int) -> dict[str, lowrank.Perturbation]:
+  """Returns the sum of all branches, weighted with their magnitudes, by layer."""
+  sigma = {n: jnp.repeat(x, rank) for n, x in shared["magnitudes"].items()}
+  return branches.as_perturbation(shared["U"], shared["V"], sigma)
+
+
+# --- jitted functions -------------------------------------------------------------------
+
+
+class _Functions(NamedTuple):
+  """Functions that are compiled once for all tasks."""
+
+  shapes: contract.Shapes  # (I, J) of the layers that have a branch
+  initialize: Callable  # (key) -> params, stats
+  fit_branch: Fit  # of U, V, magnitudes and the head
+  freeze: Callable  # (shared, trained, slot) -> shared U, V and magnitudes after a task
+
+
+def _build(config: Config, setup: Setup) -> _Functions:
+  """Builds the functions that are compiled once for all tasks."""
+  model, shapes = setup.model, branches.find_shapes(setup)
+
+  def put(whole, own, slot):
+    """Returns the factors of all tasks with those of one task in its columns."""
+    begin = (0, slot * config.rank)
+    return {n: lax.dynamic_update_slice(whole[n], x, begin) for n, x in own.items()}
+
+  def apply_fn(params, frozen, *args):
+    shared, slot = frozen["shared"], frozen["slot"]
+    factors = {k: put(shared[k], params[k], slot) for k in ("U", "V")}
+    changes = branches_of(factors | {"magnitudes": params["magnitudes"]}, config.rank)
+    return branches.apply(model, shared, changes, params["head"], *args)
+
+  def freeze(shared, trained, slot):
+    norms = {
+      k: {n: jnp.maximum(jnp.linalg.norm(x), _TINY) for n, x in trained[k].items()}
+      for k in ("U", "V")
+    }
+    units = {k: {n: x / norms[k][n] for n, x in trained[k].items()} for k in ("U", "V")}
+    magnitudes = {
+      n: x.at[slot].multiply(norms["U"][n] * norms["V"][n])
+      for n, x in trained["magnitudes"].items()
+    }
+    found = {k: put(shared[k], units[k], slot) for k in ("U", "V")}
+    return found | {"magnitudes": magnitudes}
+
+  return _Functions(
+    shapes=shapes,
+    initialize=networks.make_initialize(setup),
+    fit_branch=make_fit(setup, apply_fn, lambda params, frozen: 0.0),
+    freeze=jax.jit(freeze),
+  )
+
+
+# --- size ---------------------------------------------------------------------------------
+
+
+def size(state: State, rank: int) -> Size:
+  """Returns the size: every task adds its head, and the directions and magnitudes of its branch.
+
+  Args:
+    state: the method state.
+    rank: r, the columns of U and V of a task.
+  """
+  shared, (first, *later) = state.shared, state.tasks
+  rest = shared["rest"] | {trees.HEAD: first.head}
+  base = sizes.network_count(shared["kernels"], rest, int(first.num_classes))
+  heads = sum(sizes.count_rest({trees.HEAD: p.head}, {}, int(p.num_classes)).counted for p in later)
+  used = sum(_is_used(shared, rank, t) for t in range(len(state.tasks)))
+  branch = sum(1 + rank * (len(u) + len(shared["V"][n])) for n, u in shared["U"].items())
+  stats = sizes.count_leaves([p.stats for p in state.tasks])
+  return sizes.dense_size(base, heads + used * branch, stats)
+
+
+def _is_used(shared: dict, rank: int, slot: int) -> bool:
+  """Returns whether a task has a branch: the first has none if it trained the whole network."""
+  columns = slice(slot * rank, (slot + 1) * rank)
+  return any(bool(jnp.any(v[:, columns])) for v in shared["V"].values())
