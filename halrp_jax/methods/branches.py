@@ -12,6 +12,7 @@ position of the window. All tasks are predicted with the current kernels, each w
 statistics.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from halrp_jax.training import contract, networks
+from halrp_jax import keys
+from halrp_jax.training import contract, networks, sizes
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Array, Params, State
 from halrp_jax.weights import lowrank, trees
@@ -33,8 +35,29 @@ class TaskState(NamedTuple):
   num_classes: Array  # int32 []
 
 
-def find_shapes(setup: Setup) -> contract.Shapes:
-  """Returns (I, J) of the kernels of all layers that get a branch, by path.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(keys.NetworkConfig):
+  """Config keys `method.*` that InfLoRA and SD-LoRA share."""
+
+  rank: int = keys.whole(10, 1, None, "r: most columns of U and V of a task in a layer")
+  budget: float = keys.number(
+    0.0,
+    0,
+    None,
+    "size of all U and V of a task as a share of the base, divided into ranks that are as equal as "
+    "possible; 0: r columns in every layer",
+  )
+
+
+class Plan(NamedTuple):
+  """Which layers get a branch, by path."""
+
+  shapes: contract.Shapes  # (I, J) of the kernels as matrices
+  ranks: dict[str, int]  # columns of U and V
+
+
+def make_plan(config: Config, setup: Setup) -> Plan:
+  """Returns the layers that get a branch: those whose inputs V' multiplies.
 
   Raises:
     UserError: if the network does not meet the requirements (`contract.make_matrix_shapes`).
@@ -45,7 +68,13 @@ def find_shapes(setup: Setup) -> contract.Shapes:
     lambda key: networks.initialize(model, key, setup.image_shape), jax.random.key(0)
   )
   shapes = shapes_of(params)
-  return {n: shapes[n] for n in networks.with_low_rank_inputs(setup, shapes)}
+  shapes = {n: shapes[n] for n in networks.with_low_rank_inputs(setup, shapes)}
+  widths = [min(config.rank, *shape) for shape in shapes.values()]
+  if config.budget:
+    priorities, costs = lowrank.equal_priorities(widths), [sum(x) for x in shapes.values()]
+    most = config.budget * sizes.count_leaves(params)
+    widths = lowrank.allocate_budget(priorities, costs, most)
+  return Plan(shapes, dict(zip(shapes, widths, strict=True)))
 
 
 def open_base(params: Params, stats: Params, shapes: contract.Shapes) -> State:

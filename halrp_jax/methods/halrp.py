@@ -104,6 +104,13 @@ class Config(keys.MethodConfig):
   prune_bound: float | str = keys.number_or_none(
     0.6, 0, "model growth that is allowed, a fraction of the base; none: any"
   )
+  budget: float = keys.number(
+    0.0,
+    0,
+    None,
+    "size of all U and V of a task as a share of the base, which rank_rule divides among the "
+    "layers; alpha then has no effect; 0: any size",
+  )
   rank_rule: str = keys.one_of(
     "importance",
     ("importance", "flat", "lrp", "pearl", "random", "lora", "eva", "none"),
@@ -191,7 +198,7 @@ def check(config: keys.Config) -> list[str]:
       "method.importance_split = 'valid' needs protocol.validation_fraction > 0; "
       "or set method.importance_split=train"
     )
-  if m.rank_rule in _EQUAL_RANKS + ("eva",) and not m.upper_rank:
+  if m.rank_rule in (*_EQUAL_RANKS, "eva") and not m.upper_rank:
     errors.append(f"method.rank_rule = {m.rank_rule!r} needs method.upper_rank > 0")
   if m.rank_rule in ("random", "lora", "eva") and m.sigma == "kept":
     errors.append(f"method.rank_rule = {m.rank_rule!r} has no Sigma: set method.sigma=folded")
@@ -333,9 +340,10 @@ def select(
     {n: kinds.as_matrix(w, shapes[n]) for n, w in tree.items()} for tree in (kernels, free)
   )
   decomposition = f.decompose(matrices, free, svd_key)
+  budget = config.budget * sizes.count_leaves(params)
   if config.rank_rule == "eva":
-    return *along_inputs(f, config, params, stats, task, decomposition), True
-  ranks, exact = choose_ranks(config, decomposition, kernels, importance)
+    return *along_inputs(f, config, params, stats, task, decomposition, budget), True
+  ranks, exact = choose_ranks(config, decomposition, kernels, importance, budget)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
     width = _columns(shapes[name], config)
@@ -385,11 +393,12 @@ def along_inputs(
   stats: Params,
   task: Task,
   decomposition: dict[str, lowrank.Decomposition],
+  budget: float,
 ) -> tuple[dict[str, lowrank.Perturbation], dict[str, int]]:
   """Returns perturbations whose V are the main directions of the layers' inputs, and their ranks.
 
-  The ranks of all layers together are `upper_rank` for each layer whose V multiplies an input; the
-  largest shares of variance are taken. Other layers get rank 0.
+  The ranks of all layers together are `upper_rank` for each layer whose V multiplies an input, or
+  U and V fill the budget; the largest shares of variance are taken. Other layers get rank 0.
 
   Args:
     f: the compiled functions.
@@ -398,13 +407,18 @@ def along_inputs(
     stats: BatchNorm statistics.
     task: whose training images are used.
     decomposition: by layer, of which R and S are used.
+    budget: most numbers of all U and V, if `method.budget` is set.
   """
   moments = f.input_moments(params, stats, task)
   found = {n: lowrank.explained(x) for n, x in moments.items()}
   most = 2 * config.upper_rank
   widths = {n: min(d.U.shape[0], d.V.shape[0]) for n, d in decomposition.items()}
   scores = [shares[: widths[n]] for n, (shares, _) in found.items()]
-  counts = lowrank.allocate_count(scores, config.upper_rank * len(found), most)
+  if config.budget:
+    costs = [_cost(decomposition[n]) for n in found]
+    counts = lowrank.allocate_budget(scores, costs, budget, upper_rank=most)
+  else:
+    counts = lowrank.allocate_count(scores, config.upper_rank * len(found), most)
   ranks = dict.fromkeys(decomposition, 0) | dict(zip(found, counts, strict=True))
   perturbation = {}
   for name, d in decomposition.items():
@@ -419,14 +433,18 @@ def choose_ranks(
   decomposition: dict[str, lowrank.Decomposition],
   kernels: dict[str, jax.Array],
   importance: dict[str, float],
+  budget: float,
 ) -> tuple[dict[str, int], bool]:
   """Chooses the ranks of the whole network together (line 6, paper Eq. 11).
+
+  With `method.budget`, columns are taken by their score per number that they add.
 
   Args:
     config: config of the method.
     decomposition: by layer.
     kernels: kernels of the base, by layer.
     importance: by layer.
+    budget: most numbers of all U and V, if `method.budget` is set.
 
   Returns:
     Ranks by layer, and whether they are those of the exact SVD.
@@ -434,6 +452,11 @@ def choose_ranks(
   found = [d.sigma.size for d in decomposition.values()]
   if config.rank_rule == "none":
     needed = ranks = [0] * len(found)
+  elif config.rank_rule in _EQUAL_RANKS and config.budget:
+    widths = [min(d.S.size, d.R.size) for d in decomposition.values()]
+    costs, most = map(_cost, decomposition.values()), config.upper_rank
+    priorities = lowrank.equal_priorities(widths)
+    needed = ranks = lowrank.allocate_budget(priorities, [*costs], budget, upper_rank=most)
   elif config.rank_rule in _EQUAL_RANKS:
     needed = ranks = [min(config.upper_rank, d.S.size, d.R.size) for d in decomposition.values()]
   else:
@@ -441,17 +464,23 @@ def choose_ranks(
     for name, d in decomposition.items():
       window = kernels[name].size // (d.S.size * d.R.size) if config.window_factor else 1
       scores.append(window * importance[name] * lowrank.squared_singular_values(d))
-    # layers that are chosen together
-    pools = [[x] for x in scores] if config.rank_rule == "pearl" else [scores]
+    limits = {"min_rank": config.min_rank, "upper_rank": config.upper_rank}
+    if config.budget:
+      costs = [_cost(d) for d in decomposition.values()]
+      priorities = [s / cost for s, cost in zip(scores, costs, strict=True)]
+      if config.rank_rule == "pearl":
+        # the share that is missing without the column: a common threshold takes the largest
+        priorities = [1 - (np.cumsum(s) - s) / max(np.sum(s), 1e-20) for s in scores]
+      needed = ranks = lowrank.allocate_budget(priorities, costs, budget, **limits)
+    else:
+      # layers that are chosen together
+      pools = [[s] for s in scores] if config.rank_rule == "pearl" else [scores]
 
-    def allocate(**limits: int) -> list[int]:
-      found = [
-        lowrank.allocate_ranks(x, config.alpha, crossing=config.crossing, **limits) for x in pools
-      ]
-      return sum(found, [])
+      def allocate(**limits: int) -> list[int]:
+        share = functools.partial(lowrank.allocate_ranks, alpha=config.alpha)
+        return [k for pool in pools for k in share(pool, crossing=config.crossing, **limits)]
 
-    needed = allocate()
-    ranks = allocate(min_rank=config.min_rank, upper_rank=config.upper_rank)
+      needed, ranks = allocate(), allocate(**limits)
   exact = all(k <= n for k, n in zip(needed, found, strict=True))
   ranks = [min(k, n) for k, n in zip(ranks, found, strict=True)]
   return dict(zip(decomposition, ranks, strict=True)), exact
@@ -638,6 +667,11 @@ def _start_of(state: State) -> tuple[Params, Params]:
 def _owned(config: Config) -> sizes.Owned:
   """Returns what a later task has for itself beside U and V."""
   return sizes.Owned(config.private, config.scales)
+
+
+def _cost(d: lowrank.Decomposition) -> int:
+  """Returns the numbers that one column of U and V adds, I + J."""
+  return d.S.size + d.R.size
 
 
 def _columns(shape: tuple[int, int], config: Config) -> int:

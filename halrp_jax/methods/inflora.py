@@ -40,7 +40,7 @@ import numpy as np
 
 from halrp_jax import keys
 from halrp_jax.methods import branches
-from halrp_jax.training import contract, first_task, networks, sizes
+from halrp_jax.training import first_task, networks, sizes
 from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Method, Network, Params, Size, State, Store, Task
@@ -48,10 +48,9 @@ from halrp_jax.weights import bases, kinds, trees
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(keys.NetworkConfig):
+class Config(branches.Config):
   """Config keys `method.*` of InfLoRA."""
 
-  rank: int = keys.whole(10, 1, None, "r: columns of U and V in every layer")
   threshold: float = keys.number(
     0.95, 0, 1, "share of the inputs' energy that the basis carries after the first task"
   )
@@ -70,7 +69,7 @@ def make(config: Config, setup: Setup) -> Method:
     UserError: if the pretrained base does not fit `base_training`.
   """
   learn_first = first_task.make(setup, networks.l2_coefficient(config))
-  f = _build(setup)
+  f = _build(config, setup)
 
   def learn(state, tasks, key, store):
     (task,) = tasks
@@ -78,11 +77,11 @@ def make(config: Config, setup: Setup) -> Method:
       state, head, stats = learn_branch(f, config, setup, state, task, key, store)
     elif setup.base_training == "perturb":
       assert setup.base is not None
-      state = branches.open_base(setup.base.params, setup.base.stats, f.shapes)
+      state = branches.open_base(setup.base.params, setup.base.stats, f.plan.shapes)
       state, head, stats = learn_branch(f, config, setup, state, task, key, store)
     else:
       params, stats = learn_first(task, key, store)
-      state, head = branches.open_base(params, stats, f.shapes), params[trees.HEAD]
+      state, head = branches.open_base(params, stats, f.plan.shapes), params[trees.HEAD]
 
     def grow():
       return remember(f, config, setup, state, head, stats, task)
@@ -128,10 +127,13 @@ def learn_branch(
   shared, stats = state.shared, branches.latest_stats(state)
 
   def choose():
-    return choose_directions(f, config, shared, head, stats, task)
+    return choose_directions(f, shared, head, stats, task)
 
   V = jax.tree.map(jnp.asarray, store.once("directions", choose))
-  start = {"U": {n: jnp.zeros((f.shapes[n][1], v.shape[1])) for n, v in V.items()}, "head": head}
+  start = {
+    "U": {n: jnp.zeros((f.plan.shapes[n][1], v.shape[1])) for n, v in V.items()},
+    "head": head,
+  }
   frozen = {"shared": {k: shared[k] for k in ("kernels", "rest")}, "V": V}
   args = (task, fit_key, setup.epochs, store.child("train"))
   trained, stats = f.fit_branch(start, stats, frozen, *args)
@@ -141,7 +143,6 @@ def learn_branch(
 
 def choose_directions(
   f: "_Functions",
-  config: Config,
   shared: dict,
   head: Params,
   stats: Params,
@@ -149,11 +150,8 @@ def choose_directions(
 ) -> dict[str, np.ndarray]:
   """Returns V_t [I, r] by layer: leading directions of the inputs outside M, over sqrt(3).
 
-  A layer with fewer than r inputs gets as many columns as it has inputs.
-
   Args:
     f: the compiled functions.
-    config: config of the method.
     shared: what all tasks share, before the task.
     head: any head.
     stats: BatchNorm statistics.
@@ -162,11 +160,11 @@ def choose_directions(
   moments = f.input_moments(branches.whole(shared, head), stats, task)
 
   def choose(name):
-    known = _basis(shared, name, f.shapes[name][0])
+    known = _basis(shared, name, f.plan.shapes[name][0])
     _, found, _ = bases.spectrum(known, _squared(moments[name]))
-    return (found[:, : config.rank] / math.sqrt(3)).astype(np.float32)
+    return (found[:, : f.plan.ranks[name]] / math.sqrt(3)).astype(np.float32)
 
-  return {name: choose(name) for name in f.shapes}
+  return {name: choose(name) for name in f.plan.shapes}
 
 
 def remember(
@@ -194,8 +192,8 @@ def remember(
   energy = min(1.0, config.threshold + rise)
   moments = f.input_moments(branches.whole(shared, head), stats, task)
   grown = {"basis": {}, "num_directions": {}}
-  for name in f.shapes:
-    known, seen = _basis(shared, name, f.shapes[name][0]), _squared(moments[name])
+  for name in f.plan.shapes:
+    known, seen = _basis(shared, name, f.plan.shapes[name][0]), _squared(moments[name])
     basis = bases.grow(known, seen, energy, first=not t)
     if not basis.shape[1]:  # the code keeps at least one direction
       basis = bases.grow(known, seen, energy, first=False)
@@ -223,16 +221,16 @@ def _squared(moment: np.ndarray) -> np.ndarray:
 class _Functions(NamedTuple):
   """Functions that are compiled once for all tasks."""
 
-  shapes: contract.Shapes  # (I, J) of the layers that have a branch
+  plan: branches.Plan  # layers that have a branch
   initialize: Callable  # (key) -> params, stats
   fit_branch: Fit  # of U and the head
   input_moments: Callable  # (params, stats, task) -> {layer: C [I, I]}
   add: Callable  # (kernels, U, V) -> kernels with U V' added
 
 
-def _build(setup: Setup) -> _Functions:
+def _build(config: Config, setup: Setup) -> _Functions:
   """Builds the functions that are compiled once for all tasks."""
-  model, shapes = setup.model, branches.find_shapes(setup)
+  model, plan = setup.model, branches.make_plan(config, setup)
 
   def apply_fn(params, frozen, *args):
     changes = branches.as_perturbation(params["U"], frozen["V"])
@@ -243,10 +241,10 @@ def _build(setup: Setup) -> _Functions:
     return {n: kinds.compose(w, changes[n]) for n, w in kernels.items()}
 
   return _Functions(
-    shapes=shapes,
+    plan=plan,
     initialize=networks.make_initialize(setup),
     fit_branch=make_fit(setup, apply_fn, lambda params, frozen: 0.0),
-    input_moments=networks.make_input_moments(setup, lambda params: shapes),
+    input_moments=networks.make_input_moments(setup, lambda params: plan.shapes),
     add=jax.jit(add),
   )
 

@@ -39,9 +39,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from halrp_jax import keys
 from halrp_jax.methods import branches
-from halrp_jax.training import contract, first_task, networks, sizes
+from halrp_jax.training import first_task, networks, sizes
 from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Method, Network, Params, Size, State, Store, Task
@@ -52,10 +51,8 @@ _TINY = 1e-20  # lower bound of norms that are divided by
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(keys.NetworkConfig):
+class Config(branches.Config):
   """Config keys `method.*` of SD-LoRA."""
-
-  rank: int = keys.whole(10, 1, None, "r: columns of U and V of a task in every layer")
 
 
 TaskState = branches.TaskState
@@ -76,29 +73,26 @@ def make(config: Config, setup: Setup) -> Method:
       state, head, stats = learn_branch(f, config, setup, state, task, key, store)
     elif setup.base_training == "perturb":
       assert setup.base is not None
-      state = branches.open_base(setup.base.params, setup.base.stats, f.shapes)
+      state = branches.open_base(setup.base.params, setup.base.stats, f.plan.shapes)
       state, head, stats = learn_branch(f, config, setup, state, task, key, store)
     else:
       params, stats = learn_first(task, key, store)
-      state, head = branches.open_base(params, stats, f.shapes), params[trees.HEAD]
-      state = with_slots(state, f.shapes, config.rank, setup.num_tasks)
+      state, head = branches.open_base(params, stats, f.plan.shapes), params[trees.HEAD]
+      state = with_slots(state, f.plan, setup.num_tasks)
     return state.append(TaskState(head, stats, jnp.int32(task.num_classes))), {}
 
   def network(shared, task):
-    changes = branches_of(shared, config.rank)
+    changes = branches_of(shared)
     kernels = {n: kinds.compose(w, changes[n]) for n, w in shared["kernels"].items()}
     return Network(branches.whole(shared | {"kernels": kernels}, task.head), task.stats)
 
   def logits(shared, task, image):
-    changes = branches_of(shared, config.rank)
+    changes = branches_of(shared)
     args = (task.head, task.stats, image, False, None)
     return branches.apply(setup.model, shared, changes, *args)[0]
 
-  def size_of(state):
-    return size(state, config.rank)
-
   serves = ("kernels", "rest", "U", "V", "magnitudes")
-  return Method(learn, size_of, network, logits, serves)
+  return Method(learn, size, network, logits, serves)
 
 
 # --- one task -----------------------------------------------------------------------------
@@ -130,9 +124,9 @@ def learn_branch(
   """
   init_key, branch_key, fit_key = jax.random.split(key, 3)
   t = len(state.tasks)
-  state = with_slots(state, f.shapes, config.rank, max(setup.num_tasks, t + 1))
+  state = with_slots(state, f.plan, max(setup.num_tasks, t + 1))
   shared, stats = state.shared, branches.latest_stats(state)
-  start = fresh_branch(branch_key, f.shapes, config.rank) | {
+  start = fresh_branch(branch_key, f.plan) | {
     "magnitudes": {n: x.at[t].set(_START) for n, x in shared["magnitudes"].items()},
     "head": f.initialize(init_key)[0][trees.HEAD],
   }
@@ -143,27 +137,27 @@ def learn_branch(
   return state._replace(shared=shared), trained["head"], stats
 
 
-def fresh_branch(key: jax.Array, shapes: contract.Shapes, rank: int) -> dict[str, Params]:
+def fresh_branch(key: jax.Array, plan: branches.Plan) -> dict[str, Params]:
   """Returns U = 0 [J, r] and V [I, r], uniform within +-1/sqrt(I), by layer.
 
   Args:
     key: random key for V.
-    shapes: (I, J) by layer.
-    rank: r, the columns of U and V.
+    plan: shapes and ranks.
   """
 
-  def draw(i: int, rows: int) -> jax.Array:
-    bound = 1 / math.sqrt(rows)
-    layer_key = jax.random.fold_in(key, i)
-    return jax.random.uniform(layer_key, (rows, rank), minval=-bound, maxval=bound)
+  def draw(i: int, name: str) -> jax.Array:
+    rows = plan.shapes[name][0]
+    bound, layer_key = 1 / math.sqrt(rows), jax.random.fold_in(key, i)
+    shape = (rows, plan.ranks[name])
+    return jax.random.uniform(layer_key, shape, minval=-bound, maxval=bound)
 
   return {
-    "U": {n: jnp.zeros((num_out, rank)) for n, (_, num_out) in shapes.items()},
-    "V": {n: draw(i, num_in) for i, (n, (num_in, _)) in enumerate(shapes.items())},
+    "U": {n: jnp.zeros((num_out, plan.ranks[n])) for n, (_, num_out) in plan.shapes.items()},
+    "V": {n: draw(i, n) for i, n in enumerate(plan.shapes)},
   }
 
 
-def with_slots(state: State, shapes: contract.Shapes, rank: int, num_tasks: int) -> State:
+def with_slots(state: State, plan: branches.Plan, num_tasks: int) -> State:
   """Returns the state with room for the branches of `num_tasks` tasks; free columns are zero."""
 
   def widen(tree: Params, like: dict[str, tuple[int, ...]]) -> Params:
@@ -174,19 +168,20 @@ def with_slots(state: State, shapes: contract.Shapes, rank: int, num_tasks: int)
       for n, x in old.items()
     }
 
-  width = num_tasks * rank
+  width = {n: num_tasks * rank for n, rank in plan.ranks.items()}
   wanted = {
-    "U": {n: (num_out, width) for n, (_, num_out) in shapes.items()},
-    "V": {n: (num_in, width) for n, (num_in, _) in shapes.items()},
-    "magnitudes": dict.fromkeys(shapes, (num_tasks,)),
+    "U": {n: (num_out, width[n]) for n, (_, num_out) in plan.shapes.items()},
+    "V": {n: (num_in, width[n]) for n, (num_in, _) in plan.shapes.items()},
+    "magnitudes": dict.fromkeys(plan.shapes, (num_tasks,)),
   }
   found = {name: widen(state.shared.get(name, {}), like) for name, like in wanted.items()}
   return state._replace(shared=state.shared | found)
 
 
-def branches_of(shared: dict, rank: int) -> dict[str, lowrank.Perturbation]:
+def branches_of(shared: dict) -> dict[str, lowrank.Perturbation]:
   """Returns the sum of all branches, weighted with their magnitudes, by layer."""
-  sigma = {n: jnp.repeat(x, rank) for n, x in shared["magnitudes"].items()}
+  U, magnitudes = shared["U"], shared["magnitudes"]
+  sigma = {n: jnp.repeat(x, U[n].shape[1] // len(x)) for n, x in magnitudes.items()}
   return branches.as_perturbation(shared["U"], shared["V"], sigma)
 
 
@@ -196,7 +191,7 @@ def branches_of(shared: dict, rank: int) -> dict[str, lowrank.Perturbation]:
 class _Functions(NamedTuple):
   """Functions that are compiled once for all tasks."""
 
-  shapes: contract.Shapes  # (I, J) of the layers that have a branch
+  plan: branches.Plan  # layers that have a branch
   initialize: Callable  # (key) -> params, stats
   fit_branch: Fit  # of U, V, magnitudes and the head
   freeze: Callable  # (shared, trained, slot) -> shared U, V and magnitudes after a task
@@ -204,17 +199,18 @@ class _Functions(NamedTuple):
 
 def _build(config: Config, setup: Setup) -> _Functions:
   """Builds the functions that are compiled once for all tasks."""
-  model, shapes = setup.model, branches.find_shapes(setup)
+  model, plan = setup.model, branches.make_plan(config, setup)
 
   def put(whole, own, slot):
     """Returns the factors of all tasks with those of one task in its columns."""
-    begin = (0, slot * config.rank)
-    return {n: lax.dynamic_update_slice(whole[n], x, begin) for n, x in own.items()}
+    return {
+      n: lax.dynamic_update_slice(whole[n], x, (0, slot * plan.ranks[n])) for n, x in own.items()
+    }
 
   def apply_fn(params, frozen, *args):
     shared, slot = frozen["shared"], frozen["slot"]
     factors = {k: put(shared[k], params[k], slot) for k in ("U", "V")}
-    changes = branches_of(factors | {"magnitudes": params["magnitudes"]}, config.rank)
+    changes = branches_of(factors | {"magnitudes": params["magnitudes"]})
     return branches.apply(model, shared, changes, params["head"], *args)
 
   def freeze(shared, trained, slot):
@@ -231,7 +227,7 @@ def _build(config: Config, setup: Setup) -> _Functions:
     return found | {"magnitudes": magnitudes}
 
   return _Functions(
-    shapes=shapes,
+    plan=plan,
     initialize=networks.make_initialize(setup),
     fit_branch=make_fit(setup, apply_fn, lambda params, frozen: 0.0),
     freeze=jax.jit(freeze),
@@ -241,24 +237,19 @@ def _build(config: Config, setup: Setup) -> _Functions:
 # --- size ---------------------------------------------------------------------------------
 
 
-def size(state: State, rank: int) -> Size:
-  """Returns the size: every task adds its head, and the directions and magnitudes of its branch.
-
-  Args:
-    state: the method state.
-    rank: r, the columns of U and V of a task.
-  """
+def size(state: State) -> Size:
+  """Returns the size: every task adds its head, and the directions and magnitudes of its branch."""
   shared, (first, *later) = state.shared, state.tasks
   rest = shared["rest"] | {trees.HEAD: first.head}
   base = sizes.network_count(shared["kernels"], rest, int(first.num_classes))
   heads = sum(sizes.count_rest({trees.HEAD: p.head}, {}, int(p.num_classes)).counted for p in later)
-  used = sum(_is_used(shared, rank, t) for t in range(len(state.tasks)))
-  branch = sum(1 + rank * (len(u) + len(shared["V"][n])) for n, u in shared["U"].items())
+  used = sum(_is_used(shared, t) for t in range(len(state.tasks)))
+  slots = {n: len(x) for n, x in shared["magnitudes"].items()}
+  branch = sum(1 + (u.size + shared["V"][n].size) // slots[n] for n, u in shared["U"].items())
   stats = sizes.count_leaves([p.stats for p in state.tasks])
   return sizes.dense_size(base, heads + used * branch, stats)
 
 
-def _is_used(shared: dict, rank: int, slot: int) -> bool:
+def _is_used(shared: dict, slot: int) -> bool:
   """Returns whether a task has a branch: the first has none if it trained the whole network."""
-  columns = slice(slot * rank, (slot + 1) * rank)
-  return any(bool(jnp.any(v[:, columns])) for v in shared["V"].values())
+  return any(bool(jnp.any(x[slot])) for x in shared["magnitudes"].values())

@@ -23,7 +23,13 @@ _LATER_KEYS = (
 )
 # Keys of a method that older versions did not have, with the value for what those versions did.
 _OLDER_VALUES: dict[object, dict[str, str | bool | float]] = {
-  "halrp": {"prune_scope": "all", "scales": True, "private": "all", "warmup_rate": 1.0}
+  "halrp": {
+    "prune_scope": "all",
+    "scales": True,
+    "private": "all",
+    "warmup_rate": 1.0,
+    "budget": 0.0,
+  }
 }
 
 

@@ -349,6 +349,48 @@ def allocate_ranks(
   ]
 
 
+def allocate_budget(
+  priorities: list[np.ndarray],
+  costs: list[int],
+  budget: float,
+  *,
+  min_rank: int = 0,
+  upper_rank: int = 0,
+) -> list[int]:
+  """Returns ranks whose U and V have at most `budget` numbers, chosen for all layers together.
+
+  Columns are taken greedily in descending priority as long as they fit. Of equal priorities, those
+  of earlier layers come first.
+
+  Args:
+    priorities: one array [m_l] per layer, descending: of its first, second, ... column.
+    costs: numbers that one column of a layer adds, I + J.
+    budget: most numbers of all layers together.
+    min_rank: rank that each layer gets before, whether it fits or not.
+    upper_rank: largest rank of a layer, 0 for no limit.
+  """
+  most = [min(upper_rank or len(p), len(p)) for p in priorities]
+  ranks = [min(min_rank, n) for n in most]
+  left = budget - sum(k * cost for k, cost in zip(ranks, costs, strict=True))
+  columns = [
+    (-p[k], layer) for layer, p in enumerate(priorities) for k in range(ranks[layer], most[layer])
+  ]
+  for _, layer in sorted(columns, key=lambda column: column[0]):
+    if costs[layer] <= left:
+      ranks[layer] += 1
+      left -= costs[layer]
+  return ranks
+
+
+def equal_priorities(widths: list[int]) -> list[np.ndarray]:
+  """Returns priorities that give all layers equal ranks, up to one column that fits no more.
+
+  Args:
+    widths: largest possible rank of each layer.
+  """
+  return [-np.arange(n, dtype=np.float64) for n in widths]
+
+
 def explained(moment: jax.typing.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   """Returns shares and directions of the variance of a layer's inputs (EVA, arXiv 2410.07170).
 

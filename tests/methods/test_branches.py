@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from halrp_jax import models
+from halrp_jax import methods, models
 from halrp_jax.config import resolve
+from halrp_jax.data import load
 from halrp_jax.methods import branches, sdlora
 from halrp_jax.training import batches
 from halrp_jax.weights import bases
@@ -116,9 +117,23 @@ def test_layers_without_a_low_rank_branch_stay_in_the_rest():
 
 
 def test_a_state_with_fewer_slots_is_widened():
+  plan = branches.Plan({"a": (2, 3)}, {"a": 2})
   state = branches.open_base({"a": {"kernel": np.ones((2, 3))}, "head": {}}, {}, {"a": (2, 3)})
-  first = sdlora.with_slots(state, {"a": (2, 3)}, rank=2, num_tasks=1)
+  first = sdlora.with_slots(state, plan, num_tasks=1)
   assert first.shared["U"]["a"].shape == (3, 2) and first.shared["magnitudes"]["a"].shape == (1,)
-  more = sdlora.with_slots(first, {"a": (2, 3)}, rank=2, num_tasks=3)
+  more = sdlora.with_slots(first, plan, num_tasks=3)
   assert more.shared["V"]["a"].shape == (2, 6) and more.shared["magnitudes"]["a"].shape == (3,)
-  assert sdlora.with_slots(more, {"a": (2, 3)}, 2, 1).shared["U"]["a"].shape == (3, 6)
+  assert sdlora.with_slots(more, plan, 1).shared["U"]["a"].shape == (3, 6)
+
+
+@pytest.mark.parametrize("method_name", ["inflora", "sdlora"])
+def test_a_budget_is_divided_equally(method_name, digits_config):
+  """Of 2 % of the base, 1,700 numbers, each layer gets two columns: 1,664 numbers."""
+  config = resolve(digits_config(method_name, **{"method.budget": 0.02}))
+  benchmark, model = load(config), models.of_config(config, 10)
+  plan = branches.make_plan(config.method, methods.setup_of(config, model, benchmark))
+  assert plan.shapes == LAYERS
+  base = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+  used = sum(k * sum(LAYERS[n]) for n, k in plan.ranks.items())
+  assert 0.02 * base - min(map(sum, LAYERS.values())) < used <= 0.02 * base
+  assert max(plan.ranks.values()) - min(plan.ranks.values()) <= 1

@@ -17,6 +17,8 @@ from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import State, Store, UserError
 from halrp_jax.weights import lowrank, trees
 
+from ..conftest import building_anew
+
 CAP = 100
 QUIET = Store("test", lambda event: None)
 
@@ -254,7 +256,7 @@ def test_a_private_head_needs_statistics_that_are_not_measured_again(digits_conf
 def test_pearl_keeps_a_share_of_each_layers_own_energy(digits_config):
   """The smallest ranks that exceed the share, found here from the residuals' singular values."""
   rule = {"method.rank_rule": "pearl", "method.scales": False, "method.prune": "none"}
-  config = digits_config(**rule, **{"method.alpha": 0.7, "method.warmup_epochs": 2})
+  config = digits_config(**rule, **{"method.alpha": 0.7, "epochs": 3})
   seen, decompose = [], lowrank.decompose
   with pytest.MonkeyPatch.context() as patch:
 

@@ -356,3 +356,24 @@ def test_scalars_and_lists_of_vectors_are_checked():
     lowrank.allocate_ranks([np.ones(3), np.ones((2, 2))], 0.9)
   with pytest.raises(AssertionError, match=r"values must be one array \[n\] per task and layer"):
     lowrank.prune_thresholds([{"a": np.ones((2, 2))}], "absolute", 0.1, 0.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_budget_is_filled_in_descending_priority(seed):
+  rng = np.random.default_rng(seed)
+  priorities = [np.sort(rng.uniform(size=n))[::-1] for n in (3, 5, 4)]
+  costs, budget = [7, 3, 5], 28
+  ranks = lowrank.allocate_budget(priorities, costs, budget, min_rank=1, upper_rank=4)
+  used = sum(k * cost for k, cost in zip(ranks, costs, strict=True))
+  assert used <= budget and all(1 <= k <= 4 for k in ranks)
+  taken = [x for p, k in zip(priorities, ranks, strict=True) for x in p[1:k]]
+  for p, k, cost in zip(priorities, ranks, costs, strict=True):
+    if k < min(4, len(p)) and taken and p[k] > min(taken):
+      assert used + cost > budget, "a column of higher priority than one taken did not fit"
+    if k < min(4, len(p)) and used + cost <= budget:
+      pytest.fail("a column that fits was left out")
+
+
+def test_equal_priorities_give_equal_ranks():
+  ranks = lowrank.allocate_budget(lowrank.equal_priorities([9, 9, 1]), [4, 4, 4], 31)
+  assert ranks == [3, 3, 1]
