@@ -4,11 +4,21 @@ r"""CIFAR100-Split on a pretrained EfficientNet-Lite0, with images enlarged to 9
       --config.base=efficientnet_lite0.safetensors --workdir=RUN
 
 DIR holds cifar-100-binary/ or cifar-100-binary.tar.gz. The base is a file of docs/guide.md, section
-"A pretrained base". Only the head of the first task is trained; base_training=all trains the whole
-network on it.
+"A pretrained base". It stays as it is: every task, the first one too, stores its own perturbation
+(base_training=perturb). BatchNorm keeps the statistics of the base (method.batch_norm=frozen).
+
+The methods whose task is a part of the network store about equally much for it, 4.6 % of the base:
+HALRP, InfLoRA and SD-LoRA by their defaults here, LoRA, EVA and PEARL with
+
+  --config=configs/cifar100_split_pretrained.py:halrp,rank_rule=lora,scales=False,warmup_epochs=0,\
+budget=0.029617
+
+and rank_rule=eva, or rank_rule=pearl and warmup_epochs=1. docs/pretrained.md compares them.
 """
 
 from halrp_jax.config import make_config
+
+_KEEPING_THE_BASE = ("halrp", "inflora", "sdlora")  # methods that add to it and leave it as it is
 
 
 def get_config(method: str = "halrp"):
@@ -24,7 +34,7 @@ def pretrained(method: str, benchmark: str, order: str, image_size: int, batch_s
     benchmark=benchmark,
     order=order,
     network="efficientnet_lite0",
-    base_training="head" if method.split(",")[0] == "halrp" else "all",
+    base_training="all" if method.split(",")[0] not in _KEEPING_THE_BASE else "perturb",
     epochs=20,
     batch_size=batch_size,
     learning_rate=1e-3,
@@ -33,9 +43,21 @@ def pretrained(method: str, benchmark: str, order: str, image_size: int, batch_s
       "schedule": "epoch",
       "validation_fraction": 0.2,
       "gradient_scale": 1.0,
+      "head_rate": 3.0,
     },
     data_={"image_size": image_size},
     # the statistics of the base are those of millions of images
-    every_method={"batch_norm": "running"},
-    methods_={"halrp": {"alpha": 0.9, "warmup_epochs": 1, "prune": "none", "upper_rank": 4}},
+    every_method={"batch_norm": "frozen"},
+    methods_={
+      "halrp": {
+        "warmup_epochs": 1,
+        "warmup_rate": 0.1,
+        "prune": "none",
+        "upper_rank": 8,
+        "min_rank": 0,
+        "budget": 0.02022,
+      },
+      "inflora": {"budget": 0.042033},
+      "sdlora": {"budget": 0.042033},
+    },
   )

@@ -7,7 +7,7 @@ FILE holds the parameters of an EfficientNet-Lite0, a ResNet-50 or a ViT with th
 torchvision or big_vision (docs/pretrained.md, also for --config.base_source). DIR is as for
 configs/custom.py.
 
-The first task trains only its head (base_training=head), so the base stays the published one. The
+The base stays the published one (base_training=perturb): every task stores what it adds. The
 hyper-parameters are a starting point. Expected ACC, growth and time depend on your images.
 """
 

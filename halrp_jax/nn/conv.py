@@ -187,13 +187,26 @@ def _plain_shifted_sum(
     [B, H', W', C]
   """
   size = _output_size(x, kernel, padding, stride)
+  return isolate.call(
+    functools.partial(_sum_of_taps, size=size, stride=stride), _padded(x, padding), kernel
+  )
 
-  def total(x, kernel):
-    taps = _taps(x, kernel.shape[:2], size, (stride, stride))
-    parts = [part * kernel[i][None, None, None] for i, part in taps.items()]
-    return functools.reduce(jnp.add, parts)
 
-  return isolate.call(total, _padded(x, padding), kernel)
+@functools.partial(jax.jit, static_argnames=("size", "stride"))
+def _sum_of_taps(x: jax.Array, kernel: jax.Array, size: tuple[int, int], stride: int) -> jax.Array:
+  """Returns the sum over the window of shifted inputs times a row of the kernel.
+
+  It is traced once for all layers of the same shapes.
+
+  Args:
+    x: padded input. [B, H, W, C]
+    kernel: [h, w, C]
+    size: height H' and width W' of the output.
+    stride: along both axes.
+  """
+  taps = _taps(x, kernel.shape[:2], size, (stride, stride))
+  parts = [part * kernel[i][None, None, None] for i, part in taps.items()]
+  return functools.reduce(jnp.add, parts)
 
 
 _shifted_sum = jax.custom_vjp(_plain_shifted_sum, nondiff_argnums=(2, 3))
@@ -208,7 +221,7 @@ def _shifted_sum_bwd(
   as vectors, and a matrix product adds what is left.
   """
   x, kernel = saved
-  (dx,) = jax.vjp(lambda x: _plain_shifted_sum(x, kernel, padding, stride), x)[1](dy)
+  dx = _input_gradient(kernel, dy, x.shape[1:3], padding, stride)
   b, h_out, w_out, channels = dy.shape
   group = math.gcd(b, 8)
 
@@ -229,6 +242,33 @@ def _shifted_sum_bwd(
     return lax.map(lambda p: product(x, dy, (p[0], p[1])), positions.reshape(-1, 2))
 
   return dx, isolate.call(products, _padded(x, padding), dy).reshape(kernel.shape)
+
+
+def _input_gradient(
+  kernel: jax.Array, dy: jax.Array, size: tuple[int, int], padding: _Padding, stride: int
+) -> jax.Array:
+  """Returns the gradient of `_shifted_sum` with respect to its input, again a sum of shifts.
+
+  With zeros between its rows and columns if stride > 1, the gradient of the output is convolved
+  with the flipped kernel.
+
+  Args:
+    kernel: [h, w, C]
+    dy: gradient of the output. [B, H', W', C]
+    size: height and width of the input.
+    padding: of the convolution.
+    stride: of the convolution.
+  """
+  pads = []
+  for axis in (0, 1):
+    low = kernel.shape[axis] - 1 - padding[axis][0]
+    spread = (dy.shape[1 + axis] - 1) * stride + 1
+    pads.append((low, size[axis] + padding[axis][0] - spread, stride - 1))
+  spread = isolate.call(
+    lambda dy: lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *pads, (0, 0, 0))), dy
+  )
+  total = functools.partial(_sum_of_taps, size=size, stride=1)
+  return isolate.call(total, spread, kernel[::-1, ::-1])
 
 
 def _padded(x: jax.Array, padding: _Padding) -> jax.Array:
