@@ -35,7 +35,7 @@ def pretrained(method: str, benchmark: str, order: str, image_size: int, batch_s
     order=order,
     network="efficientnet_lite0",
     base_training="all" if method.split(",")[0] not in _KEEPING_THE_BASE else "perturb",
-    epochs=20,
+    epochs=10,  # with the 200 images of a task at 5 % the loss is below 0.001 by then
     batch_size=batch_size,
     learning_rate=1e-3,
     protocol={

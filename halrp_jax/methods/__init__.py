@@ -70,7 +70,7 @@ METHODS: dict[str, ModuleType] = {
 
 # Methods that support only Dense and ordinary 2-D convolutions (`contract.check_plain`): they need
 # kernels [.., J] whose last axis indexes the outputs of the layer.
-_PLAIN_LAYERS = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru", "wsn"}
+_PLAIN_LAYERS = {"apd", "apdfix", "bmkp", "clr", "gpm", "ibpwf", "iru"}
 
 
 def make(

@@ -124,7 +124,7 @@ def test_a_network_that_is_not_told_whether_it_is_trained_is_refused(config):
     methods.make(config, Net, benchmark)
 
 
-@pytest.mark.parametrize("name", ["halrp", "be", "gpm", "wsn"])
+@pytest.mark.parametrize("name", ["halrp", "be", "gpm"])
 @pytest.mark.parametrize("fault", ["normalised", "stack"])
 def test_layers_that_a_method_can_not_compute_are_refused(name, fault, digits_config):
   config = resolve(digits_config(name))
