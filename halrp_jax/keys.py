@@ -185,6 +185,21 @@ class Data:
   cache: str = text(
     "", "folder for decoded images, or off; empty: halrp_jax/data in the user's cache folder"
   )
+  residence: str = one_of(
+    "auto",
+    ("auto", "device", "host", "disk"),
+    "where the images stay while a run trains; device: all on the device; host: in host memory, "
+    "and disk: in the cache of decoded images, from which each batch is sent while earlier steps "
+    "run; auto: device, but host if they take more than 1/4 of the device's memory (on the CPU, of "
+    "the machine's), and disk if they take more than 1/2 of the machine's",
+  )
+  decode_processes: int = whole(
+    0,
+    0,
+    None,
+    "custom: processes that decode folders of images (needs the extra images); 0: a thread for "
+    "each core",
+  )
   normalise: bool = flag(True, "pixels are normalised; false: the network gets them from 0 to 255")
   mnist_size: int = _field(
     32,
@@ -356,6 +371,8 @@ SECTIONS: dict[str, type[Protocol | Data | Checkpoint]] = {
 NEUTRAL_KEYS = (
   "data_dir",
   "data.cache",
+  "data.residence",
+  "data.decode_processes",
   "checkpoint.every_epochs",
   "checkpoint.every_seconds",
   "checkpoint.strict",

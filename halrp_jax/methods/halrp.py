@@ -367,8 +367,8 @@ def layer_importance(
   split = getattr(task, config.importance_split)
   parts = batches.consecutive(len(split.index), batch_size)
   total = dict.fromkeys(kernels, 0.0)
-  for rows in parts:
-    image, label = batches.load_batch(split, task.inputs, rows)
+  loaded = batches.load_batches(split, task.inputs, parts)
+  for rows, (image, label) in zip(parts, loaded, strict=True):
     squares = f.square_gradients(params, stats, image, label, jnp.int32(task.num_classes))
     for name, value in squares.items():
       share = len(rows) / len(parts)
@@ -401,10 +401,10 @@ def along_inputs(
     decomposition: by layer, of which R and S are used.
   """
   total: dict[str, Array] = {}
-  for rows in batches.consecutive(len(task.train.index), batch_size):
-    image, _ = batches.load_batch(task.train, task.inputs, rows)
+  parts = batches.consecutive(len(task.train.index), batch_size)
+  for image, _ in batches.load_batches(task.train, task.inputs, parts):
     moments = f.input_moments(params, stats, image)
-    total = {n: x + total.get(n, 0) for n, x in moments.items()}
+    total = jax.block_until_ready({n: x + total.get(n, 0) for n, x in moments.items()})
   found = {n: lowrank.explained(x) for n, x in total.items()}
   most = 2 * config.upper_rank
   widths = {n: min(d.U.shape[0], d.V.shape[0]) for n, d in decomposition.items()}

@@ -1,7 +1,15 @@
-"""Batches of images: which images a batch has, and how they become network input."""
+"""Batches of images: which images a batch has, and how they become network input.
 
+The images of a split are a `jax.Array` on the device, or a numpy array in host memory or on disk
+(`data.residence`). Compiled functions take a split and rows. Of images on the host they get a
+split of the images of these rows alone (`windows`), so that both ways compute the same.
+"""
+
+import collections
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -10,6 +18,8 @@ import numpy as np
 from jax import lax
 
 from halrp_jax.types import Array, Inputs, Params, Split, Task
+
+_AHEAD = 2  # windows that are gathered before they are needed
 
 
 class Batch(NamedTuple):
@@ -155,9 +165,74 @@ def consecutive(num_images: int, batch_size: int) -> list[np.ndarray]:
   return [rows[i : i + batch_size] for i in range(0, num_images, batch_size)]
 
 
-@jax.jit
+def is_on_host(split: Split) -> bool:
+  """Returns whether the images of a split are in host memory or on disk, not on the device."""
+  return isinstance(split.image, np.ndarray)
+
+
+def window(split: Split, rows: Array) -> Split:
+  """Gathers images on the host: returns the split of some rows alone, with numpy arrays.
+
+  Args:
+    split: a split whose images are on the host.
+    rows: int [B], rows of `split`.
+  """
+  index, label = (np.asarray(x)[rows] for x in (split.index, split.label))
+  owner = None if split.owner is None else np.asarray(split.owner)[rows]
+  image = np.take(split.image, index, axis=0)
+  return Split(image, np.arange(len(index), dtype=np.int32), label, owner)
+
+
+def windows(
+  split: Split, parts: Iterable[Array], place: Callable[[Split], Split] = jax.device_put
+) -> Generator[tuple[Split, Array], None, None]:
+  """Yields for every batch a split and the rows that it has there, for a compiled function.
+
+  Of images on the device these are the split itself and its rows. Of images on the host they are
+  `window` on the device and 0 .. B - 1; a thread gathers and sends the next two while the device
+  computes.
+
+  Args:
+    split: the split.
+    parts: rows of every batch, int [B].
+    place: puts a window on the device.
+  """
+  if not is_on_host(split):
+    yield from ((split, rows) for rows in parts)
+    return
+  rest, waiting = iter(parts), collections.deque()
+  with futures.ThreadPoolExecutor(1, "windows") as thread:
+
+    def send(rows):
+      return place(window(split, np.asarray(rows)))
+
+    waiting.extend(thread.submit(send, rows) for rows in itertools.islice(rest, _AHEAD))
+    while waiting:
+      part = waiting.popleft().result()
+      waiting.extend(thread.submit(send, rows) for rows in itertools.islice(rest, 1))
+      yield part, np.arange(len(part.index), dtype=np.int32)
+
+
 def load_batch(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, jax.Array]:
   """Returns network inputs float32 [B, H, W, C] and labels int32 [B] of some rows of a split."""
+  ((split, rows),) = windows(split, [rows])
+  return _load(split, inputs, rows)
+
+
+def load_batches(
+  split: Split, inputs: Inputs, parts: Iterable[Array]
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+  """Yields `load_batch` of the rows of every batch.
+
+  Images on the host are sent while the device computes. A caller that does not wait for what it
+  computes of a batch must do so from time to time, or all batches end up on the device.
+  """
+  return (_load(part, inputs, rows) for part, rows in windows(split, parts))
+
+
+@jax.jit
+def _load(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, jax.Array]:
+  """Returns what `load_batch` returns, of a split whose images are on the device."""
   return prepare_images(split.image[split.index[rows]], inputs), split.label[rows]
 
 
@@ -178,7 +253,7 @@ def over_samples(
   """
   chosen = np.asarray(jax.random.permutation(key, len(task.train.index)))[:num_samples]
   results = []
-  for rows in np.split(chosen, range(chunk, len(chosen), chunk)):
-    image, _ = load_batch(task.train, task.inputs, rows)
+  parts = np.split(chosen, range(chunk, len(chosen), chunk))
+  for image, _ in load_batches(task.train, task.inputs, parts):
     results.append(jax.tree.map(np.asarray, fn(image)))
   return results

@@ -355,11 +355,12 @@ def _make_validate(setup: Setup, objective_fn: Callable) -> Callable:
     if not num_images:
       return math.nan, math.nan
     num_classes = jnp.asarray(task.num_classes, jnp.int32)
-    args = (state, frozen, task.valid, task.inputs, num_classes)
-    parts = [
-      evaluate_rows(*args, rows)
-      for rows in batches.consecutive(num_images, setup.evaluation_batch_size)
-    ]
+    consecutive = batches.consecutive(num_images, setup.evaluation_batch_size)
+    parts = []
+    for split, rows in batches.windows(task.valid, consecutive):
+      parts.append(evaluate_rows(state, frozen, split, task.inputs, num_classes, rows))
+      if batches.is_on_host(task.valid):
+        jax.block_until_ready(parts[-1])
     loss, hits = functools.reduce(np.add, [np.asarray(x, np.float64) for x in parts]) / num_images
     return float(loss), 100 * float(hits)
 
