@@ -160,9 +160,18 @@ class Protocol:
   )
   augment: str = one_of(
     "none",
-    ("none", "crop_flip"),
+    ("none", "crop_flip", "crop_resize_flip"),
     "crop_flip: training images are padded by 4 zeros and cropped at random, and half of them are "
-    "mirrored",
+    "mirrored; crop_resize_flip: a random part of each image (crop_area) is resized to the "
+    "network's input, and half of them are mirrored",
+  )
+  crop_area: float = number(
+    0.35,
+    0,
+    1,
+    "augment=crop_resize_flip: least part of an image's area that is cut out; the area is uniform "
+    "from there to 1, the ratio of width to height from 3/4 to 4/3",
+    open_low=True,
   )
   order_source: str = one_of(
     "paper",

@@ -31,6 +31,19 @@ class Batch(NamedTuple):
   owner: jax.Array | None  # int32 [B] index of each image's task among them; None: one task
 
 
+class Parts(NamedTuple):
+  """Parts of images that are cut out at random, in stored pixels, of which they may have fractions.
+
+  All arrays are [B].
+  """
+
+  top: jax.Array
+  left: jax.Array
+  height: jax.Array
+  width: jax.Array
+  mirrored: jax.Array  # bool, whether the part is mirrored
+
+
 class Joint(NamedTuple):
   """Several tasks that are learned together. Made by `join_tasks`; `fit` takes it like a `Task`."""
 
@@ -70,7 +83,8 @@ def _resized(x: jax.Array, inputs: Inputs) -> jax.Array:
   if inputs.resize is None:
     return x
   rows, columns = inputs.resize
-  x = jnp.einsum("hH,bHWc,wW->bhwc", rows, x, columns, precision="highest")
+  product = "hH,bHWc,wW->bhwc" if rows.ndim == 2 else "bhH,bHWc,bwW->bhwc"
+  x = jnp.einsum(product, rows, x, columns, precision="highest")
   return jnp.clip(x, 0, 1)  # bicubic interpolation can overshoot
 
 
@@ -134,6 +148,76 @@ def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: floa
   )
   mirrored = jax.random.bernoulli(flip_key, shape=(num_images, 1, 1, 1))
   return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
+
+
+def crop_resize_flip(
+  key: jax.Array, inputs: Inputs, stored: tuple[int, int], num_images: int, least_area: float
+) -> Inputs:
+  """Cuts a random part out of each image, resizes it to the network's input, mirrors half of them.
+
+  A part has a fraction of the image's area, uniform from `least_area` to 1, and a ratio of width to
+  height whose logarithm is uniform between those of 3/4 and 4/3, as far as the part then fits into
+  the image. The interpolation is that of `data.tasks.resizing`; at the edge of a part it uses
+  pixels beside it. Nothing is resized twice.
+
+  Args:
+    key: random key.
+    inputs: how images become network input.
+    stored: height H and width W of the stored images.
+    num_images: number of images B.
+    least_area: least fraction of the image's area.
+
+  Returns:
+    `inputs` with weights for each image, float32 [B, H', H] and [B, W', W], as its `resize`.
+  """
+  to_height, to_width = stored if inputs.resize is None else map(len, inputs.resize)
+  parts = draw_parts(key, stored, num_images, least_area)
+  rows = _resizing_parts(stored[0], to_height, parts.top, parts.height)
+  columns = _resizing_parts(stored[1], to_width, parts.left, parts.width)
+  columns = jnp.where(parts.mirrored[:, None, None], columns[:, ::-1], columns)
+  return inputs._replace(resize=(rows, columns))
+
+
+def draw_parts(
+  key: jax.Array, stored: tuple[int, int], num_images: int, least_area: float
+) -> Parts:
+  """Draws the parts of images that `crop_resize_flip` cuts out; arguments as there."""
+  area_key, ratio_key, top_key, left_key, flip_key = jax.random.split(key, 5)
+  height, width = stored
+  area = jax.random.uniform(area_key, num_images, minval=least_area) * (height * width)
+  # a part of this area fits if its width is at most W and its height at most H
+  low, high = jnp.maximum(3 / 4, area / height**2), jnp.minimum(4 / 3, width**2 / area)
+  middle = jnp.clip(width / height, 3 / 4, 4 / 3)  # of an image so wide that no ratio fits
+  low, high = jnp.log(jnp.minimum(low, middle)), jnp.log(jnp.maximum(high, middle))
+  ratio = jnp.exp(jax.random.uniform(ratio_key, num_images, minval=low, maxval=high))
+  part_height = jnp.minimum(jnp.sqrt(area / ratio), height)
+  part_width = jnp.minimum(jnp.sqrt(area * ratio), width)
+  top = jax.random.uniform(top_key, num_images) * (height - part_height)
+  left = jax.random.uniform(left_key, num_images) * (width - part_width)
+  mirrored = jax.random.bernoulli(flip_key, shape=(num_images,))
+  return Parts(top, left, part_height, part_width, mirrored)
+
+
+def _resizing_parts(n: int, m: int, start: jax.Array, length: jax.Array) -> jax.Array:
+  """Returns the weights that resize a part of each image along one axis.
+
+  They are those of `data.tasks.resizing` where a part is the whole image.
+
+  Args:
+    n: number of stored pixels.
+    m: number of pixels of the result.
+    start: where the part of each image begins, in pixels from 0 to n. [B]
+    length: number of its pixels, which need not be whole. [B]
+
+  Returns:
+    float32 [B, m, n]
+  """
+  start, step = start[:, None, None], (length / m)[:, None, None]
+  centre = start + (jnp.arange(m)[None, :, None] + 0.5) * step - 0.5
+  x = jnp.abs(jnp.arange(n)[None, None] - centre) / jnp.maximum(step, 1.0)
+  near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+  w = jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+  return w / w.sum(-1, keepdims=True)
 
 
 def make_batch(

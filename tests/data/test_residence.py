@@ -64,10 +64,14 @@ def test_every_residence_gives_the_same_bits(method_name, digits_config, tmp_pat
   assert len(list((tmp_path / "cache").glob("images-*.npy"))) == 1
 
 
-@pytest.mark.parametrize("loop", ["scan", "steps"])
-def test_both_loops_give_the_bits_that_they_give_on_the_device(loop, digits_config, tmp_path):
+@pytest.mark.parametrize(
+  ("loop", "augment"), [("scan", "crop_resize_flip"), ("steps", "crop_flip")]
+)
+def test_both_loops_give_the_bits_that_they_give_on_the_device(
+  loop, augment, digits_config, tmp_path
+):
   """HALRP's loops round differently, so that a step of another program would be seen."""
-  keys = {"order": "0,1", "loop": loop, "protocol.augment": "crop_flip"}
+  keys = {"order": "0,1", "loop": loop, "protocol.augment": augment, "data.image_size": 12}
   records = [
     experiment.run(at(digits_config(**keys), where, tmp_path), str(tmp_path / where))
     for where in ("device", "host")
@@ -77,6 +81,7 @@ def test_both_loops_give_the_bits_that_they_give_on_the_device(loop, digits_conf
 
 def test_a_run_resumes_inside_a_task_with_its_images_elsewhere(digits_config, tmp_path):
   keys = {"order": "0,1", "epochs": 4, "checkpoint.every_seconds": 0.0}
+  keys |= {"protocol.augment": "crop_resize_flip"}
   whole = experiment.run(at(digits_config("stl", **keys), "device", tmp_path), str(tmp_path / "a"))
   for first, then in (("device", "disk"), ("host", "device")):
     epochs, folder = [], str(tmp_path / first)
