@@ -33,7 +33,7 @@ test: test-environment
 # TensorFlow and PyTorch crash together.
 test-all: test .venv-all/installed
 	$(BIN)/python -m pytest -m slow -rP
-	for package in huggingface_hub tensorflow timm; do .venv-all/bin/python -c "import $$package" || exit 1; done
+	for package in grain huggingface_hub tensorflow timm; do .venv-all/bin/python -c "import $$package" || exit 1; done
 	.venv-all/bin/python -m pytest -m extra
 
 test-newest: .venv-newest/created
@@ -91,7 +91,7 @@ test-environment: .venv/installed-test
 .venv-all/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-all
 	.venv-all/bin/python -m pip install --quiet --upgrade pip
-	.venv-all/bin/python -m pip install --quiet --editable '.[test,tfds,bench,hub]'
+	.venv-all/bin/python -m pip install --quiet --editable '.[test,tfds,bench,hub,images]'
 	touch $@
 
 .venv-newest/created:

@@ -160,9 +160,18 @@ class Protocol:
   )
   augment: str = one_of(
     "none",
-    ("none", "crop_flip"),
+    ("none", "crop_flip", "crop_resize_flip"),
     "crop_flip: training images are padded by 4 zeros and cropped at random, and half of them are "
-    "mirrored",
+    "mirrored; crop_resize_flip: a random part of each image (crop_area) is resized to the "
+    "network's input, and half of them are mirrored",
+  )
+  crop_area: float = number(
+    0.35,
+    0,
+    1,
+    "augment=crop_resize_flip: least part of an image's area that is cut out; the area is uniform "
+    "from there to 1, the ratio of width to height from 3/4 to 4/3",
+    open_low=True,
   )
   order_source: str = one_of(
     "paper",
@@ -184,6 +193,21 @@ class Data:
   )
   cache: str = text(
     "", "folder for decoded images, or off; empty: halrp_jax/data in the user's cache folder"
+  )
+  residence: str = one_of(
+    "auto",
+    ("auto", "device", "host", "disk"),
+    "where the images stay while a run trains; device: all on the device; host: in host memory, "
+    "and disk: in the cache of decoded images, from which each batch is sent while earlier steps "
+    "run; auto: device, but host if they take more than 1/4 of the device's memory (on the CPU, of "
+    "the machine's), and disk if they take more than 1/2 of the machine's",
+  )
+  decode_processes: int = whole(
+    0,
+    0,
+    None,
+    "custom: processes that decode folders of images (needs the extra images); 0: a thread for "
+    "each core",
   )
   normalise: bool = flag(True, "pixels are normalised; false: the network gets them from 0 to 255")
   mnist_size: int = _field(
@@ -357,6 +381,8 @@ SECTIONS: dict[str, type[Protocol | Data | Checkpoint]] = {
 NEUTRAL_KEYS = (
   "data_dir",
   "data.cache",
+  "data.residence",
+  "data.decode_processes",
   "checkpoint.every_epochs",
   "checkpoint.every_seconds",
   "checkpoint.strict",

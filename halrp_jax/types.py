@@ -97,7 +97,7 @@ class Inputs(NamedTuple):
   std: Array  # float32 [C]
   permutation: Array | None  # int32 [H*W*C], indices into the flattened image; None: no permutation
   # float32 [H', H] and [W', W], the weights of the stored rows and columns in those of the input
-  # (`data.tasks.resizing`); None: the stored size
+  # (`data.tasks.resizing`); [B, H', H] and [B, W', W], those of each image; None: the stored size
   resize: tuple[Array, Array] | None = None
 
 

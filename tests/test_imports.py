@@ -40,11 +40,13 @@ SIBLINGS = {
     *(
       "archives",
       "cache",
+      "decoding",
       "folders",
       "formats",
       "mnist_family",
       "orders",
       "prepared",
+      "residence",
       "sources",
       "tasks",
     ),

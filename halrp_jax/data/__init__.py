@@ -27,12 +27,13 @@ from halrp_jax.data import (
   mnist,
   omniglot,
   orders,
+  residence,
   sources,
   tinyimagenet,
 )
 from halrp_jax.data.tasks import Outline, resizing
 from halrp_jax.keys import Config
-from halrp_jax.types import Benchmark, Split, Task, UserError
+from halrp_jax.types import Array, Benchmark, Split, Task, UserError
 
 T = TypeVar("T")
 
@@ -117,15 +118,17 @@ def load(config: Config) -> Benchmark:
   """Reads the benchmark of a config and puts its arrays on the device.
 
   Returns:
-    What `read` returns, with the images as one array that all tasks share.
+    What `read` returns, with the images as one array that all tasks share, on the device or where
+    `data.residence` says.
 
   Raises:
     sources.Missing: if the data are not found.
     UserError: if the data are damaged or too few, or the config has no valid task order.
   """
   benchmark = read(config)
-  image = jax.device_put(benchmark.tasks[0].train.image)
-  return benchmark._replace(tasks=tuple(_on_device(task, image) for task in benchmark.tasks))
+  image, notes = residence.place(config, benchmark.tasks[0].train.image)
+  tasks = tuple(_on_device(task, image) for task in benchmark.tasks)
+  return benchmark._replace(tasks=tasks, notes=(*benchmark.notes, *notes))
 
 
 def read(config: Config) -> Benchmark:
@@ -213,7 +216,10 @@ def load_task(
   _require_classes(task)
   whole = task if config.data.normalise else _without_normalisation(task)
   (task,) = content.with_hashes([whole], [_draw_and_hold_out(whole, config, True)])
-  return _on_device(task, jax.device_put(task.train.image))
+  image, notes = residence.place(config, task.train.image)
+  for note in notes:
+    notify(note)
+  return _on_device(task, image)
 
 
 def shortages(config: Config) -> list[str]:
@@ -447,8 +453,8 @@ def _hash(tasks: list[Task]) -> str:
   return digest.hexdigest()
 
 
-def _on_device(task: Task, image: jax.Array) -> Task:
-  """Returns a task with all arrays on the device and `image` as the images of its splits."""
+def _on_device(task: Task, image: Array) -> Task:
+  """Returns a task with all other arrays on the device and `image` as the images of its splits."""
 
   def move(split):
     index, label = (jax.device_put(np.asarray(x, np.int32)) for x in (split.index, split.label))

@@ -27,12 +27,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halrp_jax.data import archives, cache, folders, formats, sources
-from halrp_jax.data.tasks import ImageSet, join, make_task
+from halrp_jax.data import archives, cache, decoding, folders, formats, residence, sources
+from halrp_jax.data.tasks import ImageSet, make_task, offsets_of
 from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError, brief
 
 _MOST_BYTES = 2_000_000_000  # largest accepted file
+_CHUNK = 256  # number of images whose mean is taken in one step
 _PARTS = ("train", "val", "test")
 _TRAIN, _VAL, _TEST = range(3)
 _PART_NAMES = {
@@ -79,10 +80,8 @@ def read(config: Config, notify: Callable[[str], None] = lambda line: None) -> l
       f"data_dir={config.data_dir}: the tasks' images differ in size "
       f"({', '.join(f'{h} x {w}' for h, w in sorted(shapes))}); resize them to one size"
     )
-  channels = max(own.data.image.shape[3] for own in sets.values())
   images = [own.data.image for own in sets.values()]
-  image, offsets = join([np.broadcast_to(x, (*x.shape[:3], channels)) for x in images])
-  image = np.ascontiguousarray(image)
+  image, offsets = residence.joined(config, images), offsets_of(images)
   tasks = []
   for i, ((name, own), offset) in enumerate(zip(sets.items(), offsets, strict=True)):
     task = _task(i, name, own, config)
@@ -175,8 +174,31 @@ def _inputs(task: Task) -> Inputs:
   At most 10,000 images are used.
   """
   rows = np.sort(task.train.index[:10_000])
-  x = task.train.image[rows] / np.float32(255)
-  return Inputs(x.mean((0, 1, 2), np.float32), np.maximum(x.std((0, 1, 2), np.float32), 1e-3), None)
+  return Inputs(*_mean_and_std(np.asarray(task.train.image), rows), None)
+
+
+def _mean_and_std(image: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns mean and standard deviation of each channel of some images, float32 [C].
+
+  With several channels the images are read a few at a time. NumPy adds up such pixels one after
+  another, so that this gives the bits of `ndarray.mean` and `ndarray.std` of all of them.
+  """
+  num_channels = image.shape[3]
+  if num_channels == 1:  # NumPy adds up a single channel in pairs
+    x = image[rows] / np.float32(255)
+    return x.mean((0, 1, 2), np.float32), np.maximum(x.std((0, 1, 2), np.float32), 1e-3)
+
+  def mean(fn: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    total = np.zeros((1, num_channels), np.float32)
+    for start in range(0, len(rows), _CHUNK):
+      x = image[rows[start : start + _CHUNK]] / np.float32(255)
+      pixels = fn(x).reshape(-1, num_channels)
+      total = np.add.reduce(np.concatenate([total, pixels]), axis=0, keepdims=True)
+    num_pixels = np.intp(len(rows) * image.shape[1] * image.shape[2])
+    return np.true_divide(total[0], num_pixels, out=total[0], casting="unsafe")
+
+  centre = mean(lambda x: x)
+  return centre, np.maximum(np.sqrt(mean(lambda x: (x - centre) ** 2)), 1e-3)
 
 
 def _notify_about(what: str, owns: list[_OwnTask], notify: Callable[[str], None]) -> None:
@@ -269,7 +291,7 @@ def _read_images(
 
   Args:
     tree: the folder.
-    config: has the key `data.cache`.
+    config: has the keys `data.cache` and `data.decode_processes`.
     shape: shape [H, W, C] to which images are converted.
     prefix: is put before the names of unused files.
   """
@@ -284,11 +306,8 @@ def _read_images(
 
   def decode(out):
     done = np.zeros(num_extra * math.prod(shape), np.uint8)
-
-    def read_into(i):
-      out[i], done[i] = formats.read_photo(tree.path / names[i], shape)
-
-    folders.for_all(read_into, range(len(names)))
+    paths = [tree.path / name for name in names]
+    decoding.photos(paths, shape, out, done, config.data.decode_processes)
     out[len(names) :] = done.reshape(num_extra, *shape)
 
   files = archives.files_of(tree, _MOST_BYTES)._replace(names=tuple(names))

@@ -15,8 +15,15 @@ import warnings
 
 import numpy as np
 
-from halrp_jax.data import archives, cache, folders, formats, mnist_family, sources
-from halrp_jax.data.tasks import ImageSet, Outline, TaskOutline, grey_to_rgb, join, make_task
+from halrp_jax.data import archives, cache, folders, formats, mnist_family, residence, sources
+from halrp_jax.data.tasks import (
+  ImageSet,
+  Outline,
+  TaskOutline,
+  grey_to_rgb,
+  make_task,
+  offsets_of,
+)
 from halrp_jax.keys import Config
 from halrp_jax.types import Inputs, Task, UserError
 
@@ -61,7 +68,8 @@ def read(config: Config) -> list[Task]:
       f"data_dir={config.data_dir}: contains none of the data sets {', '.join(NAMES)}; see "
       "docs/protocols.md for the folder of each"
     )
-  image, offsets = join([data.image for data in found.values()])
+  images = [data.image for data in found.values()]
+  image, offsets = residence.joined(config, images), offsets_of(images)
   tasks = []
   for (i, data), offset in zip(found.items(), offsets, strict=True):
     name, _, _, mean, std = _SETS[i]

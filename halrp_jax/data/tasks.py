@@ -76,17 +76,9 @@ def make_task(
   return Task(id, name, names, inputs, split(train), split(valid), split(test), own_test)
 
 
-def join(sets: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """Concatenates arrays of images, because all splits of a benchmark index the same array.
-
-  Args:
-    sets: arrays [N_i, H, W, C] of equal image shape.
-
-  Returns:
-    The array [N, H, W, C], and the row at which each set begins.
-  """
-  offsets = np.cumsum([0, *(len(x) for x in sets)])[:-1]
-  return (sets[0] if len(sets) == 1 else np.concatenate(sets)), offsets
+def offsets_of(sets: Sequence[np.ndarray]) -> np.ndarray:
+  """Returns the row at which each array begins when they are concatenated."""
+  return np.cumsum([0, *(len(x) for x in sets)])[:-1]
 
 
 def resizing(stored: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

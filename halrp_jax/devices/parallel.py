@@ -27,6 +27,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from halrp_jax.types import Split
+
 Tree = TypeVar("Tree")  # a pytree of arrays, returned with the same structure
 AXIS = "batch"
 
@@ -101,14 +103,18 @@ def _make_replicate(count: int) -> Callable:
   """Builds replicate(tree). An array object that occurs several times is copied only once.
 
   The images are replicated once per run. If they stayed on one device, every call of a compiled
-  function would send them to the others.
+  function would send them to the others. Images of a `Split` that are on the host stay there.
   """
   if count == 1 or jax.local_device_count() == 1:
     return _identity
   _, replicated = shardings(jax.local_devices())
 
+  def is_split(x):
+    return isinstance(x, Split)
+
   def replicate(tree):
-    copies = {}
+    splits = [x for x in jax.tree.leaves(tree, is_leaf=is_split) if is_split(x)]
+    copies = {id(x.image): x.image for x in splits if isinstance(x.image, np.ndarray)}
 
     def copy(x):
       if not isinstance(x, jax.Array | np.ndarray):

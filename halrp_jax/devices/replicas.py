@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax.devices import parallel
-from halrp_jax.types import Split, result_of
+from halrp_jax.types import Array, Split, result_of
 
 T = TypeVar("T")
+_CHUNK = 4096  # number of images that are compared in one step
 
 # --- threads ----------------------------------------------------------------------------
 
@@ -80,7 +81,7 @@ class Gang:
         self._built = benchmark, *others
         return self._built
       images, own = (b.tasks[0].train.image for b in (self._built[0], benchmark))
-      if own.shape != images.shape or not bool((own == images).all()):
+      if not _are_equal(own, images):
         return benchmark, *others
       shared = jax.tree.map(lambda x: images if x is own else x, benchmark)
       return shared, *self._built[1:]
@@ -132,6 +133,14 @@ def serialize(fn: Callable[[], object]) -> Callable[[], None]:
   return call
 
 
+def _are_equal(a: Array, b: Array) -> bool:
+  """Returns whether two arrays of images are equal, without a third one of their size."""
+  if a.shape != b.shape:
+    return False
+  parts = (slice(i, i + _CHUNK) for i in range(0, len(a), _CHUNK))
+  return a is b or all(bool((a[part] == b[part]).all()) for part in parts)
+
+
 # --- epochs of training -----------------------------------------------------------------
 
 
@@ -148,8 +157,8 @@ def make_epoch(
 ) -> Callable:
   """Builds epoch(gang, *args), which trains one epoch of every thread of the gang at once.
 
-  Epochs with arrays of equal shapes over the same images become one program; other epochs run one
-  after another. `state` is donated.
+  Epochs with arrays of equal shapes over the same images become one program. Other epochs, and
+  those whose images are on the host, run one after another. `state` is donated.
 
   Args:
     epoch: (state, frozen, data, blocks, key, progress) -> state, sums; an epoch of a single run.
@@ -167,7 +176,8 @@ def make_epoch(
     return [_attempt(epoch, call) for call in calls]
 
   def all_epochs(calls):
-    if len(calls) == 1 or not can_join():
+    _, _, (split, *_), *_ = calls[0]  # all have the same config
+    if len(calls) == 1 or isinstance(split.image, np.ndarray) or not can_join():
       return one_by_one(calls)
     groups: dict[tuple, list[int]] = {}
     results: list[Any] = [None] * len(calls)

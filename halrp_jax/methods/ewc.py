@@ -125,14 +125,15 @@ def fisher(
   """
   rows = np.arange(min(num_samples, len(task.train.index)))
   total = jax.tree.map(jnp.zeros_like, trees.split_private(params, own_norm)[0])
-  for start in range(0, len(rows), _CHUNK):
-    part = rows[start : start + _CHUNK]
-    padded = np.resize(part, _CHUNK)  # one shape for all chunks, so that one function is compiled
+  parts = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+  # one shape for all chunks, so that one function is compiled
+  padded = [np.resize(part, _CHUNK) for part in parts]
+  loaded = batches.load_batches(task.train, task.inputs, padded)
+  for i, (part, (image, label)) in enumerate(zip(parts, loaded, strict=True)):
     weight = (np.arange(_CHUNK) < len(part)).astype(np.float32)
-    image, label = batches.load_batch(task.train, task.inputs, padded)
-    key = jax.random.fold_in(jax.random.key(task.id), start)
+    key = jax.random.fold_in(jax.random.key(task.id), i * _CHUNK)
     squares = fisher_chunk(params, stats, image, label, weight, jnp.int32(task.num_classes), key)
-    total = jax.tree.map(jnp.add, total, squares)
+    total = jax.block_until_ready(jax.tree.map(jnp.add, total, squares))
   return jax.tree.map(lambda x: x / len(rows), total)
 
 

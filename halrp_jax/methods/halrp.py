@@ -376,8 +376,8 @@ def layer_importance(
   split = getattr(task, config.importance_split)
   parts = batches.consecutive(len(split.index), batch_size)
   total = dict.fromkeys(kernels, 0.0)
-  for rows in parts:
-    image, label = batches.load_batch(split, task.inputs, rows)
+  loaded = batches.load_batches(split, task.inputs, parts)
+  for rows, (image, label) in zip(parts, loaded, strict=True):
     squares = f.square_gradients(params, stats, image, label, jnp.int32(task.num_classes))
     for name, value in squares.items():
       share = len(rows) / len(parts)

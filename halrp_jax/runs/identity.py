@@ -20,6 +20,7 @@ _LATER_KEYS = (
   "base_source",
   "base_training",
   "protocol.head_rate",
+  "protocol.crop_area",
 )
 # Keys of a method that older versions did not have, with the value for what those versions did.
 _OLDER_VALUES: dict[object, dict[str, str | bool | float]] = {

@@ -1,7 +1,15 @@
-"""Batches of images: which images a batch has, and how they become network input."""
+"""Batches of images: which images a batch has, and how they become network input.
 
+The images of a split are a `jax.Array` on the device, or a numpy array in host memory or on disk
+(`data.residence`). Compiled functions take a split and rows. Of images on the host they get a
+split of the images of these rows alone (`windows`), so that both ways compute the same.
+"""
+
+import collections
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -11,6 +19,8 @@ from jax import lax
 
 from halrp_jax.types import Array, Inputs, Params, Split, Task
 
+_AHEAD = 2  # windows that are gathered before they are needed
+
 
 class Batch(NamedTuple):
   """Images and labels of one optimizer step or one pass of an evaluation."""
@@ -19,6 +29,19 @@ class Batch(NamedTuple):
   label: jax.Array  # int32 [B] class within the task
   num_classes: Array  # int32 []; [B, 1] where several tasks are learned together
   owner: jax.Array | None  # int32 [B] index of each image's task among them; None: one task
+
+
+class Parts(NamedTuple):
+  """Parts of images that are cut out at random, in stored pixels, of which they may have fractions.
+
+  All arrays are [B].
+  """
+
+  top: jax.Array
+  left: jax.Array
+  height: jax.Array
+  width: jax.Array
+  mirrored: jax.Array  # bool, whether the part is mirrored
 
 
 class Joint(NamedTuple):
@@ -60,7 +83,8 @@ def _resized(x: jax.Array, inputs: Inputs) -> jax.Array:
   if inputs.resize is None:
     return x
   rows, columns = inputs.resize
-  x = jnp.einsum("hH,bHWc,wW->bhwc", rows, x, columns, precision="highest")
+  product = "hH,bHWc,wW->bhwc" if rows.ndim == 2 else "bhH,bHWc,bwW->bhwc"
+  x = jnp.einsum(product, rows, x, columns, precision="highest")
   return jnp.clip(x, 0, 1)  # bicubic interpolation can overshoot
 
 
@@ -126,6 +150,76 @@ def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = 4, fill: floa
   return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
 
 
+def crop_resize_flip(
+  key: jax.Array, inputs: Inputs, stored: tuple[int, int], num_images: int, least_area: float
+) -> Inputs:
+  """Cuts a random part out of each image, resizes it to the network's input, mirrors half of them.
+
+  A part has a fraction of the image's area, uniform from `least_area` to 1, and a ratio of width to
+  height whose logarithm is uniform between those of 3/4 and 4/3, as far as the part then fits into
+  the image. The interpolation is that of `data.tasks.resizing`; at the edge of a part it uses
+  pixels beside it. Nothing is resized twice.
+
+  Args:
+    key: random key.
+    inputs: how images become network input.
+    stored: height H and width W of the stored images.
+    num_images: number of images B.
+    least_area: least fraction of the image's area.
+
+  Returns:
+    `inputs` with weights for each image, float32 [B, H', H] and [B, W', W], as its `resize`.
+  """
+  to_height, to_width = stored if inputs.resize is None else map(len, inputs.resize)
+  parts = draw_parts(key, stored, num_images, least_area)
+  rows = _resizing_parts(stored[0], to_height, parts.top, parts.height)
+  columns = _resizing_parts(stored[1], to_width, parts.left, parts.width)
+  columns = jnp.where(parts.mirrored[:, None, None], columns[:, ::-1], columns)
+  return inputs._replace(resize=(rows, columns))
+
+
+def draw_parts(
+  key: jax.Array, stored: tuple[int, int], num_images: int, least_area: float
+) -> Parts:
+  """Draws the parts of images that `crop_resize_flip` cuts out; arguments as there."""
+  area_key, ratio_key, top_key, left_key, flip_key = jax.random.split(key, 5)
+  height, width = stored
+  area = jax.random.uniform(area_key, num_images, minval=least_area) * (height * width)
+  # a part of this area fits if its width is at most W and its height at most H
+  low, high = jnp.maximum(3 / 4, area / height**2), jnp.minimum(4 / 3, width**2 / area)
+  middle = jnp.clip(width / height, 3 / 4, 4 / 3)  # of an image so wide that no ratio fits
+  low, high = jnp.log(jnp.minimum(low, middle)), jnp.log(jnp.maximum(high, middle))
+  ratio = jnp.exp(jax.random.uniform(ratio_key, num_images, minval=low, maxval=high))
+  part_height = jnp.minimum(jnp.sqrt(area / ratio), height)
+  part_width = jnp.minimum(jnp.sqrt(area * ratio), width)
+  top = jax.random.uniform(top_key, num_images) * (height - part_height)
+  left = jax.random.uniform(left_key, num_images) * (width - part_width)
+  mirrored = jax.random.bernoulli(flip_key, shape=(num_images,))
+  return Parts(top, left, part_height, part_width, mirrored)
+
+
+def _resizing_parts(n: int, m: int, start: jax.Array, length: jax.Array) -> jax.Array:
+  """Returns the weights that resize a part of each image along one axis.
+
+  They are those of `data.tasks.resizing` where a part is the whole image.
+
+  Args:
+    n: number of stored pixels.
+    m: number of pixels of the result.
+    start: where the part of each image begins, in pixels from 0 to n. [B]
+    length: number of its pixels, which need not be whole. [B]
+
+  Returns:
+    float32 [B, m, n]
+  """
+  start, step = start[:, None, None], (length / m)[:, None, None]
+  centre = start + (jnp.arange(m)[None, :, None] + 0.5) * step - 0.5
+  x = jnp.abs(jnp.arange(n)[None, None] - centre) / jnp.maximum(step, 1.0)
+  near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+  w = jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+  return w / w.sum(-1, keepdims=True)
+
+
 def make_batch(
   split: Split,
   inputs: Inputs,
@@ -155,9 +249,74 @@ def consecutive(num_images: int, batch_size: int) -> list[np.ndarray]:
   return [rows[i : i + batch_size] for i in range(0, num_images, batch_size)]
 
 
-@jax.jit
+def is_on_host(split: Split) -> bool:
+  """Returns whether the images of a split are in host memory or on disk, not on the device."""
+  return isinstance(split.image, np.ndarray)
+
+
+def window(split: Split, rows: Array) -> Split:
+  """Gathers images on the host: returns the split of some rows alone, with numpy arrays.
+
+  Args:
+    split: a split whose images are on the host.
+    rows: int [B], rows of `split`.
+  """
+  index, label = (np.asarray(x)[rows] for x in (split.index, split.label))
+  owner = None if split.owner is None else np.asarray(split.owner)[rows]
+  image = np.take(split.image, index, axis=0)
+  return Split(image, np.arange(len(index), dtype=np.int32), label, owner)
+
+
+def windows(
+  split: Split, parts: Iterable[Array], place: Callable[[Split], Split] = jax.device_put
+) -> Generator[tuple[Split, Array], None, None]:
+  """Yields for every batch a split and the rows that it has there, for a compiled function.
+
+  Of images on the device these are the split itself and its rows. Of images on the host they are
+  `window` on the device and 0 .. B - 1; a thread gathers and sends the next two while the device
+  computes.
+
+  Args:
+    split: the split.
+    parts: rows of every batch, int [B].
+    place: puts a window on the device.
+  """
+  if not is_on_host(split):
+    yield from ((split, rows) for rows in parts)
+    return
+  rest, waiting = iter(parts), collections.deque()
+  with futures.ThreadPoolExecutor(1, "windows") as thread:
+
+    def send(rows):
+      return place(window(split, np.asarray(rows)))
+
+    waiting.extend(thread.submit(send, rows) for rows in itertools.islice(rest, _AHEAD))
+    while waiting:
+      part = waiting.popleft().result()
+      waiting.extend(thread.submit(send, rows) for rows in itertools.islice(rest, 1))
+      yield part, np.arange(len(part.index), dtype=np.int32)
+
+
 def load_batch(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, jax.Array]:
   """Returns network inputs float32 [B, H, W, C] and labels int32 [B] of some rows of a split."""
+  ((split, rows),) = windows(split, [rows])
+  return _load(split, inputs, rows)
+
+
+def load_batches(
+  split: Split, inputs: Inputs, parts: Iterable[Array]
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+  """Yields `load_batch` of the rows of every batch.
+
+  Images on the host are sent while the device computes. A caller that does not wait for what it
+  computes of a batch must do so from time to time, or all batches end up on the device.
+  """
+  return (_load(part, inputs, rows) for part, rows in windows(split, parts))
+
+
+@jax.jit
+def _load(split: Split, inputs: Inputs, rows: Array) -> tuple[jax.Array, jax.Array]:
+  """Returns what `load_batch` returns, of a split whose images are on the device."""
   return prepare_images(split.image[split.index[rows]], inputs), split.label[rows]
 
 
@@ -178,7 +337,7 @@ def over_samples(
   """
   chosen = np.asarray(jax.random.permutation(key, len(task.train.index)))[:num_samples]
   results = []
-  for rows in np.split(chosen, range(chunk, len(chosen), chunk)):
-    image, _ = load_batch(task.train, task.inputs, rows)
+  parts = np.split(chosen, range(chunk, len(chosen), chunk))
+  for image, _ in load_batches(task.train, task.inputs, parts):
     results.append(jax.tree.map(np.asarray, fn(image)))
   return results

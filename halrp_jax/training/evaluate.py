@@ -12,6 +12,8 @@ from halrp_jax.devices import processes
 from halrp_jax.training import batches, networks
 from halrp_jax.types import Array, Method, Network, Params, Task
 
+_IN_FLIGHT = 4  # batches of images on the host that are sent before the first result is awaited
+
 
 def logits_of(
   model: nn.Module, network: Callable[[dict, Params], Network]
@@ -58,8 +60,8 @@ def evaluate(
 ) -> list[float]:
   """Returns the accuracy in percent on one split of every task, NaN where the split is empty.
 
-  The batches of all tasks are sent to the device before the first result is read. With several
-  processes, each evaluates some of the batches.
+  The batches of all tasks are sent to the device before the first result is read, or a few at a
+  time if the images are on the host. With several processes, each evaluates some of the batches.
 
   Args:
     predict_fn: (index in `tasks`, image [B, H, W, C]) -> logits [B, K]
@@ -71,8 +73,12 @@ def evaluate(
   for i, task in enumerate(tasks):
     data = getattr(task, split)
     own = batches.consecutive(len(data.index), batch_size)[processes.index() :: processes.count()]
-    parts = (batches.load_batch(data, task.inputs, rows) for rows in own)
-    hits.append([_count_hits(predict_fn(i, image), label) for image, label in parts])
+    found = []
+    for image, label in batches.load_batches(data, task.inputs, own):
+      found.append(_count_hits(predict_fn(i, image), label))
+      if batches.is_on_host(data):
+        jax.block_until_ready(found[-_IN_FLIGHT:][0])
+    hits.append(found)
   hits = processes.total(np.array([sum(map(int, h)) for h in hits], np.int32))
   sizes = [len(getattr(task, split).index) for task in tasks]
   return [100 * int(h) / n if n else math.nan for h, n in zip(hits, sizes, strict=True)]

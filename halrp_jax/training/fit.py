@@ -130,11 +130,12 @@ def _make_step(
     split, inputs, num_classes, rate, gamma = data
     key = jax.random.fold_in(key, state.step)
 
-    def augment(image):
-      if setup.protocol.augment == "crop_flip":
-        return batches.crop_and_flip(jax.random.fold_in(key, 1), image)
-      return image
-
+    augment_key, augment = jax.random.fold_in(key, 1), lambda image: image
+    if setup.protocol.augment == "crop_flip":
+      augment = functools.partial(batches.crop_and_flip, augment_key)
+    if setup.protocol.augment == "crop_resize_flip":
+      stored, area = split.image.shape[1:3], setup.protocol.crop_area
+      inputs = batches.crop_resize_flip(augment_key, inputs, stored, len(rows), area)
     batch = layout.shard(batches.make_batch(split, inputs, num_classes, rows, augment))
     gradients = jax.grad(loss_fn, has_aux=True)(
       state.params, frozen, state.stats, batch, layout.own_key(key)
@@ -357,11 +358,12 @@ def _make_validate(setup: Setup, objective_fn: Callable) -> Callable:
     if not num_images:
       return math.nan, math.nan
     num_classes = jnp.asarray(task.num_classes, jnp.int32)
-    args = (state, frozen, task.valid, task.inputs, num_classes)
-    parts = [
-      evaluate_rows(*args, rows)
-      for rows in batches.consecutive(num_images, setup.evaluation_batch_size)
-    ]
+    consecutive = batches.consecutive(num_images, setup.evaluation_batch_size)
+    parts = []
+    for split, rows in batches.windows(task.valid, consecutive):
+      parts.append(evaluate_rows(state, frozen, split, task.inputs, num_classes, rows))
+      if batches.is_on_host(task.valid):
+        jax.block_until_ready(parts[-1])
     loss, hits = functools.reduce(np.add, [np.asarray(x, np.float64) for x in parts]) / num_images
     return float(loss), 100 * float(hits)
 

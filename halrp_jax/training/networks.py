@@ -175,8 +175,8 @@ def make_input_moments(
 
   def input_moments(params: Params, stats: Params, task: Task) -> dict[str, np.ndarray]:
     total: dict[str, np.ndarray] = {}
-    for rows in batches.consecutive(len(task.train.index), setup.batch_size):
-      image, _ = batches.load_batch(task.train, task.inputs, rows)
+    parts = batches.consecutive(len(task.train.index), setup.batch_size)
+    for image, _ in batches.load_batches(task.train, task.inputs, parts):
       found = jax.tree.map(np.asarray, of_batch(params, stats, image))
       total = {n: x.astype(np.float64) + total.get(n, 0) for n, x in found.items()}
     return total

@@ -7,7 +7,7 @@ k rounds the first k layers are exact, so a network with L BatchNorm layers need
 whatever the statistics are at the start.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -150,14 +150,20 @@ def make_measure(
     stats = task_state.stats or shared.get("stats", {})
     if not jax.tree.leaves(stats):
       return stats
-    shared, task_state, stats, image, inputs = _on_one_device(
-      (shared, task_state, stats, task.train.image, task.inputs)
-    )
-    padded = list(_padded_batches(np.asarray(task.train.index), batch_size))
+    shared, task_state, stats, inputs = _on_one_device((shared, task_state, stats, task.inputs))
+    split = task.train if batches.is_on_host(task.train) else _on_one_device(task.train)
+    rows, weights = _padded_batches(len(split.index), batch_size)
     flat = _flatten(stats)
     for _ in flat:
       current = task_state._replace(stats=_unflatten(flat))
-      parts = [moments(shared, current, image, inputs, *batch) for batch in padded]
+      parts = []
+      for (part, own), weight in zip(
+        batches.windows(split, rows, _on_one_device), weights, strict=True
+      ):
+        index = np.asarray(part.index)[own]
+        parts.append(moments(shared, current, part.image, inputs, index, weight))
+        if batches.is_on_host(split):
+          jax.block_until_ready(parts[-1])
       measured = flat | _statistics(parts)
       if jax.tree.all(jax.tree.map(np.array_equal, measured, flat)):
         break
@@ -168,12 +174,11 @@ def make_measure(
   return measure
 
 
-def _padded_batches(index: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields (index [B], weight [B]) with B = `batch_size`; images that fill it up have weight 0."""
-  for start in range(0, len(index), batch_size):
-    part = index[start : start + batch_size]
-    weight = (np.arange(batch_size) < len(part)).astype(np.float32)
-    yield np.resize(part, batch_size), weight
+def _padded_batches(num_images: int, batch_size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Returns rows [B] and weights [B] of batches of B images; those that fill it up weigh 0."""
+  parts = batches.consecutive(num_images, batch_size)
+  weights = [(np.arange(batch_size) < len(part)).astype(np.float32) for part in parts]
+  return [np.resize(part, batch_size) for part in parts], weights
 
 
 def _on_one_device(tree: Params) -> Params:

@@ -87,7 +87,7 @@ def _trained(network: str, mode: str) -> dict:
   }
 
 
-def learned(method: str, mode: str, folder: str) -> dict:
+def learned(method: str, mode: str, folder: str, **keys) -> dict:
   """A short run of four tasks of digits, with the programs compiled for each of them."""
   count, seen = 0, []
 
@@ -100,10 +100,12 @@ def learned(method: str, mode: str, folder: str) -> dict:
       seen.append(count)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
-  record = experiment.run(digits(method, order="0,1,2,3", parallel=mode), folder, show)
+  config = digits(method, order="0,1,2,3", parallel=mode, **keys)
+  record = experiment.run(config, folder, show)
   jax.monitoring.unregister_event_duration_listener(listen)
   compiled = [b - a for a, b in itertools.pairwise([0, *seen])]
-  return {"accuracy": record["accuracy"], "ranks": record["ranks"], "compiled": compiled}
+  found = {key: record[key] for key in ("accuracy", "ranks", "state_hash")}
+  return found | {"compiled": compiled}
 
 
 def digits(method: str, **keys):
@@ -152,7 +154,12 @@ def everything(folder: str) -> dict:
   """All that the tests ask of four devices, in one process; `folder` gets a run to be continued."""
   compile_cache.use("")
   half(f"{folder}/half")
-  return {"trained": trained("lenet"), "runs": runs("l2", folder), "statistics": statistics()}
+  hosted = {
+    mode: learned("l2", mode, f"{folder}/hosted/{mode}", data_={"residence": "host"})
+    for mode in MODES
+  }
+  found = {"trained": trained("lenet"), "runs": runs("l2", folder), "statistics": statistics()}
+  return found | {"hosted": hosted}
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +223,13 @@ def test_runs_of_other_methods_have_the_same_ranks_and_accuracies(method, tmp_pa
 def check_compiled(counts: list[int]) -> None:
   first, second, third, fourth = counts
   assert first and second and (third, fourth) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_in_host_memory_give_the_same_bits_on_many_devices(mode, four):
+  on_device, hosted = four["runs"][mode], four["hosted"][mode]
+  assert hosted["state_hash"] == on_device["state_hash"]
+  assert hosted["accuracy"] == on_device["accuracy"]
 
 
 @pytest.mark.parametrize("mode", MODES)

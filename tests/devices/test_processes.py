@@ -146,6 +146,16 @@ def test_two_processes_learn_as_one(method, mode, together, tmp_path):
   np.testing.assert_allclose(*(x[:2] for x in losses), rtol=1e-5)  # before rounding adds up
 
 
+@SLOW
+@pytest.mark.parametrize("mode", ["sharded", "pmap"])
+def test_images_in_host_memory_give_the_same_bits(mode, together, launch, tmp_path):
+  keys = (f"--config.parallel={mode}", "--config.deterministic=true")
+  succeed(launch(tmp_path, *HALRP, *keys, "--config.data.residence=host"))
+  on_device = record(together("halrp", mode)[0])
+  assert record(tmp_path)["state_hash"] == on_device["state_hash"]
+  assert record(tmp_path)["accuracy"] == on_device["accuracy"]
+
+
 def test_a_finished_run_is_shown_by_process_0(together, launch):
   assert "is finished already" in succeed(launch(together("stl", "sharded")[0], *SHORT))
 
