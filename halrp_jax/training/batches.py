@@ -184,16 +184,16 @@ def draw_parts(
   """Draws the parts of images that `crop_resize_flip` cuts out; arguments as there."""
   area_key, ratio_key, top_key, left_key, flip_key = jax.random.split(key, 5)
   height, width = stored
-  area = jax.random.uniform(area_key, num_images, minval=least_area) * (height * width)
+  area = jax.random.uniform(area_key, (num_images,), minval=least_area) * (height * width)
   # a part of this area fits if its width is at most W and its height at most H
   low, high = jnp.maximum(3 / 4, area / height**2), jnp.minimum(4 / 3, width**2 / area)
   middle = jnp.clip(width / height, 3 / 4, 4 / 3)  # of an image so wide that no ratio fits
   low, high = jnp.log(jnp.minimum(low, middle)), jnp.log(jnp.maximum(high, middle))
-  ratio = jnp.exp(jax.random.uniform(ratio_key, num_images, minval=low, maxval=high))
+  ratio = jnp.exp(jax.random.uniform(ratio_key, (num_images,), minval=low, maxval=high))
   part_height = jnp.minimum(jnp.sqrt(area / ratio), height)
   part_width = jnp.minimum(jnp.sqrt(area * ratio), width)
-  top = jax.random.uniform(top_key, num_images) * (height - part_height)
-  left = jax.random.uniform(left_key, num_images) * (width - part_width)
+  top = jax.random.uniform(top_key, (num_images,)) * (height - part_height)
+  left = jax.random.uniform(left_key, (num_images,)) * (width - part_width)
   mirrored = jax.random.bernoulli(flip_key, shape=(num_images,))
   return Parts(top, left, part_height, part_width, mirrored)
 

@@ -18,7 +18,9 @@ def test_they_are_those_of_scikit_learn():
   assert [str(n) for n in want.target_names] == list("0123456789")
 
 
-@pytest.mark.parametrize("contents", [None, gzip.compress(b"1,2\n" * 99)[:-9], b"1,2\n3,4\n"])
+@pytest.mark.parametrize(
+  "contents", [None, gzip.compress(b"1,2\n" * 99, mtime=0)[:-9], b"1,2\n3,4\n"]
+)
 def test_a_broken_installation_is_one_line(tmp_path, monkeypatch, contents):
   class Gone:
     def locate_file(self, path):
