@@ -21,6 +21,7 @@ TYPES = {
   "be": "halrp_jax.methods.be:TaskState",
   "bmkp": "halrp_jax.methods.bmkp:TaskState",
   "bn": "halrp_jax.methods.bn:TaskState",
+  "branches": "halrp_jax.methods.branches:TaskState",
   "clr": "halrp_jax.methods.clr:TaskState",
   "dictionary": "halrp_jax.methods.dictionary:TaskState",
   "gpm": "halrp_jax.methods.gpm:TaskState",
