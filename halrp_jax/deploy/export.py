@@ -4,11 +4,11 @@
   DIR/task03.safetensors, task03.json    what task 3 adds to them, or its whole network (merged)
   DIR/task03.stablehlo, task03.json      the whole program of task 3: uint8 images -> probabilities
 
-The JSON is the card of the file beside it: classes, normalisation, network, ranks, accuracy, the
-hashes of its arrays, of the task's state and of the base it belongs to; for a program also the
-packages that are needed to run it. The training config is not written. A folder holds one model in
-one format. With format=orbax the .safetensors files are Orbax folders of the same names without
-suffix. The names of the arrays are
+The JSON is the card of the file beside it: classes, normalisation, how photographs are resized and
+cropped, network, ranks, accuracy, the hashes of its arrays, of the task's state and of the base it
+belongs to; for a program also the packages that are needed to run it. The training config is not
+written. A folder holds one model in one format. With format=orbax the .safetensors files are Orbax
+folders of the same names without suffix. The names of the arrays are
 
   params/LAYER/.., batch_stats/LAYER/..    as in Flax; the base has params/LAYER/kernel
   perturbation/LAYER/R, S, sigma, rank, U, V    cut to the rank (weights/lowrank.py); U and V are
@@ -22,7 +22,7 @@ A head has as many outputs as its task has classes.
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from flax import traverse_util
 
 import halrp_jax
 from halrp_jax import files, models
+from halrp_jax.data import formats
 from halrp_jax.deploy import saved
 from halrp_jax.deploy.export_folder import (
   BASE,
@@ -70,6 +71,19 @@ class Model(NamedTuple):
   network: nn.Module
   variables: dict[str, Params]  # "params" and "batch_stats", as in Flax
   classify: Callable[[Array], jax.Array]  # uint8 images [B, H, W, C] -> probabilities [B, K]
+  # path of an image file, or an image uint8 [h, w] or [h, w, 3] of any size -> uint8 [H, W, C],
+  # resized and cropped as the images that the task was trained on
+  stored: Callable[[str | os.PathLike[str] | np.ndarray], np.ndarray]
+
+  def classify_photographs(
+    self, photographs: Iterable[str | os.PathLike[str] | np.ndarray]
+  ) -> jax.Array:
+    """Returns the probabilities [B, K] of photographs, files or arrays as `stored` takes them.
+
+    Raises:
+      UserError: if a photograph can't be read.
+    """
+    return self.classify(np.stack([self.stored(x) for x in photographs]))
 
   @property
   def class_names(self) -> list[str]:
@@ -358,7 +372,14 @@ def load(folder: str | os.PathLike[str], task: int) -> Model:
     require_images(image, ("B", *card["image_shape"]), f"{path / stem}: classify")
     return compute(image)
 
-  return Model(card, network, variables, classify)
+  def stored(photograph: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
+    height, width, channels = card["image_shape"]
+    shape, framing = (height, width, channels), structure.task.framing
+    if isinstance(photograph, np.ndarray):
+      return formats.photograph(photograph, shape, framing)
+    return formats.read_photo(require_path(photograph, "photograph"), shape, framing)[0]
+
+  return Model(card, network, variables, classify, stored)
 
 
 def _structure(card: Card, file: pathlib.Path) -> _Structure:
