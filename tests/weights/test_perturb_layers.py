@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from halrp_jax.nn import layers
 from halrp_jax.nn.conv import conv_general_dilated
 from halrp_jax.types import UserError
 from halrp_jax.weights import kinds, lowrank, perturb
@@ -23,6 +25,9 @@ class Net(nn.Module):
   def __call__(self, x):
     y = self.make(name="layer")(x)
     return nn.Dense(3, name="head")(y.reshape(-1, y.shape[-1]).mean(0))
+
+
+FORMS = ("composed", "factored", "auto")
 
 
 def check_exact(model, x, bound=1e-5, **kwargs):
@@ -363,3 +368,45 @@ def test_a_layer_is_composed_where_winograds_form_computes_it(strides, own, fact
   kernel, x = np.zeros((3, 3, 64, 64), np.float32), np.zeros((128, 16, 16, 64), np.float32)
   p = lowrank.identity(kernel, 8, fold=True)
   assert kinds._factored_is_cheaper(layer, kernel, p, x) == factored
+
+
+@pytest.mark.parametrize(
+  "layer",
+  [
+    functools.partial(nn.Dense, 256),
+    functools.partial(nn.DenseGeneral, (4, 64)),
+    functools.partial(nn.DenseGeneral, 256, axis=(-2, -1)),
+    functools.partial(nn.Conv, 256, (1, 1)),
+    functools.partial(layers.conv, 256, 1, 0),
+  ],
+)
+def test_a_step_takes_two_products_with_a_frozen_kernel_and_full_training_three(layer):
+  """XLA counts the operations of the compiled programs: there is no gradient of the kernel."""
+  x = jax.random.normal(jax.random.key(0), (4, 16, 16, 256))
+  if layer.keywords.get("axis"):
+    x = x.reshape(4, 256, 4, 64)
+  model = Net(layer)
+  variables = model.init(jax.random.key(1), x)
+  kernels, p, rest = perturb.init(jax.random.key(2), model, variables, x, rank=2)
+  p = jax.tree.map(lambda v: v + 0.1, p)
+
+  def plain(params, x):
+    return jnp.sum(jnp.sin(model.apply({"params": params}, x)))
+
+  def perturbed(p, x, form):
+    return jnp.sum(jnp.sin(perturb.apply(model, kernels, p, {"params": rest}, x, form=form)))
+
+  def flops(fn, *args):
+    program = jax.jit(jax.grad(fn, argnums=(0, 1))).lower(*args).compile()
+    return program.cost_analysis()["flops"]
+
+  own = {form: flops(functools.partial(perturbed, form=form), p, x) for form in FORMS}
+  full = flops(plain, variables["params"], x)
+  product = 2 * 256 * x.size
+  assert full > 3 * product and own["composed"] > 3 * product
+  assert own["factored"] == own["auto"] < 2.6 * product
+  gradients = [
+    jax.jit(jax.grad(functools.partial(perturbed, form=form), argnums=(0, 1)))(p, x)
+    for form in ("composed", "factored")
+  ]
+  chex.assert_trees_all_close(*gradients, rtol=2e-3, atol=2e-3)
