@@ -13,7 +13,7 @@ from flax import nnx
 from halrp_jax.nn import layers
 from halrp_jax.nn.conv import conv_general_dilated
 from halrp_jax.types import UserError
-from halrp_jax.weights import kinds, lowrank, perturb
+from halrp_jax.weights import kinds, lowrank, perturb, trees
 
 
 class Net(nn.Module):
@@ -371,42 +371,35 @@ def test_a_layer_is_composed_where_winograds_form_computes_it(strides, own, fact
 
 
 @pytest.mark.parametrize(
-  "layer",
+  "make",
   [
-    functools.partial(nn.Dense, 256),
-    functools.partial(nn.DenseGeneral, (4, 64)),
-    functools.partial(nn.DenseGeneral, 256, axis=(-2, -1)),
-    functools.partial(nn.Conv, 256, (1, 1)),
-    functools.partial(layers.conv, 256, 1, 0),
+    lambda **name: nn.Dense(256, **name),
+    lambda **name: nn.DenseGeneral((4, 64), **name),
+    lambda **name: nn.DenseGeneral(256, axis=(-1, -2), **name),
+    lambda **name: nn.Conv(256, (1, 1), padding=((1, 0), (2, 1)), **name),
+    lambda **name: layers.conv(256, 1, 0, 2, **name),
   ],
 )
-def test_a_step_takes_two_products_with_a_frozen_kernel_and_full_training_three(layer):
-  """XLA counts the operations of the compiled programs: there is no gradient of the kernel."""
+def test_a_step_takes_two_products_with_a_frozen_kernel_and_full_training_three(make):
+  """XLA counts the operations of the compiled programs; both forms have the same gradients."""
   x = jax.random.normal(jax.random.key(0), (4, 16, 16, 256))
-  if layer.keywords.get("axis"):
+  if getattr(make(name="layer"), "axis", -1) != -1:
     x = x.reshape(4, 256, 4, 64)
-  model = Net(layer)
+  model = Net(make)
   variables = model.init(jax.random.key(1), x)
-  kernels, p, rest = perturb.init(jax.random.key(2), model, variables, x, rank=2)
-  p = jax.tree.map(lambda v: v + 0.1, p)
-
-  def plain(params, x):
-    return jnp.sum(jnp.sin(model.apply({"params": params}, x)))
+  kernels, rest = trees.split(variables["params"])
+  p = lowrank.identity(kernels["layer"].reshape(256, 256), 2, True)
+  p = {"layer": jax.tree.map(lambda v: v + 0.1 * jnp.sin(jnp.arange(v.size)).reshape(v.shape), p)}
 
   def perturbed(p, x, form):
     return jnp.sum(jnp.sin(perturb.apply(model, kernels, p, {"params": rest}, x, form=form)))
 
-  def flops(fn, *args):
-    program = jax.jit(jax.grad(fn, argnums=(0, 1))).lower(*args).compile()
-    return program.cost_analysis()["flops"]
-
-  own = {form: flops(functools.partial(perturbed, form=form), p, x) for form in FORMS}
-  full = flops(plain, variables["params"], x)
-  product = 2 * 256 * x.size
-  assert full > 3 * product and own["composed"] > 3 * product
-  assert own["factored"] == own["auto"] < 2.6 * product
-  gradients = [
-    jax.jit(jax.grad(functools.partial(perturbed, form=form), argnums=(0, 1)))(p, x)
-    for form in ("composed", "factored")
-  ]
-  chex.assert_trees_all_close(*gradients, rtol=2e-3, atol=2e-3)
+  programs = {
+    form: jax.jit(jax.grad(functools.partial(perturbed, form=form), (0, 1))).lower(p, x).compile()
+    for form in FORMS
+  }
+  own = {form: program.cost_analysis()["flops"] for form, program in programs.items()}
+  assert own["factored"] == own["auto"] < 0.8 * own["composed"]
+  one, other = (programs[form](p, x) for form in ("composed", "factored"))
+  scale = max(float(jnp.abs(v).max()) for v in jax.tree.leaves(one))
+  chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5 * scale)
