@@ -142,6 +142,10 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
       f"base_training = {resolved.base_training!r} is for {', '.join(_WITH_FROZEN_BASE)}; {name} "
       "trains all parameters: set base_training=all"
     )
+  if resolved.data.framing == "whole" and resolved.data.crop:
+    raise UserError(
+      f"data.crop = {resolved.data.crop}: framing=whole crops nothing; set data.framing=central"
+    )
   if hasattr(method, "check"):
     keys.require(method.check(resolved))
   return resolved
@@ -180,6 +184,8 @@ def setting_of(config: Json) -> Json:
     before = {k: v for k, v in _VALUES_BEFORE_KEY.items() if k in known}
     if "base" not in flat and flat["benchmark"] != "custom":
       flat["data.image_size"] = 0  # it was for custom alone
+    if flat.get("base"):
+      before["data.framing"] = "whole"  # photographs were
     flat = {k: key.default for k, key in known.items()} | before | flat
     for key, value in switches.items():
       if flat.get(f"method.{key}") is None:

@@ -231,6 +231,25 @@ class Data:
     "custom those of folders, and with a base those of .npz files); 0: those of the benchmark's "
     "images, 32 for custom",
   )
+  framing: str = one_of(
+    "auto",
+    ("auto", "whole", "central"),
+    "custom: how a photograph of a folder becomes a square; whole: all of it is squeezed in; "
+    "central: it is resized by its shorter side and the central square is cut out; auto: central "
+    "if `base` is of a known source, else whole",
+  )
+  crop: float = number(
+    0.0,
+    0,
+    1,
+    "framing=central: share of the resized shorter side that the square keeps; 0: as for the "
+    "images of `base`, or 1",
+  )
+  interpolation: str = one_of(
+    "auto",
+    ("auto", "bilinear", "bicubic"),
+    "custom: how photographs are resized; auto: framing=central as for `base`, else bilinear",
+  )
   test_fraction: float = number(
     0.2, 0, 0.9, "custom: fraction of every class used for testing if there is no test set", True
   )

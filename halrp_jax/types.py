@@ -101,6 +101,13 @@ class Inputs(NamedTuple):
   resize: tuple[Array, Array] | None = None
 
 
+class Framing(NamedTuple):
+  """How a photograph of any size becomes a stored image."""
+
+  crop: float = 0.0  # share of the shorter side that a central square keeps; 0: all is squeezed in
+  interpolation: str = "bilinear"  # or "bicubic"
+
+
 class Task(NamedTuple):
   """One task of a benchmark: its classes, images and splits."""
 
@@ -114,6 +121,7 @@ class Task(NamedTuple):
   own_test: bool = True  # whether the data set itself defines the test images
   data_hash: str = ""  # hash of all images and labels, before anything is drawn (data/content.py)
   split_hash: str = ""  # hash of the splits train, valid and test, in this order
+  framing: Framing = Framing()  # of its photographs, and of those that are predicted
 
   @property
   def num_classes(self) -> int:

@@ -14,6 +14,7 @@ import pytest
 from halrp_jax.data import prepared
 
 from .conftest import ROOT
+from .runs import test_framing
 from .runs.test_convert import CASES
 
 pytestmark = pytest.mark.extra
@@ -155,3 +156,17 @@ def test_the_stored_logits_are_timms():
   found, stored = json.loads(done.stdout.strip().splitlines()[-1]), CASES["vit"]
   np.testing.assert_allclose(found.pop("logits"), stored["logits"], atol=1e-5)
   assert found == {k: v for k, v in stored.items() if k != "logits"}
+
+
+@needs("timm")
+@needs("torchvision")
+@pytest.mark.parametrize("name", ["vit", "torchvision_v2"])
+def test_the_stored_photographs_are_timms(name):
+  code = f"import json, timm_photographs as t; print(json.dumps(t.compute({name!r})))"
+  environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+  arguments = [sys.executable, "-c", code]
+  done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  found, stored = json.loads(done.stdout.strip().splitlines()[-1]), test_framing.CASES[name]
+  np.testing.assert_allclose(found["input"], stored["input"], atol=0.02)
+  assert found["crop"] == stored["crop"] and found["source"] == stored["source"]

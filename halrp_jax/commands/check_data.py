@@ -18,6 +18,7 @@ from PIL import Image
 from halrp_jax import arguments, data, files
 from halrp_jax.commands import terminal
 from halrp_jax.config import resolve
+from halrp_jax.runs import pretrained
 from halrp_jax.types import Array, Split, Task, UserError, UserErrors
 
 _FLAGS = {"sheet": "file for the contact sheet; default: check_data.png"}
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     args.config.allow_partial = True  # reads what there is; what is missing is printed below
   config = resolve(args.config)
   try:
-    benchmark = data.load(config)
+    benchmark = data.load(pretrained.framed(config))
   except UserErrors as e:
     for line in e.lines:
       print(f"WRONG  {line}")

@@ -6,8 +6,8 @@
 RUN is the folder of a run that is finished, or interrupted after the task was learned; the data it
 was trained on are not needed. NAME is the task's name, or id:N for the task with id N; the number
 alone is enough unless another task has it as its name. FOLDER holds images (PNG, JPEG, WebP, BMP,
-GIF, TIFF, PPM); those of another size are resized. FILE.npz holds an array `image`, uint8 [N, H, W]
-or [N, H, W, C], of the size that the network was trained on.
+GIF, TIFF, PPM), which are resized and cropped as those that the task was trained on. FILE.npz holds
+an array `image`, uint8 [N, H, W] or [N, H, W, C], of the size that the network was trained on.
 
 FILE.csv gets a row per image: its name, the most probable class, the probability of this class, and
 then the probability of every class. Images that can't be read are listed and skipped; the exit code
@@ -50,7 +50,9 @@ def main(argv: list[str]) -> int:
   run = saved.open_run(options.workdir)
   t = saved.find_task(run, options.task)
   batch_size = options.batch_size or run.config.images_per_evaluation
-  images = incoming.open_images(options.images, run.stored_shape, batch_size)
+  images = incoming.open_images(
+    options.images, run.stored_shape, batch_size, run.learned[t].framing
+  )
   if line := saved.missing_statistics(run):
     print(f"note: {line}")
   try:

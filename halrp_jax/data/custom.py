@@ -15,8 +15,8 @@ If there is only one task, its CLASS/IMAGE or train/CLASS/IMAGE may be in `data_
 With `data.source` = "tfds", the tasks are the data sets of TFDS that `data.tasks` names.
 
 Tasks and classes are sorted by name, numbers in names by value. Images are resized to a height and
-width of `data.image_size`, as formats.py describes, and normalised by mean and standard deviation
-of the training images of their task.
+width of `data.image_size`, whole or by their central square (`data.framing`), as formats.py
+describes, and normalised by mean and standard deviation of the training images of their task.
 """
 
 import functools
@@ -29,8 +29,8 @@ import numpy as np
 
 from halrp_jax.data import archives, cache, decoding, folders, formats, residence, sources
 from halrp_jax.data.tasks import ImageSet, make_task, offsets_of
-from halrp_jax.keys import Config
-from halrp_jax.types import Inputs, Task, UserError, brief
+from halrp_jax.keys import Config, Data
+from halrp_jax.types import Framing, Inputs, Task, UserError, brief
 
 _MOST_BYTES = 2_000_000_000  # largest accepted file
 _CHUNK = 256  # number of images whose mean is taken in one step
@@ -55,6 +55,16 @@ class _OwnTask(NamedTuple):
   part: np.ndarray  # int [N] _TRAIN, _VAL or _TEST
   done: np.ndarray = np.zeros(0, np.uint8)  # [N] conversions as bits, for `formats.conversions`
   unused: tuple[str, ...] = ()  # files that are not used
+  framing: Framing = Framing()  # of its photographs; not of an .npz file's images
+
+
+def framing_of(keys: Data) -> Framing:
+  """Returns how photographs become stored images, from the keys `data.*`.
+
+  What is "auto" or 0 in them and depends on a base is filled in by `runs.pretrained.with_framing`.
+  """
+  interpolation = "bilinear" if keys.interpolation == "auto" else keys.interpolation
+  return Framing(keys.crop or 1.0 if keys.framing == "central" else 0.0, interpolation)
 
 
 def outline(config: Config) -> None:
@@ -90,7 +100,7 @@ def read(config: Config, notify: Callable[[str], None] = lambda line: None) -> l
       for split in ("train", "valid", "test")
     }
     task = task._replace(**moved)
-    tasks.append(task._replace(inputs=_inputs(task)))
+    tasks.append(task._replace(inputs=_inputs(task), framing=own.framing))
   return tasks
 
 
@@ -131,7 +141,7 @@ def read_one(
   image = np.ascontiguousarray(np.broadcast_to(image, (len(image), *shape)))
   own = own._replace(data=own.data._replace(image=image))
   task = _task(task_id, folders.shown(name), own, config)
-  return task._replace(inputs=_inputs(task))
+  return task._replace(inputs=_inputs(task), framing=own.framing)
 
 
 def _task(i: int, name: str, own: _OwnTask, config: Config) -> Task:
@@ -291,7 +301,7 @@ def _read_images(
 
   Args:
     tree: the folder.
-    config: has the keys `data.cache` and `data.decode_processes`.
+    config: has the keys `data.cache`, `data.decode_processes` and `data.framing`.
     shape: shape [H, W, C] to which images are converted.
     prefix: is put before the names of unused files.
   """
@@ -303,22 +313,24 @@ def _read_images(
   part_of = {n: parts[n.split("/")[0]] if parts else _TRAIN for n in names}
   names.sort(key=part_of.__getitem__)  # training images first; the order within a part stays
   num_extra = math.ceil(len(names) / math.prod(shape))  # rows for one byte for each image
+  framing = framing_of(config.data)
 
   def decode(out):
     done = np.zeros(num_extra * math.prod(shape), np.uint8)
     paths = [tree.path / name for name in names]
-    decoding.photos(paths, shape, out, done, config.data.decode_processes)
+    decoding.photos(paths, shape, out, done, config.data.decode_processes, framing)
     out[len(names) :] = done.reshape(num_extra, *shape)
 
   files = archives.files_of(tree, _MOST_BYTES)._replace(names=tuple(names))
   # "photos" stands for the decoding by formats.read_photo. If that changes, so must this word.
-  key = f"photos-{archives.fingerprint(files, names)}"
+  kind = "" if framing == Framing() else f"{framing.interpolation}-{framing.crop:.6g}-"
+  key = f"photos-{kind}{archives.fingerprint(files, names)}"
   array = cache.images(config.data.cache, key, (len(names) + num_extra, *shape), decode)
   label = np.array([classes.index(folders.shown(n.split("/")[-2])) for n in names])
   part = np.array([part_of[n] for n in names])
   data = ImageSet(array[: len(names)], label, int((part == _TRAIN).sum()), classes)
   unused = tuple(f"{prefix}{n}" for n in (*tree.files, *tree.skipped) if n not in part_of)
-  return _OwnTask(data, part, array[len(names) :].reshape(-1)[: len(names)], unused)
+  return _OwnTask(data, part, array[len(names) :].reshape(-1)[: len(names)], unused, framing)
 
 
 def _classes(tree: folders.Tree, names: list[str], parts: dict[str, int]) -> tuple[str, ...]:
@@ -453,9 +465,10 @@ def _read_tfds(config: Config) -> dict[str, _OwnTask]:
       "data.tasks is empty: name TFDS sets, separated by commas, for example mnist,emnist"
     )
   folders.unique(((n, n) for n in names), "data.tasks: TFDS set")
-  size = config.data.image_size
-  sets = {name: prepared.any_images(config.data_dir, name, size) for name in names}
-  return {
-    name: _OwnTask(data, np.where(np.arange(len(data.label)) < data.num_train, _TRAIN, _TEST))
-    for name, data in sets.items()
-  }
+  size, framing = config.data.image_size, framing_of(config.data)
+  sets = {name: prepared.any_images(config.data_dir, name, size, framing) for name in names}
+
+  def part_of(data: ImageSet) -> np.ndarray:
+    return np.where(np.arange(len(data.label)) < data.num_train, _TRAIN, _TEST)
+
+  return {name: _OwnTask(x, part_of(x), framing=framing) for name, x in sets.items()}

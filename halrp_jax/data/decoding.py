@@ -15,7 +15,7 @@ from concurrent import futures
 import numpy as np
 
 from halrp_jax.data import formats
-from halrp_jax.types import UserError, UserErrors
+from halrp_jax.types import Framing, UserError, UserErrors
 
 _CHUNK = 32  # number of images that a thread decodes before it takes others
 _Decoded = tuple[np.ndarray, int, str]  # image, conversions, "" or the line of an error
@@ -27,6 +27,7 @@ def photos(
   out: np.ndarray,
   done: np.ndarray,
   num_processes: int,
+  framing: Framing = Framing(),
 ) -> None:
   """Decodes photographs as `formats.read_photo` does.
 
@@ -36,24 +37,25 @@ def photos(
     out: gets the images, uint8 [N, H, W, C].
     done: gets the conversions of each image as bits, for `formats.conversions`. uint8 [N]
     num_processes: the config key `data.decode_processes`.
+    framing: how they are resized and cropped.
 
   Raises:
     UserErrors: after all files were tried, with a line for each that can't be read.
     UserError: if there are to be processes, and Grain is not installed.
   """
   lines = _by_processes if num_processes else _by_threads
-  if wrong := list(lines(paths, shape, out, done, num_processes)):
+  if wrong := list(lines(paths, shape, out, done, num_processes, framing)):
     raise UserErrors(wrong)
 
 
-def _by_threads(paths, shape, out, done, num_processes) -> Iterator[str]:
+def _by_threads(paths, shape, out, done, num_processes, framing) -> Iterator[str]:
   """Decodes with a thread for each core; yields a line for each file that can't be read."""
 
   def decode_some(start: int) -> list[str]:
     rows = range(start, min(start + _CHUNK, len(paths)))
     lines = []
     for i in rows:
-      image, done[i], line = _decode(str(paths[i]), shape)
+      image, done[i], line = _decode(str(paths[i]), shape, framing)
       if line:
         lines.append(line)
       else:
@@ -67,7 +69,7 @@ def _by_threads(paths, shape, out, done, num_processes) -> Iterator[str]:
       yield from lines
 
 
-def _by_processes(paths, shape, out, done, num_processes) -> Iterator[str]:
+def _by_processes(paths, shape, out, done, num_processes, framing) -> Iterator[str]:
   """Decodes with processes of Grain; yields a line for each file that can't be read."""
   try:
     import grain  # pyright: ignore[reportMissingImports] (an extra)
@@ -81,7 +83,7 @@ def _by_processes(paths, shape, out, done, num_processes) -> Iterator[str]:
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain's processes inherit absl's flags and refuse unparsed ones
   source = grain.MapDataset.source([str(path) for path in paths])
-  decoded = source.map(functools.partial(_decode, shape=shape)).to_iter_dataset()
+  decoded = source.map(functools.partial(_decode, shape=shape, framing=framing)).to_iter_dataset()
   options = grain.MultiprocessingOptions(num_workers=num_processes)
   with contextlib.closing(iter(decoded.mp_prefetch(options))) as results:
     for i, (image, bits, line) in enumerate(results):
@@ -91,10 +93,10 @@ def _by_processes(paths, shape, out, done, num_processes) -> Iterator[str]:
         out[i], done[i] = image, bits
 
 
-def _decode(path: str, shape: tuple[int, int, int]) -> _Decoded:
+def _decode(path: str, shape: tuple[int, int, int], framing: Framing) -> _Decoded:
   """Decodes one photograph; errors are returned, since a process can't raise those of others."""
   try:
-    return *formats.read_photo(pathlib.Path(path), shape), ""
+    return *formats.read_photo(pathlib.Path(path), shape, framing), ""
   except UserError as e:
     return np.zeros(0, np.uint8), 0, str(e)
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from halrp_jax.data import archives
-from halrp_jax.types import UserError, brief
+from halrp_jax.types import Framing, UserError, brief
 
 # Largest accepted sizes, to protect the memory from forged files.
 _MOST_IDX = 60_000_000  # bytes; MNIST's training images have 47 million
@@ -203,6 +203,7 @@ def picture(contents: bytes, name: str, mode: str, size: tuple[int, int] | None)
 
 # --- the user's images ----------------------------------------------------------------
 
+_WHOLE = Framing()
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 _MOST_BYTES = 200_000_000  # largest accepted file
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF
@@ -252,12 +253,15 @@ _OTHER_BEGINNINGS = (  # files that are often mistaken for images
 )
 
 
-def read_photo(path: pathlib.Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, int]:
+def read_photo(
+  path: pathlib.Path, shape: tuple[int, int, int], framing: Framing = _WHOLE
+) -> tuple[np.ndarray, int]:
   """Reads an image file of the user's and resizes the image.
 
   Args:
     path: the file.
     shape: shape [H, W, C] of the returned array; C is 1 or 3.
+    framing: which part of the image is used.
 
   Returns:
     uint8 array of that shape, and bits that say how the image was converted (see `conversions`).
@@ -265,12 +269,56 @@ def read_photo(path: pathlib.Path, shape: tuple[int, int, int]) -> tuple[np.ndar
   Raises:
     UserError: if the file can't be read; names the file, its format, and the reason.
   """
-  height, width, channels = shape
   contents = archives.read_file(path, _MOST_BYTES)
-  image, done = photo(contents, str(path), "L" if channels == 1 else "RGB")
-  if image.size != (width, height):
-    image, done = image.resize((width, height), Image.Resampling.BILINEAR), done | _RESIZED
-  return np.asarray(image).reshape(shape), done
+  image, done = photo(contents, str(path), "L" if shape[2] == 1 else "RGB")
+  if image.size != (shape[1], shape[0]):
+    done |= _RESIZED
+  return framed(image, shape[:2], framing).reshape(shape), done
+
+
+def photograph(x: np.ndarray, shape: tuple[int, int, int], framing: Framing) -> np.ndarray:
+  """Returns a decoded photograph as a stored image.
+
+  Args:
+    x: uint8 [h, w] or [h, w, 3], of any size.
+    shape: shape [H, W, C] of the stored image; C is 1 or 3.
+    framing: which part of the photograph is used.
+
+  Raises:
+    UserError: if it has another shape or dtype.
+  """
+  if x.dtype != np.uint8 or x.ndim not in (2, 3) or x.shape[2:] not in ((), (3,)) or not x.size:
+    raise UserError(
+      f"photograph: expected uint8 [h, w] or [h, w, 3], given {x.dtype} {list(x.shape)}"
+    )
+  image = Image.fromarray(x).convert("L" if shape[2] == 1 else "RGB")
+  return framed(image, shape[:2], framing).reshape(shape)
+
+
+def framed(image: Image.Image, size: tuple[int, int], framing: Framing) -> np.ndarray:
+  """Returns a photograph as a stored image, uint8 [H, W] or [H, W, C].
+
+  A central rectangle is found as by torchvision's `Resize` and `CenterCrop`: the photograph is
+  scaled until it just holds H / crop x W / crop pixels, and its middle is cut out.
+
+  Args:
+    image: the photograph.
+    size: height H and width W of the stored image.
+    framing: which part of the photograph is used.
+  """
+  height, width = size
+  method = Image.Resampling[framing.interpolation.upper()]
+  if not framing.crop:
+    whole = image if image.size == (width, height) else image.resize((width, height), method)
+    return np.asarray(whole)
+  least_width, least_height = (math.floor(n / framing.crop) for n in (width, height))
+  if image.width * least_height >= image.height * least_width:
+    scaled = (int(least_height * image.width / image.height), least_height)
+  else:
+    scaled = (least_width, int(least_width * image.height / image.width))
+  image = image if image.size == scaled else image.resize(scaled, method)
+  left, top = (round((n - m) / 2) for n, m in zip(scaled, (width, height), strict=True))
+  return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 def conversions(done: np.ndarray) -> str:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from halrp_jax.data import folders, formats, sources
-from halrp_jax.types import UserError, brief
+from halrp_jax.types import Framing, UserError, brief
+
+_WHOLE = Framing()
 
 
 class Batch(NamedTuple):
@@ -32,13 +34,16 @@ class Incoming(NamedTuple):
   unused: str = ""  # one line about files that are not images; empty if there are none
 
 
-def open_images(text: str, shape: tuple[int, int, int], batch_size: int) -> Incoming:
+def open_images(
+  text: str, shape: tuple[int, int, int], batch_size: int, framing: Framing = _WHOLE
+) -> Incoming:
   """Opens images, which are then read batch by batch, in the order of their names.
 
   Args:
     text: path of a folder or of an .npz file, given as --images.
     shape: [H, W, C] of the network's stored images.
     batch_size: number of images in a batch.
+    framing: which part of the images of a folder is used.
 
   Raises:
     UserError: if there are no images, or those of an .npz file have another shape or type.
@@ -51,7 +56,7 @@ def open_images(text: str, shape: tuple[int, int, int], batch_size: int) -> Inco
     names = sorted([*names, *tree.broken], key=folders.path_order)
     if not names:
       raise UserError(f"--images={text}: contains no images{unused and f'; {unused}'}")
-    return Incoming(len(names), _folder_batches(tree, names, shape, batch_size), unused)
+    return Incoming(len(names), _folder_batches(tree, names, shape, batch_size, framing), unused)
   if path.suffix.lower() != ".npz":
     raise UserError(f"--images={text}: expected an existing folder or .npz file")
   image = _read_npz(path, shape)
@@ -62,7 +67,11 @@ def open_images(text: str, shape: tuple[int, int, int], batch_size: int) -> Inco
 
 
 def _folder_batches(
-  tree: folders.Tree, names: list[str], shape: tuple[int, int, int], batch_size: int
+  tree: folders.Tree,
+  names: list[str],
+  shape: tuple[int, int, int],
+  batch_size: int,
+  framing: Framing,
 ) -> Iterator[Batch]:
   """Yields the images of a folder in batches."""
   names_read, images, skipped, done = [], [], [], []
@@ -70,7 +79,7 @@ def _folder_batches(
     try:
       if name in tree.broken:
         raise UserError(tree.broken[name])
-      image, bits = formats.read_photo(tree.path / name, shape)
+      image, bits = formats.read_photo(tree.path / name, shape, framing)
       images.append(image)
       done.append(bits)
       names_read.append(name)

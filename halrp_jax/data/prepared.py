@@ -13,7 +13,9 @@ from PIL import Image
 
 from halrp_jax.data import formats
 from halrp_jax.data.tasks import ImageSet
-from halrp_jax.types import UserError, brief
+from halrp_jax.types import Framing, UserError, brief
+
+_WHOLE = Framing()
 
 _NAMES_IN_TFDS = {"svhn": "svhn_cropped"}  # where the names differ
 
@@ -59,23 +61,30 @@ def cifar100(data_dir: str) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
   return data, coarse, tuple(features["coarse_label"].names)
 
 
-def any_images(data_dir: str, name: str, size: int) -> ImageSet:
+def any_images(data_dir: str, name: str, size: int, framing: Framing = _WHOLE) -> ImageSet:
   """Reads any data set with the features image and label.
 
   Args:
     data_dir: folder in which TFDS has prepared data sets; "" for TFDS's default.
     name: name of the data set in TFDS.
     size: height and width to which images are resized; they get three channels.
+    framing: which part of an image is used.
 
   Raises:
     UserError: if the data set can't be read or has not both features.
   """
-  (x, y), (x_test, y_test), features = _read(data_dir, name, ("image", "label"), size)
+  (x, y), (x_test, y_test), features = _read(data_dir, name, ("image", "label"), size, framing)
   names = tuple(features["label"].names)
   return ImageSet(np.concatenate([x, x_test]), np.concatenate([y, y_test]), len(x), names)
 
 
-def _read(data_dir: str, name: str, keys: tuple[str, ...], size: int | None = None):
+def _read(
+  data_dir: str,
+  name: str,
+  keys: tuple[str, ...],
+  size: int | None = None,
+  framing: Framing = _WHOLE,
+):
   """Reads the splits "train" and "test" of a data set; the first key is that of the images.
 
   Returns:
@@ -97,7 +106,7 @@ def _read(data_dir: str, name: str, keys: tuple[str, ...], size: int | None = No
     raise UserError(
       f"TFDS set {name}: has no feature {missing[0]!r}; choose a set with image and label"
     )
-  parts = [_arrays(builder, name, split, keys, size) for split in ("train", "test")]
+  parts = [_arrays(builder, name, split, keys, size, framing) for split in ("train", "test")]
   return *parts, features
 
 
@@ -118,7 +127,7 @@ def _prepare(tfds, builder) -> None:
 
 
 def _arrays(
-  builder, name: str, split: str, keys: tuple[str, ...], size: int | None
+  builder, name: str, split: str, keys: tuple[str, ...], size: int | None, framing: Framing
 ) -> list[np.ndarray]:
   """Reads one split of a prepared data set as an array for each key."""
   try:
@@ -138,13 +147,13 @@ def _arrays(
   if not rows:
     raise UserError(f"TFDS set {name}: split {split} is empty; choose another set")
   images, *labels = zip(*rows, strict=True)
-  images = [_sized(np.asarray(x), size) for x in images]
+  images = [_sized(np.asarray(x), size, framing) for x in images]
   if len({x.shape for x in images}) > 1:
     raise UserError(f"TFDS set {name}: images differ in size; set data.image_size")
   return [np.stack(images), *(np.asarray(y, np.int64) for y in labels)]
 
 
-def _sized(image: np.ndarray, size: int | None) -> np.ndarray:
+def _sized(image: np.ndarray, size: int | None, framing: Framing) -> np.ndarray:
   """Resizes an image to uint8 [size, size, 3]; returns it unchanged if `size` is None."""
   if size is None:
     return image
@@ -152,5 +161,4 @@ def _sized(image: np.ndarray, size: int | None) -> np.ndarray:
   picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
   if picture.has_transparency_data:
     picture, _ = formats.on_white(picture)
-  picture = picture.convert("RGB")
-  return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+  return formats.framed(picture.convert("RGB"), (size, size), framing)

@@ -1,16 +1,19 @@
 """Writes the model of a run to files for other programs, and reads them. No pickle.
 
-  DIR/base.safetensors, base.json        the frozen kernels, once
+  DIR/base.safetensors, base.json        what all tasks share, once: the frozen kernels, and with
+                                         method.private=norm or head other parameters too
   DIR/task03.safetensors, task03.json    what task 3 adds to them, or its whole network (merged)
   DIR/task03.stablehlo, task03.json      the whole program of task 3: uint8 images -> probabilities
 
-The JSON is the card of the file beside it: classes, normalisation, network, ranks, accuracy, the
-hashes of its arrays, of the task's state and of the base it belongs to; for a program also the
-packages that are needed to run it. The training config is not written. A folder holds one model in
-one format. With format=orbax the .safetensors files are Orbax folders of the same names without
-suffix. The names of the arrays are
+The JSON is the card of the file beside it: classes, normalisation, how photographs are resized and
+cropped, network, ranks, accuracy, the hashes of its arrays, of the task's state and of the base it
+belongs to; for a program also the packages that are needed to run it. The training config is not
+written. A folder holds one model in one format. With format=orbax the .safetensors files are Orbax
+folders of the same names without suffix. Tasks that perturb a pretrained network as it was
+published can be written without the base; `load` then gets the file of that network, whose SHA-256
+is in the card. The names of the arrays are
 
-  params/LAYER/.., batch_stats/LAYER/..    as in Flax; the base has params/LAYER/kernel
+  params/LAYER/.., batch_stats/LAYER/..    as in Flax
   perturbation/LAYER/R, S, sigma, rank, U, V    cut to the rank (weights/lowrank.py); U and V are
     left out at rank 0
   perturbation/LAYER/U.values, U.mask    in place of U where that is smaller: its non-zero entries
@@ -22,7 +25,7 @@ A head has as many outputs as its task has classes.
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -36,6 +39,7 @@ from flax import traverse_util
 
 import halrp_jax
 from halrp_jax import files, models
+from halrp_jax.data import formats
 from halrp_jax.deploy import saved
 from halrp_jax.deploy.export_folder import (
   BASE,
@@ -53,7 +57,7 @@ from halrp_jax.deploy.export_folder import (
   unpack,
 )
 from halrp_jax.deploy.inputs import require_images, require_index, require_path
-from halrp_jax.runs import cards, checkpoint
+from halrp_jax.runs import cards, checkpoint, identity, pretrained, remote
 from halrp_jax.training import batches, contract, networks, population
 from halrp_jax.types import Array, Network, Params, Task, UserError, brief
 from halrp_jax.weights import kinds, lowrank, trees
@@ -70,6 +74,19 @@ class Model(NamedTuple):
   network: nn.Module
   variables: dict[str, Params]  # "params" and "batch_stats", as in Flax
   classify: Callable[[Array], jax.Array]  # uint8 images [B, H, W, C] -> probabilities [B, K]
+  # path of an image file, or an image uint8 [h, w] or [h, w, 3] of any size -> uint8 [H, W, C],
+  # resized and cropped as the images that the task was trained on
+  stored: Callable[[str | os.PathLike[str] | np.ndarray], np.ndarray]
+
+  def classify_photographs(
+    self, photographs: Iterable[str | os.PathLike[str] | np.ndarray]
+  ) -> jax.Array:
+    """Returns the probabilities [B, K] of photographs, files or arrays as `stored` takes them.
+
+    Raises:
+      UserError: if a photograph can't be read.
+    """
+    return self.classify(np.stack([self.stored(x) for x in photographs]))
 
   @property
   def class_names(self) -> list[str]:
@@ -81,7 +98,12 @@ class Model(NamedTuple):
 
 
 def write(
-  run: saved.Saved, folder: str, positions: list[int], format: str, merged: bool
+  run: saved.Saved,
+  folder: str,
+  positions: list[int],
+  format: str,
+  merged: bool,
+  without_base: bool = False,
 ) -> Iterator[tuple[str, int]]:
   """Writes tasks of a run, and the base if they need it.
 
@@ -91,6 +113,7 @@ def write(
     positions: positions of the tasks, in the order of training.
     format: one of `FORMATS`.
     merged: whether to write whole networks; otherwise the base once and what each task adds.
+    without_base: whether to leave out the base, which then is the pretrained network's file.
 
   Yields:
     Name without suffix, and size in bytes, of every file when it is written.
@@ -99,6 +122,9 @@ def write(
     UserError: if the method has no such form, or the folder can't be used.
   """
   _require_form(run, format, merged)
+  origin = _origin(run)
+  if without_base:
+    _require_origin(run, origin, format, merged)
   is_program = format == "stablehlo"
   adds_to_base = not is_program and not merged
   path = pathlib.Path(folder)
@@ -112,10 +138,10 @@ def write(
     }
     base: Arrays = {}
     if adds_to_base:
-      base = _named({"params": trees.join(run.state.shared["kernels"], {})})
+      base = _shared(run)
       own[BASE] = {"kind": BASE, "hash": checkpoint.fingerprint(base)}
     require_one_model(path, format, own)
-    if adds_to_base:
+    if adds_to_base and not without_base:
       card = _card(run, run.benchmark.max_classes) | {"kind": BASE}
       yield BASE, _write_arrays(path, BASE, base, card, format)
     for t in positions:
@@ -125,8 +151,9 @@ def write(
       elif merged:
         yield stem, _write_arrays(path, stem, _merged(run, t), card, format)
       else:
-        card |= {"base": own[BASE]["hash"]}
-        yield stem, _write_arrays(path, stem, _added(run, t), card, format)
+        card |= {"base": own[BASE]["hash"]} | ({"pretrained": origin} if origin else {})
+        added = {k: x for k, x in _added(run, t).items() if not _is_in(base, k, x)}
+        yield stem, _write_arrays(path, stem, added, card, format)
   except OSError as e:
     raise UserError(f"--out={folder}: {e.strerror or e}") from e
 
@@ -142,6 +169,51 @@ def _require_form(run: saved.Saved, format: str, merged: bool) -> None:
     raise UserError(f"{name}: no ordinary network predicts like its tasks; use --format=stablehlo")
   if not merged and not hasattr(run.state.tasks[0], "perturbation"):
     raise UserError(f"{name} has no perturbations of a base: use --merge")
+
+
+def _origin(run: saved.Saved) -> Card | None:
+  """Returns name, SHA-256 and source of the pretrained network whose kernels the tasks perturb.
+
+  None: there is none, or the first task has trained its kernels.
+  """
+  config = run.config
+  digest = identity.read_standing(run.path).get("base")
+  if not config.base or config.base_training == "all" or not digest:
+    return None
+  name = config.base.partition("#")[0].replace("\\", "/").rpartition("/")[2]
+  return {"name": name, "sha256": digest, "source": config.base_source}
+
+
+def _require_origin(run: saved.Saved, origin: Card | None, format: str, merged: bool) -> None:
+  """Raises UserError if tasks can't be written without a base."""
+  if merged or format == "stablehlo":
+    raise UserError(
+      "--without_base leaves out the base that tasks add to, which --merge and "
+      "--format=stablehlo do not write: leave it out"
+    )
+  if origin is None:
+    raise UserError(
+      f"--without_base: the kernels of {run.path} are not those of a file: it needs base=FILE with "
+      "base_training=head or none; leave out --without_base to write the base too"
+    )
+
+
+def _shared(run: saved.Saved) -> Arrays:
+  """Returns the arrays of the base: the kernels, and what all tasks have in common besides."""
+  shared, stats = trees.join(run.state.shared["kernels"], {}), {}
+  private = getattr(run.config.method, "private", "all")
+  first = run.state.tasks[0]
+  if private != "all":
+    rest, _ = trees.split_private(first.rest, private == "norm")
+    shared = trees.join(run.state.shared["kernels"], rest)
+  if private == "head":
+    stats = first.stats
+  return _named({"params": shared, "batch_stats": stats})
+
+
+def _is_in(base: Arrays, name: str, x: np.ndarray) -> bool:
+  """Returns whether the base has an array under this name with the same bits."""
+  return name in base and base[name].dtype == x.dtype and base[name].tobytes() == x.tobytes()
 
 
 def _named(tree: Params) -> Arrays:
@@ -324,12 +396,14 @@ class _Structure(NamedTuple):
   matrices: contract.Shapes  # (I, J) of their layers
 
 
-def load(folder: str | os.PathLike[str], task: int) -> Model:
+def load(folder: str | os.PathLike[str], task: int, base: str | None = None) -> Model:
   """Reads a task that `write` has written as arrays, merged or not.
 
   Args:
     folder: the folder that was written.
     task: id of the task.
+    base: the pretrained network's file, as `config.base` names it, for a task that was written
+      without its base.
 
   Raises:
     UserError: if a file is missing or damaged, has missing or unexpected arrays, or belongs to
@@ -344,7 +418,7 @@ def load(folder: str | os.PathLike[str], task: int) -> Model:
     structure = _structure(card, path / stem)
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise UserError(f"{path / stem}.json: was changed or damaged ({brief(e)})") from e
-  arrays = jax.tree.map(jnp.asarray, _read_network(path, stem, card, structure))
+  arrays = jax.tree.map(jnp.asarray, _read_network(path, stem, card, structure, base))
   variables: dict[str, Params] = {"params": {}, "batch_stats": {}}
   variables |= traverse_util.unflatten_dict(arrays, sep="/")
   network, inputs = structure.network, structure.task.inputs
@@ -358,7 +432,14 @@ def load(folder: str | os.PathLike[str], task: int) -> Model:
     require_images(image, ("B", *card["image_shape"]), f"{path / stem}: classify")
     return compute(image)
 
-  return Model(card, network, variables, classify)
+  def stored(photograph: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
+    height, width, channels = card["image_shape"]
+    shape, framing = (height, width, channels), structure.task.framing
+    if isinstance(photograph, np.ndarray):
+      return formats.photograph(photograph, shape, framing)
+    return formats.read_photo(require_path(photograph, "photograph"), shape, framing)[0]
+
+  return Model(card, network, variables, classify, stored)
 
 
 def _structure(card: Card, file: pathlib.Path) -> _Structure:
@@ -392,44 +473,101 @@ def _structure(card: Card, file: pathlib.Path) -> _Structure:
   return _Structure(network, task, {k: x.shape for k, x in shapes.items()}, kernels, matrices)
 
 
-def _read_network(path: pathlib.Path, stem: str, card: Card, structure: _Structure) -> Arrays:
+def _read_network(
+  path: pathlib.Path, stem: str, card: Card, structure: _Structure, base: str | None
+) -> Arrays:
   """Reads and checks the arrays of a task's whole network, composed with the base if need be."""
   file, arrays = _read_arrays(path, stem, card)
   if card["kind"] != "merged":
-    base = _read_base(path, str(card.get("base")), structure, file)
-    return _compose(base, arrays, card, structure, file)
+    if base is None:
+      shared = _read_base(path, card, structure, file)
+    else:
+      shared = _read_pretrained(base, card, arrays, structure, file)
+    return _compose(shared, arrays, card, structure, file)
   require_arrays(arrays, structure.shapes, file)
   _require_hash(arrays, card, file)
   return arrays
 
 
 def _read_base(
-  path: pathlib.Path, expected_hash: str, structure: _Structure, file: pathlib.Path
+  path: pathlib.Path, task_card: Card, structure: _Structure, file: pathlib.Path
 ) -> Arrays:
-  """Reads the kernels of the base; raises UserError if the task's `file` is of another base."""
+  """Reads the arrays of the base; raises UserError if the task's `file` is of another base."""
+  origin, expected_hash = task_card.get("pretrained"), str(task_card.get("base"))
+  if origin and not (path / f"{BASE}.json").exists():
+    raise UserError(
+      f"{file}: was written without its base: give the file of the pretrained network, "
+      f"export.load(..., base={str(origin['name'])!r}), with SHA-256 {origin['sha256']}"
+    )
   card = read_card(path, BASE)
-  base, kernels = _read_arrays(path, BASE, card)
-  require_arrays(kernels, {name: structure.shapes[name] for name in structure.kernels}, base)
-  _require_hash(kernels, card, base)
+  base, arrays = _read_arrays(path, BASE, card)
+  more = {k for k in arrays if k in structure.shapes and not k.startswith(f"params/{trees.HEAD}/")}
+  expected = {name: structure.shapes[name] for name in (*structure.kernels, *more)}
+  require_arrays(arrays, expected, base)
+  _require_hash(arrays, card, base)
   if card["hash"] != expected_hash:
     raise UserError(
       f"{file}: belongs to the base {expected_hash[:16]}, and {base} is {card['hash'][:16]}"
     )
-  return kernels
+  return arrays
+
+
+def _read_pretrained(
+  base: str, card: Card, arrays: Arrays, structure: _Structure, file: pathlib.Path
+) -> Arrays:
+  """Reads what a task needs of a pretrained network.
+
+  Args:
+    base: the file, as `config.base` names it.
+    card: card of the task.
+    arrays: what the task adds.
+    structure: the network.
+    file: of the task, for error messages.
+
+  Raises:
+    UserError: if it is another file than the one that the run started from.
+  """
+  origin = card.get("pretrained")
+  if not origin:
+    raise UserError(
+      f"{file}: its base is {BASE} beside it, not a pretrained network's file: leave out base="
+    )
+  if (found := pretrained.digest(base)) != origin["sha256"]:
+    raise UserError(
+      f"base={base}: its SHA-256 is {found}, and {file} belongs to {origin['name']} with "
+      f"{origin['sha256']}"
+    )
+  height, width, channels = card["input_shape"]
+  read = pretrained.read(
+    str(remote.local_path("base", base)),
+    structure.network,
+    (height, width, channels),
+    source=str(origin["source"]),
+  )
+  whole = _named({"params": read.start.params, "batch_stats": read.start.stats})
+  shared = {k: x for k, x in whole.items() if k in structure.kernels or k not in arrays}
+  if checkpoint.fingerprint(shared) != card.get("base"):
+    raise UserError(
+      f"base={base}: this machine makes other numbers of it than the one that wrote {file}: "
+      "export the base too"
+    )
+  return shared
 
 
 def _compose(
-  kernels: Arrays, arrays: Arrays, card: Card, structure: _Structure, file: pathlib.Path
+  base: Arrays, arrays: Arrays, card: Card, structure: _Structure, file: pathlib.Path
 ) -> Arrays:
-  """Returns the arrays of an ordinary network from the base's kernels and what a task adds."""
+  """Returns the arrays of an ordinary network from the base's arrays and what a task adds."""
   rest, composed = dict(arrays), {}
-  for name, kernel in kernels.items():
+  for name in structure.kernels:
     layer = name.removeprefix("params/").removesuffix("/kernel")
     p = _take_perturbation(rest, layer, structure.matrices[layer], file)
-    composed[name] = np.asarray(kinds.compose(jnp.asarray(kernel), p))
-  require_arrays(rest, {k: s for k, s in structure.shapes.items() if k not in kernels}, file)
+    composed[name] = np.asarray(kinds.compose(jnp.asarray(base[name]), p))
+  common = {k: x for k, x in base.items() if k not in composed and k not in rest}
+  expected = structure.shapes.keys() - composed.keys() - common.keys()
+  require_arrays(rest, {k: structure.shapes[k] for k in sorted(expected)}, file)
   _require_hash(arrays, card, file)
-  return composed | rest
+  return composed | common | rest
 
 
 def _take_perturbation(

@@ -29,6 +29,7 @@ from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import (
   Array,
   Benchmark,
+  Framing,
   Method,
   Params,
   State,
@@ -286,6 +287,8 @@ def _load_new_task(run: Saved, data_path: str, note: Callable[[str], None]) -> T
   """Reads the images of the new task as the run's were read; `note` gets lines on the files."""
   task_id = 1 + max(task.id for task in run.benchmark.tasks)
   all_images = dataclasses.replace(run.config, train_fraction=1.0)
+  framings = [task.framing for task in run.learned if task.framing != Framing()]
+  all_images = pretrained.with_framing(all_images, framings[0] if framings else Framing())
   task = data.load_task(data_path, all_images, run.stored_shape, task_id, note)
   own = run.learned[0].inputs
   inputs = task.inputs._replace(resize=own.resize)

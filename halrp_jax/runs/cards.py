@@ -8,13 +8,15 @@ input_shape   [H, W, C] of the network's input (may have more channels: a permut
 num_classes   number of the network's outputs; a task with K classes uses the first K
 split_hash    hash of images, indices and labels (`Benchmark.split_hash`)
 tasks         per task: id, name, class_names, mean, std, permutation (null: none), resize (height
-              and width of the network's input, where they are not those of the stored images)
+              and width of the network's input, where they are not those of the stored images),
+              framing (of photographs: crop and interpolation of `types.Framing`, where they are not
+              its defaults)
 """
 
 import numpy as np
 
 from halrp_jax.data.tasks import resizing
-from halrp_jax.types import Benchmark, Inputs, Split, Task, UserError
+from halrp_jax.types import Benchmark, Framing, Inputs, Split, Task, UserError
 
 SCHEMA = 1
 
@@ -36,6 +38,8 @@ def of_benchmark(benchmark: Benchmark) -> dict:
 def of_task(task: Task) -> dict:
   """Returns the card's entry for one task."""
   permutation = task.inputs.permutation
+  more = {} if task.inputs.resize is None else {"resize": [len(w) for w in task.inputs.resize]}
+  more |= {} if task.framing == Framing() else {"framing": task.framing._asdict()}
   return {
     "id": task.id,
     "name": task.name,
@@ -43,7 +47,7 @@ def of_task(task: Task) -> dict:
     "mean": np.asarray(task.inputs.mean, float).tolist(),
     "std": np.asarray(task.inputs.std, float).tolist(),
     "permutation": None if permutation is None else np.asarray(permutation).tolist(),
-  } | ({} if task.inputs.resize is None else {"resize": [len(w) for w in task.inputs.resize]})
+  } | more
 
 
 def to_benchmark(card: dict, source: str) -> Benchmark:
@@ -108,4 +112,8 @@ def to_task(card: dict, image_shape: tuple[int, ...]) -> Task:
       raise ValueError(f"resize is {resize}")
     resize = resizing(image_shape[:2], (height, width))
   inputs = Inputs(mean, std, permutation, resize)
-  return Task(int(card["id"]), str(card["name"]), names, inputs, empty, empty, empty)
+  framing = Framing(**card.get("framing", {}))
+  if framing.interpolation not in ("bilinear", "bicubic") or not 0 <= framing.crop <= 1:
+    raise ValueError(f"framing is {framing}")
+  task = Task(int(card["id"]), str(card["name"]), names, inputs, empty, empty, empty)
+  return task._replace(framing=framing)

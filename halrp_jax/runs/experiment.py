@@ -41,7 +41,7 @@ def build(config: Config) -> Built:
   Raises:
     UserError: if the data are missing or damaged, or do not fit the config.
   """
-  benchmark = data.load(config)
+  benchmark = data.load(pretrained.framed(config))
   for task in benchmark.tasks:
     if not config.steps_per_epoch(len(task.train.index)):
       raise UserError(

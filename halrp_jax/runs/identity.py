@@ -21,6 +21,9 @@ _LATER_KEYS = (
   "base_training",
   "protocol.head_rate",
   "protocol.crop_area",
+  "data.framing",
+  "data.crop",
+  "data.interpolation",
 )
 # Keys of a method that older versions did not have, with the value for what those versions did.
 _OLDER_VALUES: dict[object, dict[str, str | bool | float]] = {
@@ -60,6 +63,8 @@ def _fill_in(config: dict) -> None:
   values = config.get("data")
   if "base" not in config and config.get("benchmark") != "custom" and isinstance(values, dict):
     values["image_size"] = 0  # it was for custom alone
+  if config.get("base") and isinstance(values, dict):
+    values.setdefault("framing", "whole")  # photographs were
   for name in _LATER_KEYS:
     section, _, key = name.rpartition(".")
     values = config.setdefault(section, {}) if section else config
@@ -187,11 +192,12 @@ def shared_read() -> Callable[[Config], dict]:
 
   def read(config: Config) -> dict:
     drawn_by = ("benchmark", "data_dir", "seed", "train_fraction", "allow_partial")
+    drawn_by = (*drawn_by, "base", "base_source", "network")  # decide on the framing
     values = config.to_dict()
     key = json.dumps([values[k] for k in (*drawn_by, "data", "protocol")])
     if key not in known:
       natural = dataclasses.replace(config, order="natural")
-      benchmark = data.read(natural)
+      benchmark = data.read(pretrained.framed(natural))
       tasks = {task.id: standing.of_task(task) for task in benchmark.tasks}
       known[key] = tasks, benchmark.split_hash
     tasks, split_hash = known[key]

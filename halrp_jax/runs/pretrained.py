@@ -9,6 +9,7 @@ wrote. Their names are those of another library (`convert.SOURCES`), or the path
 initialized.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -19,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.flax
 from flax import traverse_util
 
@@ -28,7 +30,7 @@ from halrp_jax.methods import halrp
 from halrp_jax.runs import checkpoint, convert, remote
 from halrp_jax.training import contract, networks
 from halrp_jax.training.setup import Start
-from halrp_jax.types import Benchmark, Params, State, Task, UserError, brief
+from halrp_jax.types import Benchmark, Framing, Params, State, Task, UserError, brief
 from halrp_jax.weights import trees
 
 _Flat = dict[str, Any]  # arrays by path, such as "params/fc1/kernel"
@@ -140,6 +142,55 @@ def _opened(
 ) -> Base:
   """Reads a base. The last one is cached, so that the runs of a sweep share a compiled method."""
   return read(path, model, image_shape, source=source)
+
+
+def framed(config: Config) -> Config:
+  """Returns a config with the framing of the user's photographs that its base asks for.
+
+  The keys `data.framing`, `data.crop` and `data.interpolation` keep what they are set to. Without a
+  base of a known source a photograph is used whole.
+
+  Raises:
+    UserError: if the base can't be read, or is for another network.
+  """
+  keys = config.data
+  if config.benchmark != "custom":
+    return config
+  path = remote.local_path("base", config.base) if config.base else None
+  source = None if path is None else _source_of(path, config)
+  card = None if source is None else convert.SOURCES[source].preprocessing
+  framing = keys.framing
+  if framing == "auto":
+    framing = "central" if card or keys.crop else "whole"
+  chosen = Framing(0.0)
+  if framing == "central":
+    chosen = Framing(card.crop, card.interpolation) if card else Framing(1.0)
+    chosen = chosen._replace(crop=keys.crop or chosen.crop)
+  if keys.interpolation != "auto":
+    chosen = chosen._replace(interpolation=keys.interpolation)
+  return with_framing(config, chosen)
+
+
+def with_framing(config: Config, framing: Framing) -> Config:
+  """Returns a config whose keys `data.framing`, `crop` and `interpolation` stand for `framing`."""
+  values = {"framing": "central" if framing.crop else "whole"} | framing._asdict()
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, **values))
+
+
+def _source_of(path: pathlib.Path, config: Config) -> str | None:
+  """Returns the source of a base by the names of its arrays, which are not read; None: our own."""
+  names: list[str] = []
+  try:
+    if path.suffix == ".npz":
+      with np.load(path, allow_pickle=False) as archive:
+        names = archive.files
+    elif path.is_file():
+      with safetensors.safe_open(path, "numpy") as file:
+        names = list(file.keys())
+  except Exception:
+    _read(path)  # has the error message for whatever is wrong with the file
+  network, source = _network_name(models.of_config(config, 1)), config.base_source
+  return convert.find_source(str(path), dict.fromkeys(names, np.zeros(0)), network, source)
 
 
 def digest(text: str) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from halrp_jax.types import Params, State, UserError
-from halrp_jax.weights import kinds, perturb, proof, trees
+from halrp_jax.weights import kinds, outputs, perturb, proof, trees
 
 Shapes = dict[str, tuple[int, int]]  # shape (I, J) of each layer's kernel as a matrix, by path
 
@@ -62,13 +62,15 @@ def check(model: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> d
     )
   variables = nn.meta.unbox(dict(variables))
   check_params(variables.get("params", {}), num_classes, name)
+  width = variables["params"][trees.HEAD]["kernel"].shape[-1]
+  expected = (num := image.shape[0]), width
   if not hasattr(logits, "shape"):
     raise UserError(
-      f"{name} returns a {type(logits).__name__}, expected one array of logits [B, K]; "
-      f"subclass it: {_CALL}(x, train)[0]"
+      f"{name} returns a {type(logits).__name__}, expected one array of logits [B, K]: choose it "
+      f"with perturb.select_output(model, {outputs.example(logits, expected)}); for {num} images "
+      f"its outputs are {outputs.describe(logits)}"
     )
-  width = variables["params"][trees.HEAD]["kernel"].shape[-1]
-  if logits.shape != (num := image.shape[0], width) or logits.dtype != jnp.float32:
+  if logits.shape != expected or logits.dtype != jnp.float32:
     raise UserError(
       f"{name} returns {logits.dtype} {list(logits.shape)} for {num} images, expected float32 "
       f"logits [{num}, {width}], the output of its layer {trees.HEAD!r}"

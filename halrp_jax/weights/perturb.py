@@ -13,6 +13,9 @@ projections of attention). With an nnx model (`nnx_models`) the calls are
   y = perturb.apply(model, kernels, perturbation, rest, x)
   nnx.update(model, perturb.merge(kernels, perturbation, rest))    # model(x) == y
 
+A model that returns a tuple or a dict does so under `apply`, too; `select_output(model, "logits")`
+is the model that returns one output alone.
+
 `kinds` says how a kernel is seen as a matrix [I, J].
 
 There are two exact ways to compute such a layer:
@@ -35,7 +38,7 @@ from jax.core import Tracer
 
 from halrp_jax.nn.conv import times
 from halrp_jax.types import Params, UserError, brief
-from halrp_jax.weights import fresh, kinds, lowrank, proof, trees
+from halrp_jax.weights import fresh, kinds, lowrank, outputs, proof, trees
 
 
 def init(
@@ -175,8 +178,8 @@ def _prove(
     return "the network differs between the perturbed and the merged layer"
 
   both = (perturbation, changed)
-  outputs = proof.prove_layers(run, variables, kernels, both)
-  for p, expected in zip(both, outputs, strict=True):
+  results = proof.prove_layers(run, variables, kernels, both)
+  for p, expected in zip(both, results, strict=True):
     if fault := find_fault(p, expected, tuple(kernels)):
       alone = [(n, found) for n in kernels if (found := find_fault(p, expected, (n,)))]
       name, fault = alone[0] if alone else (", ".join(kernels), fault)
@@ -208,6 +211,7 @@ def _centre(kernel: jax.Array, num_out: int) -> jax.Array:
 
 
 compose = kinds.compose  # the perturbed kernel of one layer; `kinds.compose` says more
+select_output = outputs.select  # the model that returns one of its outputs alone
 
 
 def merge(
@@ -340,7 +344,8 @@ def apply_many(
 
   def apply_one(own: tuple[Params, Params], sample: jax.Array) -> jax.Array:
     p, variables = own
-    return apply(model, kernels, p, variables, sample[None], form="factored", **kwargs)[0]
+    y = apply(model, kernels, p, variables, sample[None], form="factored", **kwargs)
+    return jax.tree.map(lambda rows: rows[0], y)
 
   own = jax.tree.map(lambda leaf: leaf[t], (dict(perturbation), dict(variables)))
   return jax.vmap(apply_one)(own, x)

@@ -64,7 +64,8 @@ class WithAttention(nn.Module):
 
 FAULTS = {
   "no head": r"Net has no layer 'head' \(its parts: a, last\): call its last layer nn.Dense",
-  "a tuple": r"Net returns a tuple, expected one array .* super\(\).__call__\(x, train\)\[0\]",
+  "a tuple": r"Net returns a tuple, expected one array .* perturb.select_output\(model, 0\); for 2 "
+  r"images its outputs are '0' \(float32 \[2, 10\]\), '1' \(float32 \[2, 16\]\)",
   "more axes": r"Net returns float32 \[2, 1, 10\] for 2 images, expected float32 logits \[2, 10\]",
   "bfloat16": "parameter a/bias is bfloat16, expected float32: cast the parameters",
   "own random numbers": 'in training, with .* "dropout" alone can\'t be applied',
