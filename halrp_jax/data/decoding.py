@@ -18,6 +18,7 @@ from halrp_jax.data import formats
 from halrp_jax.types import Framing, UserError, UserErrors
 
 _CHUNK = 32  # number of images that a thread decodes before it takes others
+_WHOLE = Framing()
 _Decoded = tuple[np.ndarray, int, str]  # image, conversions, "" or the line of an error
 
 
@@ -27,7 +28,7 @@ def photos(
   out: np.ndarray,
   done: np.ndarray,
   num_processes: int,
-  framing: Framing = Framing(),
+  framing: Framing = _WHOLE,
 ) -> None:
   """Decodes photographs as `formats.read_photo` does.
 
