@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -554,15 +555,7 @@ def _build(config: Config, setup: Setup) -> _Functions:
   """Builds the functions that are compiled once for all tasks."""
   model, measured = setup.model, setup.measuring
   shapes = contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes)
-
-  def penalty(params, frozen):
-    """Returns the regularisation of the paper's Eq. 12, which has no term for Sigma."""
-    total = 0.0
-    for p in params["perturbation"].values():
-      scales = losses.sum_squares((p.R - config.decay_target, p.S - config.decay_target))
-      total += config.l1 * losses.sum_absolute((p.U, p.V))
-      total += networks.l2_coefficient(config) * (scales + losses.sum_squares((p.U, p.V)))
-    return total
+  tuning = fine_tuning(config, model)
 
   def square_gradients(params, stats, image, label, num_classes):
     """Returns by layer |g_l|^2 of the batch's mean cross-entropy, in evaluation mode."""
@@ -587,34 +580,62 @@ def _build(config: Config, setup: Setup) -> _Functions:
       n: lowrank.decompose_randomized(base[n], free[n], own[n], k, config.scales) for n in base
     }
 
-  def perturbed(params, frozen, stats, image, train, key):
-    train = train and config.private != "head"
-    return networks.perturbed_network(model)(params, frozen, stats, image, train, key)
-
-  def keep_shared(updates, frozen):
-    """Returns the updates without those of parameters that a task does not have for itself."""
-    still: Callable = functools.partial(jax.tree.map, jnp.zeros_like)
-    found = updates["perturbation"]
-    if not config.scales:
-      found = {n: p._replace(R=still(p.R), S=still(p.S)) for n, p in found.items()}
-    rest = updates["rest"]
-    if config.private != "all":
-      shared, own = trees.split_private(rest, config.private == "norm")
-      rest = trees.join_private(still(shared), own)
-    return {"perturbation": found, "rest": rest}
-
   return _Functions(
     shapes=shapes,
     initialize=networks.make_initialize(setup),
     fit_free=make_fit(setup, *networks.plain_network(model)),
     fit_head=make_fit(setup, *networks.head_network(model)),
-    fit_perturbed=make_fit(setup, perturbed, penalty, edit_fn=keep_shared),
+    fit_perturbed=make_fit(setup, *tuning[:2], edit_fn=tuning.edit_fn),
     input_moments=jax.jit(input_moments),
     square_gradients=jax.jit(square_gradients, compiler_options=networks.COMPILE_QUICKLY),
     decompose=jax.jit(decompose),
     truncate=jax.jit(lowrank.truncate, static_argnums=(2, 3)),
     prune=jax.jit(lowrank.prune),
   )
+
+
+class FineTuning(NamedTuple):
+  """What `fit` needs to train the perturbation of a task."""
+
+  apply_fn: Callable  # (params, frozen, stats, image, train, key) -> logits, stats
+  penalty_fn: Callable  # (params, frozen) -> scalar
+  edit_fn: Callable  # (updates, frozen) -> updates
+
+
+def fine_tuning(config: Config, model: nn.Module) -> FineTuning:
+  """Builds the functions that train <R, S, U, Sigma, V> and a task's own other parameters.
+
+  What a task does not have for itself gets no gradient, so that its products are not computed.
+  """
+
+  def with_shared(fn, params):
+    """Applies a function to the parameters that a task does not have for itself."""
+    found, rest = params["perturbation"], params["rest"]
+    if not config.scales:
+      found = {n: p._replace(R=fn(p.R), S=fn(p.S)) for n, p in found.items()}
+    if config.private != "all":
+      shared, own = trees.split_private(rest, config.private == "norm")
+      rest = trees.join_private(jax.tree.map(fn, shared), own)
+    return {"perturbation": found, "rest": rest}
+
+  def apply_fn(params, frozen, stats, image, train, key):
+    train = train and config.private != "head"
+    params = with_shared(jax.lax.stop_gradient, params)
+    return networks.perturbed_network(model)(params, frozen, stats, image, train, key)
+
+  def penalty_fn(params, frozen):
+    """Returns the regularisation of the paper's Eq. 12, which has no term for Sigma."""
+    total = 0.0
+    for p in params["perturbation"].values():
+      scales = losses.sum_squares((p.R - config.decay_target, p.S - config.decay_target))
+      total += config.l1 * losses.sum_absolute((p.U, p.V))
+      total += networks.l2_coefficient(config) * (scales + losses.sum_squares((p.U, p.V)))
+    return total
+
+  def edit_fn(updates, frozen):
+    return with_shared(jnp.zeros_like, updates)
+
+  return FineTuning(apply_fn, penalty_fn, edit_fn)
 
 
 def _check_base(config: Config, setup: Setup) -> None:

@@ -84,8 +84,13 @@ def protocol_recipe(setup: Setup) -> Recipe:
   return Recipe(p.optimizer, p.momentum, setup.learning_rate, p.gradient_scale, p.schedule, p.keep)
 
 
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+  """Returns the optimizer: gradients become updates, without the learning rate."""
+  return optax.chain(optax.scale(recipe.gradient_scale), _transformation(recipe))
+
+
 def _transformation(recipe: Recipe) -> optax.GradientTransformation:
-  """Returns the optimizer as a transformation of gradients, without the learning rate."""
+  """Returns the optimizer as a transformation of scaled gradients, without the learning rate."""
   if isinstance(recipe.optimizer, optax.GradientTransformation):
     return recipe.optimizer
   return optax.scale_by_adam() if recipe.optimizer == "adam" else optax.trace(recipe.momentum)
@@ -111,7 +116,7 @@ def learning_rate_decay(setup: Setup, schedule: str, task: Task | batches.Joint)
   return 0.95 ** (setup.batch_size / images)
 
 
-def _make_step(
+def make_step(
   setup: Setup,
   tx: optax.GradientTransformation,
   objective_fn: Callable,
@@ -192,8 +197,8 @@ def make_fit(
   if objective_fn is None:
     assert apply_fn is not None, "make_fit needs apply_fn or objective_fn"
     objective_fn = losses.cross_entropy_objective(apply_fn)
-  tx = optax.chain(optax.scale(recipe.gradient_scale), _transformation(recipe))
-  run_epoch = epoch.make(setup, _make_step(setup, tx, objective_fn, penalty_fn, edit_fn))
+  tx = optimizer(recipe)
+  run_epoch = epoch.make(setup, make_step(setup, tx, objective_fn, penalty_fn, edit_fn))
   start = _make_start(setup, recipe, tx)
   after_epoch = _make_after_epoch(setup, recipe, objective_fn)
 

@@ -144,17 +144,53 @@ def apply(
     return run_detached(module, params, x)
   dtype = module.dtype or jnp.result_type(*(v for v in (x, kernel, bias) if v is not None))
   without_bias = module.clone(use_bias=False, dtype=dtype)
-  y = run_detached(without_bias, {"kernel": kernel}, x * channels(p.S, x))
-  branch = _low_rank_branch(module, p, x, y.dtype)
-  y = (y * channels(p.R, y) + branch).astype(y.dtype)
+  y = run_detached(without_bias, {"kernel": kernel}, x * _along_inputs(module, p.S, x))
+  branch = _low_rank_branch(module, p, x, y.dtype).reshape(y.shape)
+  y = (y * _along_features(module, p.R, kernel, y) + branch).astype(y.dtype)
   # the layer itself would add the bias in this dtype
-  return y if bias is None else y + channels(bias, y).astype(y.dtype)
+  return y if bias is None else y + _along_features(module, bias, kernel, y).astype(y.dtype)
 
 
 def run_detached(module: nn.Module, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
   """Returns the output of a layer, taken out of its network, with other parameters."""
   apply_fn: Callable[..., Params] = module.clone(parent=None, name=None).apply
   return apply_fn({"params": params}, x)
+
+
+def _input_axes(module: nn.Module, num_axes: int) -> tuple[int, ...]:
+  """Returns the axes of a layer's input that its kernel is multiplied with; Flax sorts them.
+
+  Args:
+    module: the layer.
+    num_axes: number of axes of its input.
+  """
+  if not isinstance(module, nn.DenseGeneral):
+    return (num_axes - 1,)
+  axes = (module.axis,) if isinstance(module.axis, int) else module.axis
+  return tuple(sorted(axis % num_axes for axis in axes))
+
+
+def _along_features(module: nn.Module, v: jax.Array, kernel: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns a vector of J numbers in a shape that broadcasts against the output `y` of a layer."""
+  features = kernel.shape[-1:]
+  if isinstance(module, nn.DenseGeneral):
+    features = kernel.shape[1 if isinstance(module.axis, int) else len(module.axis) :]
+  return v.reshape((1,) * (y.ndim - len(features)) + features)
+
+
+def _along_inputs(module: nn.Module, v: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns a vector [I] in a shape that broadcasts against the input `x` of a layer."""
+  axes = _input_axes(module, x.ndim)
+  return v.reshape([n if i in axes else 1 for i, n in enumerate(x.shape)])
+
+
+def _input_rows(module: nn.Module, x: jax.Array) -> jax.Array:
+  """Returns the input of a layer as [..., I]: the axes that its kernel is multiplied with last."""
+  axes = _input_axes(module, x.ndim)
+  if axes == (x.ndim - 1,):
+    return x
+  x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+  return x.reshape(*x.shape[: x.ndim - len(axes)], -1)
 
 
 def channels(v: jax.Array, like: jax.Array) -> jax.Array:
@@ -181,9 +217,24 @@ def _low_rank_branch(
   if dtype == jnp.float16:
     x, dtype = x.astype(jnp.float32), np.dtype(np.float32)
   if not isinstance(module, nn.Conv):
-    return (x.astype(dtype) @ p.V.astype(dtype)) @ u.T.astype(dtype)
-  total = _by_image(window_sum, module, x)
-  return times(total.astype(dtype), (p.V @ u.T).astype(dtype))
+    return (_input_rows(module, x).astype(dtype) @ p.V.astype(dtype)) @ u.T.astype(dtype)
+  if math.prod(_window(module)) > 1:
+    total = _by_image(window_sum, module, x).astype(dtype)
+    return times(total, (p.V @ u.T).astype(dtype))
+  x = _by_image(_pixels, module, x).astype(dtype)
+  return times(times(x, p.V.astype(dtype)), u.T.astype(dtype))
+
+
+def _pixels(
+  x: jax.Array,
+  window: Sequence[int],
+  strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+) -> jax.Array:
+  """Returns the pixels [B, *spatial', C] of x [B, *spatial, C] that a 1 x 1 window meets."""
+  pads = [(0, 0)] * len(window) if isinstance(padding, str) else padding
+  x = jnp.pad(x, ((0, 0), *pads, (0, 0))) if any(map(any, pads)) else x
+  return x[(slice(None), *(slice(None, None, s) for s in strides))]
 
 
 def low_rank_inputs(module: nn.Module, x: jax.Array, num_in: int) -> jax.Array | None:
@@ -199,8 +250,7 @@ def low_rank_inputs(module: nn.Module, x: jax.Array, num_in: int) -> jax.Array |
     can't be factored, whose V multiplies no input.
   """
   if isinstance(module, nn.DenseGeneral):
-    axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
-    x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+    x = _input_rows(module, x)
   elif not can_be_factored(module):
     return None
   elif isinstance(module, nn.Conv):
@@ -209,16 +259,16 @@ def low_rank_inputs(module: nn.Module, x: jax.Array, num_in: int) -> jax.Array |
 
 
 def can_be_factored(module: nn.Module) -> bool:
-  """Returns whether the factored form is known: for Dense and ordinary convolutions.
+  """Returns whether the factored form is known: for dense layers and ordinary convolutions.
 
   Convolutions may have any number of dimensions. A product supplied by the user (`dot_general`,
   `conv_general_dilated`) need not be linear, so such a layer can't be factored.
   """
-  if not isinstance(module, nn.Dense | nn.Conv):
+  if not isinstance(module, nn.Dense | nn.Conv | nn.DenseGeneral):
     return False
   if module.promote_dtype is not type(module).promote_dtype:
     return False
-  if isinstance(module, nn.Dense):
+  if not isinstance(module, nn.Conv):
     return module.dot_general is None and module.dot_general_cls is None
   own = module.conv_general_dilated
   padding, n = module.padding, len(_window(module))
@@ -235,6 +285,8 @@ def can_be_factored(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> bool:
   """Returns whether a layer is a Dense or an ordinary 2-D convolution."""
   if not is_known(module) or not can_be_factored(module):
+    return False
+  if isinstance(module, nn.DenseGeneral):
     return False
   return not isinstance(module, nn.Conv) or len(_window(module)) == 2
 
@@ -295,7 +347,7 @@ def _factored_is_cheaper(
   Only CPUs use that form; the choice is the same on all platforms, so that their numbers agree.
   """
   num_in, num_out, columns = p.S.size, p.R.size, p.U.shape[-1]
-  positions, window = x.size // num_in, kernel[..., 0, 0].size
+  positions, window = x.size // num_in, kernel.size // (num_in * num_out)
   product = kernel.size
   if isinstance(module, nn.Conv) and module.conv_general_dilated is conv_general_dilated:
     # the output has about the size of the input

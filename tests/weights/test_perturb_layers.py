@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from halrp_jax.nn import layers
 from halrp_jax.nn.conv import conv_general_dilated
 from halrp_jax.types import UserError
-from halrp_jax.weights import kinds, lowrank, perturb
+from halrp_jax.weights import kinds, lowrank, perturb, trees
 
 
 class Net(nn.Module):
@@ -23,6 +25,9 @@ class Net(nn.Module):
   def __call__(self, x):
     y = self.make(name="layer")(x)
     return nn.Dense(3, name="head")(y.reshape(-1, y.shape[-1]).mean(0))
+
+
+FORMS = ("composed", "factored", "auto")
 
 
 def check_exact(model, x, bound=1e-5, **kwargs):
@@ -363,3 +368,38 @@ def test_a_layer_is_composed_where_winograds_form_computes_it(strides, own, fact
   kernel, x = np.zeros((3, 3, 64, 64), np.float32), np.zeros((128, 16, 16, 64), np.float32)
   p = lowrank.identity(kernel, 8, fold=True)
   assert kinds._factored_is_cheaper(layer, kernel, p, x) == factored
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda **name: nn.Dense(256, **name),
+    lambda **name: nn.DenseGeneral((4, 64), **name),
+    lambda **name: nn.DenseGeneral(256, axis=(-1, -2), **name),
+    lambda **name: nn.Conv(256, (1, 1), padding=((1, 0), (2, 1)), **name),
+    lambda **name: layers.conv(256, 1, 0, 2, **name),
+  ],
+)
+def test_a_step_takes_two_products_with_a_frozen_kernel_and_full_training_three(make):
+  """XLA counts the operations of the compiled programs; both forms have the same gradients."""
+  x = jax.random.normal(jax.random.key(0), (4, 16, 16, 256))
+  if getattr(make(name="layer"), "axis", -1) != -1:
+    x = x.reshape(4, 256, 4, 64)
+  model = Net(make)
+  variables = model.init(jax.random.key(1), x)
+  kernels, rest = trees.split(variables["params"])
+  p = lowrank.identity(kernels["layer"].reshape(256, 256), 2, True)
+  p = {"layer": jax.tree.map(lambda v: v + 0.1 * jnp.sin(jnp.arange(v.size)).reshape(v.shape), p)}
+
+  def perturbed(p, x, form):
+    return jnp.sum(jnp.sin(perturb.apply(model, kernels, p, {"params": rest}, x, form=form)))
+
+  programs = {
+    form: jax.jit(jax.grad(functools.partial(perturbed, form=form), (0, 1))).lower(p, x).compile()
+    for form in FORMS
+  }
+  own = {form: program.cost_analysis()["flops"] for form, program in programs.items()}
+  assert own["factored"] == own["auto"] < 0.8 * own["composed"]
+  one, other = (programs[form](p, x) for form in ("composed", "factored"))
+  scale = max(float(jnp.abs(v).max()) for v in jax.tree.leaves(one))
+  chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5 * scale)
