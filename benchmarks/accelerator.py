@@ -45,6 +45,8 @@ FIRST = (
   ("torch", "lenet:float32", 75),
   ("split", "-", 110),
   ("torch", "resnet18_64:bfloat16", 90),
+  ("pretrained", "vit_s16", 60),
+  ("pretrained", "efficientnet_lite0", 90),
   ("svd", "device", 45),
   ("evaluate", "-", 40),
   ("replicas", "-", 70),

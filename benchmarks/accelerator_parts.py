@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import mixed_batches
 import numpy as np
+import pretrained_step
 import replicas
 import svd
 import throughput
@@ -280,6 +281,14 @@ def devices(target, options):
       yield from measure_steps(setting, "float32", options.smoke, clock, parallel=parallel)
 
 
+def pretrained(target, options):
+  """Measures HALRP's step on a pretrained network's size beside full fine-tuning's, in turn."""
+  ranks, privates = ([8], ["all"]) if options.smoke else ([4, 8], ["all", "head"])
+  yield from pretrained_step.compare(
+    target, ranks, privates, 3 if options.smoke else 20, options.smoke
+  )
+
+
 PARTS = {
   "device": device,
   "steps": steps,
@@ -289,6 +298,7 @@ PARTS = {
   "evaluate": evaluate,
   "replicas": replicas_,
   "predict_many": predict_many,
+  "pretrained": pretrained,
   "devices": devices,
 }
 
