@@ -14,7 +14,7 @@ HEAD = "head"  # name of the classifying layer, which is never perturbed
 SEPARATOR = "/"
 
 
-def is_in_head(path: jax.tree_util.KeyPath) -> bool:
+def is_in_head(path: tuple[object, ...]) -> bool:
   """Returns whether a leaf of what a method trains belongs to the head."""
   return jax.tree_util.DictKey(HEAD) in path
 

@@ -76,9 +76,9 @@ def test_threads_leave_warnings_as_they_were(paths, monkeypatch):
   seen = set()
   read = formats.read_photo
 
-  def watched(path, shape):
+  def watched(path, shape, framing):
     seen.add(threading.get_ident())
-    return read(path, shape)
+    return read(path, shape, framing)
 
   monkeypatch.setattr(formats, "read_photo", watched)
   monkeypatch.setattr(decoding, "_num_cores", lambda: 4)
