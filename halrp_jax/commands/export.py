@@ -12,8 +12,8 @@ is a JSON card with classes, normalisation, network, ranks, accuracy and hashes.
 tasks are written, with --task only one.
 
 With --without_base the base is not written: it is the file of the pretrained network that the run
-started from (base_training=head or none). export.load(DIR, ID, base=FILE) gets that file, whose
-SHA-256 it checks.
+started from (base_training=head, none or perturb). export.load(DIR, ID, base=FILE) gets that file,
+whose SHA-256 it checks.
 
 The formats are safetensors (default), orbax, and stablehlo: a program from images to probabilities,
 which needs no packages but jax and flatbuffers. In Python, halrp_jax.deploy.export.load(DIR, ID)

@@ -194,7 +194,7 @@ def _require_origin(run: saved.Saved, origin: Card | None, format: str, merged: 
   if origin is None:
     raise UserError(
       f"--without_base: the kernels of {run.path} are not those of a file: it needs base=FILE with "
-      "base_training=head or none; leave out --without_base to write the base too"
+      "base_training=head, none or perturb; leave out --without_base to write the base too"
     )
 
 

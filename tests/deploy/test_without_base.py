@@ -159,7 +159,7 @@ def test_the_command_writes_it_and_says_when_it_can_not(of_norm, tmp_path, capsy
 def test_a_base_that_the_first_task_trained_is_no_file(tmp_path):
   folder, _ = learn(tmp_path, "all", base_training="all")
   run = saved.open_run(folder)
-  with pytest.raises(UserError, match="it needs base=FILE with base_training=head or none"):
+  with pytest.raises(UserError, match="with base_training=head, none or perturb"):
     write(run, tmp_path / "out", without_base=True)
   write(run, tmp_path / "out")
   assert "pretrained" not in json.loads((tmp_path / "out/task01.json").read_text())
