@@ -31,7 +31,8 @@ SYSTEMS = {  # the paper's name of a method -> its name in `methods.METHODS`
   "IRU": "iru",
   "HALRP": "halrp",
 }
-LABELS = {name: label for label, name in SYSTEMS.items()}
+NEWER = {"InfLoRA": "inflora", "SD-LoRA": "sdlora"}  # systems that the paper does not have
+LABELS = {name: label for label, name in (SYSTEMS | NEWER).items()}
 LAMBDA_0 = ("0", "1e-6", "1e-5", "1e-4", "1e-3")
 LAMBDA_1 = ("5e-5", "1e-4", "5e-4")
 # largest difference from the paper's number that counts as reproduced
