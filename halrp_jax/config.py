@@ -33,7 +33,7 @@ _NOT_IN_SETTING = {
 # The values that stand for what halrp_jax did in versions without the key, where that is not the
 # key's default.
 _WITHOUT_BASE = ("ibpwf", "iru")  # methods whose networks do not start from parameters
-_WITH_FROZEN_BASE = ("halrp", "inflora", "sdlora")  # methods that can leave the base as it is
+WITH_FROZEN_BASE = ("halrp", "inflora", "sdlora")  # methods that can leave the base as it is
 _CUSTOM_SIZE = 32  # height and width of the user's own images if `data.image_size` is 0
 _VALUES_BEFORE_KEY = {
   "protocol.fraction_per_class": False,
@@ -137,9 +137,9 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
   resolved = Config(**{**values, **sections, "method": method.Config(**chosen)})
   if resolved.base and name in _WITHOUT_BASE:
     raise UserError(f"base: {name} makes its kernels of factors, it can't start from a network")
-  if resolved.base_training != "all" and name not in _WITH_FROZEN_BASE:
+  if resolved.base_training != "all" and name not in WITH_FROZEN_BASE:
     raise UserError(
-      f"base_training = {resolved.base_training!r} is for {', '.join(_WITH_FROZEN_BASE)}; {name} "
+      f"base_training = {resolved.base_training!r} is for {', '.join(WITH_FROZEN_BASE)}; {name} "
       "trains all parameters: set base_training=all"
     )
   if resolved.data.framing == "whole" and resolved.data.crop:
@@ -184,7 +184,7 @@ def setting_of(config: Json) -> Json:
     before = {k: v for k, v in _VALUES_BEFORE_KEY.items() if k in known}
     if "base" not in flat and flat["benchmark"] != "custom":
       flat["data.image_size"] = 0  # it was for custom alone
-    if flat.get("base"):
+    if flat.get("base") and flat["benchmark"] == "custom":
       before["data.framing"] = "whole"  # photographs were
     flat = {k: key.default for k, key in known.items()} | before | flat
     for key, value in switches.items():

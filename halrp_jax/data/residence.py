@@ -8,6 +8,7 @@ the cache of decoded images.
 import contextlib
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -145,6 +146,8 @@ def _device_memory(machine: int) -> int:
 
 def _machine_memory() -> int:
   """Returns the memory in bytes that this process may use: the machine's, or its cgroup's limit."""
+  if not hasattr(os, "sysconf"):  # Windows
+    return sys.maxsize
   most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   for path in _LIMITS:
     with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"

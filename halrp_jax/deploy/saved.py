@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from halrp_jax import data, methods, models
-from halrp_jax.config import resolve
+from halrp_jax.config import WITH_FROZEN_BASE, resolve
 from halrp_jax.deploy.inputs import require_ids, require_images, require_index
 from halrp_jax.devices import parallel
 from halrp_jax.keys import Config
@@ -305,6 +305,8 @@ def _standing(run: Saved, benchmark: Benchmark) -> dict[str, Any]:
     UserError: if the run was learned with other JAX flags.
   """
   now = standing.of(benchmark) | {"machine": standing.machine()}
+  if base := identity.read_standing(run.path).get("base"):
+    now["base"] = base
   software = {key: now[key] for key in ("flags", "machine")}
   _, changes = identity.require_standing(run.path, run.config.to_dict(), software)
   old = identity.read_standing(run.path).get("tasks", now["tasks"])[: len(run.learned)]
@@ -320,7 +322,8 @@ def _method_of(run: Saved, benchmark: Benchmark) -> Method:
   layout = parallel.make_layout(run.config.parallel)
   network = models.of_config(run.config, run.benchmark.max_classes, layout.axis_name)
   start = None
-  if run.config.base and run.config.method.name != "halrp":  # HALRP's state has the base
+  # the states of those that leave the base as it is have it
+  if run.config.base and run.config.method.name not in WITH_FROZEN_BASE:
     known = identity.read_standing(run.path).get("base")
     if known and pretrained.digest(run.config.base) != known:
       raise UserError(f"base={run.config.base}: is another file than {run.path} began with")

@@ -43,7 +43,7 @@ from halrp_jax.methods import (
   stl,
   wsn,
 )
-from halrp_jax.training import contract, evaluate, population
+from halrp_jax.training import contract, evaluate, networks, population
 from halrp_jax.training.setup import Setup, Start
 from halrp_jax.types import Benchmark, Method, Params, State, UserError
 
@@ -93,6 +93,8 @@ def make(
     UserError: if the network does not meet the requirements of the method (`contract`).
   """
   _check_network(config.method.name, model, benchmark)
+  if config.method.batch_norm == "frozen":
+    _check_frozen(model, benchmark)
   setup = setup_of(config, model, benchmark, layout, base)
   # Two networks of a user's own may be equal and behave differently. The method of simultaneous
   # runs keeps copies of their images and the kind of loop over batches that it chose.
@@ -191,6 +193,17 @@ def _check_network(name: str, model: nn.Module, benchmark: Benchmark) -> None:
   if name == "mtl" and not hasattr(model, "num_classes"):
     raise UserError(
       f"mtl widens the head: {type(model).__name__} needs a field num_classes, the head's width"
+    )
+
+
+def _check_frozen(model: nn.Module, benchmark: Benchmark) -> None:
+  """Raises UserError if the BatchNorm of a user's own network would change in training."""
+  if contract.is_own(model) or getattr(model, "frozen", False):
+    return
+  if networks.statistics_of(model, benchmark.image_shape):
+    raise UserError(
+      f"method.batch_norm = 'frozen': {type(model).__name__} has BatchNorm that training changes: "
+      "give it a field `frozen` that stops this, and set it, or set method.batch_norm=running"
     )
 
 

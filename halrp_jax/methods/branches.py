@@ -4,7 +4,7 @@
 |--------------------|---------|
 | shared["kernels"]  | kernels of the layers that have a branch, by path |
 | shared["rest"]     | all other parameters of the base except the head, frozen |
-| shared["stats"]    | BatchNorm statistics of the base |
+| shared["stats"]    | BatchNorm statistics of the base, for the first task |
 
 A branch U V' [J, I] is added to the kernel of every layer whose inputs V' can multiply
 (`kinds.low_rank_inputs`): dense layers and ordinary convolutions, where it is the same at every
@@ -39,6 +39,9 @@ class TaskState(NamedTuple):
 class Config(keys.NetworkConfig):
   """Config keys `method.*` that InfLoRA and SD-LoRA share."""
 
+  l2: float = keys.number(
+    0.0, 0, None, "L2 coefficient on the kernels of a first task that trains all parameters"
+  )
   rank: int = keys.whole(10, 1, None, "r: most columns of U and V of a task in a layer")
   budget: float = keys.number(
     0.0,
@@ -60,7 +63,8 @@ def make_plan(config: Config, setup: Setup) -> Plan:
   """Returns the layers that get a branch: those whose inputs V' multiplies.
 
   Raises:
-    UserError: if the network does not meet the requirements (`contract.make_matrix_shapes`).
+    UserError: if the network does not meet the requirements (`contract.make_matrix_shapes`), or
+      the budget is too small.
   """
   model = setup.model
   shapes_of = contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes)
@@ -72,26 +76,31 @@ def make_plan(config: Config, setup: Setup) -> Plan:
   widths = [min(config.rank, *shape) for shape in shapes.values()]
   if config.budget:
     priorities, costs = lowrank.equal_priorities(widths), [sum(x) for x in shapes.values()]
-    most = config.budget * sizes.count_leaves(params)
-    widths = lowrank.allocate_budget(priorities, costs, most)
+    widths = sizes.allocate_budget(priorities, costs, config.budget, sizes.count_leaves(params))
   return Plan(shapes, dict(zip(shapes, widths, strict=True)))
 
 
-def open_base(params: Params, stats: Params, shapes: contract.Shapes) -> State:
+def open_pretrained(setup: Setup, plan: Plan) -> State:
+  """Returns a method state without tasks, with the pretrained network as its base."""
+  assert setup.base is not None
+  return open_base(setup.base.params, setup.base.stats, plan)
+
+
+def open_base(params: Params, stats: Params, plan: Plan) -> State:
   """Returns a method state without tasks.
 
   Args:
     params: all parameters of the base.
     stats: its BatchNorm statistics.
-    shapes: of the layers that get a branch.
+    plan: the layers that get a branch.
   """
-  kernels, rest = trees.take_out(shapes, params)
+  kernels, rest = trees.take_out(plan.shapes, params)
   rest = {name: x for name, x in rest.items() if name != trees.HEAD}
   return State({"kernels": kernels, "rest": rest, "stats": stats}, ())
 
 
 def latest_stats(state: State) -> Params:
-  """Returns the BatchNorm statistics that the next task starts from."""
+  """Returns the BatchNorm statistics that the next task starts from: the previous task's."""
   return state.tasks[-1].stats if state.tasks else state.shared["stats"]
 
 

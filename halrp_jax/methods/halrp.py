@@ -110,7 +110,7 @@ class Config(keys.MethodConfig):
     0,
     None,
     "size of all U and V of a task as a share of the base, which rank_rule divides among the "
-    "layers; alpha then has no effect; 0: any size",
+    "layers; alpha and min_rank then have no effect; 0: any size",
   )
   rank_rule: str = keys.one_of(
     "importance",
@@ -201,6 +201,8 @@ def check(config: keys.Config) -> list[str]:
     )
   if m.rank_rule in (*_EQUAL_RANKS, "eva") and not m.upper_rank:
     errors.append(f"method.rank_rule = {m.rank_rule!r} needs method.upper_rank > 0")
+  if m.rank_rule == "none" and m.budget:
+    errors.append("method.rank_rule = 'none' has no U and V: set method.budget=0")
   if m.rank_rule in ("random", "lora", "eva") and m.sigma == "kept":
     errors.append(f"method.rank_rule = {m.rank_rule!r} has no Sigma: set method.sigma=folded")
   return errors
@@ -257,7 +259,6 @@ def open_base(setup: Setup) -> State:
 
   Its base is the pretrained one, and its `shared` has also the pretrained other parameters and
   statistics, which the first task starts from as the later ones do.
-
   """
   base = setup.base
   assert base is not None
@@ -341,10 +342,10 @@ def select(
     {n: kinds.as_matrix(w, shapes[n]) for n, w in tree.items()} for tree in (kernels, free)
   )
   decomposition = f.decompose(matrices, free, svd_key)
-  budget = config.budget * sizes.count_leaves(params)
+  base = sizes.count_leaves(params)
   if config.rank_rule == "eva":
-    return *along_inputs(f, config, params, stats, task, decomposition, budget), True
-  ranks, exact = choose_ranks(config, decomposition, kernels, importance, budget)
+    return *along_inputs(f, config, params, stats, task, decomposition, base), True
+  ranks, exact = choose_ranks(config, decomposition, kernels, importance, base)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
     width = _columns(shapes[name], config)
@@ -394,7 +395,7 @@ def along_inputs(
   stats: Params,
   task: Task,
   decomposition: dict[str, lowrank.Decomposition],
-  budget: float,
+  base: int,
 ) -> tuple[dict[str, lowrank.Perturbation], dict[str, int]]:
   """Returns perturbations whose V are the main directions of the layers' inputs, and their ranks.
 
@@ -408,7 +409,7 @@ def along_inputs(
     stats: BatchNorm statistics.
     task: whose training images are used.
     decomposition: by layer, of which R and S are used.
-    budget: most numbers of all U and V, if `method.budget` is set.
+    base: parameters of the base, of which `method.budget` is a share.
   """
   moments = f.input_moments(params, stats, task)
   found = {n: lowrank.explained(x) for n, x in moments.items()}
@@ -417,7 +418,7 @@ def along_inputs(
   scores = [shares[: widths[n]] for n, (shares, _) in found.items()]
   if config.budget:
     costs = [_cost(decomposition[n]) for n in found]
-    counts = lowrank.allocate_budget(scores, costs, budget, upper_rank=most)
+    counts = sizes.allocate_budget(scores, costs, config.budget, base, most)
   else:
     counts = lowrank.allocate_count(scores, config.upper_rank * len(found), most)
   ranks = dict.fromkeys(decomposition, 0) | dict(zip(found, counts, strict=True))
@@ -434,7 +435,7 @@ def choose_ranks(
   decomposition: dict[str, lowrank.Decomposition],
   kernels: dict[str, jax.Array],
   importance: dict[str, float],
-  budget: float,
+  base: int,
 ) -> tuple[dict[str, int], bool]:
   """Chooses the ranks of the whole network together (line 6, paper Eq. 11).
 
@@ -445,7 +446,7 @@ def choose_ranks(
     decomposition: by layer.
     kernels: kernels of the base, by layer.
     importance: by layer.
-    budget: most numbers of all U and V, if `method.budget` is set.
+    base: parameters of the base, of which `method.budget` is a share.
 
   Returns:
     Ranks by layer, and whether they are those of the exact SVD.
@@ -455,9 +456,9 @@ def choose_ranks(
     needed = ranks = [0] * len(found)
   elif config.rank_rule in _EQUAL_RANKS and config.budget:
     widths = [min(d.S.size, d.R.size) for d in decomposition.values()]
-    costs, most = map(_cost, decomposition.values()), config.upper_rank
+    costs, most = [_cost(d) for d in decomposition.values()], config.upper_rank
     priorities = lowrank.equal_priorities(widths)
-    needed = ranks = lowrank.allocate_budget(priorities, [*costs], budget, upper_rank=most)
+    needed = ranks = sizes.allocate_budget(priorities, costs, config.budget, base, most)
   elif config.rank_rule in _EQUAL_RANKS:
     needed = ranks = [min(config.upper_rank, d.S.size, d.R.size) for d in decomposition.values()]
   else:
@@ -465,14 +466,15 @@ def choose_ranks(
     for name, d in decomposition.items():
       window = kernels[name].size // (d.S.size * d.R.size) if config.window_factor else 1
       scores.append(window * importance[name] * lowrank.squared_singular_values(d))
-    limits = {"min_rank": config.min_rank, "upper_rank": config.upper_rank}
     if config.budget:
       costs = [_cost(d) for d in decomposition.values()]
       priorities = [s / cost for s, cost in zip(scores, costs, strict=True)]
       if config.rank_rule == "pearl":
         # the share that is missing without the column: a common threshold takes the largest
         priorities = [1 - (np.cumsum(s) - s) / max(np.sum(s), 1e-20) for s in scores]
-      needed = ranks = lowrank.allocate_budget(priorities, costs, budget, **limits)
+      needed = ranks = sizes.allocate_budget(
+        priorities, costs, config.budget, base, config.upper_rank
+      )
     else:
       # layers that are chosen together
       pools = [[s] for s in scores] if config.rank_rule == "pearl" else [scores]
@@ -481,7 +483,8 @@ def choose_ranks(
         share = functools.partial(lowrank.allocate_ranks, alpha=config.alpha)
         return [k for pool in pools for k in share(pool, crossing=config.crossing, **limits)]
 
-      needed, ranks = allocate(), allocate(**limits)
+      needed = allocate()
+      ranks = allocate(min_rank=config.min_rank, upper_rank=config.upper_rank)
   exact = all(k <= n for k, n in zip(needed, found, strict=True))
   ranks = [min(k, n) for k, n in zip(ranks, found, strict=True)]
   return dict(zip(decomposition, ranks, strict=True)), exact

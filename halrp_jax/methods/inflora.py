@@ -73,15 +73,12 @@ def make(config: Config, setup: Setup) -> Method:
 
   def learn(state, tasks, key, store):
     (task,) = tasks
-    if state.tasks:
-      state, head, stats = learn_branch(f, config, setup, state, task, key, store)
-    elif setup.base_training == "perturb":
-      assert setup.base is not None
-      state = branches.open_base(setup.base.params, setup.base.stats, f.plan.shapes)
-      state, head, stats = learn_branch(f, config, setup, state, task, key, store)
+    if state.tasks or setup.base_training == "perturb":
+      state = state if state.tasks else branches.open_pretrained(setup, f.plan)
+      state, head, stats = learn_branch(f, setup.epochs, state, task, key, store)
     else:
       params, stats = learn_first(task, key, store)
-      state, head = branches.open_base(params, stats, f.plan.shapes), params[trees.HEAD]
+      state, head = branches.open_base(params, stats, f.plan), params[trees.HEAD]
 
     def grow():
       return remember(f, config, setup, state, head, stats, task)
@@ -101,8 +98,7 @@ def make(config: Config, setup: Setup) -> Method:
 
 def learn_branch(
   f: "_Functions",
-  config: Config,
-  setup: Setup,
+  epochs: int,
   state: State,
   task: Task,
   key: jax.Array,
@@ -112,8 +108,7 @@ def learn_branch(
 
   Args:
     f: the compiled functions.
-    config: config of the method.
-    setup: settings of the run.
+    epochs: number of epochs.
     state: method state before the task.
     task: the task.
     key: random key for the head, the order of images and dropout.
@@ -135,7 +130,7 @@ def learn_branch(
     "head": head,
   }
   frozen = {"shared": {k: shared[k] for k in ("kernels", "rest")}, "V": V}
-  args = (task, fit_key, setup.epochs, store.child("train"))
+  args = (task, fit_key, epochs, store.child("train"))
   trained, stats = f.fit_branch(start, stats, frozen, *args)
   kernels = f.add(shared["kernels"], trained["U"], V)
   return state._replace(shared=shared | {"kernels": kernels}), trained["head"], stats
@@ -150,6 +145,8 @@ def choose_directions(
 ) -> dict[str, np.ndarray]:
   """Returns V_t [I, r] by layer: leading directions of the inputs outside M, over sqrt(3).
 
+  Where fewer than r are left, the other columns are zero, and so stay those of U.
+
   Args:
     f: the compiled functions.
     shared: what all tasks share, before the task.
@@ -160,9 +157,13 @@ def choose_directions(
   moments = f.input_moments(branches.whole(shared, head), stats, task)
 
   def choose(name):
-    known = _basis(shared, name, f.plan.shapes[name][0])
-    _, found, _ = bases.spectrum(known, _squared(moments[name]))
-    return (found[:, : f.plan.ranks[name]] / math.sqrt(3)).astype(np.float32)
+    num_in, rank = f.plan.shapes[name][0], f.plan.ranks[name]
+    known = _basis(shared, name, num_in)
+    squares, found, total = bases.spectrum(known, _squared(moments[name]))
+    count = min(rank, bases.count_directions(squares, total), num_in - known.shape[1])
+    chosen = np.zeros((num_in, rank))
+    chosen[:, :count] = found[:, :count] - known @ (known.T @ found[:, :count])
+    return (chosen / math.sqrt(3)).astype(np.float32)
 
   return {name: choose(name) for name in f.plan.shapes}
 

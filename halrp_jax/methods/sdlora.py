@@ -69,15 +69,12 @@ def make(config: Config, setup: Setup) -> Method:
 
   def learn(state, tasks, key, store):
     (task,) = tasks
-    if state.tasks:
-      state, head, stats = learn_branch(f, config, setup, state, task, key, store)
-    elif setup.base_training == "perturb":
-      assert setup.base is not None
-      state = branches.open_base(setup.base.params, setup.base.stats, f.plan.shapes)
-      state, head, stats = learn_branch(f, config, setup, state, task, key, store)
+    if state.tasks or setup.base_training == "perturb":
+      state = state if state.tasks else branches.open_pretrained(setup, f.plan)
+      state, head, stats = learn_branch(f, setup, state, task, key, store)
     else:
       params, stats = learn_first(task, key, store)
-      state, head = branches.open_base(params, stats, f.plan.shapes), params[trees.HEAD]
+      state, head = branches.open_base(params, stats, f.plan), params[trees.HEAD]
       state = with_slots(state, f.plan, setup.num_tasks)
     return state.append(TaskState(head, stats, jnp.int32(task.num_classes))), {}
 
@@ -101,7 +98,6 @@ def make(config: Config, setup: Setup) -> Method:
 
 def learn_branch(
   f: "_Functions",
-  config: Config,
   setup: Setup,
   state: State,
   task: Task,
@@ -112,7 +108,6 @@ def learn_branch(
 
   Args:
     f: the compiled functions.
-    config: config of the method.
     setup: settings of the run.
     state: method state before the task.
     task: the task.
@@ -245,7 +240,8 @@ def size(state: State) -> Size:
   heads = sum(sizes.count_rest({trees.HEAD: p.head}, {}, int(p.num_classes)).counted for p in later)
   used = sum(_is_used(shared, t) for t in range(len(state.tasks)))
   slots = {n: len(x) for n, x in shared["magnitudes"].items()}
-  branch = sum(1 + (u.size + shared["V"][n].size) // slots[n] for n, u in shared["U"].items())
+  sizes_of = {n: (u.size + shared["V"][n].size) // slots[n] for n, u in shared["U"].items()}
+  branch = sum(size + 1 for size in sizes_of.values() if size)  # with the magnitude
   stats = sizes.count_leaves([p.stats for p in state.tasks])
   return sizes.dense_size(base, heads + used * branch, stats)
 

@@ -145,11 +145,10 @@ def make(
   if batch_norm == "own" or not hasattr(network, "running"):
     return network
   if batch_norm == "frozen":
-    keys.require(
-      []
-      if hasattr(network, "frozen")
-      else [f"method.batch_norm = 'frozen': {name} can't freeze its BatchNorm; set running"]
-    )
+    if not hasattr(network, "frozen"):
+      raise UserError(
+        f"method.batch_norm = 'frozen': {name} can't freeze its BatchNorm; set running"
+      )
     network = network.clone(frozen=True)
   return network.clone(running=batch_norm != "batch")
 

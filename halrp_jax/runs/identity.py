@@ -63,7 +63,7 @@ def _fill_in(config: dict) -> None:
   values = config.get("data")
   if "base" not in config and config.get("benchmark") != "custom" and isinstance(values, dict):
     values["image_size"] = 0  # it was for custom alone
-  if config.get("base") and isinstance(values, dict):
+  if config.get("base") and config.get("benchmark") == "custom" and isinstance(values, dict):
     values.setdefault("framing", "whole")  # photographs were
   for name in _LATER_KEYS:
     section, _, key = name.rpartition(".")
@@ -192,9 +192,9 @@ def shared_read() -> Callable[[Config], dict]:
 
   def read(config: Config) -> dict:
     drawn_by = ("benchmark", "data_dir", "seed", "train_fraction", "allow_partial")
-    drawn_by = (*drawn_by, "base", "base_source", "network")  # decide on the framing
+    framed_by = ("base", "base_source", "network")
     values = config.to_dict()
-    key = json.dumps([values[k] for k in (*drawn_by, "data", "protocol")])
+    key = json.dumps([values[k] for k in (*drawn_by, *framed_by, "data", "protocol")])
     if key not in known:
       natural = dataclasses.replace(config, order="natural")
       benchmark = data.read(pretrained.framed(natural))

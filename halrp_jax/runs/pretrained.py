@@ -153,21 +153,21 @@ def framed(config: Config) -> Config:
   Raises:
     UserError: if the base can't be read, or is for another network.
   """
-  keys = config.data
+  given = config.data
   if config.benchmark != "custom":
     return config
   path = remote.local_path("base", config.base) if config.base else None
   source = None if path is None else _source_of(path, config)
   card = None if source is None else convert.SOURCES[source].preprocessing
-  framing = keys.framing
+  framing = given.framing
   if framing == "auto":
-    framing = "central" if card or keys.crop else "whole"
+    framing = "central" if card or given.crop else "whole"
   chosen = Framing(0.0)
   if framing == "central":
     chosen = Framing(card.crop, card.interpolation) if card else Framing(1.0)
-    chosen = chosen._replace(crop=keys.crop or chosen.crop)
-  if keys.interpolation != "auto":
-    chosen = chosen._replace(interpolation=keys.interpolation)
+    chosen = chosen._replace(crop=given.crop or chosen.crop)
+  if given.interpolation != "auto":
+    chosen = chosen._replace(interpolation=given.interpolation)
   return with_framing(config, chosen)
 
 

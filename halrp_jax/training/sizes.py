@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from halrp_jax.types import Params, Size, State
-from halrp_jax.weights import trees
+from halrp_jax.types import Params, Size, State, UserError
+from halrp_jax.weights import lowrank, trees
 
 
 class RestCount(NamedTuple):
@@ -93,6 +93,30 @@ def whole_networks(state: State) -> Size:
   """Returns the size of a method whose task states each have a whole network, `params`."""
   counts = [network_count(*trees.split(p.params), int(p.num_classes)) for p in state.tasks]
   return dense_size(counts[0], sum(counts[1:]), count_leaves([p.stats for p in state.tasks]))
+
+
+def allocate_budget(
+  priorities: list[np.ndarray], costs: list[int], share: float, base: int, upper_rank: int = 0
+) -> list[int]:
+  """Returns ranks for `method.budget` (`lowrank.allocate_budget`).
+
+  Args:
+    priorities: by layer, of its first, second, ... column.
+    costs: numbers that one column of a layer adds.
+    share: `method.budget`, a share of the base.
+    base: parameters of the base.
+    upper_rank: largest rank of a layer, 0 for no limit.
+
+  Raises:
+    UserError: if not a single column fits.
+  """
+  ranks = lowrank.allocate_budget(priorities, costs, share * base, upper_rank)
+  if not any(ranks):
+    raise UserError(
+      f"method.budget = {share}: leaves no room for one column of U and V in any layer; set it to "
+      f"at least {min(costs, default=base) / base:.2g}, or to 0 for no limit"
+    )
+  return ranks
 
 
 # --- perturbations of shared kernels -----------------------------------------------------

@@ -30,7 +30,7 @@ def grow(basis: np.ndarray, moment: np.ndarray, energy: float, first: bool) -> n
   # carried[i]: share of the energy with i more directions
   carried = 1 - squares.sum() / total + np.concatenate([[0], np.cumsum(squares) / total])
   num_more = int(np.sum(carried[1:] < energy) if first else np.sum(carried[:-1] < energy))
-  num_more = min(num_more, basis.shape[0] - basis.shape[1])
+  num_more = min(num_more, count_directions(squares, total), basis.shape[0] - basis.shape[1])
   more = directions[:, :num_more].astype(np.float32)
   return np.concatenate([basis, more], 1)
 
@@ -55,6 +55,18 @@ def spectrum(basis: np.ndarray, moment: np.ndarray) -> tuple[np.ndarray, np.ndar
   outside = moment - (moment @ known) @ known.T
   _, values, vectors = np.linalg.svd(outside, full_matrices=False)
   return values**2, vectors.T, float(np.sum(moment**2))
+
+
+def count_directions(squares: np.ndarray, total: float) -> int:
+  """Returns how many of the squared singular values are more than rounding errors.
+
+  The directions of the others are arbitrary, and not orthogonal to the basis.
+
+  Args:
+    squares: descending. [m]
+    total: energy of the whole rows.
+  """
+  return int(np.sum(squares > 1e-12 * total))
 
 
 def moment_or_rows(rows: np.ndarray) -> np.ndarray:

@@ -249,12 +249,10 @@ def low_rank_inputs(module: nn.Module, x: jax.Array, num_in: int) -> jax.Array |
     The inputs of a dense layer, the sums over the window of a convolution. None for a layer that
     can't be factored, whose V multiplies no input.
   """
-  if isinstance(module, nn.DenseGeneral):
-    x = _input_rows(module, x)
-  elif not can_be_factored(module):
+  if not can_be_factored(module):
     return None
-  elif isinstance(module, nn.Conv):
-    x = _by_image(window_sum, module, x)
+  is_conv = isinstance(module, nn.Conv)
+  x = _by_image(window_sum, module, x) if is_conv else _input_rows(module, x)
   return x.reshape(-1, num_in)
 
 

@@ -353,8 +353,6 @@ def allocate_budget(
   priorities: list[np.ndarray],
   costs: list[int],
   budget: float,
-  *,
-  min_rank: int = 0,
   upper_rank: int = 0,
 ) -> list[int]:
   """Returns ranks whose U and V have at most `budget` numbers, chosen for all layers together.
@@ -366,14 +364,13 @@ def allocate_budget(
     priorities: one array [m_l] per layer, descending: of its first, second, ... column.
     costs: numbers that one column of a layer adds, I + J.
     budget: most numbers of all layers together.
-    min_rank: rank that each layer gets before, whether it fits or not.
     upper_rank: largest rank of a layer, 0 for no limit.
   """
-  most = [min(upper_rank or len(p), len(p)) for p in priorities]
-  ranks = [min(min_rank, n) for n in most]
-  left = budget - sum(k * cost for k, cost in zip(ranks, costs, strict=True))
+  ranks, left = [0] * len(priorities), budget
   columns = [
-    (-p[k], layer) for layer, p in enumerate(priorities) for k in range(ranks[layer], most[layer])
+    (-priority, layer)
+    for layer, p in enumerate(priorities)
+    for priority in p[: upper_rank or len(p)]
   ]
   for _, layer in sorted(columns, key=lambda column: column[0]):
     if costs[layer] <= left:

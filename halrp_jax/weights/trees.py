@@ -12,11 +12,16 @@ from halrp_jax.types import Array, Params
 
 HEAD = "head"  # name of the classifying layer, which is never perturbed
 SEPARATOR = "/"
+_ENTRIES = ("params", "rest", "others", "private")  # of what methods train, that may have the head
 
 
 def is_in_head(path: tuple[object, ...]) -> bool:
-  """Returns whether a leaf of what a method trains belongs to the head."""
-  return jax.tree_util.DictKey(HEAD) in path
+  """Returns whether a leaf of what a method trains belongs to the head.
+
+  Methods train a tree of parameters, or hold one as an entry of what they train.
+  """
+  names = [getattr(key, "key", None) for key in path[:2]]
+  return names[:1] == [HEAD] or (names[1:] == [HEAD] and names[0] in _ENTRIES)
 
 
 def layer_names(params: Params) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Claims of InfLoRA and SD-LoRA: where branches lie, what stays, and what they cost."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import pytest
 from halrp_jax import methods, models
 from halrp_jax.config import resolve
 from halrp_jax.data import load
-from halrp_jax.methods import branches, sdlora
+from halrp_jax.methods import branches, inflora, sdlora
 from halrp_jax.training import batches
+from halrp_jax.types import UserError
 from halrp_jax.weights import bases
 
 from .test_methods import learn
@@ -72,6 +75,39 @@ def test_keeping_the_complement_of_the_basis_changes_nothing(keep):
   np.testing.assert_allclose(np.abs(np.sum(left[:, :3] * found[:, :3], 0)), 1, atol=1e-4)
 
 
+def test_inflora_has_zero_columns_where_no_direction_is_left():
+  """Null-space vectors would lie inside the basis, and the branch interfere with earlier tasks."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(50, 4)) @ rng.normal(size=(4, 9))  # inputs in 4 of 9 dimensions
+  moment = x.T @ x / np.trace(x.T @ x)
+  basis = bases.grow(np.zeros((9, 0), np.float32), moment @ moment, 0.9, first=True)
+  assert 0 < basis.shape[1] < 4
+  plan = branches.Plan({"fc": (9, 5)}, {"fc": 6})
+  f = SimpleNamespace(plan=plan, input_moments=lambda params, stats, task: {"fc": moment})
+  shared = {"kernels": {"fc": np.zeros((9, 5))}, "rest": {}}
+  shared |= {"basis": {"fc": bases.pad(basis)}, "num_directions": {"fc": basis.shape[1]}}
+  v = inflora.choose_directions(f, shared, {}, {}, None)["fc"]
+  left = 4 - basis.shape[1]
+  assert v.shape == (9, 6) and not v[:, left:].any() and np.abs(v[:, :left]).max() > 0.1
+  assert np.abs(basis.T @ v).max() < 1e-6
+
+
+def test_a_basis_that_shall_carry_everything_stays_orthonormal():
+  rng = np.random.default_rng(0)
+  basis = np.linalg.qr(rng.normal(size=(20, 5)))[0].astype(np.float32)
+  x = rng.normal(size=(50, 8)) @ rng.normal(size=(8, 20))
+  grown = bases.grow(basis, x.T @ x, 1.0, first=False)
+  assert grown.shape == (20, 13)
+  np.testing.assert_allclose(grown.T @ grown, np.eye(13), atol=1e-5)
+
+
+@pytest.mark.parametrize("method_name", ["inflora", "sdlora", "halrp"])
+def test_a_budget_without_room_for_a_column_is_refused(method_name, digits_config):
+  config = resolve(digits_config(method_name, epochs=2, **{"method.budget": 1e-3}))
+  with pytest.raises(UserError, match=r"leaves no room for one column .* at least 0.0038, or"):
+    learn(config)
+
+
 def test_sdlora_keeps_earlier_directions_and_only_weighs_them_anew(digits_config):
   states, benchmark, method = learn(digits_config("sdlora", **SHORT))
   for t in range(1, len(states)):
@@ -110,7 +146,7 @@ def test_the_size_counts_each_branch(digits_config):
 def test_layers_without_a_low_rank_branch_stay_in_the_rest():
   shapes = {"a": (2, 3)}
   params = {"a": {"kernel": np.ones((2, 3))}, "b": {"kernel": np.ones(4)}, "head": {"kernel": 1}}
-  state = branches.open_base(params, {}, shapes)
+  state = branches.open_base(params, {}, branches.Plan(shapes, {"a": 1}))
   assert set(state.shared["kernels"]) == {"a"} and set(state.shared["rest"]) == {"b"}
   whole = branches.whole(state.shared, params["head"])
   assert jax.tree.all(jax.tree.map(np.array_equal, whole, params))
@@ -118,7 +154,7 @@ def test_layers_without_a_low_rank_branch_stay_in_the_rest():
 
 def test_a_state_with_fewer_slots_is_widened():
   plan = branches.Plan({"a": (2, 3)}, {"a": 2})
-  state = branches.open_base({"a": {"kernel": np.ones((2, 3))}, "head": {}}, {}, {"a": (2, 3)})
+  state = branches.open_base({"a": {"kernel": np.ones((2, 3))}, "head": {}}, {}, plan)
   first = sdlora.with_slots(state, plan, num_tasks=1)
   assert first.shared["U"]["a"].shape == (3, 2) and first.shared["magnitudes"]["a"].shape == (1,)
   more = sdlora.with_slots(first, plan, num_tasks=3)

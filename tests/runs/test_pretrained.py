@@ -209,6 +209,28 @@ def test_configs_that_do_not_fit_are_refused(method_name, more, said, digits_con
     experiment.build(resolve(digits_config(method_name, **more)))
 
 
+class Normalised(nn.Module):
+  """A user's own network, whose BatchNorm changes in training."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.Dense(8)(x.reshape(len(x), -1))
+    return nn.Dense(10, name="head")(nn.BatchNorm(use_running_average=not train)(x))
+
+
+def test_frozen_statistics_need_a_network_that_keeps_them(digits_config):
+  config = resolve(digits_config("stl", **{"method.batch_norm": "frozen"}))
+  with pytest.raises(UserError, match="Normalised has BatchNorm that training changes: give it"):
+    methods.make(config, Normalised(), data.load(config))
+
+
+@pytest.mark.parametrize(("benchmark", "framing"), [("custom", "whole"), ("digits", "auto")])
+def test_older_runs_took_photographs_whole(benchmark, framing):
+  config = {"base": "x.npz", "benchmark": benchmark, "data": {}, "method": {"name": "stl"}}
+  identity._fill_in(config)
+  assert config["data"]["framing"] == framing
+
+
 def test_images_are_resized_for_the_network_and_its_export(base_file, digits_config, tmp_path):
   """The card of a task knows the size, so predictions take images as they are stored."""
   config = digits_config("stl", order="3,1", epochs=1, **{"data.image_size": 12})

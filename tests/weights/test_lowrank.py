@@ -363,10 +363,10 @@ def test_a_budget_is_filled_in_descending_priority(seed):
   rng = np.random.default_rng(seed)
   priorities = [np.sort(rng.uniform(size=n))[::-1] for n in (3, 5, 4)]
   costs, budget = [7, 3, 5], 28
-  ranks = lowrank.allocate_budget(priorities, costs, budget, min_rank=1, upper_rank=4)
+  ranks = lowrank.allocate_budget(priorities, costs, budget, upper_rank=4)
   used = sum(k * cost for k, cost in zip(ranks, costs, strict=True))
-  assert used <= budget and all(1 <= k <= 4 for k in ranks)
-  taken = [x for p, k in zip(priorities, ranks, strict=True) for x in p[1:k]]
+  assert used <= budget and all(k <= 4 for k in ranks)
+  taken = [x for p, k in zip(priorities, ranks, strict=True) for x in p[:k]]
   for p, k, cost in zip(priorities, ranks, costs, strict=True):
     if k < min(4, len(p)) and taken and p[k] > min(taken):
       assert used + cost > budget, "a column of higher priority than one taken did not fit"
