@@ -10,7 +10,7 @@ from flax import traverse_util
 from halrp_jax import data, methods, models
 from halrp_jax.config import resolve
 from halrp_jax.deploy import export, saved
-from halrp_jax.runs import checkpoint, experiment, pretrained
+from halrp_jax.runs import checkpoint, experiment, identity, pretrained
 from halrp_jax.training import batches, networks
 from halrp_jax.training.fit import make_fit
 from halrp_jax.types import Stopped, Store, UserError
