@@ -348,10 +348,12 @@ def test_runs_repeat_to_the_bit(record, digits_config, method_name):
 
 # networks that a method trains, each with its own two traces: a full batch and the last one
 NUM_FITS = {"halrp": 2, "bn": 2, "be": 2, "clr": 2, "apdfix": 2, "bmkp": 3, "iru": 2, "ibpwf": 2}
+NUM_FITS |= {"inflora": 2, "sdlora": 2}
 NUM_FITS |= {"gpm": 6, "apd": 6}  # one per width of its bases, of the stack of earlier tasks
 # after the second task: HALRP's pruning, where growth first passes its bound; GPM's bases and
 # APD's stack widen
-LATE = {"halrp": {"prune", "_where"}, "gpm": None, "apd": None}
+# InfLoRA's bases widen too, but only a checkpoint's copy of them is compiled
+LATE = {"halrp": {"prune", "_where"}, "gpm": None, "apd": None, "inflora": {"stage"}}
 
 
 @WHOLE_RUNS
