@@ -352,7 +352,7 @@ NUM_FITS |= {"inflora": 2, "sdlora": 2}
 NUM_FITS |= {"gpm": 6, "apd": 6}  # one per width of its bases, of the stack of earlier tasks
 # after the second task: HALRP's pruning, where growth first passes its bound; GPM's bases and
 # APD's stack widen
-# InfLoRA's bases widen too, but only a checkpoint's copy of them is compiled
+# InfLoRA's bases widen too, but only their conversion from numpy is compiled
 LATE = {"halrp": {"prune", "_where"}, "gpm": None, "apd": None, "inflora": {"stage"}}
 
 
