@@ -17,6 +17,8 @@ from halrp_jax.runs import checkpoint, experiment
 from halrp_jax.training import networks
 from halrp_jax.types import UserError
 
+from .test_extend import draw
+
 VIT = "vit_ti16,features=24,num_blocks=2,patch=8"
 # what the tasks have for themselves: the network, and what the base has beside the kernels
 PRIVATE = {
@@ -163,3 +165,17 @@ def test_a_base_that_the_first_task_trained_is_no_file(tmp_path):
     write(run, tmp_path / "out", without_base=True)
   write(run, tmp_path / "out")
   assert "pretrained" not in json.loads((tmp_path / "out/task01.json").read_text())
+
+
+def test_an_extended_run_still_knows_its_base(tmp_path):
+  """Whose first task is learned as the later ones are."""
+  folder, base = learn(tmp_path, "all", base_training="perturb")
+  draw(tmp_path / "lights")
+  saved.extend(saved.open_run(folder), str(tmp_path / "lights"), str(tmp_path / "more"))
+  run = saved.open_run(str(tmp_path / "more"))
+  sizes = dict(export.write(run, str(tmp_path / "out"), [0, 1, 2], "safetensors", False, True))
+  assert len(sizes) == 3
+  loaded = export.load(tmp_path / "out", run.learned[2].id, base=base)
+  image = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+  expected = saved.make_classifier(run, 2)(image)
+  np.testing.assert_allclose(loaded.classify(image), expected, atol=1e-5)
