@@ -7,8 +7,8 @@ DIR holds cifar-100-binary/ or cifar-100-binary.tar.gz. The base is a file of do
 "A pretrained base". It stays as it is: every task, the first one too, stores its own perturbation
 (base_training=perturb). BatchNorm keeps the statistics of the base (method.batch_norm=frozen).
 
-The methods whose task is a part of the network store about equally much for it, 4.6 % of the base:
-HALRP, InfLoRA and SD-LoRA by their defaults here, LoRA, EVA and PEARL with
+The methods that keep the base have equally many numbers for a task, 4.6 % of the base: HALRP,
+InfLoRA and SD-LoRA by their defaults here, LoRA, EVA and PEARL with
 
   --config=configs/cifar100_split_pretrained.py:halrp,rank_rule=lora,scales=False,warmup_epochs=0,\
 budget=0.029617

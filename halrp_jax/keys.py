@@ -128,7 +128,7 @@ class Protocol:
   optimizer: str = one_of("adam", ("adam", "sgd"), "Adam, or stochastic gradient descent")
   momentum: float = number(0.0, 0, 1, "optimizer=sgd: momentum")
   head_rate: float = number(
-    1.0, 0, None, "factor by which the learning rate of the head is larger", open_low=True
+    1.0, 0, None, "the learning rate of the head is learning_rate times this", open_low=True
   )
   gradient_scale: float = number(
     10.0,

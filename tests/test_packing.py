@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halrp_jax import packing
+from halrp_jax import methods, packing
 from halrp_jax.types import State
 from halrp_jax.weights.lowrank import Perturbation
 
@@ -39,6 +39,13 @@ def test_the_types_are_where_the_table_says(name):
   structure, arrays = packing.pack(value)
   assert structure["named"] == name  # no import path: the type may move
   assert packing.unpack(structure, arrays) == value
+
+
+def test_the_task_states_of_all_methods_can_be_written():
+  paths = packing.TYPES.values()
+  for module in methods.METHODS.values():
+    state = module.TaskState
+    assert f"{state.__module__}:{state.__qualname__}" in paths
 
 
 def test_a_type_without_a_name_is_not_written():

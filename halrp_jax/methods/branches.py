@@ -13,7 +13,7 @@ statistics.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from halrp_jax import keys
-from halrp_jax.training import contract, networks, sizes
+from halrp_jax.training import contract, first_task, networks, sizes
 from halrp_jax.training.setup import Setup
-from halrp_jax.types import Array, Params, State
+from halrp_jax.types import Array, Params, State, Store, Task
 from halrp_jax.weights import lowrank, trees
 
 
@@ -50,6 +50,14 @@ class Config(keys.NetworkConfig):
     "size of all U and V of a task as a share of the base, divided into ranks that are as equal as "
     "possible; 0: r columns in every layer",
   )
+
+
+class Learned(NamedTuple):
+  """What is known after a task was learned."""
+
+  state: State  # method state, without the state of the task
+  head: Params  # of the task
+  stats: Params  # BatchNorm's statistics after the task
 
 
 class Plan(NamedTuple):
@@ -80,10 +88,38 @@ def make_plan(config: Config, setup: Setup) -> Plan:
   return Plan(shapes, dict(zip(shapes, widths, strict=True)))
 
 
-def open_pretrained(setup: Setup, plan: Plan) -> State:
-  """Returns a method state without tasks, with the pretrained network as its base."""
-  assert setup.base is not None
-  return open_base(setup.base.params, setup.base.stats, plan)
+def make_learn(
+  config: Config,
+  setup: Setup,
+  plan: Plan,
+  learn_branch: Callable[[State, Task, jax.Array, Store], Learned],
+) -> Callable[[State, Task, jax.Array, Store], Learned]:
+  """Builds `learn(state, task, key, store)`, which learns the branch and the head of a task.
+
+  The first task has no branch, unless `base_training` is "perturb": it trains what that key says.
+
+  Args:
+    config: config of the method.
+    setup: settings of the run.
+    plan: the layers that get a branch.
+    learn_branch: learns a task on the base of `state`.
+
+  Raises:
+    UserError: if the pretrained base does not fit `base_training`.
+  """
+  learn_first = first_task.make(setup, networks.l2_coefficient(config))
+
+  def learn(state, task, key, store):
+    if state.tasks:
+      return learn_branch(state, task, key, store)
+    if setup.base_training == "perturb":
+      assert setup.base is not None
+      state = open_base(setup.base.params, setup.base.stats, plan)
+      return learn_branch(state, task, key, store)
+    params, stats = learn_first(task, key, store)
+    return Learned(open_base(params, stats, plan), params[trees.HEAD], stats)
+
+  return learn
 
 
 def open_base(params: Params, stats: Params, plan: Plan) -> State:
@@ -122,11 +158,10 @@ def as_perturbation(
     sigma: [K] by layer; None: ones.
   """
 
-  def perturbation(n: str) -> lowrank.Perturbation:
-    ones = (jnp.ones(len(x[n])) for x in (U, V))
-    return lowrank.Perturbation(*ones, U[n], None if sigma is None else sigma[n], V[n])
+  def perturbation(u: jax.Array, s: jax.Array | None, v: jax.Array) -> lowrank.Perturbation:
+    return lowrank.Perturbation(jnp.ones(len(u)), jnp.ones(len(v)), u, s, v)
 
-  return {n: perturbation(n) for n in U}
+  return {n: perturbation(U[n], None if sigma is None else sigma[n], V[n]) for n in U}
 
 
 def apply(

@@ -93,7 +93,7 @@ class Config(keys.MethodConfig):
   alpha: float = keys.number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all")
   warmup_epochs: int = keys.whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`")
   warmup_rate: float = keys.number(
-    1.0, 0, None, "factor by which the learning rate of the warm-up is larger", open_low=True
+    1.0, 0, None, "the learning rate of the warm-up is learning_rate times this", open_low=True
   )
   l1: float = keys.number(0.0, 0, None, "lambda_0: L1 coefficient on U and V")
   l2: float = keys.number(

@@ -30,6 +30,7 @@ Learning", CVPR 2024 (arXiv 2404.00228), Algorithm 1; code: github.com/liangyans
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -40,7 +41,7 @@ import numpy as np
 
 from halrp_jax import keys
 from halrp_jax.methods import branches
-from halrp_jax.training import first_task, networks, sizes
+from halrp_jax.training import networks, sizes
 from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Method, Network, Params, Size, State, Store, Task
@@ -68,17 +69,14 @@ def make(config: Config, setup: Setup) -> Method:
   Raises:
     UserError: if the pretrained base does not fit `base_training`.
   """
-  learn_first = first_task.make(setup, networks.l2_coefficient(config))
   f = _build(config, setup)
+  learn_one = branches.make_learn(
+    config, setup, f.plan, functools.partial(learn_branch, f, setup.epochs)
+  )
 
   def learn(state, tasks, key, store):
     (task,) = tasks
-    if state.tasks or setup.base_training == "perturb":
-      state = state if state.tasks else branches.open_pretrained(setup, f.plan)
-      state, head, stats = learn_branch(f, setup.epochs, state, task, key, store)
-    else:
-      params, stats = learn_first(task, key, store)
-      state, head = branches.open_base(params, stats, f.plan), params[trees.HEAD]
+    state, head, stats = learn_one(state, task, key, store)
 
     def grow():
       return remember(f, config, setup, state, head, stats, task)
@@ -103,7 +101,7 @@ def learn_branch(
   task: Task,
   key: jax.Array,
   store: Store,
-) -> tuple[State, Params, Params]:
+) -> branches.Learned:
   """Learns U_t and the head of a task, and adds U_t V_t' to the kernels.
 
   Args:
@@ -115,7 +113,7 @@ def learn_branch(
     store: store of the task.
 
   Returns:
-    The state with new kernels, the head, and the BatchNorm statistics.
+    The state with the new kernels, the head, and the BatchNorm statistics.
   """
   init_key, fit_key = jax.random.split(key)
   head = f.initialize(init_key)[0][trees.HEAD]
@@ -133,7 +131,8 @@ def learn_branch(
   args = (task, fit_key, epochs, store.child("train"))
   trained, stats = f.fit_branch(start, stats, frozen, *args)
   kernels = f.add(shared["kernels"], trained["U"], V)
-  return state._replace(shared=shared | {"kernels": kernels}), trained["head"], stats
+  state = state._replace(shared=shared | {"kernels": kernels})
+  return branches.Learned(state, trained["head"], stats)
 
 
 def choose_directions(

@@ -31,6 +31,7 @@ Learning", ICLR 2025 (openreview 5U1rlpX68A, arXiv 2501.13198).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -40,7 +41,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from halrp_jax.methods import branches
-from halrp_jax.training import first_task, networks, sizes
+from halrp_jax.training import networks, sizes
 from halrp_jax.training.fit import Fit, make_fit
 from halrp_jax.training.setup import Setup
 from halrp_jax.types import Method, Network, Params, Size, State, Store, Task
@@ -64,18 +65,13 @@ def make(config: Config, setup: Setup) -> Method:
   Raises:
     UserError: if the pretrained base does not fit `base_training`.
   """
-  learn_first = first_task.make(setup, networks.l2_coefficient(config))
   f = _build(config, setup)
+  learn_one = branches.make_learn(config, setup, f.plan, functools.partial(learn_branch, f, setup))
 
   def learn(state, tasks, key, store):
     (task,) = tasks
-    if state.tasks or setup.base_training == "perturb":
-      state = state if state.tasks else branches.open_pretrained(setup, f.plan)
-      state, head, stats = learn_branch(f, setup, state, task, key, store)
-    else:
-      params, stats = learn_first(task, key, store)
-      state, head = branches.open_base(params, stats, f.plan), params[trees.HEAD]
-      state = with_slots(state, f.plan, setup.num_tasks)
+    state, head, stats = learn_one(state, task, key, store)
+    state = with_slots(state, f.plan, setup.num_tasks)
     return state.append(TaskState(head, stats, jnp.int32(task.num_classes))), {}
 
   def network(shared, task):
@@ -103,7 +99,7 @@ def learn_branch(
   task: Task,
   key: jax.Array,
   store: Store,
-) -> tuple[State, Params, Params]:
+) -> branches.Learned:
   """Learns the branch and the head of a task, and all magnitudes.
 
   Args:
@@ -129,7 +125,7 @@ def learn_branch(
   args = (task, fit_key, setup.epochs, store.child("train"))
   trained, stats = f.fit_branch(start, stats, frozen, *args)
   shared = shared | f.freeze(shared, trained, frozen["slot"])
-  return state._replace(shared=shared), trained["head"], stats
+  return branches.Learned(state._replace(shared=shared), trained["head"], stats)
 
 
 def fresh_branch(key: jax.Array, plan: branches.Plan) -> dict[str, Params]:

@@ -221,7 +221,7 @@ def _shifted_sum_bwd(
   as vectors, and a matrix product adds what is left.
   """
   x, kernel = saved
-  dx = _input_gradient(kernel, dy, x.shape[1:3], padding, stride)
+  dx = _input_gradient(kernel, dy, (x.shape[1], x.shape[2]), padding, stride)
   b, h_out, w_out, channels = dy.shape
   group = math.gcd(b, 8)
 
@@ -261,9 +261,8 @@ def _input_gradient(
   """
   pads = []
   for axis in (0, 1):
-    low = kernel.shape[axis] - 1 - padding[axis][0]
-    spread = (dy.shape[1 + axis] - 1) * stride + 1
-    pads.append((low, size[axis] + padding[axis][0] - spread, stride - 1))
+    begin, num_out = padding[axis][0], (dy.shape[1 + axis] - 1) * stride + 1
+    pads.append((kernel.shape[axis] - 1 - begin, size[axis] + begin - num_out, stride - 1))
   spread = isolate.call(
     lambda dy: lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *pads, (0, 0, 0))), dy
   )
