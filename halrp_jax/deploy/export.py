@@ -206,7 +206,7 @@ def _shared(run: saved.Saved) -> Arrays:
   if private != "all":
     rest, _ = trees.split_private(first.rest, private == "norm")
     shared = trees.join(run.state.shared["kernels"], rest)
-  if private == "head":
+  if private == "head" or run.config.method.batch_norm == "frozen":
     stats = first.stats
   return _named({"params": shared, "batch_stats": stats})
 

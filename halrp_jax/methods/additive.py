@@ -102,7 +102,7 @@ def size(state: State, num_local: int, nonzero_local: int, training_only: int) -
   taus = jax.tree.leaves([p.tau for p in state.tasks])
   num_tau, nonzero_tau = sum(x.size for x in taus), sum(int(jnp.count_nonzero(x)) for x in taus)
   counted = masks + sum(c.counted for c in counts)
-  stats = sizes.count_leaves([p.stats for p in state.tasks])
+  stats = sizes.count_task_statistics(state)
   uncounted = stats + sum(c.biases for c in counts)
   sparse = nonzero_tau + nonzero_local
   return Size(

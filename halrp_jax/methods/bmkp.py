@@ -334,5 +334,5 @@ def size(state: State) -> Size:
     sizes.count_rest(x, kernels, int(p.num_classes)) for x, p in zip(rests, later, strict=True)
   ]
   counted = products - sizes.count_leaves(kernels) + sum(c.counted for c in counts)
-  uncounted = sum(c.biases for c in counts) + sizes.count_leaves([p.stats for p in state.tasks])
+  uncounted = sum(c.biases for c in counts) + sizes.count_task_statistics(state)
   return sizes.dense_size(base, counted, uncounted, sizes.count_leaves(shared["working"]))

@@ -120,7 +120,7 @@ def _size(state: State, train_biases: bool) -> Size:
   """Returns the size: later tasks add BatchNorm and head, and biases if they train them."""
   kernels, (first, *later) = state.shared["kernels"], state.tasks
   counts = [sizes.count_rest(p.rest, kernels, int(p.num_classes)) for p in later]
-  uncounted = sizes.count_leaves([p.stats for p in state.tasks])
+  uncounted = sizes.count_task_statistics(state)
   uncounted += sum(c.biases for c in counts) if train_biases else 0
   base = sizes.network_count(kernels, first.rest, int(first.num_classes))
   return sizes.dense_size(base, sum(c.counted for c in counts), uncounted)

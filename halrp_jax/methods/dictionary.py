@@ -112,7 +112,7 @@ def size(
   base = sizes.network_count(shapes, state.tasks[0].rest, classes[0])
   factors = sum(int(used[n]) * sum(matrix_shape(s)) for n, s in shapes.items())
   counted = factors + coefficients + first.counted + first.biases + sum(c.counted for c in later)
-  uncounted = sizes.count_leaves([p.stats for p in state.tasks]) + sum(c.biases for c in later)
+  uncounted = sizes.count_task_statistics(state) + sum(c.biases for c in later)
   dense = counted + uncounted
   return Size(base, dense, dense, mask_bits, training_only, counted)
 

@@ -258,6 +258,6 @@ def size(state: State) -> Size:
   rest = shared["rest"] | {trees.HEAD: first.head}
   base = sizes.network_count(shared["kernels"], rest, int(first.num_classes))
   heads = [sizes.count_rest({trees.HEAD: p.head}, {}, int(p.num_classes)) for p in later]
-  stats = sizes.count_leaves([p.stats for p in state.tasks])
+  stats = sizes.count_task_statistics(state)
   basis = sum(len(x) * int(shared["num_directions"][n]) for n, x in shared["basis"].items())
   return sizes.dense_size(base, sum(count.counted for count in heads), stats, basis)

@@ -238,7 +238,7 @@ def size(state: State) -> Size:
   slots = {n: len(x) for n, x in shared["magnitudes"].items()}
   sizes_of = {n: (u.size + shared["V"][n].size) // slots[n] for n, u in shared["U"].items()}
   branch = sum(size + 1 for size in sizes_of.values() if size)  # with the magnitude
-  stats = sizes.count_leaves([p.stats for p in state.tasks])
+  stats = sizes.count_task_statistics(state)
   return sizes.dense_size(base, heads + used * branch, stats)
 
 

@@ -231,7 +231,7 @@ def size(state: State) -> Size:
   counts = [sizes.count_rest(p.rest, kernels, int(p.num_classes)) for p in later]
   base = sizes.network_count(kernels, first.rest, int(first.num_classes))
   counted = sum(c.counted for c in counts)
-  uncounted = sum(c.biases for c in counts) + sizes.count_leaves([p.stats for p in state.tasks])
+  uncounted = sum(c.biases for c in counts) + sizes.count_task_statistics(state)
   num_kernels = sizes.count_leaves(kernels)
   num_used = sum(int(x.sum()) for x in shared["used"].values())
   bits = num_kernels * len(state.tasks)

@@ -62,6 +62,17 @@ def count_leaves(tree: Params) -> int:
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
+def count_task_statistics(state: State) -> int:
+  """Counts the BatchNorm statistics of the tasks.
+
+  Statistics that are those of the first task, as with `method.batch_norm` "frozen", need not be
+  stored again and are counted once.
+  """
+  first, *later = (jax.tree.leaves(p.stats) for p in state.tasks)
+  own = (x for x in later if not all(map(np.array_equal, x, first)))
+  return count_leaves([first, *own])
+
+
 def count_statistics(state: State) -> tuple[int, int]:
   """Counts BatchNorm's statistics.
 
@@ -71,7 +82,7 @@ def count_statistics(state: State) -> tuple[int, int]:
   Returns:
     The number of statistics that predictions use, and of those for training alone.
   """
-  of_tasks = count_leaves([p.stats for p in state.tasks])
+  of_tasks = count_task_statistics(state)
   shared = count_leaves(state.shared.get("stats", {}))
   return (of_tasks, shared) if of_tasks else (shared, 0)
 
@@ -92,7 +103,7 @@ def dense_size(base: int, counted: int, uncounted: int, training_only: int = 0) 
 def whole_networks(state: State) -> Size:
   """Returns the size of a method whose task states each have a whole network, `params`."""
   counts = [network_count(*trees.split(p.params), int(p.num_classes)) for p in state.tasks]
-  return dense_size(counts[0], sum(counts[1:]), count_leaves([p.stats for p in state.tasks]))
+  return dense_size(counts[0], sum(counts[1:]), count_task_statistics(state))
 
 
 def allocate_budget(
@@ -170,8 +181,9 @@ def perturbed(state: State, owned: Owned = EVERYTHING) -> Size:
     first = 0
     head = count_rest({trees.HEAD: state.tasks[0].rest[trees.HEAD]}, {}, _first_classes(state))
     paper, dense, nonzero = (base - head.counted,) * 3
+  stats = count_task_statistics(state)
+  dense, nonzero = dense + stats, nonzero + stats
   for t, task in enumerate(state.tasks):
-    uncounted = 0 if t and owned.private == "head" else count_leaves(task.stats)
     if t >= first:
       values = np.concatenate([*low_rank_values(task).values()])
       fixed, kept = _fixed_count(task, owned), np.count_nonzero(values)
@@ -179,9 +191,8 @@ def perturbed(state: State, owned: Owned = EVERYTHING) -> Size:
       dense += fixed + values.size
       nonzero += fixed + kept
       mask_bits += values.size if kept < values.size else 0
-      uncounted += _own_rest(task, owned).biases
-    dense += uncounted
-    nonzero += uncounted
+      biases = _own_rest(task, owned).biases
+      dense, nonzero = dense + biases, nonzero + biases
   return Size(base, dense, int(nonzero), int(mask_bits), 0, int(paper))
 
 

@@ -145,8 +145,10 @@ def apply(
   dtype = module.dtype or jnp.result_type(*(v for v in (x, kernel, bias) if v is not None))
   without_bias = module.clone(use_bias=False, dtype=dtype)
   y = run_detached(without_bias, {"kernel": kernel}, x * _along_inputs(module, p.S, x))
-  branch = _low_rank_branch(module, p, x, y.dtype).reshape(y.shape)
-  y = (y * _along_features(module, p.R, kernel, y) + branch).astype(y.dtype)
+  dtype, y = y.dtype, y * _along_features(module, p.R, kernel, y)
+  if p.U.shape[1]:  # without columns there is no low-rank part
+    y += _low_rank_branch(module, p, x, dtype).reshape(y.shape)
+  y = y.astype(dtype)
   # the layer itself would add the bias in this dtype
   return y if bias is None else y + _along_features(module, bias, kernel, y).astype(y.dtype)
 

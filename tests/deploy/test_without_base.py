@@ -25,6 +25,7 @@ PRIVATE = {
   "all": (VIT, None),
   "norm": (VIT, {"params/positions", "params/block1/fc1/bias", "params/block0/attention/out/bias"}),
   "head": ("lenet", {"params/bn_fc1/scale", "batch_stats/bn_fc1/mean"}),
+  "frozen": ("efficientnet_lite0", {"batch_stats/bn_stem/mean", "batch_stats/bn_head/var"}),
 }
 
 
@@ -51,8 +52,8 @@ def learn(folder, private, base_training="head"):
     epochs=2,
     protocol={},
     data_={"image_size": 32},
-    every_method={"batch_norm": "running"},
-    methods_={"halrp": {"upper_rank": 2, "private": private}},
+    every_method={"batch_norm": "frozen" if private == "frozen" else "running"},
+    methods_={"halrp": {"upper_rank": 2, "private": private.replace("frozen", "all")}},
   )
   experiment.run(config, str(folder / "run"))
   return str(folder / "run"), base
@@ -71,7 +72,9 @@ def equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("private", PRIVATE)
+@pytest.mark.parametrize(
+  "private", [pytest.param(x, marks=[pytest.mark.slow] * (x == "frozen")) for x in PRIVATE]
+)
 def test_a_task_and_the_file_of_the_base_are_the_network(private, of_norm, tmp_path):
   folder, base = of_norm if private == "norm" else learn(tmp_path, private)
   run = saved.open_run(folder)

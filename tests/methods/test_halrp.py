@@ -77,12 +77,15 @@ def test_size_with_all_ranks_at_the_cap(digits_config):
 def test_size_of_one_task_by_hand():
   low_rank = 531_469  # spec b: low-rank values at the cap per task
   fixed = 5_393 + 2_740 + 5_010  # R and S, BatchNorm, head
-  size = sizes.perturbed(lenet_state(2, CAP))
+  state = lenet_state(2, CAP)
+  own = jax.tree.map(lambda x: x + 1, state.tasks[1].stats)
+  size = sizes.perturbed(state._replace(tasks=(state.tasks[0], state.tasks[1]._replace(stats=own))))
   assert size.base == 2_995_620
   assert size.paper == size.base + fixed + low_rank
   statistics, biases = 2_740, 1_370
   assert size.dense == size.paper + 2 * statistics + biases
   assert size.nonzero == size.dense and size.mask_bits == 0
+  assert sizes.perturbed(state).dense == size.dense - statistics  # those of the first are kept once
 
 
 def test_sigma_is_counted_where_it_is_kept():

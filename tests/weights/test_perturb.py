@@ -261,6 +261,7 @@ def conv(**arguments):
 
 LAYERS = {
   "dense": functools.partial(nn.Dense, 5),
+  "pointwise": functools.partial(nn.Conv, 6, (1, 1)),
   "strided": conv(strides=2),
   "dilated": conv(kernel_dilation=2),
   "grouped": conv(feature_group_count=2),
@@ -313,6 +314,26 @@ def test_merged_is_unmerged_for_every_kind_of_layer_and_dtype(kind, dtype):
     got = run(moved, form)
     assert got.dtype == merged.dtype == dtype
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (got, merged)), atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_without_columns_is_scaled_alone(kind):
+  model = OfOne(LAYERS[kind])
+  x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
+  variables = jax.jit(model.init)(jax.random.key(1), x)
+  kernels, p, rest = perturb.init(jax.random.key(2), model, variables, x, rank=2)
+  scaled = {n: q._replace(R=1.1 * q.R, U=q.U[:, :0], V=q.V[:, :0]) for n, q in p.items()}
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def loss(p, form):
+    y = perturb.apply(model, kernels, p, {"params": rest}, x, form=form)
+    return jnp.sum(y**2)
+
+  merged = model.apply({"params": perturb.merge(kernels, scaled, rest)}, x)
+  for form in FORMS:
+    value, gradient = jax.value_and_grad(loss)(scaled, form)
+    np.testing.assert_allclose(value, jnp.sum(merged**2), rtol=1e-5)
+    assert all(np.abs(q.R).max() > 0 for q in gradient.values())
 
 
 def test_a_grouped_kernel_is_composed_as_the_formula_says():
