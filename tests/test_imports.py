@@ -51,7 +51,7 @@ SIBLINGS = {
       "tasks",
     ),
   },
-  "methods": {"additive", "anchored", "branches", "dictionary"},
+  "methods": {"additive", "anchored", "branches", "dictionary", "rank_rules"},
   "models": set(),
 }
 

@@ -17,6 +17,9 @@ Nothing is forgotten, since head, biases and BatchNorm belong to the task. The p
 neither biases nor affine BatchNorm (method.bn = "noaffine"). The scores continue from task to task.
 There is no weight decay, which would change the selected weights of earlier tasks.
 
+The paper starts from random weights and scores. What random scores select of a pretrained network
+classifies at chance; method.scores = "kernels" starts with its largest weights instead.
+
 Reference: H. Kang et al., "Forget-free continual learning with winning subnetworks", ICML 2022,
 Alg. 1. In its code `sparsity` is 1 - c.
 """
@@ -50,6 +53,11 @@ class Config(keys.MethodConfig):
     ("task", "noaffine"),
     "task: each task has its own BatchNorm scale and bias; noaffine: they are 1 and 0",
   )
+  scores: str = keys.one_of(
+    "random",
+    ("random", "kernels"),
+    "start of s: random: drawn like kernels; kernels: equal to them, for a pretrained base",
+  )
 
 
 class TaskState(NamedTuple):
@@ -72,7 +80,7 @@ def make(config: Config, setup: Setup) -> Method:
   def learn(state, tasks, key, store):
     (task,) = tasks
     init_key, score_key, fit_key = jax.random.split(key, 3)
-    shared, rest, stats = _start(state, *initialize(init_key), score_key)
+    shared, rest, stats = _start(config, state, *initialize(init_key), score_key)
     rest, fixed = _split_norm(rest) if config.bn == "noaffine" else (rest, {})
     start = {"kernels": shared["kernels"], "scores": shared["scores"], "rest": rest}
     frozen, store = {"used": shared["used"], "rest": fixed}, store.child("train")
@@ -92,11 +100,12 @@ def make(config: Config, setup: Setup) -> Method:
 
 
 def _start(
-  state: State, params: Params, stats: Params, score_key: jax.Array
+  config: Config, state: State, params: Params, stats: Params, score_key: jax.Array
 ) -> tuple[dict[str, Params], Params, Params]:
   """Returns the start of a task: all values after the previous task, but a fresh head.
 
   Args:
+    config: config of the method.
     state: method state before the task.
     params: freshly initialized parameters.
     stats: freshly initialized statistics.
@@ -109,7 +118,7 @@ def _start(
   if state.tasks:
     previous = state.tasks[-1]
     return state.shared, networks.fresh_head(previous.rest, rest), previous.stats
-  scores = _draw_scores(score_key, kernels)
+  scores = kernels if config.scores == "kernels" else _draw_scores(score_key, kernels)
   used = {n: jnp.zeros(w.shape, bool) for n, w in kernels.items()}
   return {"kernels": kernels, "scores": scores, "used": used}, rest, stats
 

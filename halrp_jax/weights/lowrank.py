@@ -184,6 +184,22 @@ def decompose(base: jax.Array, free: jax.Array, scales: bool = True) -> Decompos
   return Decomposition(R, S, U, sigma, Vt.T, jnp.sum(rest**2))
 
 
+def scales_alone(base: jax.Array, free: jax.Array, scales: bool = True) -> Decomposition:
+  """Returns the scales that `decompose` finds, without singular triplets: m and the energy are 0.
+
+  Args:
+    base: W [*window, I, J].
+    free: F [*window, I, J].
+    scales: see `decompose`.
+  """
+  _check_kernels(base=base, free=free)
+  num_in, num_out = base.shape[-2:]
+  R, S = _scales(base, free, scales)
+  none = jnp.zeros((0,), base.dtype)
+  U, V = (jnp.zeros((n, 0), base.dtype) for n in (num_out, num_in))
+  return Decomposition(R, S, U, none, V, jnp.zeros((), base.dtype))
+
+
 def _scales(base: jax.Array, free: jax.Array, scales: bool) -> tuple[jax.Array, jax.Array]:
   """Returns R [J] and S [I] by least squares, or ones."""
   if scales:

@@ -62,3 +62,14 @@ def test_the_gradient_goes_straight_through_the_mask():
   np.testing.assert_allclose(by_theta, out * mask, rtol=1e-6)
   np.testing.assert_allclose(by_score, out * theta * jnp.sign(score), rtol=1e-6)
   np.testing.assert_array_equal(wsn.masked_kernel(theta, score, 0.5), theta * mask)
+
+
+def test_scores_start_at_the_kernels_of_a_base(digits_config):
+  """So the mask of the first task has the largest weights, but for those that training moves."""
+  config = digits_config("wsn", epochs=1, learning_rate=1e-6, **{"method.scores": "kernels"})
+  states, _, _ = learn(config)
+  task, kernels = states[0].tasks[0], states[0].shared["kernels"]
+  for name, kernel in kernels.items():
+    mask = np.unpackbits(np.asarray(task.mask[name]))[: kernel.size].reshape(kernel.shape)
+    largest = np.asarray(wsn.largest(jnp.abs(kernel), 0.5))
+    assert (mask == largest).mean() > 0.99
