@@ -7,9 +7,10 @@ from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from halrp_jax import files
-from halrp_jax.types import UserError, brief
+from halrp_jax.types import Params, UserError, brief
 
 SCHEMA = 1
 FORMATS = ("safetensors", "orbax", "stablehlo")
@@ -27,6 +28,11 @@ def stem_of(task_id: int) -> str:
 def file_of(folder: pathlib.Path, stem: str, format: str) -> pathlib.Path:
   """Returns the path of the file, or of the Orbax folder, that a card describes."""
   return folder / (stem if format == "orbax" else f"{stem}.{format}")
+
+
+def named(tree: Params) -> Arrays:
+  """Returns the leaves of a pytree of dicts by their paths."""
+  return {k: np.asarray(x) for k, x in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
 def read_card(folder: pathlib.Path, stem: str) -> Card:
