@@ -142,6 +142,11 @@ def resolve(config: config_dict.ConfigDict | Config | Mapping[str, object]) -> C
       f"base_training = {resolved.base_training!r} is for {', '.join(WITH_FROZEN_BASE)}; {name} "
       "trains all parameters: set base_training=all"
     )
+  if resolved.data.num_tasks and not known[resolved.benchmark].has_num_tasks:
+    raise UserError(
+      f"data.num_tasks = {resolved.data.num_tasks}: {resolved.benchmark} has its own number of "
+      "tasks; set data.num_tasks=0, and choose tasks with order"
+    )
   if resolved.data.framing == "whole" and resolved.data.crop:
     raise UserError(
       f"data.crop = {resolved.data.crop}: framing=whole crops nothing; set data.framing=central"

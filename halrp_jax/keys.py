@@ -231,6 +231,13 @@ class Data:
     "custom those of folders, and with a base those of .npz files); 0: those of the benchmark's "
     "images, 32 for custom",
   )
+  num_tasks: int = whole(
+    0,
+    0,
+    10_000,
+    "digits, pmnist, pmnist20, omniglot_rotation: number of tasks; 0: the benchmark's own. Orders "
+    "that are seeds are then NumPy's permutations of so many",
+  )
   framing: str = one_of(
     "auto",
     ("auto", "whole", "central"),

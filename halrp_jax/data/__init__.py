@@ -45,6 +45,7 @@ class Family(NamedTuple):
   outline: Callable[[Config], Outline | None]  # the protocol; None: the data alone decide
   read: Callable[..., list[Task]]  # (config) -> tasks by id
   originals: tuple[str, ...] = ()  # the data sets that it uses: keys of `sources.ORIGINALS`
+  has_num_tasks: bool = False  # reads `data.num_tasks`
   notifies: bool = False  # read(config, notify) calls notify with lines about the files
 
 
@@ -62,7 +63,11 @@ BENCHMARKS: dict[str, Family] = {
     ("cifar100",),
   ),
   "pmnist": Family(
-    "P-MNIST: 10 permutations of MNIST, 32 x 32 x 3.", mnist.outline, mnist.read, ("mnist",)
+    "P-MNIST: 10 permutations of MNIST, 32 x 32 x 3.",
+    mnist.outline,
+    mnist.read,
+    ("mnist",),
+    has_num_tasks=True,
   ),
   "five_datasets": Family(
     "Five-dataset: CIFAR-10, MNIST, SVHN, FashionMNIST, notMNIST.",
@@ -75,6 +80,7 @@ BENCHMARKS: dict[str, Family] = {
     omniglot.outline,
     omniglot.read,
     ("omniglot",),
+    has_num_tasks=True,
   ),
   "tinyimagenet20": Family(
     "TinyImageNet 20-split: 20 tasks of 10 classes, 64 x 64.",
@@ -93,6 +99,7 @@ BENCHMARKS: dict[str, Family] = {
     mnist.outline_20,
     mnist.read_20,
     ("mnist",),
+    has_num_tasks=True,
   ),
   "cifar100_20": Family(
     "CIFAR100-20: 20 tasks of 5 random classes (IRU's setting).",
@@ -104,6 +111,7 @@ BENCHMARKS: dict[str, Family] = {
     "Permuted digits: 10 permutations of 8 x 8 digits; needs no files.",
     digits.outline,
     digits.read,
+    has_num_tasks=True,
   ),
   "custom": Family(
     "Your own tasks: folders of images, .npz files, or TFDS sets (see data/custom.py).",

@@ -2,7 +2,8 @@
 
 The data set has 1,797 images of 8 x 8 pixels (E. Alpaydin and C. Kaynak, UCI Machine Learning
 Repository, 1998). Training and validation images are drawn from the first 1,297; the last 500 are
-the test images. There are 10 tasks, and each permutes the pixels in a different way.
+the test images. There are 10 tasks, or `data.num_tasks`, and each permutes the pixels in a
+different way.
 """
 
 import importlib.metadata
@@ -19,21 +20,20 @@ NUM_TRAIN = 1297
 
 
 def outline(config: Config) -> Outline:
-  """Describes permuted digits: 10 permutations of 8 x 8 pixels."""
-  task = (10, NUM_TRAIN, 500)
-  return Outline((8, 8, 1), tuple(TaskOutline(f"permutation {i}", *task) for i in range(10)))
+  """Describes permuted digits: permutations of 8 x 8 pixels."""
+  task, count = (10, NUM_TRAIN, 500), config.data.num_tasks or NUM_TASKS
+  return Outline((8, 8, 1), tuple(TaskOutline(f"permutation {i}", *task) for i in range(count)))
 
 
 def read(config: Config) -> list[Task]:
-  """Reads the tasks. They do not depend on the config."""
-  del config
+  """Reads the tasks."""
   rows = _read_rows()
   image = np.round(rows[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
   data = ImageSet(image, rows[:, -1].astype(np.int32), NUM_TRAIN, tuple("0123456789"))
   pool = image[:NUM_TRAIN] / 255
   mean, std = (np.array([f(pool)], np.float32) for f in (np.mean, np.std))
   tasks = []
-  for i in range(NUM_TASKS):
+  for i in range(config.data.num_tasks or NUM_TASKS):
     permutation = np.random.default_rng(i).permutation(image[0].size).astype(np.int32)
     inputs = Inputs(mean, std, permutation)
     tasks.append(make_task(i, f"permutation {i}", data, range(10), inputs))

@@ -8,6 +8,8 @@ images keep their original size, and 784 values are permuted.
 PMNIST-20 follows IRU's notebook: images of 28 x 28; task 0 is not permuted; each later task
 shuffles the permutation of the task before it.
 
+With `data.num_tasks` both have more tasks or fewer, which are permuted by the same rules.
+
 References: Y. LeCun et al., "Gradient-based learning applied to document recognition", 1998;
 I. Goodfellow et al., "An empirical investigation of catastrophic forgetting", 2013; R. Hyder et
 al., "Incremental task learning with incremental rank updates", 2022, arXiv:2207.09074 (IRU).
@@ -30,37 +32,37 @@ _ORDER = (2, 8, 4, 9, 1, 6, 7, 3, 0, 5)
 
 
 def outline(config: Config) -> Outline:
-  """Describes P-MNIST: 10 permutations of MNIST."""
+  """Describes P-MNIST: permutations of MNIST."""
   size = config.data.mnist_size
   shape = (32, 32, 3) if size == 32 else (size, size, 1)
-  return Outline(shape, tuple(_outline(f"permutation {i}") for i in range(10)))
+  return Outline(shape, _outlines(config.data.num_tasks or 10))
 
 
 def outline_20(config: Config) -> Outline:
-  """Describes PMNIST-20: 20 permutations of MNIST, 28 x 28."""
-  return Outline((28, 28, 1), tuple(_outline(f"permutation {i}") for i in range(20)))
+  """Describes PMNIST-20: permutations of MNIST, 28 x 28."""
+  return Outline((28, 28, 1), _outlines(config.data.num_tasks or 20))
 
 
-def _outline(name: str) -> TaskOutline:
-  """Describes a task of all images of MNIST."""
-  return TaskOutline(name, 10, 60_000, 10_000)
+def _outlines(count: int) -> tuple[TaskOutline, ...]:
+  """Describes tasks of all images of MNIST."""
+  return tuple(TaskOutline(f"permutation {i}", 10, 60_000, 10_000) for i in range(count))
 
 
 def read(config: Config) -> list[Task]:
   """Reads the tasks of P-MNIST. Errors as in `mnist_family.read`."""
   size = config.data.mnist_size
-  data = mnist_family.read(config, "mnist")
+  count, data = config.data.num_tasks or 10, mnist_family.read(config, "mnist")
   if size == 32:
     image = _resized(data.image, config.data.cache)
-    return _tasks(data._replace(image=image), [_joint_permutation(i) for i in range(10)], 3)
-  seeds = [100 * i + _ORDER.index(i) for i in range(10)]
-  return _tasks(data, [np.random.RandomState(s).permutation(size**2) for s in seeds], 1)
+    return _tasks(data._replace(image=image), [_joint_permutation(i) for i in range(count)], 3)
+  draws = (np.random.RandomState(_seed(i)).permutation(size**2) for i in range(count))
+  return _tasks(data, [*draws], 1)
 
 
 def read_20(config: Config) -> list[Task]:
   """Reads the tasks of PMNIST-20. Errors as in `mnist_family.read`."""
   values, permutations = np.arange(28 * 28), []
-  for i in range(20):
+  for i in range(config.data.num_tasks or 20):
     if i:
       np.random.RandomState(100 * i).shuffle(values)
     permutations.append(values.copy())
@@ -82,6 +84,11 @@ def _tasks(data: ImageSet, permutations: Sequence[np.ndarray], channels: int) ->
   ]
 
 
+def _seed(i: int) -> int:
+  """Returns the seed of the permutation of task i; tasks beyond `_ORDER` have the position i."""
+  return 100 * i + (_ORDER.index(i) if i < len(_ORDER) else i)
+
+
 def _joint_permutation(i: int) -> np.ndarray:
   """Returns the permutation of task i, from 1,024 stored values to 3,072 input values.
 
@@ -91,7 +98,7 @@ def _joint_permutation(i: int) -> np.ndarray:
   Returns:
     For each value of the input [32, 32, 3], the row in the flattened stored image. [3072]
   """
-  permutation = np.random.RandomState(100 * i + _ORDER.index(i)).permutation(3 * 32 * 32)
+  permutation = np.random.RandomState(_seed(i)).permutation(3 * 32 * 32)
   grey = permutation % (32 * 32)
   return grey.reshape(3, 32, 32).transpose(1, 2, 0).reshape(-1)
 

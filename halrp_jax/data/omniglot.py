@@ -3,7 +3,8 @@
 The paper refers to WSN for this benchmark, and so its loader is followed: the 1,623 characters are
 sorted by their paths, those of images_background before those of images_evaluation, and the first
 1,200 are used. Images have 32 x 32 pixels and one channel; values are divided by 255. Of the 80
-images of a character, 60 are for training and 20 for testing, drawn in the same way for all seeds.
+images of a character, 60 are for training and 20 for testing, drawn in the same way for all seeds. With
+`data.num_tasks` fewer or more characters are used, up to 135 tasks.
 
 References: B. Lake et al., "Human-level concept learning through probabilistic program induction",
 2015; H. Kang et al., "Forget-free continual learning with winning subnetworks", ICML 2022 (WSN).
@@ -20,14 +21,21 @@ from halrp_jax.types import Inputs, Task, UserError
 _NUM_TASKS, _NUM_CLASSES = 100, 12
 _DRAWINGS, _ROTATIONS, _NUM_TEST = 20, 4, 20  # of a character: drawings, rotations, test images
 _ALPHABETS = ("images_background", "images_evaluation")
+_MOST_TASKS = 135  # 12 of the 1,623 characters each
 _MOST_BYTES = 400_000_000  # of one archive, unpacked
 
 
 def outline(config: Config) -> Outline:
-  """Describes Omniglot-Rotation: 100 tasks of 12 characters."""
+  """Describes Omniglot-Rotation: tasks of 12 characters.
+
+  Raises:
+    UserError: if `data.num_tasks` asks for more characters than there are.
+  """
+  if (count := config.data.num_tasks or _NUM_TASKS) > _MOST_TASKS:
+    raise UserError(f"data.num_tasks = {count}: omniglot_rotation has {_MOST_TASKS} at most")
   num_train = _NUM_CLASSES * (_DRAWINGS * _ROTATIONS - _NUM_TEST)
   task = (_NUM_CLASSES, num_train, _NUM_CLASSES * _NUM_TEST)
-  names = (f"characters {12 * i} to {12 * i + 11}" for i in range(_NUM_TASKS))
+  names = (f"characters {12 * i} to {12 * i + 11}" for i in range(count))
   return Outline((32, 32, 1), tuple(TaskOutline(name, *task) for name in names))
 
 
@@ -39,8 +47,9 @@ def read(config: Config) -> list[Task]:
     UserError: if a file is damaged, or a character does not have 20 drawings and `allow_partial` is
       False.
   """
+  tasks_planned = outline(config).tasks
   halves = _halves(config.data_dir, config.allow_partial)
-  characters = _characters(halves, config.allow_partial)
+  characters = _characters(halves, len(tasks_planned) * _NUM_CLASSES, config.allow_partial)
   drawings = [drawing for _, of_character in characters for drawing in of_character]
   fingerprint = "-".join(
     archives.fingerprint(files, [name for archive, name in drawings if archive == half])
@@ -62,7 +71,7 @@ def read(config: Config) -> list[Task]:
   )
   inputs = Inputs(np.zeros(1, np.float32), np.ones(1, np.float32), None)
   tasks = []
-  for i, task in enumerate(outline(config).tasks[: -(-len(characters) // _NUM_CLASSES)]):
+  for i, task in enumerate(tasks_planned[: -(-len(characters) // _NUM_CLASSES)]):
     classes = range(_NUM_CLASSES * i, min(_NUM_CLASSES * (i + 1), len(characters)))
     train, test = zip(*(_drawn(data, c) for c in classes), strict=True)
     rows = {"train": np.concatenate(train), "test": np.concatenate(test)}
@@ -85,16 +94,16 @@ def _halves(data_dir: str, allow_partial: bool) -> dict[str, archives.Files]:
 
 
 def _characters(
-  halves: dict[str, archives.Files], allow_partial: bool
+  halves: dict[str, archives.Files], count: int, allow_partial: bool
 ) -> list[tuple[str, list[tuple[str, str]]]]:
-  """Returns the first 1,200 characters: the name of each, and its drawings as (archive, file)."""
+  """Returns the first `count` characters: the name of each, and its drawings as (archive, file)."""
   drawings: dict[tuple[str, str], list[tuple[str, str]]] = {}
   for half, files in halves.items():
     for name in files.names:
       if name.endswith(".png") and name.count("/") == 2:
         character, _, _ = name.rpartition("/")
         drawings.setdefault((half, character), []).append((half, name))
-  characters = sorted(drawings.items())[: _NUM_TASKS * _NUM_CLASSES]
+  characters = sorted(drawings.items())[:count]
   for (half, name), files in characters:
     if len(files) < 2 or (len(files) != _DRAWINGS and not allow_partial):
       raise UserError(

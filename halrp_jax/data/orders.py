@@ -72,13 +72,16 @@ def resolve(order: str, benchmark: str, num_tasks: int, source: str = "paper") -
     order: a letter or seed number that names an order of the benchmark; "natural" for 0, 1, 2 ...;
       or ids separated by commas such as "2,0,1". Tasks whose ids are not given are not learned.
     benchmark: name of the benchmark.
-    num_tasks: number of tasks of the benchmark.
+    num_tasks: number of tasks of the benchmark. If `data.num_tasks` has changed it, the names are
+      seeds of NumPy's permutations.
     source: "paper" for the orders of the paper, "code" for those of the authors' code.
 
   Raises:
     UserError: if `order` is none of these, or an id is out of range or given twice.
   """
   named = PAPER.get(benchmark, {}) | (CODE.get(benchmark, {}) if source == "code" else {})
+  if any(len(ids) != num_tasks for ids in named.values()):
+    named = _numpy(num_tasks)
   if order in named:
     return named[order]
   if order == "natural":

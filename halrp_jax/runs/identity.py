@@ -24,6 +24,7 @@ _LATER_KEYS = (
   "data.framing",
   "data.crop",
   "data.interpolation",
+  "data.num_tasks",
 )
 # Keys of a method that older versions did not have, with the value for what those versions did.
 _OLDER_VALUES: dict[object, dict[str, str | bool | float]] = {

@@ -132,7 +132,7 @@ def zipped(folder: pathlib.Path, name: str, archive: str) -> None:
   (folder / name).rmdir()
 
 
-def config_of(benchmark, folder, **more):
+def config_of(benchmark, folder, data_keys=(), **more):
   """A config that reads what is there."""
   config = make_config(
     "stl",
@@ -142,7 +142,7 @@ def config_of(benchmark, folder, **more):
     allow_partial=True,
     methods_={},
     protocol={"validation_fraction": 0.0},
-    data_={"cache": "off"},
+    data_={"cache": "off"} | dict(data_keys),
     **more,
   )
   return resolve(config)

@@ -1,5 +1,6 @@
 """Every benchmark family: what the protocol asks for, and tasks made of small originals."""
 
+import dataclasses
 import json
 
 import jax
@@ -169,6 +170,42 @@ def test_pmnist_as_it_is(mnist_folder):
   benchmark = data.load(resolve(values))
   assert benchmark.image_shape == (28, 28, 1)
   assert sorted(np.asarray(benchmark.tasks[0].inputs.permutation)) == list(range(784))
+
+
+@pytest.mark.parametrize("benchmark", ["pmnist", "pmnist20", "digits"])
+@pytest.mark.parametrize("count", [2, 23])
+def test_more_tasks_or_fewer_are_permuted_by_the_same_rule(benchmark, count, mnist_folder):
+  config = originals.config_of(benchmark, mnist_folder)
+  more = originals.config_of(benchmark, mnist_folder, {"num_tasks": count})
+  own, found = data.load(config).tasks, data.load(more).tasks
+  assert len(found) == count
+  permutations = [np.asarray(task.inputs.permutation) for task in found]
+  for task, permutation in zip(own, permutations, strict=False):
+    np.testing.assert_array_equal(task.inputs.permutation, permutation)
+  assert len({x.tobytes() for x in permutations}) == count
+  seeded = dataclasses.replace(more, order="3")
+  expected = np.random.RandomState(3).permutation(count)
+  assert [task["id"] for task in data.planned(seeded)[1]] == expected.tolist()
+
+
+def test_omniglot_has_characters_for_35_tasks_more(tmp_path):
+  originals.omniglot(tmp_path, characters=26)
+  own, two = (
+    data.load(originals.config_of("omniglot_rotation", tmp_path, keys)).tasks
+    for keys in ({}, {"num_tasks": 2})
+  )
+  assert [task.num_classes for task in own] == [12, 12, 2]
+  assert [task.num_classes for task in two] == [12, 12]
+  np.testing.assert_array_equal(
+    own[1].train.image[own[1].train.index], two[1].train.image[two[1].train.index]
+  )
+  with pytest.raises(UserError, match="data.num_tasks = 136: omniglot_rotation has 135 at most"):
+    data.load(originals.config_of("omniglot_rotation", tmp_path, {"num_tasks": 136}))
+
+
+def test_other_benchmarks_have_their_own_number_of_tasks(tmp_path):
+  with pytest.raises(UserError, match="data.num_tasks = 3: cifar100_split has its own number"):
+    originals.config_of("cifar100_split", tmp_path, {"num_tasks": 3})
 
 
 def test_pmnist20_shuffles_add_up(mnist_folder):
