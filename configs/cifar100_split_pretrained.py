@@ -59,5 +59,7 @@ def pretrained(method: str, benchmark: str, order: str, image_size: int, batch_s
       },
       "inflora": {"budget": 0.042033},
       "sdlora": {"budget": 0.042033},
+      # a mask of half of the base's weights destroys it (docs/pretrained.md)
+      "wsn": {"scores": "kernels", "share": 0.9},
     },
   )
