@@ -346,6 +346,12 @@ class Config:
     "images per evaluation batch, which changes the results of networks that evaluate with the "
     "batch's statistics; 0: batch_size",
   )
+  evaluation: str = one_of(
+    "changed",
+    ("changed", "all"),
+    "tasks that are tested after each task: changed: those whose predictions may have changed, the "
+    "others keep their accuracy; all: all tasks learned so far",
+  )
   learning_rate: float = number(
     1e-3, 0, None, "learning rate at the start of each phase of training", open_low=True
   )
@@ -409,6 +415,7 @@ NEUTRAL_KEYS = (
   "data.cache",
   "data.residence",
   "data.decode_processes",
+  "evaluation",
   "checkpoint.every_epochs",
   "checkpoint.every_seconds",
   "checkpoint.strict",

@@ -297,6 +297,9 @@ class Method(NamedTuple):
   init: Callable[..., State] = nothing_learned
   # number of tasks -> the groups of task indices that are learned jointly, in order
   groups: Callable[[int], tuple[tuple[int, ...], ...]] = one_at_a_time
+  # (state, t) -> what task t has of `size`; the sum over all tasks is `size`. It depends on nothing
+  # of `shared` but `serves`. None: the size is not a sum over tasks
+  size_of: Callable[[State, int], Size] | None = None
   extensible: bool = True  # whether tasks that the benchmark does not have can be added
   # (state, t, image [B, H, W, C]) -> logits [B, K_t], with t a static int
   predict: Callable[..., Array] | None = None

@@ -3,8 +3,8 @@
 The paper refers to WSN for this benchmark, and so its loader is followed: the 1,623 characters are
 sorted by their paths, those of images_background before those of images_evaluation, and the first
 1,200 are used. Images have 32 x 32 pixels and one channel; values are divided by 255. Of the 80
-images of a character, 60 are for training and 20 for testing, drawn in the same way for all seeds. With
-`data.num_tasks` fewer or more characters are used, up to 135 tasks.
+images of a character, 60 are for training and 20 for testing, drawn in the same way for all seeds.
+With `data.num_tasks` fewer or more characters are used, up to 135 tasks.
 
 References: B. Lake et al., "Human-level concept learning through probabilistic program induction",
 2015; H. Kang et al., "Forget-free continual learning with winning subnetworks", ICML 2022 (WSN).

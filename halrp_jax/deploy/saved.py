@@ -274,10 +274,10 @@ def extend(
     store = Store(f"task{t:02d}", experiment.make_log(folder, show), folder.progress_store())
     experiment.log_once(store, [{"event": "note", "note": note} for note in notes])
     state, ranks, unchanged = _learn_one(run, benchmark, method, store)
-    results = _results(run, benchmark, state, ranks, unchanged)
-    folder.save_state(t + 1, state, results)
+    rows = _rows(run, benchmark, state, ranks, unchanged)
+    folder.save_state(t + 1, state, rows)
     seconds = time.perf_counter() - start
-    record = _record(run, task, state, results, unchanged) | {"seconds": seconds}
+    record = _record(run, task, state, rows[-1], unchanged) | {"seconds": seconds}
     record["standing"] = folder.standing
     folder.finish(record)
   return record
@@ -348,9 +348,9 @@ def _learn_one(
   return state, history.get("ranks"), unchanged
 
 
-def _results(
+def _rows(
   run: Saved, benchmark: Benchmark, state: State, ranks: dict[str, int] | None, unchanged: bool
-) -> Results:
+) -> states.Rows:
   """Returns the run's results with a row for the new task; the old tasks are not tested again."""
   t = len(run.learned)
   method = methods.make(run.config, run.model, benchmark)
@@ -366,16 +366,14 @@ def _results(
   size = method.size(state)
   row = {"ranks": ranks, "increment": size.increment}
   row["size"] = {k: v for k, v in size._asdict().items() if k != "paper"}
-  rows = [a[:t] + [None] for a in run.results["accuracy"][:t]]
-  return {"rows": [*run.results["rows"], row], "accuracy": [*rows, [*old, accuracy]]}
+  return [*run.results["rows"], row | {"t": t, "accuracy": [*old, accuracy]}]
 
 
-def _record(run: Saved, task: Task, state: State, results: Results, unchanged: bool) -> Record:
+def _record(run: Saved, task: Task, state: State, row: Record, unchanged: bool) -> Record:
   """Returns the contents of record.json without the seconds and the standing."""
-  return results["rows"][-1] | {
+  return {k: v for k, v in row.items() if k != "t"} | {
     "extended_from": str(run.path),
     "task": {"id": task.id, "name": task.name, "class_names": list(task.class_names)},
-    "accuracy": results["accuracy"][-1],
     "unchanged": unchanged,
     "state_hash": checkpoint.fingerprint(state),
   }

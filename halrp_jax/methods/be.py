@@ -76,7 +76,8 @@ def make(config: Config, setup: Setup) -> Method:
     return state.append(TaskState(**trained, stats=stats, num_classes=num_classes)), {}
 
   logits = networks.perturbed_logits(setup.model)
-  return Method(learn, sizes.perturbed, networks.merged, logits, ("kernels",))
+  size_of = sizes.perturbed_task
+  return Method(learn, sizes.perturbed, networks.merged, logits, ("kernels",), size_of=size_of)
 
 
 def _make_penalty(config: Config) -> Callable:

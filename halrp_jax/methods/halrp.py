@@ -195,8 +195,10 @@ def make(config: Config, setup: Setup) -> Method:
     return state, chosen | {"select_seconds": seconds}
 
   logits = networks.perturbed_logits(setup.model)
-  size = functools.partial(sizes.perturbed, owned=_owned(config))
-  return Method(learn, size, networks.merged, logits, ("kernels",))
+  size, size_of = (
+    functools.partial(fn, owned=_owned(config)) for fn in (sizes.perturbed, sizes.perturbed_task)
+  )
+  return Method(learn, size, networks.merged, logits, ("kernels",), size_of=size_of)
 
 
 # --- Algorithm 1 -------------------------------------------------------------------------

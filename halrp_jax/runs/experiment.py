@@ -22,9 +22,9 @@ from halrp_jax.config import resolve, setting_of
 from halrp_jax.devices import determinism, parallel, processes, replicas
 from halrp_jax.keys import Config
 from halrp_jax.runs import checkpoint, identity, measure, pretrained, standing, workdir
-from halrp_jax.training import networks, population
+from halrp_jax.training import networks, population, sizes
 from halrp_jax.training.evaluate import evaluate
-from halrp_jax.types import SCHEMA, Benchmark, History, Method, State, Store, UserError
+from halrp_jax.types import SCHEMA, Benchmark, History, Method, Size, State, Store, UserError
 from halrp_jax.weights import trees
 
 Built = tuple[Benchmark, nn.Module, Method, parallel.Layout]  # from `build`
@@ -285,10 +285,9 @@ def _learn_all(
   num_tasks = len(benchmark.tasks)
   gc.collect()  # of an earlier run; not before every task: it takes as long as one of digits
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
-  done, state, results = folder.restore_state() or (0, method.init(init_key, benchmark), {})
+  done, state, rows = folder.restore_state() or (0, method.init(init_key, benchmark), [])
   state = _restored(config, model, benchmark, state, show)
-  rows = results.get("rows", [])
-  accuracy = np.array(results.get("accuracy", np.full((num_tasks, num_tasks), np.nan)), float)
+  accuracy, parts = _accuracies(rows, num_tasks), {}
   for position, group in list(enumerate(method.groups(num_tasks), 1))[done:]:
     t = group[-1]
     tasks = tuple(benchmark.tasks[i] for i in group)
@@ -300,20 +299,35 @@ def _learn_all(
       log_once(store, [*({"event": "note", "note": n} for n in notes), {"event": "task"} | label])
       before = state
       state, history = method.learn(state, tasks, jax.random.fold_in(learn_key, t), store)
-      jax.block_until_ready(state)
-    processes.require_same(
-      f"other weights after task {t}", functools.partial(checkpoint.fingerprint, state)
-    )
+      same = _unchanged(method, before, state)
+      changed = state.shared, [p for i, p in enumerate(state.tasks) if i not in same]
+      jax.block_until_ready(changed)
+    hashed = functools.partial(checkpoint.fingerprint, changed)
+    processes.require_same(f"other weights after task {t}", hashed)
     with measure.measure(compile_seconds) as evaluating:
-      known = _unchanged(method, before, state, accuracy[group[0] - 1])
+      last = accuracy[group[0] - 1]
+      known = {i: float(last[i]) for i in same if not np.isnan(last[i])}
+      known = known if config.evaluation == "changed" else {}
       accuracy[t, : t + 1], valid = _evaluate(config, benchmark, method, layout, state, t, known)
     seconds = measure.seconds(learning, evaluating, history.get("select_seconds", 0.0))
-    row = _row(method, state, history, seconds, valid)
+    size, parts = _size(method, state, {i: parts[i] for i in same & parts.keys()})
+    row = _row(size, history, seconds, valid)
+    row["evaluated"] = [i for i in range(t + 1) if i not in known]
+    row |= {"t": t, "accuracy": _nulls(accuracy[t : t + 1, : t + 1])[0]}
     rows = [*rows, row]  # a new list: the writer's thread may still be reading the old one
-    log({"event": "evaluation"} | label | row | {"accuracy": accuracy[t, : t + 1].tolist()})
-    folder.save_state(position, state, {"rows": rows, "accuracy": _nulls(accuracy)})
+    log({"event": "evaluation"} | label | row)
+    folder.save_state(position, state, rows)
+    state = folder.spill(state)
     folder.check()
   return _record(config, benchmark, model, accuracy, rows, state)
+
+
+def _accuracies(rows: list[dict], num_tasks: int) -> np.ndarray:
+  """Returns the accuracies [T, T] of the rows so far in %, NaN where none was measured."""
+  accuracy = np.full((num_tasks, num_tasks), np.nan)
+  for row in rows:
+    accuracy[row["t"], : row["t"] + 1] = np.array(row["accuracy"], float)  # None becomes NaN
+  return accuracy
 
 
 def _restored(
@@ -329,16 +343,15 @@ def _restored(
   return state
 
 
-def _unchanged(method: Method, before: State, now: State, row: np.ndarray) -> dict[int, float]:
-  """Returns the accuracies after the last task that still hold, by index of the task.
+def _unchanged(method: Method, before: State, now: State) -> set[int]:
+  """Returns the positions of the tasks whose predictions are as they were.
 
-  They are those of the tasks whose predictions depend on the very arrays that they depended on.
+  They are those whose predictions depend on the very arrays that they depended on.
 
   Args:
     method: whose `serves` names what predictions depend on besides the states of the tasks.
-    before: the state that `row` was measured with.
+    before: the state before the last task.
     now: the state now.
-    row: accuracies in %, NaN where none was measured.
   """
 
   def is_same(tree, other):
@@ -346,10 +359,24 @@ def _unchanged(method: Method, before: State, now: State, row: np.ndarray) -> di
     return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
 
   if not before.tasks or not is_same(method.served(before), method.served(now)):
-    return {}
+    return set()
   pairs = enumerate(zip(before.tasks, now.tasks, strict=False))
-  same = [i for i, (old, new) in pairs if is_same(old, new)]
-  return {i: float(row[i]) for i in same if not np.isnan(row[i])}
+  return {i for i, (old, new) in pairs if is_same(old, new)}
+
+
+def _size(method: Method, state: State, known: dict[int, Size]) -> tuple[Size, dict[int, Size]]:
+  """Returns the size of the model, and the parts of it that the tasks have, by position.
+
+  Args:
+    method: the method.
+    state: its state.
+    known: the parts of tasks that have not changed.
+  """
+  if method.size_of is None:
+    return method.size(state), {}
+  count = range(len(state.tasks))
+  parts = known | {t: method.size_of(state, t) for t in count if t not in known}
+  return sizes.total(parts.values()), parts
 
 
 def _evaluate(
@@ -382,11 +409,8 @@ def _evaluate(
   return [test[i] for i in range(t + 1)], valid
 
 
-def _row(
-  method: Method, state: State, history: History, seconds: dict[str, float], valid: float
-) -> dict:
+def _row(size: Size, history: History, seconds: dict[str, float], valid: float) -> dict:
   """Returns what the record says of the last task, but for its test accuracies."""
-  size = method.size(state)
   return {
     "ranks": history.get("ranks"),
     "ranks_exact": history.get("ranks_exact"),
@@ -424,7 +448,7 @@ def _record(
     "average_accuracy": metrics.average_accuracy(accuracy),
     "bwt": metrics.bwt(accuracy),
     "forgetting": metrics.forgetting(accuracy),
-    **{key: [row[key] for row in rows] for key in rows[0]},
+    **{key: [row[key] for row in rows] for key in rows[0] if key not in ("t", "accuracy")},
     "peak_memory_bytes": max(row.get("memory_bytes", 0) for row in rows),
     "partial": benchmark.partial,
     "split_hash": benchmark.split_hash,

@@ -1,13 +1,16 @@
 """Reads the newest complete state of a run, and verifies all its checkpoints for `doctor`.
 
-A state is stored as an item (checkpoint.py): its about.json names its parts and holds the results
-so far. The parts, which are the shared pytree and the state of each task, are items too. A part
-that does not change is stored once for several states (workdir.py).
+A state is stored as an item (checkpoint.py): its about.json names its parts and holds the results.
+The parts, which are the shared pytree and the state of each task, are items too. A part that does
+not change is stored once for several states (workdir.py). So that a state costs as much after a
+thousand tasks as after ten, most states name the state before them, and have what is new since.
 """
 
 import pathlib
 import re
 import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,17 @@ from halrp_jax.types import CHECKPOINTS, CONFIG, TASKS, Benchmark, Params, State
 STATE = re.compile(r"state-(\d{4,})")
 ITEM = re.compile(rf"{STATE.pattern}|(shared|task\d{{2,}})-[0-9a-f]{{16}}|now\.[\w.]+")
 # The errors that reading an incomplete or damaged state raises.
-NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError)
+NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError, TypeError, AttributeError)
+Rows = list[dict[str, Any]]  # results by group of tasks; "t" and "accuracy" are those of its last
+
+
+class Outline(NamedTuple):
+  """What about.json says of a state, and of the states that it builds on."""
+
+  items: dict[str, str]  # names of its parts by "shared", "task00", "task01", ...
+  rows: Rows
+  events: int  # in metrics.jsonl when it was saved
+  states: tuple[str, ...]  # names of the state's own item and of those that it builds on
 
 
 def inspect(path: str) -> tuple[list[dict], State | None, dict]:
@@ -54,11 +67,13 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
         load_part(item)
     except (checkpoint.Damaged, FileNotFoundError, NotADirectoryError) as e:
       found["problem"] = str(e)
-  for name in (p.name for p in find_states(folder / CHECKPOINTS) if p.name in trees):
-    about = trees[name][1]
-    if set(about["items"]) <= trees.keys():
-      shared, *tasks = (trees[n][0]["tree"] for n in about["items"])
-      return items, State(shared, tuple(tasks)), about["results"]
+  for state in find_states(folder / CHECKPOINTS):
+    try:
+      found = outline(state)
+      shared, *tasks = (trees[n][0]["tree"] for n in found.items.values())
+      return items, State(shared, tuple(tasks)), results(found.rows)
+    except NO_STATE:
+      continue
   return items, None, {}
 
 
@@ -88,8 +103,8 @@ def newest_state(path: str) -> tuple[State, dict]:
   problem = "no task is learned yet"
   for folder in find_states(pathlib.Path(path) / CHECKPOINTS):
     try:
-      state, about = load_state(folder)
-      return state, about["results"]
+      found = outline(folder)
+      return load_state(folder.parent, found), results(found.rows)
     except NO_STATE as e:
       problem = str(e)
       text = f"{folder} is skipped ({e}); an older state is used if there is one"
@@ -110,18 +125,71 @@ def position(folder: pathlib.Path) -> int:
   return int(folder.name.removeprefix("state-"))
 
 
-def load_state(folder: pathlib.Path) -> tuple[State, dict]:
-  """Reads a state with all its parts.
-
-  Returns:
-    The state, and the contents of its about.json.
+def outline(folder: pathlib.Path) -> Outline:
+  """Reads what a state consists of, from its item and those that it builds on.
 
   Raises:
-    One of `NO_STATE`: if the state is incomplete or damaged.
+    One of `NO_STATE`: if an item is missing or damaged.
   """
-  about = checkpoint.verify(folder)
-  shared, *tasks = (load_part(folder.parent / n) for n in about["items"])
-  return State(*jax.tree.map(jnp.asarray, (shared, tuple(tasks)))), about
+  links: list[dict] = []
+  names: list[str] = []
+  while True:
+    links.append(checkpoint.verify(folder))
+    names.append(folder.name)
+    before = links[-1].get("before")
+    if before is None:
+      break
+    if not 0 < before < position(folder):
+      raise checkpoint.Damaged(f"{folder}: builds on state {before!r}, which is not an earlier one")
+    folder = folder.with_name(f"state-{before:04d}")
+  items: dict[str, str] = {}
+  rows: Rows = []
+  for link in reversed(links):
+    older = isinstance(link["items"], list)  # of a version that wrote every state whole
+    items |= {n.rpartition("-")[0]: n for n in link["items"]} if older else link["items"]
+    rows += _older_rows(**link["results"]) if older else link["rows"]
+  own = ["shared", *(f"task{t:02d}" for t in range(len(items) - 1))]
+  return Outline({name: items[name] for name in own}, rows, links[0]["events"], tuple(names))
+
+
+def _older_rows(rows: Rows, accuracy: list[list]) -> Rows:
+  """Returns the results of an older version with the accuracies of each group in its row."""
+  measured = [(t, a) for t, a in enumerate(accuracy) if any(x is not None for x in a)]
+  pairs = zip(rows, measured[-len(rows) :] if rows else [], strict=True)
+  return [row | {"t": t, "accuracy": a[: t + 1]} for row, (t, a) in pairs]
+
+
+def results(rows: Rows) -> dict[str, Any]:
+  """Returns the results of a state: "rows", and "accuracy", a list of T lists of T (JSON types).
+
+  Accuracies that were not measured are None.
+  """
+  count = rows[-1]["t"] + 1 if rows else 0
+  accuracy: list[list[float | None]] = [[None] * count for _ in range(count)]
+  for row in rows:
+    accuracy[row["t"]][: row["t"] + 1] = row["accuracy"]
+  return {"rows": rows, "accuracy": accuracy}
+
+
+def load_state(
+  items: pathlib.Path,
+  found: Outline,
+  place: Callable[[int, Params], Params] = lambda t, tree: jax.tree.map(jnp.asarray, tree),
+) -> State:
+  """Reads all parts of a state.
+
+  Args:
+    items: the folder of the items.
+    found: result of `outline`.
+    place: (position of a task, or -1 for what they share; the part) -> the part to return. It is
+      applied to every part when it is read; by default the arrays go to the device.
+
+  Raises:
+    One of `NO_STATE`: if a part is missing or damaged.
+  """
+  names = enumerate(found.items.values(), -1)
+  shared, *tasks = (place(t, load_part(items / name)) for t, name in names)
+  return State(shared, tuple(tasks))
 
 
 def load_part(folder: pathlib.Path) -> Params:

@@ -7,7 +7,8 @@
   record.json    the results; written when the run is finished
   lock           locked by the process that runs; its text says which one
   checkpoints/   items (checkpoint.py):
-    state-0003    after the third group of tasks: names of its parts, results so far
+    state-0003    after the third group of tasks: names of its parts, results; most states have
+                  only what is new since the state before, which they name (states.py)
     shared-HASH, task00-HASH    the parts of the states, each written once
     now.task03.warmup.fit       progress within the task that is being learned
   set_aside/     items that could not be used when the run was resumed; can be deleted at any time
@@ -22,7 +23,9 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import json
+import operator
 import os
 import pathlib
 import platform
@@ -40,7 +43,7 @@ import numpy as np
 
 from halrp_jax import files, packing
 from halrp_jax.devices import processes
-from halrp_jax.runs import cards, checkpoint, identity, states
+from halrp_jax.runs import cards, checkpoint, identity, spill, states
 from halrp_jax.types import (
   CHECKPOINTS,
   CONFIG,
@@ -59,7 +62,9 @@ from halrp_jax.types import (
 )
 
 SET_ASIDE = "set_aside"
-_NUM_STATES = 2  # that stay in the folder: the newest one may turn out to be damaged
+_WHOLE = 32  # every so many states one is written whole, so that a damaged one costs few tasks
+_IN_MEMORY = 32  # states of the newest tasks
+_MOST_PENDING = 16  # items that wait to be written; each holds a copy of its arrays
 
 
 def _explain_disk(method: Callable) -> Callable:
@@ -87,7 +92,11 @@ class Workdir:
     self._pending: list[Future] = []
     self._num_events = 0  # in metrics.jsonl, without those that will be logged again
     self._metrics: TextIO | None = None  # opened at the first event
-    self._written: set[str] = set()  # names of the last state's parts
+    # of the two newest states, the newest last: one that is read may turn out to be damaged
+    self._states: list[states.Outline] = []
+    self._parts: dict[str, Params] = {}  # the parts of the newest state
+    self._unchanged: dict[str, int] = {}  # the tasks that are as in the state before, by part
+    self._spill = spill.make_spill(folder)
 
   # --- events -----------------------------------------------------------------------
 
@@ -163,12 +172,13 @@ class Workdir:
 
   def _submit(self, folder: pathlib.Path, tree: Params, about: dict) -> None:
     """Lets the writer's thread write an item; the tree is copied first."""
-    self._raise_errors(wait=False)
+    self._raise_errors(_MOST_PENDING)
     self._pending.append(self._writer.submit(checkpoint.save, folder, packing.pack(tree), about))
 
-  def _raise_errors(self, wait: bool) -> None:
-    """Raises UserError if an item could not be written; with `wait` it waits for all of them."""
-    done = [f for f in self._pending if wait or f.done()]
+  def _raise_errors(self, most: int) -> None:
+    """Waits until at most `most` items are unwritten, and raises UserError if one can't be."""
+    late = max(len(self._pending) - most, 0)
+    done = [f for i, f in enumerate(self._pending) if i < late or f.done()]
     self._pending = [f for f in self._pending if f not in done]
     for future in done:
       try:
@@ -189,42 +199,48 @@ class Workdir:
 
   @processes.on_leader
   @_explain_disk
-  def save_state(self, position: int, state: State, results: dict) -> None:
+  def save_state(self, position: int, state: State, rows: states.Rows) -> None:
     """Saves the state after a group of tasks, writing only the parts that have changed.
 
     Args:
       position: number of groups of tasks that are learned.
       state: their state.
-      results: results of these tasks, as JSON types.
+      rows: results of all groups so far, as JSON types.
     """
-    names = []
-    for name, tree in (("shared", state.shared), *_numbered(state.tasks)):
-      names.append(f"{name}-{checkpoint.fingerprint(tree)[:16]}")
-      if names[-1] not in self._written:
-        self._submit(self.items / names[-1], {"tree": tree}, {})
-    self._written = set(names)
-    about = {"items": names, "results": results, "events": self._num_events}
-    self._submit(self.items / f"state-{position:04d}", {}, about)
-    self._pending.append(self._writer.submit(self._delete_unneeded))
+    before = self._states[-1] if self._states else None
+    parts: dict[str, Params] = {"shared": state.shared, **dict(_numbered(state.tasks))}
+    items, written = {}, set(before.items.values()) if before else set()
+    self._unchanged = {}
+    for t, (name, tree) in enumerate(parts.items(), -1):
+      if before and name in self._parts and _is_same(self._parts[name], tree):
+        items[name], self._unchanged[name] = before.items[name], t
+        continue
+      items[name] = f"{name}-{checkpoint.fingerprint(tree)[:16]}"
+      if items[name] not in written:
+        self._submit(self.items / items[name], {"tree": tree}, {})
+    own = f"state-{position:04d}"
+    about: dict = {"before": None, "items": items, "rows": rows, "events": self._num_events}
+    names: tuple[str, ...] = (own,)
+    if before and position % _WHOLE != 1 and items.keys() >= before.items.keys():
+      about["before"] = states.position(self.items / before.states[0])
+      about["items"] = {k: n for k, n in items.items() if before.items.get(k) != n}
+      about["rows"] = rows[len(before.rows) :]
+      names = (own, *before.states)
+    self._submit(self.items / own, {}, about)
+    now = states.Outline(items, rows, self._num_events, names)
+    self._states, self._parts = [*self._states[-1:], now], parts
+    self._pending.append(self._writer.submit(self._delete_unneeded, own, _names_of(self._states)))
 
-  def _delete_unneeded(self) -> None:
-    """Deletes all items, those of progress too, except the newest states and their parts."""
-    newest = states.find_states(self.items)[:_NUM_STATES]
-    checkpoint.delete_items(self.items, self._names() - self._needed(newest))
+  def _delete_unneeded(self, newest: str, needed: set[str]) -> None:
+    """Deletes all items, those of progress too, but the needed ones, if the newest is written."""
+    if (self.items / newest).is_dir():
+      checkpoint.delete_items(self.items, self._names() - needed)
 
   def _names(self) -> set[str]:
     """Returns the names of the run's items; other files in their folder are not touched."""
     return {p.name for p in self.items.iterdir() if states.ITEM.fullmatch(p.name)}
 
-  def _needed(self, folders: list[pathlib.Path]) -> set[str]:
-    """Returns the names of those states that can be read, and of their parts."""
-    names = set()
-    for folder in folders:
-      with contextlib.suppress(checkpoint.Damaged):
-        names |= {folder.name, *checkpoint.verify(folder)["items"]}
-    return names
-
-  def restore_state(self) -> tuple[int, State, dict] | None:
+  def restore_state(self) -> tuple[int, State, states.Rows] | None:
     """Restores the newest complete state.
 
     Returns:
@@ -233,29 +249,59 @@ class Workdir:
     """
     if (found := self._newest_state()) is None:
       return None
-    position, state, results = found
-    return position, jax.tree.map(jnp.asarray, state), results
+    position, state, rows = found
+    state = State(*jax.tree.map(_to_device, (state.shared, state.tasks)))
+    self._parts = {"shared": state.shared, **dict(_numbered(state.tasks))}
+    return position, state, rows
 
   @processes.on_leader
   @_explain_disk
-  def _newest_state(self) -> tuple[int, State, dict] | None:
+  def _newest_state(self) -> tuple[int, State, states.Rows] | None:
     """Reads the newest complete state; items that no complete state needs are set aside."""
     known, found, problems = states.find_states(self.items), None, []
     while known and not found:
       try:
-        found = states.load_state(known[0])
+        outline = states.outline(known[0])
+        place = functools.partial(self._place, len(outline.items) - 1)
+        found = states.load_state(self.items, outline, place), outline
       except states.NO_STATE as e:
         problems.append(str(e))
         known = known[1:]
+    if found:
+      self._states = [*itertools.islice(self._outlines(known[1:]), 1), found[1]]
     if problems:
       then = f"the run resumes after {known[0].name}" if found else "the run starts anew"
-      unused = sorted(self._names() - self._needed(known))
+      needed = _names_of([*self._outlines(known[1:]), *self._states])
+      unused = sorted(self._names() - needed)
       self._warn(f"{'; '.join(problems)}; {then}", [self.items / name for name in unused])
     if not found:
       return None
-    state, about = found
-    self._num_events, self._written = about["events"], set(about["items"])
-    return states.position(known[0]), state, about["results"]
+    state, outline = found
+    self._num_events = outline.events
+    return states.position(known[0]), state, outline.rows
+
+  def _outlines(self, folders: list[pathlib.Path]) -> Iterator[states.Outline]:
+    """Yields the outlines of those states that can be read."""
+    for folder in folders:
+      with contextlib.suppress(*states.NO_STATE):
+        yield states.outline(folder)
+
+  def _place(self, num_tasks: int, t: int, tree: Params) -> Params:
+    """Returns the state of task t, or what the tasks share (-1), in memory or as maps of a file."""
+    return self._spill(tree) if _is_cold(t, num_tasks) else tree
+
+  @_explain_disk
+  def spill(self, state: State) -> State:
+    """Moves the states of old tasks from memory to a file, and returns the state with maps of it.
+
+    They are those that `save_state` has written before and that have not changed since, but for the
+    first task and the newest ones. Only with one process.
+    """
+    tasks, count = list(state.tasks), len(state.tasks)
+    for name, t in self._unchanged.items():
+      if _is_cold(t, count) and not spill.is_spilled(tasks[t]):
+        tasks[t] = self._parts[name] = self._spill(tasks[t])
+    return State(state.shared, tuple(tasks))
 
   def _warn(self, text: str, unused: Sequence[pathlib.Path] = ()) -> None:
     """Warns of damage and moves the unused items into set_aside/.
@@ -279,7 +325,7 @@ class Workdir:
   @_explain_disk
   def finish(self, record: dict) -> None:
     """Waits for the checkpoints and writes the record; the last state stays in the folder."""
-    self._raise_errors(wait=True)
+    self._raise_errors(0)
     files.write_json(self.folder / RECORD, record)
 
   @_explain_disk
@@ -373,9 +419,26 @@ def _numbered(tasks: Iterable[Params]) -> Iterator[tuple[str, Params]]:
   return ((f"task{t:02d}", tree) for t, tree in enumerate(tasks))
 
 
+def _is_cold(t: int, num_tasks: int) -> bool:
+  """Returns whether the state of task t may be on disk: not the first, nor one of the newest."""
+  return 0 < t < num_tasks - _IN_MEMORY and processes.count() == 1
+
+
+def _is_same(tree: Params, other: Params) -> bool:
+  """Returns whether two pytrees have the very same arrays as leaves."""
+  leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+  return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
+
+
+def _names_of(outlines: Iterable[states.Outline]) -> set[str]:
+  """Returns the names of the items of some states, and of those that they build on."""
+  return {name for found in outlines for name in (*found.states, *found.items.values())}
+
+
 def _to_device(x: Params) -> Params:
-  """Moves a numpy array to the device; returns anything else as it is."""
-  return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+  """Moves a numpy array in memory to the device; returns anything else as it is."""
+  in_memory = isinstance(x, np.ndarray) and not isinstance(x, np.memmap)
+  return jnp.asarray(x) if in_memory else x
 
 
 def _require_leaves(found: Params, like: Params, folder: pathlib.Path) -> None:

@@ -1,6 +1,6 @@
 """Sizes of models: counts of parameters and of the other numbers that a method stores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -68,9 +68,13 @@ def count_task_statistics(state: State) -> int:
   Statistics that are those of the first task, as with `method.batch_norm` "frozen", need not be
   stored again and are counted once.
   """
-  first, *later = (jax.tree.leaves(p.stats) for p in state.tasks)
-  own = (x for x in later if not all(map(np.array_equal, x, first)))
-  return count_leaves([first, *own])
+  first, *later = (p.stats for p in state.tasks)
+  return count_leaves([first, *(stats for stats in later if not _equal(stats, first))])
+
+
+def _equal(stats: Params, other: Params) -> bool:
+  """Returns whether two trees of BatchNorm statistics have equal numbers."""
+  return all(map(np.array_equal, jax.tree.leaves(stats), jax.tree.leaves(other)))
 
 
 def count_statistics(state: State) -> tuple[int, int]:
@@ -173,27 +177,42 @@ def perturbed(state: State, owned: Owned = EVERYTHING) -> Size:
     state: the method state.
     owned: what a task has for itself; the rest is the base's and not counted again.
   """
-  base = _base_count(state)
-  paper, dense, nonzero, mask_bits = base, base, base, 0
-  first = 1  # index of the first task that has a perturbation
-  if "rest" in state.shared:
-    # every task has one, and the head of the first is a part of the base
-    first = 0
-    head = count_rest({trees.HEAD: state.tasks[0].rest[trees.HEAD]}, {}, _first_classes(state))
-    paper, dense, nonzero = (base - head.counted,) * 3
-  stats = count_task_statistics(state)
-  dense, nonzero = dense + stats, nonzero + stats
-  for t, task in enumerate(state.tasks):
-    if t >= first:
-      values = np.concatenate([*low_rank_values(task).values()])
-      fixed, kept = _fixed_count(task, owned), np.count_nonzero(values)
-      paper += fixed + np.count_nonzero(np.abs(values) > 1e-8)
-      dense += fixed + values.size
-      nonzero += fixed + kept
-      mask_bits += values.size if kept < values.size else 0
-      biases = _own_rest(task, owned).biases
-      dense, nonzero = dense + biases, nonzero + biases
-  return Size(base, dense, int(nonzero), int(mask_bits), 0, int(paper))
+  return total(perturbed_task(state, t, owned) for t in range(len(state.tasks)))
+
+
+def total(parts: Iterable[Size]) -> Size:
+  """Returns the sum of what the tasks have."""
+  return Size(*map(sum, zip(*parts, strict=True)))
+
+
+def perturbed_task(state: State, t: int, owned: Owned = EVERYTHING) -> Size:
+  """Returns what one task has of the size that `perturbed` returns; the first has the base.
+
+  Args:
+    state: the method state.
+    t: position of the task.
+    owned: as for `perturbed`.
+  """
+  task, first = state.tasks[t], state.tasks[0]
+  base = _base_count(state) if t == 0 else 0
+  counted, stats = base, 0 if t and _equal(task.stats, first.stats) else count_leaves(task.stats)
+  all_perturbed = "rest" in state.shared
+  if t == 0 and all_perturbed:  # its own head is a part of the base
+    counted -= count_rest({trees.HEAD: task.rest[trees.HEAD]}, {}, int(task.num_classes)).counted
+  if t == 0 and not all_perturbed:
+    return Size(base, counted + stats, counted + stats, 0, 0, counted)
+  values = np.concatenate([*low_rank_values(task).values()])
+  kept = int(np.count_nonzero(values))
+  counted += _fixed_count(task, owned)
+  fixed = counted + stats + _own_rest(task, owned).biases
+  return Size(
+    base=base,
+    dense=fixed + values.size,
+    nonzero=fixed + kept,
+    mask_bits=values.size if kept < values.size else 0,
+    training_only=0,
+    paper=counted + int(np.count_nonzero(np.abs(values) > 1e-8)),
+  )
 
 
 def _fixed_count(task: Params, owned: Owned) -> int:

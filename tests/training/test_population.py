@@ -299,7 +299,7 @@ def without_statistics(folder) -> None:
   tasks = tuple(p._asdict() | {"stats": {}} for p in state.tasks)
   now = json.loads((folder / "standing.json").read_text(encoding="utf-8"))
   with workdir.opened(str(folder), config, False, False, lambda: False, now) as opened:
-    opened.save_state(len(tasks), State(state.shared, tasks), results)
+    opened.save_state(len(tasks), State(state.shared, tasks), results["rows"])
 
 
 def test_an_old_folder_is_opened_and_says_what_it_lacks(run_folder, tmp_path):

@@ -1,0 +1,185 @@
+"""States of many tasks: what is written for each, what is read again, and what memory holds."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from halrp_jax import arguments
+from halrp_jax.config import resolve
+from halrp_jax.methods.stl import TaskState
+from halrp_jax.runs import checkpoint, spill, states, workdir
+from halrp_jax.types import State, UserError
+
+from ..conftest import ROOT
+
+
+def opened(folder, strict=False):
+  now = {"tasks": [], "flags": {}, "machine": {}}
+  config = resolve(arguments.load_config(f"{ROOT}/configs/digits.py:stl")).to_dict()
+  return workdir.opened(str(folder), config, False, strict, lambda: False, now)
+
+
+def task_state(t):
+  return TaskState({"head": np.full((3, 2), t, np.float32)}, {}, np.int32(2))
+
+
+def row(t):
+  return {"t": t, "accuracy": [float(i) for i in range(t + 1)], "increment": t / 10}
+
+
+def learn(folder, start, stop, state):
+  """Saves the states of a run that leaves old tasks as they are; returns the last one."""
+  with opened(folder) as run:
+    restored = run.restore_state()
+    assert (restored or (0,))[0] == start
+    rows = restored[2] if restored else []
+    state = restored[1] if restored else state
+    for t in range(start, stop):
+      state, rows = state.append(task_state(t)), [*rows, row(t)]
+      run.save_state(t + 1, state, rows)
+      state = run.spill(state)
+  return state
+
+
+@pytest.fixture(scope="module")
+def of_70(tmp_path_factory):
+  """A run of 70 tasks, resumed after 40."""
+  folder = tmp_path_factory.mktemp("many")
+  learn(folder, 0, 40, State({"kernels": np.ones((2, 2), np.float32)}, ()))
+  return folder, learn(folder, 40, 70, None)
+
+
+def about(folder, position):
+  return json.loads((folder / f"checkpoints/state-{position:04d}/about.json").read_text())
+
+
+def check(state, count):
+  expected = State({"kernels": np.ones((2, 2))}, tuple(map(task_state, range(count))))
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_a_state_has_what_is_new_and_every_32nd_is_whole(of_70):
+  folder, state = of_70
+  check(state, 70)
+  for position in (67, 69):
+    said = about(folder, position)
+    assert said["before"] == position - 1 and [r["t"] for r in said["rows"]] == [position - 1]
+    assert list(said["items"]) == [f"task{position - 1}"]
+  assert len(about(folder, 65)["items"]) == 66 and about(folder, 65)["before"] is None
+  assert len((folder / "checkpoints/state-0069/about.json").read_bytes()) < 1500
+  # the two newest states build on no older one than the last that is whole
+  assert sorted(states.position(p) for p in states.find_states(folder / "checkpoints")) == [
+    *range(65, 71)
+  ]
+
+
+def test_what_is_read_is_what_was_saved(of_70):
+  folder, _ = of_70
+  state, results = states.newest_state(str(folder))
+  check(state, 70)
+  assert [r["increment"] for r in results["rows"]] == [t / 10 for t in range(70)]
+  accuracy = np.array(results["accuracy"], float)
+  assert accuracy.shape == (70, 70) and np.isnan(accuracy[3, 4:]).all()
+  np.testing.assert_array_equal(accuracy[69], np.arange(70))
+  items, same, _ = states.inspect(str(folder))
+  check(same, 70)
+  assert not any(item["problem"] or item["strays"] for item in items)
+
+
+@pytest.mark.parametrize(("damaged", "left"), [("state-0070", 69), ("state-0068", 67)])
+def test_a_damaged_state_costs_those_that_build_on_it(damaged, left, of_70, tmp_path):
+  folder = tmp_path / "copy"
+  shutil.copytree(of_70[0], folder)
+  (folder / "checkpoints" / damaged / "about.json").write_text("{}")
+  with opened(folder, strict=True) as run, pytest.raises(UserError, match=damaged):
+    run.restore_state()
+  with opened(folder) as run, pytest.warns(UserWarning, match=f"{damaged}.*resumes after state-00"):
+    position, state, rows = run.restore_state()
+    assert position == left and len(rows) == left
+    check(state, left)
+    run.save_state(left + 1, state.append(task_state(left)), [*rows, row(left)])
+  with opened(folder) as run:
+    position, state, _ = run.restore_state()
+    assert position == left + 1
+    check(state, left + 1)
+
+
+def test_a_state_that_builds_on_a_later_one_is_damaged(of_70, tmp_path):
+  folder = tmp_path / "copy"
+  shutil.copytree(of_70[0], folder)
+  item = folder / "checkpoints/state-0070"
+  checkpoint.save(item, ([], []), about(folder, 70) | {"before": 70})
+  with pytest.raises(checkpoint.Damaged, match="builds on state 70, which is not an earlier one"):
+    states.outline(item)
+
+
+def test_states_of_older_versions_were_whole(of_70, tmp_path):
+  folder = tmp_path / "copy"
+  shutil.copytree(of_70[0], folder)
+  newest = folder / "checkpoints/state-0070"
+  found = states.outline(newest)
+  accuracy = states.results(found.rows)["accuracy"]
+  rows = [{k: v for k, v in r.items() if k == "increment"} for r in found.rows]
+  older = {"items": [*found.items.values()], "results": {"rows": rows, "accuracy": accuracy}}
+  checkpoint.save(newest, ([], []), older | {"events": found.events})
+  assert states.outline(newest)._replace(states=()) == found._replace(states=())
+  state = learn(folder, 70, 72, None)
+  check(state, 72)
+  assert about(folder, 72)["before"] == 71 and about(folder, 71)["before"] == 70
+
+
+def test_old_tasks_are_maps_of_a_file(of_70):
+  _, state = of_70
+  spilled = [t for t, task in enumerate(state.tasks) if spill.is_spilled(task)]
+  # those that the last call has seen unchanged; the first task and the newest are in memory
+  assert spilled == [*range(1, 70 - workdir._IN_MEMORY)]
+
+
+def test_tasks_that_change_stay_in_memory(tmp_path):
+  state, rows = State({}, tuple(map(task_state, range(40)))), [row(t) for t in range(40)]
+  with opened(tmp_path) as run:
+    for position in (40, 41):
+      run.save_state(position, state, rows)
+      assert not any(map(spill.is_spilled, run.spill(state).tasks[1:]))
+      state = jax.tree.map(np.copy, state)  # a method that trains all tasks
+    run.save_state(42, state, rows)
+    run.save_state(43, state, rows)
+    assert spill.is_spilled(run.spill(state).tasks[5])
+
+
+def test_spilled_arrays_are_the_same_and_can_not_be_written(tmp_path):
+  make = spill.make_spill(tmp_path)
+  rng = np.random.default_rng(0)
+  trees = [
+    {
+      "a": rng.normal(size=(n, 5)).astype(np.float32),
+      "b": jax.numpy.ones((3,), jax.numpy.bfloat16),
+      "empty": np.zeros((0, 4), np.int32),
+      "scalar": np.int32(n),
+    }
+    for n in (1, 100, 5_000_000, 7)  # the third is larger than a chunk
+  ]
+  found = [make(tree) for tree in trees]
+  for tree, stored in zip(trees, found, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, stored, tree)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), stored) == jax.tree.map(
+      lambda x: (x.shape, x.dtype), tree
+    )
+  with pytest.raises(ValueError, match="read-only"):
+    found[0]["a"][0] = 1
+  assert not list(tmp_path.iterdir()), "the file has no name"
+
+
+def test_no_room_for_the_file_is_said(of_70, tmp_path, monkeypatch):
+  folder = tmp_path / "copy"
+  shutil.copytree(of_70[0], folder)
+
+  def full(*args):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(spill.os, "pwrite", full)
+  with opened(folder) as run, pytest.raises(UserError, match="No space left.*free some space"):
+    run.restore_state()
