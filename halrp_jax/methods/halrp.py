@@ -101,6 +101,13 @@ class Config(rank_rules.Config):
   prune_bound: float | str = keys.number_or_none(
     0.6, 0, "model growth that is allowed, a fraction of the base; none: any"
   )
+  task_bound: float = keys.number(
+    0.0,
+    0,
+    None,
+    "prune_scope=new: model growth that each task is allowed, a fraction of the base; 0: an equal "
+    "share of prune_bound",
+  )
   private: str = keys.one_of(
     "all",
     ("all", "norm", "head"),
@@ -151,6 +158,11 @@ def check(config: keys.Config) -> list[str]:
     errors.append(
       "method.importance_split = 'valid' needs protocol.validation_fraction > 0; "
       "or set method.importance_split=train"
+    )
+  if m.task_bound and m.prune_scope == "all":
+    errors.append(
+      f"method.task_bound = {m.task_bound} bounds each task: set method.prune_scope=new, or bound "
+      "all tasks together with method.prune_bound"
     )
   return errors + rank_rules.check(m)
 
@@ -302,9 +314,9 @@ def fine_tune(
 def prune(f: "_Functions", state: State, config: Config, num_tasks: int) -> State:
   """Prunes U and V of the new task, or of all perturbed tasks (line 9, paper Sect. 4.4).
 
-  With method.prune_scope = "new", a task is pruned when it is learned, to its equal share of the
-  bound, and never changes again. With "all", it ends with as many values, but also changes
-  after its BatchNorm statistics have been measured.
+  With method.prune_scope = "new", a task is pruned when it is learned, to `method.task_bound` or
+  its equal share of the bound, and never changes again. With "all", it ends with as many values,
+  but also changes after its BatchNorm statistics have been measured.
 
   Args:
     f: the compiled functions.
@@ -320,7 +332,7 @@ def prune(f: "_Functions", state: State, config: Config, num_tasks: int) -> Stat
   unchanged, candidates = state.tasks[:first], state.tasks[first:]
   if config.prune_scope == "new":
     unchanged, candidates = state.tasks[:-1], state.tasks[-1:]
-    bound = bound and bound / max(1, num_tasks - first)
+    bound = config.task_bound or (bound and bound / max(1, num_tasks - first))
   rate = lowrank.prune_rate(
     config.prune_rate, bound, sizes.dense_growth(state, candidates, _owned(config))
   )

@@ -34,6 +34,7 @@ _OLDER_VALUES: dict[object, dict[str, str | bool | float]] = {
     "private": "all",
     "warmup_rate": 1.0,
     "budget": 0.0,
+    "task_bound": 0.0,
   },
   "wsn": {"scores": "random"},
 }

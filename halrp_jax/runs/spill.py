@@ -19,7 +19,8 @@ def make_spill(folder: pathlib.Path) -> Callable[[Params], Params]:
   """Builds spill(tree), which returns the tree with arrays that are maps of a file.
 
   The file has no name and is gone when the process ends, however it ends. The arrays can't be
-  written to.
+  written to. They are stored by columns, and zeros at the end are not written: U and V of a task
+  are padded with columns of zeros.
 
   Args:
     folder: the file is made on its file system when it is first needed.
@@ -49,10 +50,10 @@ def make_spill(folder: pathlib.Path) -> Callable[[Params], Params]:
       return array
     offset, view = room(array.nbytes)
     assert file is not None  # made by `room`
-    contents, written = np.ascontiguousarray(array).tobytes(), 0
+    contents, written = array.tobytes(order="F").rstrip(b"\0"), 0
     while written < len(contents):
       written += os.pwrite(file.fileno(), contents[written:], offset + written)
-    return view.view(array.dtype).reshape(array.shape)
+    return view.view(array.dtype).reshape(array.shape, order="F")
 
   def spill(tree: Params) -> Params:
     return jax.tree.map(spill_array, tree)

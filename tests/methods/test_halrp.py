@@ -118,6 +118,18 @@ def test_unbounded_mixed_pruning_applies_the_absolute_threshold_alone(digits_con
   np.testing.assert_array_equal(p.U, np.where(np.abs(before.U) > 0.5, before.U, 0))
 
 
+def test_the_bound_of_a_task_does_not_depend_on_their_number(digits_config):
+  state = lenet_state(3, CAP)
+  switches = {"prune_scope": "new", "prune_bound": 0.18}
+  shared = prune(state, method_config(digits_config, **switches), num_tasks=10)  # 0.02 each
+  own = method_config(digits_config, **switches, task_bound=0.02)
+  for num_tasks in (3, 1000):
+    jax.tree.map(np.testing.assert_array_equal, prune(state, own, num_tasks), shared)
+  assert sizes.perturbed(shared).paper < sizes.perturbed(state).paper
+  with pytest.raises(UserError, match="task_bound = 0.02 bounds each task: set method.prune_scope"):
+    method_config(digits_config, task_bound=0.02)
+
+
 @pytest.mark.parametrize("rule", sorted(lowrank.PRUNE_RULES))
 def test_percentiles_see_no_padding(digits_config, rule):
   """Rank 5 of 100 columns: the padding must not pull the percentile down to zero."""

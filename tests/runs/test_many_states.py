@@ -159,6 +159,8 @@ def test_spilled_arrays_are_the_same_and_can_not_be_written(tmp_path):
       "b": jax.numpy.ones((3,), jax.numpy.bfloat16),
       "empty": np.zeros((0, 4), np.int32),
       "scalar": np.int32(n),
+      "padded": np.pad(rng.normal(size=(6, 2)), ((0, 0), (0, 5))),
+      "zeros": np.zeros((2, 3, 4)),
     }
     for n in (1, 100, 5_000_000, 7)  # the third is larger than a chunk
   ]
