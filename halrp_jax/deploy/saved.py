@@ -366,12 +366,13 @@ def _rows(
   size = method.size(state)
   row = {"ranks": ranks, "increment": size.increment}
   row["size"] = {k: v for k, v in size._asdict().items() if k != "paper"}
-  return [*run.results["rows"], row | {"t": t, "accuracy": [*old, accuracy]}]
+  row |= {"t": t, "evaluated": [*range(t + 1)], "accuracy": [*old, accuracy]}
+  return [*run.results["rows"], row]
 
 
 def _record(run: Saved, task: Task, state: State, row: Record, unchanged: bool) -> Record:
   """Returns the contents of record.json without the seconds and the standing."""
-  return {k: v for k, v in row.items() if k != "t"} | {
+  return {k: v for k, v in row.items() if k not in ("t", "evaluated")} | {
     "extended_from": str(run.path),
     "task": {"id": task.id, "name": task.name, "class_names": list(task.class_names)},
     "unchanged": unchanged,

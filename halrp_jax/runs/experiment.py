@@ -21,7 +21,7 @@ from halrp_jax import data, keys, methods, metrics, models
 from halrp_jax.config import resolve, setting_of
 from halrp_jax.devices import determinism, parallel, processes, replicas
 from halrp_jax.keys import Config
-from halrp_jax.runs import checkpoint, identity, measure, pretrained, standing, workdir
+from halrp_jax.runs import checkpoint, identity, measure, pretrained, standing, states, workdir
 from halrp_jax.training import networks, population, sizes
 from halrp_jax.training.evaluate import evaluate
 from halrp_jax.types import SCHEMA, Benchmark, History, Method, Size, State, Store, UserError
@@ -287,7 +287,7 @@ def _learn_all(
   init_key, learn_key = jax.random.split(jax.random.key(config.seed))
   done, state, rows = folder.restore_state() or (0, method.init(init_key, benchmark), [])
   state = _restored(config, model, benchmark, state, show)
-  accuracy, parts = _accuracies(rows, num_tasks), {}
+  accuracy, parts = states.accuracies(rows, num_tasks), {}
   for position, group in list(enumerate(method.groups(num_tasks), 1))[done:]:
     t = group[-1]
     tasks = tuple(benchmark.tasks[i] for i in group)
@@ -313,21 +313,14 @@ def _learn_all(
     size, parts = _size(method, state, {i: parts[i] for i in same & parts.keys()})
     row = _row(size, history, seconds, valid)
     row["evaluated"] = [i for i in range(t + 1) if i not in known]
-    row |= {"t": t, "accuracy": _nulls(accuracy[t : t + 1, : t + 1])[0]}
+    known_so_far = _nulls(accuracy[t : t + 1, : t + 1])[0]
+    log({"event": "evaluation"} | label | row | {"accuracy": known_so_far})
+    row |= {"t": t, "accuracy": [known_so_far[i] for i in row["evaluated"]]}
     rows = [*rows, row]  # a new list: the writer's thread may still be reading the old one
-    log({"event": "evaluation"} | label | row)
     folder.save_state(position, state, rows)
     state = folder.spill(state)
     folder.check()
   return _record(config, benchmark, model, accuracy, rows, state)
-
-
-def _accuracies(rows: list[dict], num_tasks: int) -> np.ndarray:
-  """Returns the accuracies [T, T] of the rows so far in %, NaN where none was measured."""
-  accuracy = np.full((num_tasks, num_tasks), np.nan)
-  for row in rows:
-    accuracy[row["t"], : row["t"] + 1] = np.array(row["accuracy"], float)  # None becomes NaN
-  return accuracy
 
 
 def _restored(

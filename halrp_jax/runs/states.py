@@ -3,7 +3,8 @@
 A state is stored as an item (checkpoint.py): its about.json names its parts and holds the results.
 The parts, which are the shared pytree and the state of each task, are items too. A part that does
 not change is stored once for several states (workdir.py). So that a state costs as much after a
-thousand tasks as after ten, most states name the state before them, and have what is new since.
+thousand tasks as after ten, most states name the state before them, and have what is new since. The
+results of older groups of tasks are in items of their own, `ROWS` groups each.
 """
 
 import pathlib
@@ -14,16 +15,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from halrp_jax import files
 from halrp_jax.runs import cards, checkpoint
 from halrp_jax.types import CHECKPOINTS, CONFIG, TASKS, Benchmark, Params, State, UserError
 
 STATE = re.compile(r"state-(\d{4,})")
-ITEM = re.compile(rf"{STATE.pattern}|(shared|task\d{{2,}})-[0-9a-f]{{16}}|now\.[\w.]+")
+ITEM = re.compile(rf"{STATE.pattern}|(shared|(task|rows)\d{{2,}})-[0-9a-f]{{16}}|now\.[\w.]+")
+ROWS = 32  # so many groups of tasks after the last one, a state is written whole
 # The errors that reading an incomplete or damaged state raises.
 NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError, TypeError, AttributeError)
-Rows = list[dict[str, Any]]  # results by group of tasks; "t" and "accuracy" are those of its last
+# Results by group of tasks. "t" is the position of the group's last task, "accuracy" that of the
+# tasks at the positions "evaluated"; other tasks have the accuracy that they had before.
+Rows = list[dict[str, Any]]
 
 
 class Outline(NamedTuple):
@@ -31,6 +36,7 @@ class Outline(NamedTuple):
 
   items: dict[str, str]  # names of its parts by "shared", "task00", "task01", ...
   rows: Rows
+  row_items: tuple[str, ...]  # names of the items that hold the first rows
   events: int  # in metrics.jsonl when it was saved
   states: tuple[str, ...]  # names of the state's own item and of those that it builds on
 
@@ -63,7 +69,7 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
     found["strays"] = checkpoint.strays(item)
     try:
       trees[item.name] = checkpoint.load(item)
-      if not item.name.startswith(("now.", "state-")):
+      if not item.name.startswith(("now.", "state-", "rows")):
         load_part(item)
     except (checkpoint.Damaged, FileNotFoundError, NotADirectoryError) as e:
       found["problem"] = str(e)
@@ -144,19 +150,34 @@ def outline(folder: pathlib.Path) -> Outline:
     folder = folder.with_name(f"state-{before:04d}")
   items: dict[str, str] = {}
   rows: Rows = []
+  row_items = tuple(links[-1].get("row_items", ()))
+  for name in row_items:
+    rows += checkpoint.verify(folder.with_name(name))["rows"]
   for link in reversed(links):
     older = isinstance(link["items"], list)  # of a version that wrote every state whole
     items |= {n.rpartition("-")[0]: n for n in link["items"]} if older else link["items"]
     rows += _older_rows(**link["results"]) if older else link["rows"]
   own = ["shared", *(f"task{t:02d}" for t in range(len(items) - 1))]
-  return Outline({name: items[name] for name in own}, rows, links[0]["events"], tuple(names))
+  items = {name: items[name] for name in own}
+  return Outline(items, rows, row_items, links[0]["events"], tuple(names))
 
 
 def _older_rows(rows: Rows, accuracy: list[list]) -> Rows:
   """Returns the results of an older version with the accuracies of each group in its row."""
   measured = [(t, a) for t, a in enumerate(accuracy) if any(x is not None for x in a)]
   pairs = zip(rows, measured[-len(rows) :] if rows else [], strict=True)
-  return [row | {"t": t, "accuracy": a[: t + 1]} for row, (t, a) in pairs]
+  return [
+    row | {"t": t, "evaluated": [*range(t + 1)], "accuracy": a[: t + 1]} for row, (t, a) in pairs
+  ]
+
+
+def accuracies(rows: Rows, num_tasks: int) -> np.ndarray:
+  """Returns the accuracies [T, T] in % that the rows have, NaN where none was measured."""
+  accuracy, last = np.full((num_tasks, num_tasks), np.nan), np.full(num_tasks, np.nan)
+  for row in rows:
+    last[row["evaluated"]] = np.array(row["accuracy"], float)  # None becomes NaN
+    accuracy[row["t"]] = last
+  return accuracy
 
 
 def results(rows: Rows) -> dict[str, Any]:
@@ -164,11 +185,11 @@ def results(rows: Rows) -> dict[str, Any]:
 
   Accuracies that were not measured are None.
   """
-  count = rows[-1]["t"] + 1 if rows else 0
-  accuracy: list[list[float | None]] = [[None] * count for _ in range(count)]
-  for row in rows:
-    accuracy[row["t"]][: row["t"] + 1] = row["accuracy"]
-  return {"rows": rows, "accuracy": accuracy}
+  accuracy = accuracies(rows, rows[-1]["t"] + 1 if rows else 0)
+  return {
+    "rows": rows,
+    "accuracy": [[None if np.isnan(x) else x for x in a] for a in accuracy.tolist()],
+  }
 
 
 def load_state(

@@ -23,6 +23,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import operator
@@ -62,7 +63,6 @@ from halrp_jax.types import (
 )
 
 SET_ASIDE = "set_aside"
-_WHOLE = 32  # every so many states one is written whole, so that a damaged one costs few tasks
 _IN_MEMORY = 32  # states of the newest tasks
 _MOST_PENDING = 16  # items that wait to be written; each holds a copy of its arrays
 
@@ -219,17 +219,30 @@ class Workdir:
       if items[name] not in written:
         self._submit(self.items / items[name], {"tree": tree}, {})
     own = f"state-{position:04d}"
-    about: dict = {"before": None, "items": items, "rows": rows, "events": self._num_events}
-    names: tuple[str, ...] = (own,)
-    if before and position % _WHOLE != 1 and items.keys() >= before.items.keys():
-      about["before"] = states.position(self.items / before.states[0])
-      about["items"] = {k: n for k, n in items.items() if before.items.get(k) != n}
-      about["rows"] = rows[len(before.rows) :]
-      names = (own, *before.states)
+    about: dict = {"events": self._num_events}
+    row_items, names = before.row_items if before else (), (own,)
+    if before and position % states.ROWS != 1 and items.keys() >= before.items.keys():
+      new = {k: n for k, n in items.items() if before.items.get(k) != n}
+      about |= {"before": states.position(self.items / before.states[0]), "items": new}
+      about["rows"], names = rows[len(before.rows) :], (own, *before.states)
+    else:
+      row_items = self._save_rows(rows, row_items)
+      about |= {"before": None, "items": items, "row_items": row_items}
+      about["rows"] = rows[len(row_items) * states.ROWS :]
     self._submit(self.items / own, {}, about)
-    now = states.Outline(items, rows, self._num_events, names)
+    now = states.Outline(items, rows, row_items, self._num_events, names)
     self._states, self._parts = [*self._states[-1:], now], parts
     self._pending.append(self._writer.submit(self._delete_unneeded, own, _names_of(self._states)))
+
+  def _save_rows(self, rows: states.Rows, written: tuple[str, ...]) -> tuple[str, ...]:
+    """Writes the rows that fill items and are not written; returns the names of their items."""
+    names = [*written]
+    for i in range(len(written), len(rows) // states.ROWS):
+      part = rows[i * states.ROWS : (i + 1) * states.ROWS]
+      digest = hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16]
+      names.append(f"rows{i:02d}-{digest}")
+      self._submit(self.items / names[-1], {}, {"rows": part})
+    return tuple(names)
 
   def _delete_unneeded(self, newest: str, needed: set[str]) -> None:
     """Deletes all items, those of progress too, but the needed ones, if the newest is written."""
@@ -432,7 +445,7 @@ def _is_same(tree: Params, other: Params) -> bool:
 
 def _names_of(outlines: Iterable[states.Outline]) -> set[str]:
   """Returns the names of the items of some states, and of those that they build on."""
-  return {name for found in outlines for name in (*found.states, *found.items.values())}
+  return {n for x in outlines for n in (*x.states, *x.items.values(), *x.row_items)}
 
 
 def _to_device(x: Params) -> Params:

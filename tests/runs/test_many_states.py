@@ -27,7 +27,7 @@ def task_state(t):
 
 
 def row(t):
-  return {"t": t, "accuracy": [float(i) for i in range(t + 1)], "increment": t / 10}
+  return {"t": t, "evaluated": [t], "accuracy": [float(t)], "increment": t / 10}
 
 
 def learn(folder, start, stop, state):
@@ -68,7 +68,9 @@ def test_a_state_has_what_is_new_and_every_32nd_is_whole(of_70):
     said = about(folder, position)
     assert said["before"] == position - 1 and [r["t"] for r in said["rows"]] == [position - 1]
     assert list(said["items"]) == [f"task{position - 1}"]
-  assert len(about(folder, 65)["items"]) == 66 and about(folder, 65)["before"] is None
+  whole = about(folder, 65)
+  assert len(whole["items"]) == 66 and whole["before"] is None and len(whole["rows"]) == 1
+  assert [name[:7] for name in whole["row_items"]] == ["rows00-", "rows01-"]
   assert len((folder / "checkpoints/state-0069/about.json").read_bytes()) < 1500
   # the two newest states build on no older one than the last that is whole
   assert sorted(states.position(p) for p in states.find_states(folder / "checkpoints")) == [
@@ -125,7 +127,9 @@ def test_states_of_older_versions_were_whole(of_70, tmp_path):
   rows = [{k: v for k, v in r.items() if k == "increment"} for r in found.rows]
   older = {"items": [*found.items.values()], "results": {"rows": rows, "accuracy": accuracy}}
   checkpoint.save(newest, ([], []), older | {"events": found.events})
-  assert states.outline(newest)._replace(states=()) == found._replace(states=())
+  again = states.outline(newest)
+  assert again.items == found.items and states.results(again.rows)["accuracy"] == accuracy
+  assert [r["increment"] for r in again.rows] == [r["increment"] for r in found.rows]
   state = learn(folder, 70, 72, None)
   check(state, 72)
   assert about(folder, 72)["before"] == 71 and about(folder, 71)["before"] == 70
