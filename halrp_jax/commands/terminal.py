@@ -87,7 +87,10 @@ def task_line(event: dict) -> str:
     f"{sum(event['seconds'].values()):.1f} s",
   ]
   if ranks:
-    parts.insert(3, "ranks " + " ".join(f"{name}:{k}" for name, k in ranks.items()))
+    each = " ".join(f"{name}:{k}" for name, k in ranks.items())
+    low, high = min(ranks.values()), max(ranks.values())
+    many = f"of {len(ranks)} layers: {low} to {high}, {sum(ranks.values())} together"
+    parts.insert(3, "ranks " + (each if len(ranks) <= 8 else many))
   return " | ".join(parts)
 
 
@@ -199,14 +202,28 @@ def duration(seconds: float) -> str:
 
 
 def matrix_text(record: dict) -> str:
-  """Formats the accuracies: rows are tasks just learned, columns are tasks tested on."""
-  num_tasks = len(record["task_ids"])
-  header = "after \\ on" + "".join(f"{i + 1:>7}" for i in range(num_tasks))
-  lines = [header]
-  for s, row in enumerate(record["accuracy"]):
-    cells = "".join(f"{x:7.2f}" if x is not None else "      ." for x in row)
-    lines.append(f"task {s + 1:>5}{cells}")
-  return "\n".join(lines)
+  """Formats the accuracies: rows are tasks just learned, columns are tasks tested on.
+
+  Of more than 20 tasks the first five and the last five are shown.
+  """
+  accuracy, num_tasks = record["accuracy"], len(record["task_ids"])
+  parts = [range(num_tasks)] if num_tasks <= 20 else [range(5), range(num_tasks - 5, num_tasks)]
+
+  def line(start: str, cell: Callable[[int], str]) -> str:
+    return start + "    ...".join("".join(map(cell, part)) for part in parts)
+
+  def row(s: int) -> str:
+    cells = accuracy[s]
+    return line(f"task {s + 1:>5}", lambda i: _cell(cells[i]))
+
+  header = line("after \\ on", lambda i: f"{i + 1:>7}")
+  blocks = ["\n".join(map(row, part)) for part in parts]
+  return header + "\n" + "\n...\n".join(blocks)
+
+
+def _cell(accuracy: float | None) -> str:
+  """Formats an accuracy of the matrix; "." if there is none."""
+  return "      ." if accuracy is None else f"{accuracy:7.2f}"
 
 
 def _number(x: float | None, unit: str = "") -> str:

@@ -50,6 +50,38 @@ def test_a_task_line_has_accuracy_ranks_growth_and_seconds():
     assert part in line
 
 
+def test_the_ranks_of_many_layers_are_summed_up():
+  ranks = {f"block{i}": i % 4 for i in range(20)}
+  assert "| ranks of 20 layers: 0 to 3, 30 together |" in terminal.task_line(
+    EVENT | {"ranks": ranks}
+  )
+
+
+def test_of_many_tasks_the_ends_of_the_matrix_are_shown():
+  def lines(count):
+    accuracy = [[float(t) if t <= s else None for t in range(count)] for s in range(count)]
+    return terminal.matrix_text({"task_ids": [*range(count)], "accuracy": accuracy}).splitlines()
+
+  assert len(lines(20)) == 21 and "..." not in "".join(lines(20))
+  shown = lines(1000)
+  assert len(shown) == 12 and len({len(line) for line in shown} - {3}) == 1
+  assert shown[0].split()[3:] == [
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "...",
+    "996",
+    "997",
+    "998",
+    "999",
+    "1000",
+  ]
+  assert shown[6] == "..."
+  assert shown[-1].split()[-1] == "999.00" and shown[-2].split()[-1] == "."
+
+
 def test_plain_lines_where_there_is_no_terminal():
   stream = io.StringIO()
   with terminal.live_display(stream) as show:
