@@ -277,7 +277,7 @@ def extend(
     rows = _rows(run, benchmark, state, ranks, unchanged)
     folder.save_state(t + 1, state, rows)
     seconds = time.perf_counter() - start
-    record = _record(run, task, state, rows[-1], unchanged) | {"seconds": seconds}
+    record = _record(run, task, state, rows, unchanged) | {"seconds": seconds}
     record["standing"] = folder.standing
     folder.finish(record)
   return record
@@ -362,19 +362,22 @@ def _rows(
     "test",
     run.config.images_per_evaluation,
   )
-  old = run.results["accuracy"][t - 1][:t] if unchanged else [None] * t
   size = method.size(state)
   row = {"ranks": ranks, "increment": size.increment}
   row["size"] = {k: v for k, v in size._asdict().items() if k != "paper"}
-  row |= {"t": t, "evaluated": [*range(t + 1)], "accuracy": [*old, accuracy]}
+  # what is known of the old tasks still holds, or nothing is known any more
+  old = [] if unchanged else [*range(t)]
+  row |= {"t": t, "evaluated": [*old, t], "accuracy": [*[None] * len(old), accuracy]}
   return [*run.results["rows"], row]
 
 
-def _record(run: Saved, task: Task, state: State, row: Record, unchanged: bool) -> Record:
+def _record(run: Saved, task: Task, state: State, rows: states.Rows, unchanged: bool) -> Record:
   """Returns the contents of record.json without the seconds and the standing."""
-  return {k: v for k, v in row.items() if k not in ("t", "evaluated")} | {
+  row = {k: v for k, v in rows[-1].items() if k not in ("t", "evaluated")}
+  return row | {
     "extended_from": str(run.path),
     "task": {"id": task.id, "name": task.name, "class_names": list(task.class_names)},
+    "accuracy": states.results(rows)["accuracy"][-1],
     "unchanged": unchanged,
     "state_hash": checkpoint.fingerprint(state),
   }

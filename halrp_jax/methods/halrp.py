@@ -105,8 +105,8 @@ class Config(rank_rules.Config):
     0.0,
     0,
     None,
-    "prune_scope=new: model growth that each task is allowed, a fraction of the base; 0: an equal "
-    "share of prune_bound",
+    "prune_scope=new: model growth that each task is allowed, a fraction of the base, in place of "
+    "prune_bound; 0: an equal share of prune_bound",
   )
   private: str = keys.one_of(
     "all",
@@ -159,10 +159,10 @@ def check(config: keys.Config) -> list[str]:
       "method.importance_split = 'valid' needs protocol.validation_fraction > 0; "
       "or set method.importance_split=train"
     )
-  if m.task_bound and m.prune_scope == "all":
+  if m.task_bound and (m.prune_scope == "all" or m.prune == "none"):
     errors.append(
-      f"method.task_bound = {m.task_bound} bounds each task: set method.prune_scope=new, or bound "
-      "all tasks together with method.prune_bound"
+      f"method.task_bound = {m.task_bound} bounds each task when it is pruned: set "
+      "method.prune_scope=new and a method.prune other than none, or method.task_bound=0"
     )
   return errors + rank_rules.check(m)
 

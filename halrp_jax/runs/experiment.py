@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from ml_collections import config_dict
@@ -388,9 +389,15 @@ def _evaluate(
   predict = method.predict
   assert predict is not None  # set by `methods.make`
 
+  @functools.lru_cache(maxsize=1)
+  def with_task(i: int) -> State:
+    """Returns the state with task i on the device, where it may be on disk."""
+    task = jax.tree.map(jnp.asarray, state.tasks[i])
+    return State(state.shared, (*state.tasks[:i], task, *state.tasks[i + 1 :]))
+
   def accuracies(indices: list[int], split: str) -> list[float]:
     return evaluate(
-      lambda i, image: predict(state, indices[i], layout.shard(image)),
+      lambda i, image: predict(with_task(indices[i]), indices[i], layout.shard(image)),
       [benchmark.tasks[i] for i in indices],
       split,
       config.images_per_evaluation,

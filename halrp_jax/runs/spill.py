@@ -36,12 +36,12 @@ def make_spill(folder: pathlib.Path) -> Callable[[Params], Params]:
     if file is None:
       file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  `close` closes it
     if used + size > chunk.size:
-      start = os.fstat(file.fileno()).st_size
-      os.ftruncate(file.fileno(), start + max(size, _CHUNK))
-      chunk, used = np.memmap(file, np.uint8, "r", start, (max(size, _CHUNK),)), 0
+      start, length = os.fstat(file.fileno()).st_size, max(_rounded(size), _CHUNK)
+      os.ftruncate(file.fileno(), start + length)
+      chunk, used = np.memmap(file, np.uint8, "r", start, (length,)), 0
     view = chunk[used : used + size]
     offset = os.fstat(file.fileno()).st_size - chunk.size + used
-    used += -(-size // _ALIGNED) * _ALIGNED
+    used += _rounded(size)
     return offset, view
 
   def spill_array(x: jax.Array | np.ndarray) -> np.ndarray:
@@ -64,6 +64,11 @@ def make_spill(folder: pathlib.Path) -> Callable[[Params], Params]:
 
   weakref.finalize(spill, close)
   return spill
+
+
+def _rounded(size: int) -> int:
+  """Returns `size` rounded up, so that the next array is aligned."""
+  return -(-size // _ALIGNED) * _ALIGNED
 
 
 def is_spilled(tree: Params) -> bool:

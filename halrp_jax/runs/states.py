@@ -3,10 +3,12 @@
 A state is stored as an item (checkpoint.py): its about.json names its parts and holds the results.
 The parts, which are the shared pytree and the state of each task, are items too. A part that does
 not change is stored once for several states (workdir.py). So that a state costs as much after a
-thousand tasks as after ten, most states name the state before them, and have what is new since. The
-results of older groups of tasks are in items of their own, `ROWS` groups each.
+thousand tasks as after ten, only one in `ROWS` states is whole. Those after it name it, and have
+what is new since. The results of older groups of tasks are in items of their own, `ROWS` groups
+each.
 """
 
+import itertools
 import pathlib
 import re
 import warnings
@@ -23,22 +25,21 @@ from halrp_jax.types import CHECKPOINTS, CONFIG, TASKS, Benchmark, Params, State
 
 STATE = re.compile(r"state-(\d{4,})")
 ITEM = re.compile(rf"{STATE.pattern}|(shared|(task|rows)\d{{2,}})-[0-9a-f]{{16}}|now\.[\w.]+")
-ROWS = 32  # so many groups of tasks after the last one, a state is written whole
-# The errors that reading an incomplete or damaged state raises.
-NO_STATE = (checkpoint.Damaged, FileNotFoundError, KeyError, ValueError, TypeError, AttributeError)
+ROWS = 32  # so many groups of tasks after the last whole state, the next one is written
 # Results by group of tasks. "t" is the position of the group's last task, "accuracy" that of the
-# tasks at the positions "evaluated"; other tasks have the accuracy that they had before.
+# tasks at the positions "evaluated", null where it is not known any more; other tasks have the
+# accuracy that they had before.
 Rows = list[dict[str, Any]]
 
 
 class Outline(NamedTuple):
-  """What about.json says of a state, and of the states that it builds on."""
+  """What about.json says of a state, and of the whole state that it builds on."""
 
   items: dict[str, str]  # names of its parts by "shared", "task00", "task01", ...
   rows: Rows
   row_items: tuple[str, ...]  # names of the items that hold the first rows
   events: int  # in metrics.jsonl when it was saved
-  states: tuple[str, ...]  # names of the state's own item and of those that it builds on
+  states: tuple[str, ...]  # names of the state's own item and of the whole state's
 
 
 def inspect(path: str) -> tuple[list[dict], State | None, dict]:
@@ -73,13 +74,17 @@ def inspect(path: str) -> tuple[list[dict], State | None, dict]:
         load_part(item)
     except (checkpoint.Damaged, FileNotFoundError, NotADirectoryError) as e:
       found["problem"] = str(e)
+  by_name = {found["name"]: found for found in items}
   for state in find_states(folder / CHECKPOINTS):
     try:
       found = outline(state)
+      for name in found.items.values():
+        if name not in trees or by_name[name]["problem"]:
+          raise checkpoint.Damaged(f"{state}: {name} is missing or damaged")
       shared, *tasks = (trees[n][0]["tree"] for n in found.items.values())
       return items, State(shared, tuple(tasks)), results(found.rows)
-    except NO_STATE:
-      continue
+    except checkpoint.Damaged as e:
+      by_name[state.name]["problem"] = str(e)
   return items, None, {}
 
 
@@ -111,7 +116,7 @@ def newest_state(path: str) -> tuple[State, dict]:
     try:
       found = outline(folder)
       return load_state(folder.parent, found), results(found.rows)
-    except NO_STATE as e:
+    except checkpoint.Damaged as e:
       problem = str(e)
       text = f"{folder} is skipped ({e}); an older state is used if there is one"
       warnings.warn(text, stacklevel=2)
@@ -132,34 +137,37 @@ def position(folder: pathlib.Path) -> int:
 
 
 def outline(folder: pathlib.Path) -> Outline:
-  """Reads what a state consists of, from its item and those that it builds on.
+  """Reads what a state consists of, from its item and the whole state that it builds on.
 
   Raises:
-    One of `NO_STATE`: if an item is missing or damaged.
+    checkpoint.Damaged: if an item is missing or damaged.
   """
-  links: list[dict] = []
-  names: list[str] = []
-  while True:
-    links.append(checkpoint.verify(folder))
-    names.append(folder.name)
-    before = links[-1].get("before")
-    if before is None:
-      break
-    if not 0 < before < position(folder):
-      raise checkpoint.Damaged(f"{folder}: builds on state {before!r}, which is not an earlier one")
-    folder = folder.with_name(f"state-{before:04d}")
-  items: dict[str, str] = {}
-  rows: Rows = []
-  row_items = tuple(links[-1].get("row_items", ()))
-  for name in row_items:
-    rows += checkpoint.verify(folder.with_name(name))["rows"]
-  for link in reversed(links):
-    older = isinstance(link["items"], list)  # of a version that wrote every state whole
-    items |= {n.rpartition("-")[0]: n for n in link["items"]} if older else link["items"]
-    rows += _older_rows(**link["results"]) if older else link["rows"]
+  try:
+    return _outline(folder)
+  except FileNotFoundError as e:
+    raise checkpoint.Damaged(f"{e}: missing") from e
+  except (KeyError, TypeError, ValueError, AttributeError) as e:
+    raise checkpoint.Damaged(f"{folder}: was changed or damaged ({type(e).__name__}: {e})") from e
+
+
+def _outline(folder: pathlib.Path) -> Outline:
+  """Returns what `outline` does; raises almost anything if an item is damaged."""
+  about = checkpoint.verify(folder)
+  if (whole := about.get("whole")) is not None:
+    if whole >= position(folder):
+      raise ValueError(f"state {whole} is not an earlier one")
+    found = _outline(folder.with_name(f"state-{whole:04d}"))
+    items, rows = found.items | about["items"], [*found.rows, *about["rows"]]
+    row_items, names = found.row_items, (folder.name, *found.states)
+  elif isinstance(about["items"], list):  # of a version that wrote every state whole
+    items = {n.rpartition("-")[0]: n for n in about["items"]}
+    rows, row_items, names = _older_rows(**about["results"]), (), (folder.name,)
+  else:
+    row_items, names = tuple(about["row_items"]), (folder.name,)
+    parts = (checkpoint.verify(folder.with_name(name))["rows"] for name in row_items)
+    items, rows = about["items"], [*itertools.chain(*parts), *about["rows"]]
   own = ["shared", *(f"task{t:02d}" for t in range(len(items) - 1))]
-  items = {name: items[name] for name in own}
-  return Outline(items, rows, row_items, links[0]["events"], tuple(names))
+  return Outline({n: items[n] for n in own}, rows, row_items, about["events"], names)
 
 
 def _older_rows(rows: Rows, accuracy: list[list]) -> Rows:
@@ -206,7 +214,7 @@ def load_state(
       applied to every part when it is read; by default the arrays go to the device.
 
   Raises:
-    One of `NO_STATE`: if a part is missing or damaged.
+    checkpoint.Damaged: if a part is missing or damaged.
   """
   names = enumerate(found.items.values(), -1)
   shared, *tasks = (place(t, load_part(items / name)) for t, name in names)

@@ -8,7 +8,8 @@
   lock           locked by the process that runs; its text says which one
   checkpoints/   items (checkpoint.py):
     state-0003    after the third group of tasks: names of its parts, results; most states have
-                  only what is new since the state before, which they name (states.py)
+                  only what is new since a whole one, which they name (states.py)
+    rows00-HASH   results of the first groups of tasks
     shared-HASH, task00-HASH    the parts of the states, each written once
     now.task03.warmup.fit       progress within the task that is being learned
   set_aside/     items that could not be used when the run was resumed; can be deleted at any time
@@ -36,7 +37,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +95,10 @@ class Workdir:
     self._metrics: TextIO | None = None  # opened at the first event
     # of the two newest states, the newest last: one that is read may turn out to be damaged
     self._states: list[states.Outline] = []
+    self._whole: states.Outline | None = None  # the whole state that the next one can build on
     self._parts: dict[str, Params] = {}  # the parts of the newest state
     self._unchanged: dict[str, int] = {}  # the tasks that are as in the state before, by part
-    self._spill = spill.make_spill(folder)
+    self._spill, self._can_spill = spill.make_spill(folder), True
 
   # --- events -----------------------------------------------------------------------
 
@@ -218,21 +220,26 @@ class Workdir:
       items[name] = f"{name}-{checkpoint.fingerprint(tree)[:16]}"
       if items[name] not in written:
         self._submit(self.items / items[name], {"tree": tree}, {})
-    own = f"state-{position:04d}"
-    about: dict = {"events": self._num_events}
-    row_items, names = before.row_items if before else (), (own,)
-    if before and position % states.ROWS != 1 and items.keys() >= before.items.keys():
-      new = {k: n for k, n in items.items() if before.items.get(k) != n}
-      about |= {"before": states.position(self.items / before.states[0]), "items": new}
-      about["rows"], names = rows[len(before.rows) :], (own, *before.states)
-    else:
-      row_items = self._save_rows(rows, row_items)
-      about |= {"before": None, "items": items, "row_items": row_items}
-      about["rows"] = rows[len(row_items) * states.ROWS :]
-    self._submit(self.items / own, {}, about)
-    now = states.Outline(items, rows, row_items, self._num_events, names)
+    now = self._save_outline(f"state-{position:04d}", items, rows)
     self._states, self._parts = [*self._states[-1:], now], parts
-    self._pending.append(self._writer.submit(self._delete_unneeded, own, _names_of(self._states)))
+    needed = [_names_of([now]), _names_of(self._states)]
+    self._pending.append(self._writer.submit(self._delete_unneeded, *needed))
+
+  def _save_outline(self, own: str, items: dict[str, str], rows: states.Rows) -> states.Outline:
+    """Writes the item `own` of a state: all of it, or what is new since the last whole state."""
+    whole, about = self._whole, dict[str, Any](events=self._num_events)
+    if whole and len(rows) - len(whole.rows) < states.ROWS and items.keys() >= whole.items.keys():
+      about["whole"] = states.position(self.items / whole.states[0])
+      about["items"] = {k: n for k, n in items.items() if whole.items.get(k) != n}
+      about["rows"] = rows[len(whole.rows) :]
+      found = whole._replace(items=items, rows=rows, states=(own, *whole.states))
+    else:
+      row_items = self._save_rows(rows, whole.row_items if whole else ())
+      about |= {"items": items, "row_items": row_items}
+      about["rows"] = rows[len(row_items) * states.ROWS :]
+      found = self._whole = states.Outline(items, rows, row_items, self._num_events, (own,))
+    self._submit(self.items / own, {}, about)
+    return found._replace(events=self._num_events)
 
   def _save_rows(self, rows: states.Rows, written: tuple[str, ...]) -> tuple[str, ...]:
     """Writes the rows that fill items and are not written; returns the names of their items."""
@@ -244,10 +251,14 @@ class Workdir:
       self._submit(self.items / names[-1], {}, {"rows": part})
     return tuple(names)
 
-  def _delete_unneeded(self, newest: str, needed: set[str]) -> None:
-    """Deletes all items, those of progress too, but the needed ones, if the newest is written."""
-    if (self.items / newest).is_dir():
-      checkpoint.delete_items(self.items, self._names() - needed)
+  def _delete_unneeded(self, newest: set[str], needed: set[str]) -> None:
+    """Deletes all items, those of progress too, but the needed ones.
+
+    Nothing is deleted if an item of the newest state could not be written.
+    """
+    names = self._names()
+    if newest <= names:
+      checkpoint.delete_items(self.items, names - needed)
 
   def _names(self) -> set[str]:
     """Returns the names of the run's items; other files in their folder are not touched."""
@@ -277,11 +288,12 @@ class Workdir:
         outline = states.outline(known[0])
         place = functools.partial(self._place, len(outline.items) - 1)
         found = states.load_state(self.items, outline, place), outline
-      except states.NO_STATE as e:
+      except checkpoint.Damaged as e:
         problems.append(str(e))
         known = known[1:]
     if found:
       self._states = [*itertools.islice(self._outlines(known[1:]), 1), found[1]]
+      self._whole = states.outline(self.items / found[1].states[-1])
     if problems:
       then = f"the run resumes after {known[0].name}" if found else "the run starts anew"
       needed = _names_of([*self._outlines(known[1:]), *self._states])
@@ -296,14 +308,25 @@ class Workdir:
   def _outlines(self, folders: list[pathlib.Path]) -> Iterator[states.Outline]:
     """Yields the outlines of those states that can be read."""
     for folder in folders:
-      with contextlib.suppress(*states.NO_STATE):
+      with contextlib.suppress(checkpoint.Damaged):
         yield states.outline(folder)
 
   def _place(self, num_tasks: int, t: int, tree: Params) -> Params:
     """Returns the state of task t, or what the tasks share (-1), in memory or as maps of a file."""
-    return self._spill(tree) if _is_cold(t, num_tasks) else tree
+    return self._to_disk(tree) if _is_cold(t, num_tasks) else tree
 
-  @_explain_disk
+  def _to_disk(self, tree: Params) -> Params:
+    """Returns a tree as maps of a file, or as it is if there is no room for them."""
+    if not self._can_spill:
+      return tree
+    try:
+      return self._spill(tree)
+    except OSError as e:
+      self._can_spill = False
+      text = f"{self.folder}: the states of old tasks stay in memory ({e.strerror or e})"
+      warnings.warn(text, stacklevel=2)
+      return tree
+
   def spill(self, state: State) -> State:
     """Moves the states of old tasks from memory to a file, and returns the state with maps of it.
 
@@ -313,7 +336,7 @@ class Workdir:
     tasks, count = list(state.tasks), len(state.tasks)
     for name, t in self._unchanged.items():
       if _is_cold(t, count) and not spill.is_spilled(tasks[t]):
-        tasks[t] = self._parts[name] = self._spill(tasks[t])
+        tasks[t] = self._parts[name] = self._to_disk(tasks[t])
     return State(state.shared, tuple(tasks))
 
   def _warn(self, text: str, unused: Sequence[pathlib.Path] = ()) -> None:

@@ -74,7 +74,8 @@ def count_task_statistics(state: State) -> int:
 
 def _equal(stats: Params, other: Params) -> bool:
   """Returns whether two trees of BatchNorm statistics have equal numbers."""
-  return all(map(np.array_equal, jax.tree.leaves(stats), jax.tree.leaves(other)))
+  leaves, others = jax.tree.leaves(stats), jax.tree.leaves(other)
+  return len(leaves) == len(others) and all(map(np.array_equal, leaves, others))
 
 
 def count_statistics(state: State) -> tuple[int, int]:

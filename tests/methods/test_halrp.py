@@ -126,7 +126,9 @@ def test_the_bound_of_a_task_does_not_depend_on_their_number(digits_config):
   for num_tasks in (3, 1000):
     jax.tree.map(np.testing.assert_array_equal, prune(state, own, num_tasks), shared)
   assert sizes.perturbed(shared).paper < sizes.perturbed(state).paper
-  with pytest.raises(UserError, match="task_bound = 0.02 bounds each task: set method.prune_scope"):
+  with pytest.raises(
+    UserError, match="task_bound = 0.02 bounds each task when it is pruned: set method"
+  ):
     method_config(digits_config, task_bound=0.02)
 
 

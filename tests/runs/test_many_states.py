@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -30,7 +31,7 @@ def row(t):
   return {"t": t, "evaluated": [t], "accuracy": [float(t)], "increment": t / 10}
 
 
-def learn(folder, start, stop, state):
+def learn(folder, start, stop, state, changes_shared=False):
   """Saves the states of a run that leaves old tasks as they are; returns the last one."""
   with opened(folder) as run:
     restored = run.restore_state()
@@ -38,7 +39,8 @@ def learn(folder, start, stop, state):
     rows = restored[2] if restored else []
     state = restored[1] if restored else state
     for t in range(start, stop):
-      state, rows = state.append(task_state(t)), [*rows, row(t)]
+      shared = {"kernels": np.full((2, 2), t + 1.0, np.float32)} if changes_shared else {}
+      state, rows = state.append(task_state(t), **shared), [*rows, row(t)]
       run.save_state(t + 1, state, rows)
       state = run.spill(state)
   return state
@@ -64,18 +66,16 @@ def check(state, count):
 def test_a_state_has_what_is_new_and_every_32nd_is_whole(of_70):
   folder, state = of_70
   check(state, 70)
-  for position in (67, 69):
-    said = about(folder, position)
-    assert said["before"] == position - 1 and [r["t"] for r in said["rows"]] == [position - 1]
-    assert list(said["items"]) == [f"task{position - 1}"]
+  for position in (69, 70):
+    said, new = about(folder, position), range(65, position)
+    assert said["whole"] == 65 and [r["t"] for r in said["rows"]] == [*new]
+    assert list(said["items"]) == [f"task{t}" for t in new]
   whole = about(folder, 65)
-  assert len(whole["items"]) == 66 and whole["before"] is None and len(whole["rows"]) == 1
+  assert len(whole["items"]) == 66 and "whole" not in whole and len(whole["rows"]) == 1
   assert [name[:7] for name in whole["row_items"]] == ["rows00-", "rows01-"]
-  assert len((folder / "checkpoints/state-0069/about.json").read_bytes()) < 1500
-  # the two newest states build on no older one than the last that is whole
-  assert sorted(states.position(p) for p in states.find_states(folder / "checkpoints")) == [
-    *range(65, 71)
-  ]
+  # the two newest states, and the whole one that they build on
+  found = states.find_states(folder / "checkpoints")
+  assert [states.position(p) for p in found] == [70, 69, 65]
 
 
 def test_what_is_read_is_what_was_saved(of_70):
@@ -91,31 +91,63 @@ def test_what_is_read_is_what_was_saved(of_70):
   assert not any(item["problem"] or item["strays"] for item in items)
 
 
-@pytest.mark.parametrize(("damaged", "left"), [("state-0070", 69), ("state-0068", 67)])
-def test_a_damaged_state_costs_those_that_build_on_it(damaged, left, of_70, tmp_path):
+@pytest.mark.parametrize("changes_shared", [False, True])
+def test_a_damaged_state_costs_one_task(changes_shared, tmp_path):
+  """Also where every task changes what they share, so that older parts are deleted."""
+  learn(tmp_path, 0, 40, State({"kernels": np.ones((2, 2), np.float32)}, ()), changes_shared)
+  (tmp_path / "checkpoints/state-0040/about.json").write_text("{}")
+  with opened(tmp_path, strict=True) as run, pytest.raises(UserError, match="state-0040"):
+    run.restore_state()
+  with opened(tmp_path) as run, pytest.warns(UserWarning, match="state-0040.*after state-0039"):
+    position, state, rows = run.restore_state()
+    assert position == len(rows) == 39
+    assert state.shared["kernels"][0, 0] == (39 if changes_shared else 1)
+    run.save_state(40, state.append(task_state(39)), [*rows, row(39)])
+  with opened(tmp_path) as run:
+    position, state, _ = run.restore_state()
+    assert position == 40 and state.tasks[39].params["head"][0, 0] == 39
+
+
+@pytest.mark.parametrize("name", ["state-0065", "rows01-*"])
+def test_without_what_a_state_builds_on_it_is_damaged(name, of_70, tmp_path):
   folder = tmp_path / "copy"
   shutil.copytree(of_70[0], folder)
-  (folder / "checkpoints" / damaged / "about.json").write_text("{}")
-  with opened(folder, strict=True) as run, pytest.raises(UserError, match=damaged):
-    run.restore_state()
-  with opened(folder) as run, pytest.warns(UserWarning, match=f"{damaged}.*resumes after state-00"):
-    position, state, rows = run.restore_state()
-    assert position == left and len(rows) == left
-    check(state, left)
-    run.save_state(left + 1, state.append(task_state(left)), [*rows, row(left)])
-  with opened(folder) as run:
-    position, state, _ = run.restore_state()
-    assert position == left + 1
-    check(state, left + 1)
+  (item,) = (folder / "checkpoints").glob(name)
+  shutil.rmtree(item)
+  with pytest.raises(checkpoint.Damaged, match=f"{item.name}: missing"):
+    states.outline(folder / "checkpoints/state-0070")
+  items, state, _ = states.inspect(str(folder))
+  problems = {found["name"]: found["problem"] for found in items if found["problem"]}
+  assert state is None and problems.keys() >= {"state-0069", "state-0070"}
 
 
 def test_a_state_that_builds_on_a_later_one_is_damaged(of_70, tmp_path):
   folder = tmp_path / "copy"
   shutil.copytree(of_70[0], folder)
-  item = folder / "checkpoints/state-0070"
-  checkpoint.save(item, ([], []), about(folder, 70) | {"before": 70})
-  with pytest.raises(checkpoint.Damaged, match="builds on state 70, which is not an earlier one"):
-    states.outline(item)
+  item = folder / "checkpoints/state-0069"
+  for later in (69, 70):
+    checkpoint.save(item, ([], []), about(folder, 69) | {"whole": later})
+    with pytest.raises(checkpoint.Damaged, match="state-0069: was changed or damaged"):
+      states.outline(item)
+
+
+def test_what_is_complete_stays_while_parts_can_not_be_written(tmp_path, monkeypatch):
+  """The items of states are small: they are written when there is no room for what they name."""
+  learn(tmp_path, 0, 4, State({"kernels": np.ones((2, 2), np.float32)}, ()), changes_shared=True)
+  save = checkpoint.save
+
+  def slow_and_full(folder, packed, about):
+    time.sleep(0.05)
+    if packed[1]:
+      raise OSError(28, "No space left on device")
+    save(folder, packed, about)
+
+  with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+    patch.setattr(workdir.checkpoint, "save", slow_and_full)
+    learn(tmp_path, 4, 12, None, changes_shared=True)
+  with opened(tmp_path) as run, pytest.warns(UserWarning, match="resumes after state-0004"):
+    position, state, _ = run.restore_state()
+  assert position == 4 and state.shared["kernels"][0, 0] == 4
 
 
 def test_states_of_older_versions_were_whole(of_70, tmp_path):
@@ -132,7 +164,7 @@ def test_states_of_older_versions_were_whole(of_70, tmp_path):
   assert [r["increment"] for r in again.rows] == [r["increment"] for r in found.rows]
   state = learn(folder, 70, 72, None)
   check(state, 72)
-  assert about(folder, 72)["before"] == 71 and about(folder, 71)["before"] == 70
+  assert about(folder, 72)["whole"] == about(folder, 71)["whole"] == 70
 
 
 def test_old_tasks_are_maps_of_a_file(of_70):
@@ -168,18 +200,20 @@ def test_spilled_arrays_are_the_same_and_can_not_be_written(tmp_path):
     }
     for n in (1, 100, 5_000_000, 7)  # the third is larger than a chunk
   ]
+  trees.insert(2, np.ones(70_000_001, bool))
   found = [make(tree) for tree in trees]
   for tree, stored in zip(trees, found, strict=True):
     jax.tree.map(np.testing.assert_array_equal, stored, tree)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), stored) == jax.tree.map(
       lambda x: (x.shape, x.dtype), tree
     )
+  assert all(x.flags.aligned for x in jax.tree.leaves(found))
   with pytest.raises(ValueError, match="read-only"):
     found[0]["a"][0] = 1
   assert not list(tmp_path.iterdir()), "the file has no name"
 
 
-def test_no_room_for_the_file_is_said(of_70, tmp_path, monkeypatch):
+def test_without_room_for_the_file_old_tasks_stay_in_memory(of_70, tmp_path, monkeypatch):
   folder = tmp_path / "copy"
   shutil.copytree(of_70[0], folder)
 
@@ -187,5 +221,7 @@ def test_no_room_for_the_file_is_said(of_70, tmp_path, monkeypatch):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(spill.os, "pwrite", full)
-  with opened(folder) as run, pytest.raises(UserError, match="No space left.*free some space"):
-    run.restore_state()
+  with opened(folder) as run, pytest.warns(UserWarning, match="stay in memory.*No space") as said:
+    _, state, _ = run.restore_state()
+  assert len(said) == 1 and not any(map(spill.is_spilled, state.tasks))
+  check(state, 70)
