@@ -38,7 +38,7 @@ def written():
   return int(dict(line.split(": ") for line in lines)["wchar"])
 
 workdir, log, num_tasks, epochs = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-config = arguments.load_config("configs/digits.py")
+config = arguments.load_config(sys.argv[5])
 config.order, config.epochs, config.data.num_tasks = "natural", epochs, num_tasks
 config.method.warmup_epochs, config.method.task_bound = 1, 0.05
 
@@ -59,7 +59,8 @@ print(json.dumps({"memory": 1024 * int(peak), "state_hash": record["state_hash"]
 
 def learn(args: argparse.Namespace, log: pathlib.Path, until: int) -> str:
   """Starts the run, or resumes it, and kills it after `until` tasks; returns what it prints."""
-  arguments = [args.workdir, str(log), str(args.tasks), str(args.epochs)]
+  digits = str(pathlib.Path(__file__).parents[1] / "configs/digits.py")
+  arguments = [args.workdir, str(log), str(args.tasks), str(args.epochs), digits]
   command = [sys.executable, "-c", _CHILD, *arguments]
   process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
   while process.poll() is None:
@@ -67,6 +68,8 @@ def learn(args: argparse.Namespace, log: pathlib.Path, until: int) -> str:
       process.send_signal(signal.SIGKILL)
     time.sleep(0.5)
   assert process.stdout is not None
+  if process.returncode != (0 if until >= args.tasks else -signal.SIGKILL):
+    raise SystemExit(f"the run ended with exit code {process.returncode} before {until} tasks")
   return process.stdout.read()
 
 
@@ -98,6 +101,8 @@ def main() -> None:
   parser.add_argument("--kills", type=int, default=2)
   args = parser.parse_args()
   log = pathlib.Path(f"{args.workdir}.log")
+  if log.exists() or pathlib.Path(args.workdir).exists():
+    raise SystemExit(f"{args.workdir} or {log} exists: choose another --workdir")
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   printed = ""
   for kill in range(1, args.kills + 2):

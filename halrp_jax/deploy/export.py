@@ -1,7 +1,8 @@
-"""Writes the model of a run to files for other programs, and reads them. No pickle.
+"""Writes the model of a run to files for other programs; exported.py reads them. No pickle.
 
-  DIR/base.safetensors, base.json        what all tasks share, once: the frozen kernels, and with
-                                         method.private=norm or head other parameters too
+  DIR/base.safetensors, base.json        what all tasks share, once: the frozen kernels, with
+                                         method.private=norm or head other parameters, and with
+                                         method.batch_norm=frozen BatchNorm's statistics
   DIR/task03.safetensors, task03.json    what task 3 adds to them, or its whole network (merged)
   DIR/task03.stablehlo, task03.json      the whole program of task 3: uint8 images -> probabilities
 

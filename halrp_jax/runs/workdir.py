@@ -12,6 +12,8 @@
     rows00-HASH   results of the first groups of tasks
     shared-HASH, task00-HASH    the parts of the states, each written once
     now.task03.warmup.fit       progress within the task that is being learned
+  (a file without a name)       states of old tasks that are not in memory (spill.py); of more than
+                                32 tasks, and only while a process works in the folder
   set_aside/     items that could not be used when the run was resumed; can be deleted at any time
 
 A run resumes with the command that began it. The newest state whose items are all undamaged is
