@@ -108,6 +108,12 @@ class Config(rank_rules.Config):
     "prune_scope=new: model growth that each task is allowed, a fraction of the base, in place of "
     "prune_bound; 0: an equal share of prune_bound",
   )
+  prune_epochs: int = keys.whole(
+    0,
+    0,
+    None,
+    "prune_scope=new: epochs of fine-tuning after pruning, out of `epochs`; what is pruned stays 0",
+  )
   private: str = keys.one_of(
     "all",
     ("all", "norm", "head"),
@@ -149,10 +155,16 @@ def check(config: keys.Config) -> list[str]:
   """Returns the errors of a run's config that concern several keys of HALRP."""
   m, errors = config.method, []
   assert isinstance(m, Config)
-  if m.warmup_epochs >= config.epochs:
+  if m.warmup_epochs + m.prune_epochs >= config.epochs:
+    name = "method.warmup_epochs" + (" + method.prune_epochs" if m.prune_epochs else "")
     errors.append(
-      f"method.warmup_epochs = {m.warmup_epochs} must be less than epochs = {config.epochs}: "
+      f"{name} = {m.warmup_epochs + m.prune_epochs} must be less than epochs = {config.epochs}: "
       "the rest is for fine-tuning"
+    )
+  if m.prune_epochs and (m.prune_scope == "all" or m.prune == "none"):
+    errors.append(
+      f"method.prune_epochs = {m.prune_epochs} are after a task was pruned for good: set "
+      "method.prune_scope=new and a method.prune other than none, or method.prune_epochs=0"
     )
   if m.importance_split == "valid" and config.protocol.validation_fraction == 0:
     errors.append(
@@ -199,11 +211,13 @@ def make(config: Config, setup: Setup) -> Method:
       return perturbation, chosen, seconds
 
     perturbation, chosen, seconds = store.once("select", timed_select)
-    ranks, epochs = chosen["ranks"], setup.epochs - config.warmup_epochs
+    ranks, epochs = chosen["ranks"], setup.epochs - config.warmup_epochs - config.prune_epochs
     task_state = fine_tune(
       f, config, epochs, state, perturbation, ranks, params, stats, task, fine_key, store
     )
     state = prune(f, state.append(task_state), config, setup.num_tasks)
+    if config.prune_epochs:
+      state = recover(f, config, state, task, jax.random.fold_in(fine_key, 1), store)
     return state, chosen | {"select_seconds": seconds}
 
   logits = networks.perturbed_logits(setup.model)
@@ -347,6 +361,30 @@ def prune(f: "_Functions", state: State, config: Config, num_tasks: int) -> Stat
   return state._replace(tasks=(*unchanged, *pruned))
 
 
+def recover(
+  f: "_Functions", config: Config, state: State, task: Task, key: jax.Array, store: Store
+) -> State:
+  """Fine-tunes the new task after pruning with a fresh optimizer; what is pruned stays 0.
+
+  This is not in the paper.
+
+  Args:
+    f: the compiled functions.
+    config: config of the method.
+    state: method state whose last task was pruned.
+    task: the task.
+    key: random key for the order of images and for dropout.
+    store: store of the task, for progress and events.
+  """
+  last = state.tasks[-1]
+  mask = jax.tree.map(lambda x: x != 0, last.perturbation)
+  start = {"perturbation": last.perturbation, "rest": last.rest}
+  frozen = state.shared | {"mask": mask}
+  args = (task, key, config.prune_epochs, store.child("recover"))
+  trained, stats = f.fit_pruned(start, last.stats, frozen, *args)
+  return state._replace(tasks=(*state.tasks[:-1], last._replace(**trained, stats=stats)))
+
+
 # --- jitted functions -------------------------------------------------------------------
 
 
@@ -357,6 +395,7 @@ class _Functions(NamedTuple):
   initialize: Callable  # (key) -> params, stats
   fit_free: Fit  # of the plain network
   fit_perturbed: Fit  # of the perturbed network
+  fit_pruned: Fit  # of the perturbed network; zeros of the perturbation stay zeros
   prune: Callable  # `lowrank.prune`
 
 
@@ -365,11 +404,18 @@ def _build(config: Config, setup: Setup) -> _Functions:
   model = setup.model
   shapes = contract.make_matrix_shapes(model, setup.image_shape, setup.max_classes)
   tuning = fine_tuning(config, model)
+
+  def edit_pruned(updates, frozen):
+    updates = tuning.edit_fn(updates, frozen)
+    held = jax.tree.map(jnp.multiply, updates["perturbation"], frozen["mask"])
+    return updates | {"perturbation": held}
+
   return _Functions(
     ranks=rank_rules.build(config, setup, shapes),
     initialize=networks.make_initialize(setup),
     fit_free=make_fit(setup, *networks.plain_network(model)),
     fit_perturbed=make_fit(setup, *tuning[:2], edit_fn=tuning.edit_fn),
+    fit_pruned=make_fit(setup, *tuning[:2], edit_fn=edit_pruned),
     prune=jax.jit(lowrank.prune),
   )
 

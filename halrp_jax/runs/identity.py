@@ -35,6 +35,7 @@ _OLDER_VALUES: dict[object, dict[str, str | bool | float]] = {
     "warmup_rate": 1.0,
     "budget": 0.0,
     "task_bound": 0.0,
+    "prune_epochs": 0,
   },
   "wsn": {"scores": "random"},
 }

@@ -118,6 +118,41 @@ def test_unbounded_mixed_pruning_applies_the_absolute_threshold_alone(digits_con
   np.testing.assert_array_equal(p.U, np.where(np.abs(before.U) > 0.5, before.U, 0))
 
 
+def test_what_is_pruned_stays_zero_in_the_epochs_after_it(digits_config, monkeypatch):
+  """And the values that are left are trained on; the size is that of pruning."""
+  recover, seen = halrp.recover, []
+
+  def spy(f, config, state, *args):
+    seen.append(state)
+    return recover(f, config, state, *args)
+
+  monkeypatch.setattr(halrp, "recover", spy)
+  switches = {"method.prune_bound": 0.02, "method.prune_epochs": 1, "method.alpha": 1.0}
+  state, *_ = learn_two(digits_config("halrp", epochs=4, **switches))
+  (pruned,) = seen
+  after, before = (s.tasks[1].perturbation for s in (state, pruned))
+  for name, p in before.items():
+    for x, y in ((p.U, after[name].U), (p.V, after[name].V)):
+      zero = np.asarray(x) == 0
+      assert 0.2 < zero.mean() < 1
+      np.testing.assert_array_equal(np.asarray(y) == 0, zero)
+      assert (np.asarray(y) != np.asarray(x))[~zero].mean() > 0.9
+  assert sizes.perturbed(state).paper == sizes.perturbed(pruned).paper
+
+
+@pytest.mark.parametrize(
+  ("switches", "says"),
+  [
+    ({"prune_epochs": 2}, "warmup_epochs . method.prune_epochs = 3 must be less than epochs = 3"),
+    ({"prune_epochs": 1, "prune_scope": "all"}, "prune_epochs = 1 are after a task was pruned"),
+    ({"prune_epochs": 1, "prune": "none"}, "prune_epochs = 1 are after a task was pruned"),
+  ],
+)
+def test_epochs_after_pruning_that_do_not_fit_are_refused(switches, says, digits_config):
+  with pytest.raises(UserError, match=says):
+    resolve(digits_config("halrp", epochs=3, **{f"method.{k}": v for k, v in switches.items()}))
+
+
 def test_the_bound_of_a_task_does_not_depend_on_their_number(digits_config):
   state = lenet_state(3, CAP)
   switches = {"prune_scope": "new", "prune_bound": 0.18}
