@@ -215,6 +215,7 @@ TARGETS = {
 }
 STANDARD = (  # the config file of each combination of benchmark and network
   *("cifar100_split", "cifar100_superclass", "pmnist", "omniglot_rotation", "digits"),
+  "cifar100_split_pretrained",
   *_FIVE.values(),
   *_TINY.values(),
   *_IRU.values(),
