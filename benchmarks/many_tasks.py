@@ -48,7 +48,7 @@ def show(event):
     line = {"t": event["t"], "time": time.monotonic(), "bytes": written(), "pid": os.getpid()}
     line |= {"memory": 1024 * int(peak), "growth": event["increment"]}
     line |= {"compile": event["seconds"]["compile"]}
-    with open(log, "a") as stream:
+    with open(log, "a", encoding="utf-8") as stream:
       stream.write(json.dumps(line) + "\\n")
 
 record = experiment.run(config, workdir, show)
@@ -62,7 +62,7 @@ def learn(args: argparse.Namespace, log: pathlib.Path, until: int) -> str:
   digits = str(pathlib.Path(__file__).parents[1] / "configs/digits.py")
   arguments = [args.workdir, str(log), str(args.tasks), str(args.epochs), digits]
   command = [sys.executable, "-c", _CHILD, *arguments]
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
   while process.poll() is None:
     if until < args.tasks and len(read(log)) >= until:
       process.send_signal(signal.SIGKILL)
@@ -77,7 +77,7 @@ def read(log: pathlib.Path) -> dict[int, dict]:
   """Returns the lines of the log by task; a task that was learned again counts as it was last."""
   if not log.exists():
     return {}
-  lines = log.read_text().splitlines(keepends=True)
+  lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
   return {x["t"]: x for x in (json.loads(line) for line in lines if line.endswith("\n"))}
 
 

@@ -55,7 +55,9 @@ def of_70(tmp_path_factory):
 
 
 def about(folder, position):
-  return json.loads((folder / f"checkpoints/state-{position:04d}/about.json").read_text())
+  return json.loads(
+    (folder / f"checkpoints/state-{position:04d}/about.json").read_text(encoding="utf-8")
+  )
 
 
 def check(state, count):
@@ -95,7 +97,7 @@ def test_what_is_read_is_what_was_saved(of_70):
 def test_a_damaged_state_costs_one_task(changes_shared, tmp_path):
   """Also where every task changes what they share, so that older parts are deleted."""
   learn(tmp_path, 0, 40, State({"kernels": np.ones((2, 2), np.float32)}, ()), changes_shared)
-  (tmp_path / "checkpoints/state-0040/about.json").write_text("{}")
+  (tmp_path / "checkpoints/state-0040/about.json").write_text("{}", encoding="utf-8")
   with opened(tmp_path, strict=True) as run, pytest.raises(UserError, match="state-0040"):
     run.restore_state()
   with opened(tmp_path) as run, pytest.warns(UserWarning, match="state-0040.*after state-0039"):
