@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from halrp_jax import files, packing
+from halrp_jax.runs import spill
 from halrp_jax.types import Params, brief
 
 _Result = TypeVar("_Result")
@@ -63,6 +64,7 @@ def fingerprint(tree: Params) -> str:
     x = np.asarray(leaf)
     digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}".encode())
     digest.update(np.ascontiguousarray(x).tobytes())
+    spill.release(leaf)
   return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Moves arrays from memory to a file, from which they are read when they are used."""
 
+import mmap
 import os
 import pathlib
 import tempfile
@@ -15,8 +16,14 @@ _CHUNK = 64 << 20  # bytes that are mapped at once; every map needs a file descr
 _ALIGNED = 64  # bytes
 
 
+class Spilled(np.ndarray):
+  """An array whose numbers are in a file; its `base` is the map of the file."""
+
+  __slots__ = ()  # one object is all that a thousand tasks need for each array
+
+
 def make_spill(folder: pathlib.Path) -> Callable[[Params], Params]:
-  """Builds spill(tree), which returns the tree with arrays that are maps of a file.
+  """Builds spill(tree), which returns the tree with arrays of type `Spilled`.
 
   The file has no name and is gone when the process ends, however it ends. The arrays can't be
   written to. They are stored by columns, and zeros at the end are not written: U and V of a task
@@ -28,32 +35,32 @@ def make_spill(folder: pathlib.Path) -> Callable[[Params], Params]:
   Returns:
     The function; it raises OSError if the disk is full.
   """
-  file, chunk, used = None, np.zeros(0, np.uint8), 0
+  file, chunk, start, used = None, None, 0, 0
 
-  def room(size: int) -> tuple[int, np.ndarray]:
-    """Returns where in the file `size` bytes have room, and their map."""
-    nonlocal file, chunk, used
+  def reserve(size: int) -> int:
+    """Maps more of the file if need be; returns where in `chunk` there is room for `size` bytes."""
+    nonlocal file, chunk, start, used
     if file is None:
       file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  `close` closes it
-    if used + size > chunk.size:
-      start, length = os.fstat(file.fileno()).st_size, max(_rounded(size), _CHUNK)
-      os.ftruncate(file.fileno(), start + length)
-      chunk, used = np.memmap(file, np.uint8, "r", start, (length,)), 0
-    view = chunk[used : used + size]
-    offset = os.fstat(file.fileno()).st_size - chunk.size + used
-    used += _rounded(size)
-    return offset, view
+    if chunk is None or used + size > len(chunk):
+      end = os.fstat(file.fileno()).st_size
+      length = max(_rounded(size, mmap.ALLOCATIONGRANULARITY), _CHUNK)
+      os.ftruncate(file.fileno(), end + length)
+      chunk = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=end)
+      start, used = end, 0
+    offset, used = used, used + _rounded(size, _ALIGNED)
+    return offset
 
   def spill_array(x: jax.Array | np.ndarray) -> np.ndarray:
     array = np.asarray(x)
     if not array.size:
       return array
-    offset, view = room(array.nbytes)
-    assert file is not None  # made by `room`
+    offset = reserve(array.nbytes)
+    assert file is not None  # made by `reserve`
     contents, written = array.tobytes(order="F").rstrip(b"\0"), 0
     while written < len(contents):
-      written += os.pwrite(file.fileno(), contents[written:], offset + written)
-    return view.view(array.dtype).reshape(array.shape, order="F")
+      written += os.pwrite(file.fileno(), contents[written:], start + offset + written)
+    return Spilled(array.shape, array.dtype, chunk, offset, order="F")
 
   def spill(tree: Params) -> Params:
     return jax.tree.map(spill_array, tree)
@@ -66,11 +73,17 @@ def make_spill(folder: pathlib.Path) -> Callable[[Params], Params]:
   return spill
 
 
-def _rounded(size: int) -> int:
-  """Returns `size` rounded up, so that the next array is aligned."""
-  return -(-size // _ALIGNED) * _ALIGNED
-
-
 def is_spilled(tree: Params) -> bool:
-  """Returns whether the arrays of a pytree are maps of a file."""
-  return all(isinstance(x, np.memmap) for x in jax.tree.leaves(tree) if x.size)
+  """Returns whether the arrays of a pytree are in a file."""
+  return all(isinstance(x, Spilled) for x in jax.tree.leaves(tree) if x.size)
+
+
+def release(x: jax.Array | np.ndarray) -> None:
+  """Frees the memory that reading a spilled array took; it is read again when it is used."""
+  if isinstance(x, Spilled) and isinstance(x.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+    x.base.madvise(mmap.MADV_DONTNEED)
+
+
+def _rounded(size: int, unit: int) -> int:
+  """Returns `size` rounded up to a multiple of `unit`."""
+  return -(-size // unit) * unit

@@ -475,7 +475,7 @@ def _names_of(outlines: Iterable[states.Outline]) -> set[str]:
 
 def _to_device(x: Params) -> Params:
   """Moves a numpy array in memory to the device; returns anything else as it is."""
-  in_memory = isinstance(x, np.ndarray) and not isinstance(x, np.memmap)
+  in_memory = isinstance(x, np.ndarray) and not isinstance(x, spill.Spilled)
   return jnp.asarray(x) if in_memory else x
 
 

@@ -1,6 +1,7 @@
 """States of many tasks: what is written for each, what is read again, and what memory holds."""
 
 import json
+import mmap
 import shutil
 import time
 
@@ -210,9 +211,16 @@ def test_spilled_arrays_are_the_same_and_can_not_be_written(tmp_path):
       lambda x: (x.shape, x.dtype), tree
     )
   assert all(x.flags.aligned for x in jax.tree.leaves(found))
+  doubled = jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree))
+  jax.tree.map(np.testing.assert_array_equal, doubled(found[0]), doubled(trees[0]))
   with pytest.raises(ValueError, match="read-only"):
     found[0]["a"][0] = 1
   assert not list(tmp_path.iterdir()), "the file has no name"
+  before = checkpoint.fingerprint(found)
+  for x in jax.tree.leaves(found):
+    assert not x.size or isinstance(x.base, mmap.mmap)  # so that memory can be freed
+    spill.release(x)
+  assert checkpoint.fingerprint(found) == before == checkpoint.fingerprint(trees)
 
 
 def test_without_room_for_the_file_old_tasks_stay_in_memory(of_70, tmp_path, monkeypatch):
