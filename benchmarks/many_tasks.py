@@ -4,8 +4,8 @@
 
 A run of HALRP on `data.num_tasks` permutations is started, killed with SIGKILL after equal shares
 of the tasks, and started again, until it is finished. Each task may add `method.task_bound` to the
-model. Costs are medians over 20 tasks: those around the tenth, and the last ones. Prints one line
-of JSON:
+model. Costs are those of 20 tasks, from the tenth on and the last ones: medians, of bytes the mean.
+Prints one line of JSON:
 
   seconds      wall-clock seconds from one evaluation to the next, without compilation
   bytes        written by the process between two evaluations, checkpoints and events

@@ -7,7 +7,6 @@ import datetime
 import functools
 import gc
 import json
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -314,7 +313,7 @@ def _learn_all(
     size, parts = _size(method, state, {i: parts[i] for i in same & parts.keys()})
     row = _row(size, history, seconds, valid)
     row["evaluated"] = [i for i in range(t + 1) if i not in known]
-    known_so_far = _nulls(accuracy[t : t + 1, : t + 1])[0]
+    known_so_far = states.nulls(accuracy[t : t + 1, : t + 1])[0]
     log({"event": "evaluation"} | label | row | {"accuracy": known_so_far})
     row |= {"t": t, "accuracy": [known_so_far[i] for i in row["evaluated"]]}
     rows = [*rows, row]  # a new list: the writer's thread may still be reading the old one
@@ -347,15 +346,10 @@ def _unchanged(method: Method, before: State, now: State) -> set[int]:
     before: the state before the last task.
     now: the state now.
   """
-
-  def is_same(tree, other):
-    leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
-    return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
-
-  if not before.tasks or not is_same(method.served(before), method.served(now)):
+  if not before.tasks or not states.is_same(method.served(before), method.served(now)):
     return set()
   pairs = enumerate(zip(before.tasks, now.tasks, strict=False))
-  return {i for i, (old, new) in pairs if is_same(old, new)}
+  return {i for i, (old, new) in pairs if states.is_same(old, new)}
 
 
 def _size(method: Method, state: State, known: dict[int, Size]) -> tuple[Size, dict[int, Size]]:
@@ -422,11 +416,6 @@ def _row(size: Size, history: History, seconds: dict[str, float], valid: float) 
   }
 
 
-def _nulls(accuracy: np.ndarray) -> list[list[float | None]]:
-  """Returns the matrix of accuracies with None for NaN, as JSON needs it."""
-  return [[None if np.isnan(x) else x for x in row] for row in accuracy]
-
-
 def _record(
   config: Config,
   benchmark: Benchmark,
@@ -442,7 +431,7 @@ def _record(
     "benchmark": benchmark.name,
     "order": config.order,
     "seed": config.seed,
-    "accuracy": _nulls(accuracy),
+    "accuracy": states.nulls(accuracy),
     "task_ids": [task.id for task in benchmark.tasks],
     "task_names": [task.name for task in benchmark.tasks],
     "average_accuracy": metrics.average_accuracy(accuracy),

@@ -9,6 +9,7 @@ each.
 """
 
 import itertools
+import operator
 import pathlib
 import re
 import warnings
@@ -193,11 +194,18 @@ def results(rows: Rows) -> dict[str, Any]:
 
   Accuracies that were not measured are None.
   """
-  accuracy = accuracies(rows, rows[-1]["t"] + 1 if rows else 0)
-  return {
-    "rows": rows,
-    "accuracy": [[None if np.isnan(x) else x for x in a] for a in accuracy.tolist()],
-  }
+  return {"rows": rows, "accuracy": nulls(accuracies(rows, rows[-1]["t"] + 1 if rows else 0))}
+
+
+def nulls(accuracy: np.ndarray) -> list[list[float | None]]:
+  """Returns accuracies [S, T] with None for NaN, as JSON needs it."""
+  return [[None if np.isnan(x) else x for x in row] for row in accuracy.tolist()]
+
+
+def is_same(tree: Params, other: Params) -> bool:
+  """Returns whether two pytrees have the very same arrays as leaves."""
+  leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+  return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
 
 
 def load_state(

@@ -29,7 +29,6 @@ import functools
 import hashlib
 import itertools
 import json
-import operator
 import os
 import pathlib
 import platform
@@ -216,7 +215,7 @@ class Workdir:
     items, written = {}, set(before.items.values()) if before else set()
     self._unchanged = {}
     for t, (name, tree) in enumerate(parts.items(), -1):
-      if before and name in self._parts and _is_same(self._parts[name], tree):
+      if before and name in self._parts and states.is_same(self._parts[name], tree):
         items[name], self._unchanged[name] = before.items[name], t
         continue
       items[name] = f"{name}-{checkpoint.fingerprint(tree)[:16]}"
@@ -460,12 +459,6 @@ def _numbered(tasks: Iterable[Params]) -> Iterator[tuple[str, Params]]:
 def _is_cold(t: int, num_tasks: int) -> bool:
   """Returns whether the state of task t may be on disk: not the first, nor one of the newest."""
   return 0 < t < num_tasks - _IN_MEMORY and processes.count() == 1
-
-
-def _is_same(tree: Params, other: Params) -> bool:
-  """Returns whether two pytrees have the very same arrays as leaves."""
-  leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
-  return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
 
 
 def _names_of(outlines: Iterable[states.Outline]) -> set[str]:
