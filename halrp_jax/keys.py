@@ -72,13 +72,13 @@ def number(
   return _field(default, f"a number {_range_text(low, high, open_low)}", accepts, meaning)
 
 
-def number_or_none(default: float | str | None, low: float, meaning: str) -> float | str:
-  """Returns a field that accepts a number of at least `low`, or the text "none"."""
+def number_or(word: str, default: float | str | None, low: float, meaning: str) -> float | str:
+  """Returns a field that accepts a number of at least `low`, or one word."""
 
   def accepts(x: object) -> bool:
-    return x == "none" or (_is_number(x) and x >= low)
+    return x == word or (_is_number(x) and x >= low)
 
-  return _field(default, f"a number >= {low}, or none", accepts, meaning)
+  return _field(default, f"a number >= {low}, or {word}", accepts, meaning)
 
 
 def whole(default: int | None, low: int, high: int | None, meaning: str) -> int:
@@ -148,9 +148,10 @@ class Protocol:
   )
   evaluate_on: str = one_of(
     "test",
-    ("test", "validation"),
-    "images on which accuracies are measured; validation: the run has no test images "
-    "(used by `tune`)",
+    ("test", "validation", "unused"),
+    "images on which accuracies are measured; validation: the run has no test images (used by "
+    "`tune`); unused: nor has it, but as many of the training images that train_fraction leaves "
+    "out",
   )
   last_batch: str = one_of(
     "train", ("train", "drop"), "whether the last, smaller batch of an epoch is used or dropped"

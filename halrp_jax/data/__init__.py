@@ -322,9 +322,10 @@ def _draw_and_hold_out(task: Task, config: Config, is_own: bool) -> Task:
   """Draws `train_fraction` of the training images, and holds out validation images from them.
 
   The draw depends on the seed and on the task's id, so it is the same in every task order. The
-  test images stay complete. Every class keeps at least one training image if as many images as
-  classes are drawn. A class of the user's own images always keeps at least one training image, and
-  at least one validation image unless `validation_fraction` is 0.
+  test images stay complete, unless `protocol.evaluate_on` says otherwise. Every class keeps at
+  least one training image if as many images as classes are drawn. A class of the user's own
+  images always keeps at least one training image, and at least one validation image unless
+  `validation_fraction` is 0.
 
   Args:
     task: the task with all its images.
@@ -336,11 +337,14 @@ def _draw_and_hold_out(task: Task, config: Config, is_own: bool) -> Task:
   """
   task = task._replace(test=_shuffle_if_sorted(task.test, task.id))
   pool, fraction, key = task.train, config.protocol.validation_fraction, (config.seed, task.id)
-  if len(task.valid.index):
-    train = _draw_fraction(pool, config, key, 1, is_own)
-    return task._replace(train=train, valid=_draw_fraction(task.valid, config, key, 1, is_own))
-  every_class = is_own and fraction > 0  # every class must have validation images
+  has_valid = bool(len(task.valid.index))
+  # every class must have validation images
+  every_class = is_own and fraction > 0 and not has_valid
   drawn = _draw_fraction(pool, config, key, 1 + every_class, is_own)
+  if config.protocol.evaluate_on == "unused":
+    task = task._replace(test=_unused(task, drawn))
+  if has_valid:
+    return task._replace(train=drawn, valid=_draw_fraction(task.valid, config, key, 1, is_own))
   num_valid = math.floor(fraction * len(drawn.index))
   spare = int(is_own or len(drawn.index) - num_valid >= task.num_classes)
   held_out = _first_of_classes(np.asarray(drawn.label), num_valid, int(every_class), spare)
@@ -364,6 +368,30 @@ def _draw_and_hold_out(task: Task, config: Config, is_own: bool) -> Task:
     Split(drawn.image, drawn.index[rows], drawn.label[rows]) for rows in (held_out, ~held_out)
   )
   return task._replace(valid=valid, train=train)
+
+
+def _unused(task: Task, drawn: Split) -> Split:
+  """Returns training images that were not drawn, in random order, as many as test images.
+
+  Args:
+    task: the task with all its images.
+    drawn: the training images that were drawn.
+
+  Raises:
+    UserError: if a class has none.
+  """
+  pool = task.train
+  rows = np.flatnonzero(~np.isin(pool.index, drawn.index))
+  rows = np.random.default_rng((task.id,)).permutation(rows)[: len(task.test.index)]
+  unused = Split(pool.image, pool.index[rows], pool.label[rows])
+  counts = np.bincount(unused.label, minlength=task.num_classes)
+  if not counts.all():
+    raise UserError(
+      f"protocol.evaluate_on = 'unused': no training images of class "
+      f"{task.class_names[int(counts.argmin())]!r} of task {task.name!r} are unused: set a smaller "
+      "train_fraction, or protocol.evaluate_on=validation"
+    )
+  return unused
 
 
 def _empty_classes(tasks: list[Task], config: Config) -> list[str]:

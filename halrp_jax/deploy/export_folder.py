@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -157,13 +158,19 @@ def take(arrays: Arrays, name: str, file: object) -> np.ndarray:
   return arrays.pop(name)
 
 
-def require_arrays(found: Arrays, expected: dict[str, tuple[int, ...]], file: object) -> None:
+def require_arrays(
+  found: Arrays,
+  expected: dict[str, tuple[int, ...]],
+  file: object,
+  int8: Collection[str] = (),
+) -> None:
   """Checks names, shapes and dtypes of the arrays of a file.
 
   Args:
     found: the arrays.
     expected: name -> shape. The dtype may be any floating-point type.
     file: where the arrays are from, for the error messages.
+    int8: names of arrays that may be int8, too.
 
   Raises:
     UserError: names the first array that is missing, unexpected, or of another shape or dtype.
@@ -177,6 +184,8 @@ def require_arrays(found: Arrays, expected: dict[str, tuple[int, ...]], file: ob
   for name, shape in expected.items():
     if found[name].shape != shape:
       raise UserError(f"{file}: {name} is {found[name].shape}, expected {shape}")
+    if name in int8 and found[name].dtype == np.int8:
+      continue
     if not jnp.issubdtype(found[name].dtype, jnp.floating):
       raise UserError(f"{file}: {name} is {found[name].dtype}, expected floating point")
 

@@ -235,7 +235,10 @@ def _compose(
   rest, composed = dict(arrays), {}
   for name in structure.kernels:
     layer = name.removeprefix("params/").removesuffix("/kernel")
-    p = _take_perturbation(rest, layer, structure.matrices[layer], file)
+    num_in, num_out = structure.matrices[layer]
+    is_unfolded = card.get("conv_form") == "unfolded"  # older cards do not say
+    rows = base[name].size // num_out if is_unfolded else num_in
+    p = _take_perturbation(rest, layer, num_in, num_out, rows, file)
     composed[name] = np.asarray(kinds.compose(jnp.asarray(base[name]), p))
   common = {k: x for k, x in base.items() if k not in composed and k not in rest}
   expected = structure.shapes.keys() - composed.keys() - common.keys()
@@ -245,11 +248,19 @@ def _compose(
 
 
 def _take_perturbation(
-  arrays: Arrays, layer: str, shape: tuple[int, int], file: pathlib.Path
+  arrays: Arrays, layer: str, num_in: int, num_out: int, rows: int, file: pathlib.Path
 ) -> lowrank.Perturbation:
-  """Removes the perturbation of a layer from the arrays of a task and returns it, checked."""
+  """Removes the perturbation of a layer from the arrays of a task and returns it, checked.
+
+  Args:
+    arrays: what the task adds to the base.
+    layer: path of the layer.
+    num_in: I of its kernel as a matrix.
+    num_out: J.
+    rows: M, of V (`lowrank.low_rank_shape`).
+    file: of the task, for error messages.
+  """
   name = f"perturbation/{layer}"
-  num_in, num_out = shape
   stored_rank = take(arrays, f"{name}/rank", file)
   if stored_rank.shape != (1,) or stored_rank.dtype != np.int32:
     raise UserError(
@@ -258,14 +269,15 @@ def _take_perturbation(
   rank = int(stored_rank[0])
   found = {key: take(arrays, f"{name}/{key}", file) for key in "RS"}
   expected: dict[str, tuple[int, ...]] = {"R": (num_out,), "S": (num_in,)}
-  for key, size in (("U", num_out), ("V", num_in)):
+  for key, size in (("U", num_out), ("V", rows)):
     zeros = np.zeros((size, 0), np.float32)
     found[key] = unpack(arrays, f"{name}/{key}", (size, rank), file) if rank else zeros
     expected[key] = (size, rank)
   sigma = arrays.pop(f"{name}/sigma", None) if rank else None
   if sigma is not None:
     found["sigma"], expected["sigma"] = sigma, (rank,)
-  require_arrays(found, expected, f"{file}: {name}")
+  # without Sigma, U and V in int8 would have no scale
+  require_arrays(found, expected, f"{file}: {name}", int8="UV" if sigma is not None else ())
   p = {key: jnp.asarray(x) for key, x in found.items()}
   return lowrank.Perturbation(p["R"], p["S"], p["U"], p.get("sigma"), p["V"])
 

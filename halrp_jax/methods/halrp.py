@@ -47,6 +47,10 @@ from halrp_jax.types import Array, Method, Params, State, Store, Task, UserError
 from halrp_jax.weights import kinds, lowrank, trees
 
 _CODE = {
+  "warmup_share": 0.0,
+  "budget": 0.0,
+  "conv_form": "window_mean",
+  "factors": "float32",
   "upper_rank": 100,
   "min_rank": 1,
   "importance": "mean",
@@ -61,9 +65,19 @@ _CODE = {
   "prune_scope": "all",
   "prune_rate": "excess",
 }
+_PUBLISHED = _CODE | {"importance": "sum", "prune_scope": "new"}
+# docs/best.md has the reasons
+_BEST = _PUBLISHED | {
+  "warmup_share": 0.8,
+  "budget": "bound",
+  "conv_form": "unfolded",
+  "factors": "int8",
+  "prune": "none",
+}
 VARIANTS = {
   "code": _CODE,
-  "published": _CODE | {"importance": "sum", "prune_scope": "new"},
+  "published": _PUBLISHED,
+  "best": _BEST,
   "paper": _CODE
   | {
     "upper_rank": 0,
@@ -88,6 +102,9 @@ class Config(rank_rules.Config):
     "published", tuple(VARIANTS), "values of the switches below that are not set"
   )
   warmup_epochs: int = keys.whole(1, 0, None, "n_r: epochs of the free warm-up, out of `epochs`")
+  warmup_share: float = keys.number(
+    None, 0, 1, "share of `epochs` that the warm-up has in place of warmup_epochs; 0: warmup_epochs"
+  )
   warmup_rate: float = keys.number(
     1.0, 0, None, "the learning rate of the warm-up is learning_rate times this", open_low=True
   )
@@ -98,15 +115,15 @@ class Config(rank_rules.Config):
   prune_threshold: float = keys.number(
     1e-5, 0, None, "absolute threshold of the rules that have one"
   )
-  prune_bound: float | str = keys.number_or_none(
-    0.6, 0, "model growth that is allowed, a fraction of the base; none: any"
+  prune_bound: float | str = keys.number_or(
+    "none", 0.6, 0, "model growth that is allowed, a fraction of the base; none: any"
   )
   task_bound: float = keys.number(
     0.0,
     0,
     None,
-    "prune_scope=new: model growth that each task is allowed, a fraction of the base, in place of "
-    "prune_bound; 0: an equal share of prune_bound",
+    "prune_scope=new or budget=bound: model growth that each task is allowed, a fraction of the "
+    "base, in place of prune_bound; 0: an equal share of prune_bound",
   )
   prune_epochs: int = keys.whole(
     0,
@@ -155,10 +172,12 @@ def check(config: keys.Config) -> list[str]:
   """Returns the errors of a run's config that concern several keys of HALRP."""
   m, errors = config.method, []
   assert isinstance(m, Config)
-  if m.warmup_epochs + m.prune_epochs >= config.epochs:
-    name = "method.warmup_epochs" + (" + method.prune_epochs" if m.prune_epochs else "")
+  warmup_epochs = _warmup_epochs(m, config.epochs)
+  if warmup_epochs + m.prune_epochs >= config.epochs:
+    name = "method.warmup_epochs" if not m.warmup_share else "epochs of method.warmup_share"
+    name += " + method.prune_epochs" if m.prune_epochs else ""
     errors.append(
-      f"{name} = {m.warmup_epochs + m.prune_epochs} must be less than epochs = {config.epochs}: "
+      f"{name} = {warmup_epochs + m.prune_epochs} must be less than epochs = {config.epochs}: "
       "the rest is for fine-tuning"
     )
   if m.prune_epochs and (m.prune_scope == "all" or m.prune == "none"):
@@ -166,17 +185,35 @@ def check(config: keys.Config) -> list[str]:
       f"method.prune_epochs = {m.prune_epochs} are after a task was pruned for good: set "
       "method.prune_scope=new and a method.prune other than none, or method.prune_epochs=0"
     )
+  if m.factors == "int8" and (m.prune_scope == "all" or m.prune != "none"):
+    errors.append(
+      "method.factors = 'int8' rounds a task for good, and its zeros are stored: set "
+      "method.prune=none, or method.factors=float32"
+    )
   if m.importance_split == "valid" and config.protocol.validation_fraction == 0:
     errors.append(
       "method.importance_split = 'valid' needs protocol.validation_fraction > 0; "
       "or set method.importance_split=train"
     )
-  if m.task_bound and (m.prune_scope == "all" or m.prune == "none"):
+  if m.task_bound and m.budget != "bound" and (m.prune_scope == "all" or m.prune == "none"):
     errors.append(
       f"method.task_bound = {m.task_bound} bounds each task when it is pruned: set "
-      "method.prune_scope=new and a method.prune other than none, or method.task_bound=0"
+      "method.prune_scope=new and a method.prune other than none, or method.budget=bound, or "
+      "method.task_bound=0"
+    )
+  if m.budget == "bound" and m.prune_bound == "none" and not m.task_bound:
+    errors.append(
+      "method.budget = 'bound' fills method.task_bound or method.prune_bound: set one of them, or "
+      "method.budget=0"
     )
   return errors + rank_rules.check(m)
+
+
+def _warmup_epochs(config: Config, epochs: int) -> int:
+  """Returns the number of epochs of the warm-up, out of `epochs`; a share is at least one."""
+  if not config.warmup_share:
+    return config.warmup_epochs
+  return max(1, min(round(config.warmup_share * epochs), epochs - config.prune_epochs - 1))
 
 
 def make(config: Config, setup: Setup) -> Method:
@@ -186,6 +223,7 @@ def make(config: Config, setup: Setup) -> Method:
     UserError: if the pretrained base does not fit `base_training`, or statistics `private`.
   """
   _check_private(config, setup)
+  config = dataclasses.replace(config, warmup_epochs=_warmup_epochs(config, setup.epochs))
   f = _build(config, setup)
   l2 = networks.l2_coefficient(config) if config.base_l2 else 0.0
   learn_first = first_task.make(setup, l2, f.fit_free)
@@ -202,8 +240,10 @@ def make(config: Config, setup: Setup) -> Method:
 
     def timed_select():
       start = time.perf_counter()
+      shapes = f.ranks.shapes(params)
+      budgeted = with_budget(config, setup.num_tasks, state, task, params, shapes)
       perturbation, ranks, exact = rank_rules.select(
-        f.ranks, config, setup, state, params, stats, task, select_key
+        f.ranks, budgeted, setup, state, params, stats, task, select_key
       )
       seconds = time.perf_counter() - start
       chosen = {"ranks": ranks, "ranks_exact": exact}
@@ -218,6 +258,8 @@ def make(config: Config, setup: Setup) -> Method:
     state = prune(f, state.append(task_state), config, setup.num_tasks)
     if config.prune_epochs:
       state = recover(f, config, state, task, jax.random.fold_in(fine_key, 1), store)
+    if config.factors == "int8":
+      state = state._replace(tasks=(*state.tasks[:-1], f.quantize(state.tasks[-1])))
     return state, chosen | {"select_seconds": seconds}
 
   logits = networks.perturbed_logits(setup.model)
@@ -258,8 +300,10 @@ def first_state(
   kernels, rest = trees.split(params)
 
   def identity(kernel, shape):
-    matrix = kinds.as_matrix(kernel, shape)
-    return lowrank.identity(matrix, rank_rules.columns(shape, config), config.sigma == "folded")
+    matrix, unfold = kinds.as_matrix(kernel, shape), config.conv_form == "unfolded"
+    columns = rank_rules.columns(lowrank.low_rank_shape(matrix, unfold), config)
+    p = lowrank.identity(matrix, columns, config.sigma == "folded", unfold)
+    return lowrank.quantized(p) if config.factors == "int8" else p
 
   unchanged = {name: identity(kernel, shapes[name]) for name, kernel in kernels.items()}
   return State({"kernels": kernels}, (_task_state(task, unchanged, {}, rest, stats),))
@@ -280,6 +324,49 @@ def warm_up(
   epochs, store = config.warmup_epochs, store.child("warmup")
   args = (task, fit_key, epochs, store)
   return f.fit_free(params, stats, {"l2": 0.0}, *args, rate_factor=config.warmup_rate)
+
+
+def with_budget(
+  config: Config,
+  num_tasks: int,
+  state: State,
+  task: Task,
+  params: Params,
+  shapes: contract.Shapes,
+) -> Config:
+  """Returns the config with `budget` as a number: what U and V of a task may add to the base.
+
+  With method.budget = "bound" they may have what `task_bound`, or an equal share of `prune_bound`,
+  leaves beside R, S and the task's other numbers. This is not in the paper.
+
+  Args:
+    config: config of the method.
+    num_tasks: number of the benchmark's tasks.
+    state: method state before the task.
+    task: the task.
+    params: parameters after the warm-up.
+    shapes: (I, J) of every layer's kernel as a matrix.
+
+  Raises:
+    UserError: if nothing is left.
+  """
+  if config.budget != "bound" or config.rank_rule == "none":
+    return config
+  kernels, rest = trees.split(params)
+  without = {
+    n: lowrank.identity(kinds.as_matrix(w, shapes[n]), 0, fold=True) for n, w in kernels.items()
+  }
+  smallest = _task_state(task, without, {}, rest, {})
+  others = sizes.dense_growth(state.append(smallest), [smallest], _owned(config))
+  bound = _bound_of_a_task(config, state, num_tasks)
+  assert bound is not None  # `check` requires it
+  if bound <= others:
+    name = "task_bound" if config.task_bound else "prune_bound"
+    raise UserError(
+      f"method.{name} = {getattr(config, name)} allows task {task.name!r} {bound:.3g} of the base, "
+      f"and R, S and its other numbers are {others:.3g} of it: raise it, or set method.budget=0"
+    )
+  return dataclasses.replace(config, budget=bound - others)
 
 
 def fine_tune(
@@ -346,7 +433,7 @@ def prune(f: "_Functions", state: State, config: Config, num_tasks: int) -> Stat
   unchanged, candidates = state.tasks[:first], state.tasks[first:]
   if config.prune_scope == "new":
     unchanged, candidates = state.tasks[:-1], state.tasks[-1:]
-    bound = config.task_bound or (bound and bound / max(1, num_tasks - first))
+    bound = _bound_of_a_task(config, state, num_tasks)
   rate = lowrank.prune_rate(
     config.prune_rate, bound, sizes.dense_growth(state, candidates, _owned(config))
   )
@@ -359,6 +446,14 @@ def prune(f: "_Functions", state: State, config: Config, num_tasks: int) -> Stat
     for p, tau in zip(candidates, taus, strict=True)
   ]
   return state._replace(tasks=(*unchanged, *pruned))
+
+
+def _bound_of_a_task(config: Config, state: State, num_tasks: int) -> float | None:
+  """Returns the growth that a task is allowed, as a fraction of the base; None: any."""
+  if config.task_bound or isinstance(config.prune_bound, str):
+    return config.task_bound or None
+  first = 0 if "rest" in state.shared else 1
+  return config.prune_bound / max(1, num_tasks - first)
 
 
 def recover(
@@ -397,6 +492,7 @@ class _Functions(NamedTuple):
   fit_perturbed: Fit  # of the perturbed network
   fit_pruned: Fit  # of the perturbed network; zeros of the perturbation stay zeros
   prune: Callable  # `lowrank.prune`
+  quantize: Callable  # (state of a task) -> the same with `lowrank.quantized` perturbations
 
 
 def _build(config: Config, setup: Setup) -> _Functions:
@@ -410,6 +506,10 @@ def _build(config: Config, setup: Setup) -> _Functions:
     held = jax.tree.map(jnp.multiply, updates["perturbation"], frozen["mask"])
     return updates | {"perturbation": held}
 
+  def quantize(task):
+    found = {n: lowrank.quantized(p) for n, p in task.perturbation.items()}
+    return task._replace(perturbation=found)
+
   return _Functions(
     ranks=rank_rules.build(config, setup, shapes),
     initialize=networks.make_initialize(setup),
@@ -417,6 +517,7 @@ def _build(config: Config, setup: Setup) -> _Functions:
     fit_perturbed=make_fit(setup, *tuning[:2], edit_fn=tuning.edit_fn),
     fit_pruned=make_fit(setup, *tuning[:2], edit_fn=edit_pruned),
     prune=jax.jit(lowrank.prune),
+    quantize=jax.jit(quantize),
   )
 
 

@@ -7,7 +7,7 @@ values of what remains, and the ranks that a rule (`method.rank_rule`) gives the
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -29,12 +29,13 @@ class Config(keys.MethodConfig):
   """Config keys `method.*` that concern the ranks."""
 
   alpha: float = keys.number(0.9, 0, 1, "share of the total importance that the ranks keep; 1: all")
-  budget: float = keys.number(
-    0.0,
-    0,
+  budget: float | str = keys.number_or(
+    "bound",
     None,
+    0,
     "size of all U and V of a task as a share of the base, which rank_rule divides among the "
-    "layers; alpha and min_rank then have no effect; 0: any size",
+    "layers; alpha and min_rank then have no effect; 0: any size; bound: what task_bound, or an "
+    "equal share of prune_bound, leaves beside the task's other numbers",
   )
   rank_rule: str = keys.one_of(
     "importance",
@@ -44,6 +45,18 @@ class Config(keys.MethodConfig):
     "2505.11998); random: upper_rank everywhere with random U and V; lora: the same with U = 0 "
     "(arXiv 2106.09685); eva: V are the directions of most variance of the layers' inputs and U is "
     "0, upper_rank on average and at most twice that (arXiv 2410.07170)",
+  )
+  conv_form: str = keys.one_of(
+    None,
+    ("window_mean", "unfolded"),
+    "low-rank part of a convolution; window_mean: the same at every position of the window; "
+    "unfolded: V has a row for every input at every position",
+  )
+  factors: str = keys.one_of(
+    None,
+    ("float32", "int8"),
+    "numbers of U and V of a learned task; int8: rounded after training, with a float32 of Sigma "
+    "for each column; four of them count as one number",
   )
   scales: bool = keys.flag(True, "R and S are trained; false: they stay 1, as in LoRA")
   svd: str = keys.one_of(
@@ -79,7 +92,14 @@ def check(m: Config) -> list[str]:
   errors = []
   if m.rank_rule in (*_EQUAL, "eva") and not m.upper_rank:
     errors.append(f"method.rank_rule = {m.rank_rule!r} needs method.upper_rank > 0")
-  if m.rank_rule == "none" and m.budget:
+  if m.budget == "bound" and m.sigma == "kept":
+    errors.append("method.budget = 'bound' counts no Sigma: set method.sigma=folded")
+  if m.rank_rule == "eva" and m.conv_form == "unfolded":
+    errors.append(
+      "method.rank_rule = 'eva' has directions of sums over a window: set "
+      "method.conv_form=window_mean"
+    )
+  if m.rank_rule == "none" and m.budget not in (0, "bound"):
     errors.append("method.rank_rule = 'none' has no U and V: set method.budget=0")
   if m.rank_rule in ("random", "lora", "eva") and m.sigma == "kept":
     errors.append(f"method.rank_rule = {m.rank_rule!r} has no Sigma: set method.sigma=folded")
@@ -117,15 +137,15 @@ def build(config: Config, setup: Setup, shapes: Callable[[Params], contract.Shap
 
     return {name: jnp.vdot(g, g) for name, g in jax.grad(loss_fn)(kernels).items()}
 
+  args = (config.scales, config.conv_form == "unfolded")
+
   def decompose(base, free, key):
     if config.rank_rule in _WITHOUT_SVD:
-      return {n: lowrank.scales_alone(base[n], free[n], config.scales) for n in base}
+      return {n: lowrank.scales_alone(base[n], free[n], *args) for n in base}
     if config.svd == "exact":
-      return {n: lowrank.decompose(base[n], free[n], config.scales) for n in base}
+      return {n: lowrank.decompose(base[n], free[n], *args) for n in base}
     own, k = {n: jax.random.fold_in(key, i) for i, n in enumerate(base)}, config.svd_rank
-    return {
-      n: lowrank.decompose_randomized(base[n], free[n], own[n], k, config.scales) for n in base
-    }
+    return {n: lowrank.decompose_randomized(base[n], free[n], own[n], k, *args) for n in base}
 
   return Functions(
     shapes=shapes,
@@ -179,7 +199,7 @@ def select(
   ranks, exact = choose_ranks(config, decomposition, kernels, importance, base)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
-    width = columns(shapes[name], config)
+    width = columns((d.V.shape[0], d.U.shape[0]), config)
     if config.rank_rule in ("random", "lora"):
       layer_key = jax.random.fold_in(key, i)
       p = lowrank.random_factors(layer_key, d, ranks[name], width)
@@ -248,8 +268,7 @@ def along_inputs(
   widths = {n: min(d.U.shape[0], d.V.shape[0]) for n, d in decomposition.items()}
   scores = [shares[: widths[n]] for n, (shares, _) in found.items()]
   if config.budget:
-    costs = [_cost(decomposition[n]) for n in found]
-    counts = sizes.allocate_budget(scores, costs, config.budget, base, most)
+    counts = _fill_budget(config, scores, [decomposition[n] for n in found], base, most)
   else:
     counts = lowrank.allocate_count(scores, config.upper_rank * len(found), most)
   ranks = dict.fromkeys(decomposition, 0) | dict(zip(found, counts, strict=True))
@@ -300,11 +319,11 @@ def _equal_ranks(
   config: Config, decomposition: dict[str, lowrank.Decomposition], base: int
 ) -> list[int]:
   """Returns `upper_rank` for every layer that has so many, or ranks that fill the budget."""
-  widths = [min(d.S.size, d.R.size) for d in decomposition.values()]
+  widths = [min(d.V.shape[0], d.U.shape[0]) for d in decomposition.values()]
   if not config.budget:
     return [min(config.upper_rank, width) for width in widths]
-  costs, priorities = [_cost(d) for d in decomposition.values()], lowrank.equal_priorities(widths)
-  return sizes.allocate_budget(priorities, costs, config.budget, base, config.upper_rank)
+  priorities = lowrank.equal_priorities(widths)
+  return _fill_budget(config, priorities, decomposition.values(), base, config.upper_rank)
 
 
 def _ranks_by_score(
@@ -320,15 +339,15 @@ def _ranks_by_score(
   """
   scores = []
   for name, d in decomposition.items():
-    window = kernels[name].size // (d.S.size * d.R.size) if config.window_factor else 1
+    window = kernels[name].size // (d.V.shape[0] * d.R.size) if config.window_factor else 1
     scores.append(window * importance[name] * lowrank.squared_singular_values(d))
   if config.budget:
-    costs = [_cost(d) for d in decomposition.values()]
-    priorities = [s / cost for s, cost in zip(scores, costs, strict=True)]
+    priorities = [s / _cost(d, config) for s, d in zip(scores, decomposition.values(), strict=True)]
     if config.rank_rule == "pearl":
       # the share that is missing without the column: a common threshold takes the largest
       priorities = [1 - (np.cumsum(s) - s) / max(np.sum(s), 1e-20) for s in scores]
-    ranks = sizes.allocate_budget(priorities, costs, config.budget, base, config.upper_rank)
+    found = decomposition.values()
+    ranks = _fill_budget(config, priorities, found, base, config.upper_rank)
     return ranks, ranks
   # layers that are chosen together
   pools = [[s] for s in scores] if config.rank_rule == "pearl" else [scores]
@@ -340,13 +359,27 @@ def _ranks_by_score(
   return allocate(), allocate(min_rank=config.min_rank, upper_rank=config.upper_rank)
 
 
-def _cost(d: lowrank.Decomposition) -> int:
-  """Returns the numbers that one column of U and V adds, I + J."""
-  return d.S.size + d.R.size
+def _fill_budget(
+  config: Config,
+  priorities: list[np.ndarray],
+  decompositions: Iterable[lowrank.Decomposition],
+  base: int,
+  upper_rank: int,
+) -> list[int]:
+  """Returns ranks for `method.budget`, which is a number here (`sizes.allocate_budget`)."""
+  assert not isinstance(config.budget, str), "halrp.with_budget replaces the word"
+  costs = [_cost(d, config) for d in decompositions]
+  return sizes.allocate_budget(priorities, costs, config.budget, base, upper_rank)
+
+
+def _cost(d: lowrank.Decomposition, config: Config) -> float:
+  """Returns the numbers that one column adds: M + J, or a fourth of them and one of Sigma."""
+  entries = d.V.shape[0] + d.U.shape[0]
+  return entries / 4 + 1 if config.factors == "int8" else entries
 
 
 def columns(shape: tuple[int, int], config: Config) -> int:
-  """Returns the width of U and V, the largest rank that a layer of `shape` (I, J) can get."""
+  """Returns the width of U and V, the largest rank of a layer with `shape` (M, J) of V U'."""
   if config.rank_rule == "none":
     return 0
   full = min(shape)

@@ -85,7 +85,7 @@ def _apply_evaluate_on(config: Config, benchmark: Benchmark) -> Benchmark:
         f"{', '.join(named)}: task {task.name!r} has no validation images; add some, or raise "
         "protocol.validation_fraction"
       )
-  if config.protocol.evaluate_on == "test":
+  if config.protocol.evaluate_on != "validation":
     return benchmark
   return benchmark._replace(tasks=tuple(t._replace(test=t.valid) for t in benchmark.tasks))
 

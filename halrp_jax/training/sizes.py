@@ -10,6 +10,8 @@ from flax import traverse_util
 from halrp_jax.types import Params, Size, State, UserError
 from halrp_jax.weights import lowrank, trees
 
+_WORD = 4  # bytes of a number, a float32
+
 
 class RestCount(NamedTuple):
   """Number of parameters without the kernels of all layers except the head."""
@@ -112,7 +114,7 @@ def whole_networks(state: State) -> Size:
 
 
 def allocate_budget(
-  priorities: list[np.ndarray], costs: list[int], share: float, base: int, upper_rank: int = 0
+  priorities: list[np.ndarray], costs: Sequence[float], share: float, base: int, upper_rank: int = 0
 ) -> list[int]:
   """Returns ranks for `method.budget` (`lowrank.allocate_budget`).
 
@@ -141,6 +143,8 @@ def allocate_budget(
 
 def low_rank_values(task: Params) -> dict[str, np.ndarray]:
   """Returns by layer path all entries of U and V without their padding, as an array [n].
+
+  They are float32, or int8 (`lowrank.quantized`).
 
   Args:
     task: a task state.
@@ -172,7 +176,7 @@ def perturbed(state: State, owned: Owned = EVERYTHING) -> Size:
   """Returns the size of a method whose task states have perturbations of the shared kernels.
 
   As in the authors' code, `Size.paper` has neither the biases of later tasks nor BatchNorm's
-  statistics, and of U and V only entries larger than 1e-8.
+  statistics, and of U and V only entries larger than 1e-8. An int8 is a fourth of a number.
 
   Args:
     state: the method state.
@@ -203,9 +207,12 @@ def perturbed_task(state: State, t: int, owned: Owned = EVERYTHING) -> Size:
   if t == 0 and not all_perturbed:
     return Size(base, counted + stats, counted + stats, 0, 0, counted)
   values = np.concatenate([*low_rank_values(task).values()])
-  kept = int(np.count_nonzero(values))
   counted += _fixed_count(task, owned)
   fixed = counted + stats + _own_rest(task, owned).biases
+  if values.dtype == np.int8:  # none of them is left out, and each is a part of a number
+    words = -(-values.nbytes // _WORD)
+    return Size(base, fixed + words, fixed + words, 0, 0, counted + words)
+  kept = int(np.count_nonzero(values))
   return Size(
     base=base,
     dense=fixed + values.size,

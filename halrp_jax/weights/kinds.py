@@ -137,7 +137,7 @@ def apply(
     form: "factored", "composed", or "auto" for the cheaper one. A layer that can't be factored
       (`can_be_factored`) is always composed.
   """
-  x = jnp.asarray(x)
+  x, p = jnp.asarray(x), lowrank.dequantized(p)
   factored = form == "factored" or (form == "auto" and _factored_is_cheaper(module, kernel, p, x))
   if not (factored and x.size and can_be_factored(module)):
     params = {"kernel": compose(kernel, p)} | ({} if bias is None else {"bias": bias})
@@ -220,6 +220,10 @@ def _low_rank_branch(
     x, dtype = x.astype(jnp.float32), np.dtype(np.float32)
   if not isinstance(module, nn.Conv):
     return (_input_rows(module, x).astype(dtype) @ p.V.astype(dtype)) @ u.T.astype(dtype)
+  if p.V.shape[0] != p.S.size:
+    kernel = p.V.reshape(*_window(module), p.S.size, -1)
+    branch = module.clone(features=kernel.shape[-1], use_bias=False, dtype=dtype)
+    return times(run_detached(branch, {"kernel": kernel}, x), u.T.astype(dtype))
   if math.prod(_window(module)) > 1:
     total = _by_image(window_sum, module, x).astype(dtype)
     return times(total, (p.V @ u.T).astype(dtype))
@@ -354,8 +358,8 @@ def _factored_is_cheaper(
     suits = winograd.suits(kernel.shape, x.shape[-3:-1], module.dtype or x.dtype)
     product //= winograd.SAVING if suits and _per_axis(module.strides, 2) == (1, 1) else 1
   saved = positions * product + _MEMORY_COST * 4 * kernel.size + 3 * columns * num_in * num_out
-  if window == 1:
-    products, numbers = columns * (num_in + num_out), 2 * num_in + 2 * num_out
+  if window == 1 or p.V.shape[0] > num_in:
+    products, numbers = columns * (p.V.shape[0] + num_out), 2 * num_in + 2 * num_out
   else:
     products, numbers = num_in * num_out, 6 * num_in + 5 * num_out
   return 3 * positions * products + _MEMORY_COST * positions * numbers < saved

@@ -8,16 +8,19 @@
 | S      | `S`          | [I]                | scale of the inputs |
 | U      | `U`          | [J, K]             | left factors, the first `rank` columns used |
 | Sigma  | `sigma`      | [K] or None        | singular values; None: folded into U and V |
-| V      | `V`          | [I, K]             | right factors |
+| V      | `V`          | [M, K]             | right factors, M = I or |window| I |
 
 W_t[w, i, j] = R[j] W[w, i, j] S[i] + sum_k U[j, k] Sigma[k] V[i, k]. The low-rank part of a
-convolution is the same at every position w of its window. `*window` is empty for dense layers.
+convolution is the same at every position w of its window if V has I rows, as in the paper; with a
+row for every input at every position (unfolded) it is sum_k U[j, k] Sigma[k] V[w, i, k]. `*window`
+is empty for dense layers.
 
 The functions check the ranks, shapes and types of their arguments with chex when they are called
 or traced, and raise AssertionError.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -25,31 +28,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_LARGEST = 127  # of the integers that `quantized` makes
 _TINY = 1e-20  # lower bound of the denominators, as in the authors' code
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 3  # of the randomised SVD
 
 
 class Perturbation(NamedTuple):
-  """Perturbation <R, S, U, Sigma, V> of one layer for one task (paper Eq. 2)."""
+  """Perturbation <R, S, U, Sigma, V> of one layer for one task (paper Eq. 2).
+
+  U and V are floating point, or int8 (`quantized`).
+  """
 
   R: jax.Array  # [J]
   S: jax.Array  # [I]
   U: jax.Array  # [J, K]
   sigma: jax.Array | None  # [K]; None: folded into U and V
-  V: jax.Array  # [I, K]
+  V: jax.Array  # [M, K]
 
 
 class Decomposition(NamedTuple):
   """Warmed-up kernel of one layer as scaled base plus residual, from which ranks are chosen.
 
-  `decompose` finds all m = min(I, J) singular triplets, `decompose_randomized` the largest m.
+  `decompose` finds all m = min(M, J) singular triplets, `decompose_randomized` the largest m.
   """
 
   R: jax.Array  # [J]
   S: jax.Array  # [I]
   U: jax.Array  # [J, m]
   sigma: jax.Array  # [m] descending
-  V: jax.Array  # [I, m]
+  V: jax.Array  # [M, m]
   energy: jax.Array  # scalar, the sum of all squared singular values: |residual|_F^2
 
 
@@ -74,12 +81,15 @@ def _check_factors(p: Perturbation | Decomposition, base: jax.Array | None = Non
     base: the kernel [*window, I, J] that they must fit too, if given.
   """
   sizes: dict[str, int] = {} if base is None else dict(zip("IJ", base.shape[-2:], strict=True))
-  for name, axes in {"R": "J", "S": "I", "U": "JK", "sigma": "K", "V": "IK"}.items():
+  if base is not None and p.V.shape[0] != base.shape[-2]:
+    sizes["M"] = base.size // base.shape[-1]
+  for name, axes in {"R": "J", "S": "I", "U": "JK", "sigma": "K", "V": "MK"}.items():
     if (x := getattr(p, name)) is None:
       continue
     message = f"{name} must be floating point [{', '.join(axes)}]"
     chex.assert_rank(x, len(axes), custom_message=message)
-    chex.assert_type(x, float, custom_message=message)
+    if x.dtype != jnp.int8 or name not in "UV" or p.sigma is None:
+      chex.assert_type(x, float, custom_message=message)
     shape = tuple(sizes.setdefault(a, n) for a, n in zip(axes, x.shape, strict=True))
     message += " with " + ", ".join(f"{a} = {n}" for a, n in sizes.items())
     chex.assert_shape(x, shape, custom_message=message)
@@ -88,23 +98,35 @@ def _check_factors(p: Perturbation | Decomposition, base: jax.Array | None = Non
 # --- one layer ----------------------------------------------------------------------------
 
 
-def identity(base: jax.Array, columns: int, fold: bool) -> Perturbation:
+def low_rank_shape(base: jax.Array, unfold: bool) -> tuple[int, int]:
+  """Returns (M, J): rows of V, of which an unfolded one has more, and of U.
+
+  Args:
+    base: kernel [*window, I, J].
+    unfold: whether V has a row for every input at every position of the window.
+  """
+  _check_kernels(base=base)
+  num_in, num_out = base.shape[-2:]
+  return base.size // num_out if unfold else num_in, num_out
+
+
+def identity(base: jax.Array, columns: int, fold: bool, unfold: bool = False) -> Perturbation:
   """Returns the perturbation that changes nothing: R = S = 1, U = Sigma = V = 0.
 
   Args:
     base: kernel [*window, I, J].
     columns: width K of U and V.
     fold: whether Sigma is None, folded into U and V.
+    unfold: see `low_rank_shape`.
   """
-  _check_kernels(base=base)
-  num_in, num_out = base.shape[-2:]
+  num_rows, num_out = low_rank_shape(base, unfold)
   sigma = None if fold else jnp.zeros((columns,), base.dtype)
   return Perturbation(
     R=jnp.ones((num_out,), base.dtype),
-    S=jnp.ones((num_in,), base.dtype),
+    S=jnp.ones(base.shape[-2:-1], base.dtype),
     U=jnp.zeros((num_out, columns), base.dtype),
     sigma=sigma,
-    V=jnp.zeros((num_in, columns), base.dtype),
+    V=jnp.zeros((num_rows, columns), base.dtype),
   )
 
 
@@ -120,8 +142,41 @@ def compose(base: jax.Array, p: Perturbation) -> jax.Array:
   """
   _check_kernels(base=base)
   _check_factors(p, base)
-  right = p.V if p.sigma is None else p.V * p.sigma[None]  # [I, K]
-  return _scaled(base, p.R, p.S) + _expand(right @ p.U.T, base)
+  p = dequantized(p)
+  right = p.V if p.sigma is None else p.V * p.sigma[None]  # [M, K]
+  low_rank = right @ p.U.T
+  if low_rank.size == base.size:
+    return _scaled(base, p.R, p.S) + low_rank.reshape(base.shape)
+  return _scaled(base, p.R, p.S) + _expand(low_rank, base)
+
+
+def quantized(p: Perturbation) -> Perturbation:
+  """Rounds U and V to int8, so that each column has numbers from -127 to 127.
+
+  The scales of the columns of U and V go into Sigma, which the result always has: an int8 number
+  takes a fourth of a float32's bytes, and Sigma a float32 per column.
+
+  Args:
+    p: with floating-point U and V.
+  """
+  _check_factors(p)
+
+  def scale_of(x: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(x), 0) / _LARGEST
+
+  def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return jnp.round(x / jnp.maximum(scale, _TINY)[None]).astype(jnp.int8)
+
+  of_u, of_v = scale_of(p.U), scale_of(p.V)
+  sigma = of_u * of_v if p.sigma is None else of_u * of_v * p.sigma
+  return Perturbation(p.R, p.S, rounded(p.U, of_u), sigma, rounded(p.V, of_v))
+
+
+def dequantized(p: Perturbation) -> Perturbation:
+  """Returns a perturbation whose U and V are floating point, as its Sigma is."""
+  if p.sigma is None:
+    return p
+  return p._replace(U=p.U.astype(p.sigma.dtype), V=p.V.astype(p.sigma.dtype))
 
 
 def _expand(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -153,50 +208,61 @@ def least_squares_scales(base: jax.Array, free: jax.Array) -> tuple[jax.Array, j
   return R, S
 
 
-def residual(base: jax.Array, free: jax.Array, R: jax.Array, S: jax.Array) -> jax.Array:
-  """Returns the residual F - R W S [J, I], averaged over the window (paper Sect. 4.2).
+def residual(
+  base: jax.Array, free: jax.Array, R: jax.Array, S: jax.Array, unfold: bool = False
+) -> jax.Array:
+  """Returns the residual F - R W S [J, M] (paper Sect. 4.2).
 
-  The average is the least-squares optimum of a perturbation that is constant in the window.
+  Its average over the window is the least-squares optimum of a perturbation that is constant there;
+  an unfolded one needs no average.
 
   Args:
     base: W [*window, I, J].
     free: F [*window, I, J].
     R: [J]
     S: [I]
+    unfold: see `low_rank_shape`.
   """
   _check_kernels(base=base, free=free)
   chex.assert_shape((R, S), (base.shape[-1:], base.shape[-2:-1]), custom_message="R [J], S [I]")
   rest = free - _scaled(base, R, S)
+  if unfold:
+    return rest.reshape(-1, rest.shape[-1]).T
   return rest.mean(tuple(range(rest.ndim - 2))).T
 
 
-def decompose(base: jax.Array, free: jax.Array, scales: bool = True) -> Decomposition:
+def decompose(
+  base: jax.Array, free: jax.Array, scales: bool = True, unfold: bool = False
+) -> Decomposition:
   """Returns scales, residual and its thin SVD (paper Alg. 1, lines 4 and 5).
 
   Args:
     base: W [*window, I, J].
     free: F [*window, I, J].
     scales: whether R and S are those of least squares; otherwise they are 1.
+    unfold: see `low_rank_shape`.
   """
   R, S = _scales(base, free, scales)
-  rest = residual(base, free, R, S)
+  rest = residual(base, free, R, S, unfold)
   U, sigma, Vt = jnp.linalg.svd(rest, full_matrices=False)
   return Decomposition(R, S, U, sigma, Vt.T, jnp.sum(rest**2))
 
 
-def scales_alone(base: jax.Array, free: jax.Array, scales: bool = True) -> Decomposition:
+def scales_alone(
+  base: jax.Array, free: jax.Array, scales: bool = True, unfold: bool = False
+) -> Decomposition:
   """Returns the scales that `decompose` finds, without singular triplets: m and the energy are 0.
 
   Args:
     base: W [*window, I, J].
     free: F [*window, I, J].
     scales: see `decompose`.
+    unfold: see `low_rank_shape`.
   """
-  _check_kernels(base=base, free=free)
-  num_in, num_out = base.shape[-2:]
+  num_rows, num_out = low_rank_shape(base, unfold)
   R, S = _scales(base, free, scales)
   none = jnp.zeros((0,), base.dtype)
-  U, V = (jnp.zeros((n, 0), base.dtype) for n in (num_out, num_in))
+  U, V = (jnp.zeros((n, 0), base.dtype) for n in (num_out, num_rows))
   return Decomposition(R, S, U, none, V, jnp.zeros((), base.dtype))
 
 
@@ -208,7 +274,12 @@ def _scales(base: jax.Array, free: jax.Array, scales: bool) -> tuple[jax.Array, 
 
 
 def decompose_randomized(
-  base: jax.Array, free: jax.Array, key: jax.Array, rank: int, scales: bool = True
+  base: jax.Array,
+  free: jax.Array,
+  key: jax.Array,
+  rank: int,
+  scales: bool = True,
+  unfold: bool = False,
 ) -> Decomposition:
   """Decomposes as `decompose` does, but finds only the largest `rank` singular triplets.
 
@@ -221,23 +292,23 @@ def decompose_randomized(
     key: random key for the start.
     rank: number of singular triplets.
     scales: see `decompose`.
+    unfold: see `low_rank_shape`.
   """
   with jax.default_matmul_precision("float32"):  # accelerators take a lower one by default
-    return _decompose_randomized(base, free, key, rank, scales)
+    return _decompose_randomized(base, free, key, rank, scales, unfold)
 
 
 def _decompose_randomized(
-  base: jax.Array, free: jax.Array, key: jax.Array, rank: int, scales: bool
+  base: jax.Array, free: jax.Array, key: jax.Array, rank: int, scales: bool, unfold: bool
 ) -> Decomposition:
   """Computes `decompose_randomized` in the current precision of products."""
-  _check_kernels(base=base, free=free)
-  num_in, num_out = base.shape[-2:]
+  shape = low_rank_shape(base, unfold)
   width = rank + _OVERSAMPLING
-  if width >= min(num_in, num_out):
-    return decompose(base, free, scales)
+  if width >= min(shape):
+    return decompose(base, free, scales, unfold)
   R, S = _scales(base, free, scales)
-  rest = residual(base, free, R, S)  # [J, I]
-  q, _ = jnp.linalg.qr(rest @ jax.random.normal(key, (num_in, width)))
+  rest = residual(base, free, R, S, unfold)  # [J, M]
+  q, _ = jnp.linalg.qr(rest @ jax.random.normal(key, (shape[0], width)))
   for _ in range(_POWER_ITERATIONS):
     p, _ = jnp.linalg.qr(rest.T @ q)
     q, _ = jnp.linalg.qr(rest @ p)
@@ -367,7 +438,7 @@ def allocate_ranks(
 
 def allocate_budget(
   priorities: list[np.ndarray],
-  costs: list[int],
+  costs: Sequence[float],
   budget: float,
   upper_rank: int = 0,
 ) -> list[int]:

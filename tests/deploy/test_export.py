@@ -401,7 +401,8 @@ def test_methods_without_such_a_form_are_refused(run, tmp_path):
     write(bare, tmp_path / "out")
 
 
-def test_attention_is_exported_with_the_matrices_of_its_projections(images, tmp_path):
+@pytest.mark.parametrize("variant", ["published", "best"])
+def test_attention_and_patches_are_exported_with_their_matrices(images, tmp_path, variant):
   config = make_config(
     "halrp",
     benchmark="digits",
@@ -409,9 +410,12 @@ def test_attention_is_exported_with_the_matrices_of_its_projections(images, tmp_
     network="vit_ti16,features=12,num_heads=3,num_blocks=1,patch=4",
     epochs=2,
     protocol={},
+    methods_={"halrp": {"variant": variant, "task_bound": 0.6}},
   )
   experiment.run(config, str(tmp_path / "run"))
   run = saved.open_run(str(tmp_path / "run"))
+  rows = {p.V.shape[0] // p.S.size for p in run.state.tasks[1].perturbation.values()}
+  assert rows == ({1, 4 * 4} if variant == "best" else {1})  # the convolution of the patches
   list(export.write(run, str(tmp_path / "out"), [1], "safetensors", False))
   want = saved.make_classifier(run, 1)(images)
   found = export.load(tmp_path / "out", run.learned[1].id).classify(images)

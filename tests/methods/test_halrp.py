@@ -167,6 +167,62 @@ def test_the_bound_of_a_task_does_not_depend_on_their_number(digits_config):
     method_config(digits_config, task_bound=0.02)
 
 
+@pytest.mark.parametrize(
+  ("switches", "bound"),
+  [
+    ({"prune_bound": 1.8}, 0.2),  # nine tasks
+    ({"task_bound": 0.15}, 0.15),
+    pytest.param({"task_bound": 0.2, "rank_rule": "flat"}, 0.2, marks=pytest.mark.slow),
+  ],
+)
+def test_the_best_variant_fills_the_bound_of_a_task(digits_config, switches, bound):
+  config = digits_config(
+    **{"method.variant": "best"} | {f"method.{k}": v for k, v in switches.items()}
+  )
+  state, history, _ = learn_two(config)
+  sizes_by_task = [sizes.perturbed_task(state, t) for t in range(2)]
+  base = sizes_by_task[0].base
+  p = state.tasks[1].perturbation
+  column = {n: (q.R.size + q.V.shape[0]) / 4 + 1 for n, q in p.items()}
+  assert bound - min(column.values()) / base <= sizes_by_task[1].paper / base <= bound
+  for name, k in history["ranks"].items():
+    assert p[name].U.dtype == p[name].V.dtype == np.int8
+    assert np.abs(p[name].U[:, :k]).max(0).tolist() == [127] * k and not np.any(p[name].U[:, k:])
+
+
+@pytest.mark.parametrize(
+  ("switches", "says"),
+  [
+    ({"task_bound": 0.01}, "task_bound = 0.01 allows task .* 0.01 of the base, and R, S and its"),
+    ({"prune_bound": 0.01}, "prune_bound = 0.01 allows task .* 0.00111 of the base"),
+    ({"prune_bound": "none"}, "'bound' fills method.task_bound or method.prune_bound: set one"),
+    ({"sigma": "kept"}, "'bound' counts no Sigma: set method.sigma=folded"),
+    ({"prune": "mixed"}, "factors = 'int8' rounds a task for good, and its zeros are stored: set"),
+    ({"rank_rule": "eva"}, "'eva' has directions of sums over a window: set method.conv_form"),
+  ],
+)
+def test_a_bound_that_can_not_be_filled_is_refused(digits_config, switches, says):
+  config = digits_config(
+    **{"method.variant": "best"} | {f"method.{k}": v for k, v in switches.items()}
+  )
+  with pytest.raises(UserError, match=says):
+    learn_two(config)
+
+
+def test_the_share_of_the_warm_up_leaves_an_epoch_for_fine_tuning(digits_config):
+  best = {"method.variant": "best", "method.warmup_share": 1.0, "train_fraction": 0.1}
+  _, _, events = learn_two(digits_config(**best, epochs=4))
+  phases = [e["phase"] for e in events if e["event"] == "epoch"]
+  assert phases == ["test/base"] * 4 + ["test/warmup"] * 3 + ["test/finetune"]
+  with pytest.raises(UserError, match="epochs of method.warmup_share = 1 must be less than epochs"):
+    resolve(digits_config(**best, epochs=1))
+
+
+def test_the_best_variant_without_a_low_rank_part_has_no_budget(digits_config):
+  config = digits_config(**{"method.variant": "best", "method.rank_rule": "none"})
+  assert learn_two(config)[1]["ranks"] == {"fc1": 0, "fc2": 0}
+
+
 @pytest.mark.parametrize("rule", sorted(lowrank.PRUNE_RULES))
 def test_percentiles_see_no_padding(digits_config, rule):
   """Rank 5 of 100 columns: the padding must not pull the percentile down to zero."""

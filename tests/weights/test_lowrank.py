@@ -48,13 +48,32 @@ def test_a_zero_kernel_gives_finite_scales():
   chex.assert_tree_all_finite((R, S))
 
 
-def test_full_rank_reproduces_a_dense_kernel_and_not_a_convolution():
-  for shape, exact in (((5, 7), True), ((3, 3, 4, 6), False)):
-    base, free = kernels(2, shape)
-    d = lowrank.decompose(base, free)
-    p = lowrank.truncate(d, min(shape[-2:]), min(shape[-2:]), fold=True)
-    error = float(jnp.abs(lowrank.compose(base, p) - free).max())
-    assert (error < 1e-5) == exact
+@pytest.mark.parametrize(
+  ("shape", "unfold", "exact"),
+  [((5, 7), False, True), ((3, 3, 4, 6), False, False), ((3, 3, 4, 6), True, True)],
+)
+def test_full_rank_reproduces_a_dense_kernel_and_an_unfolded_convolution(shape, unfold, exact):
+  base, free = kernels(2, shape)
+  d = lowrank.decompose(base, free, unfold=unfold)
+  columns = min(lowrank.low_rank_shape(base, unfold))
+  assert d.V.shape[0] == lowrank.low_rank_shape(base, unfold)[0]
+  p = lowrank.truncate(d, columns, columns, fold=True)
+  error = float(jnp.abs(lowrank.compose(base, p) - free).max())
+  assert (error < 1e-5) == exact
+
+
+def test_an_unfolded_truncation_is_the_best_of_its_rank():
+  base, free = kernels(4, (3, 3, 4, 6))
+  d = lowrank.decompose(base, free, unfold=True)
+  scaled = np.asarray(base) * np.asarray(d.R) * np.asarray(d.S)[:, None]
+  rest = (np.asarray(free) - scaled).reshape(-1, 6)
+  for rank in range(7):
+    p = lowrank.truncate(d, rank, 6, True)
+    error = float(jnp.sum((lowrank.compose(base, p) - free) ** 2))
+    tail = np.sum(np.linalg.svd(rest, compute_uv=False)[rank:] ** 2)
+    np.testing.assert_allclose(error, tail, rtol=1e-3, atol=1e-6)
+  found = lowrank.decompose_randomized(base, free, jax.random.key(0), 3, unfold=True)
+  np.testing.assert_allclose(found.sigma[:3], d.sigma[:3], rtol=1e-4)
 
 
 def test_the_window_mean_is_the_best_constant_in_the_window():
@@ -103,8 +122,9 @@ def test_truncate_pads_beyond_the_full_rank():
 
 def test_identity_changes_no_bit():
   base, _ = kernels(8)
-  for fold in (True, False):
-    np.testing.assert_array_equal(lowrank.compose(base, lowrank.identity(base, 4, fold)), base)
+  for fold, unfold in itertools.product((True, False), repeat=2):
+    p = lowrank.identity(base, 4, fold, unfold)
+    np.testing.assert_array_equal(lowrank.compose(base, p), base)
 
 
 def test_random_factors_use_only_the_rank():
@@ -263,6 +283,25 @@ def test_a_randomised_decomposition_of_nearly_all_is_the_exact_one():
   np.testing.assert_array_equal(got.sigma, lowrank.decompose(base, free).sigma)
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_int8_factors_are_near_and_as_their_columns_were(fold):
+  base, free = kernels(4, (3, 3, 4, 6))
+  d = lowrank.decompose(base, free, unfold=True)
+  p = lowrank.truncate(d, 4, 6, fold)
+  rounded = lowrank.quantized(p)
+  assert rounded.U.dtype == rounded.V.dtype == jnp.int8 and not np.any(rounded.sigma[4:])
+  for name in "UV":
+    x, got = np.asarray(getattr(p, name))[:, :4], np.asarray(getattr(rounded, name))[:, :4]
+    scale = np.abs(x).max(0) / 127
+    assert np.abs(got * scale - x).max() <= 0.501 * scale.max()
+  want, got = lowrank.compose(base, p), lowrank.compose(base, rounded)
+  assert 0 < np.abs(want - got).max() < 0.01 * np.abs(want - base).max()
+  again = lowrank.dequantized(rounded)
+  np.testing.assert_array_equal(lowrank.compose(base, again), got)
+  with pytest.raises(AssertionError, match="U must be floating point"):
+    lowrank.compose(base, rounded._replace(sigma=None))
+
+
 # --- what the functions are given -------------------------------------------------------
 
 
@@ -317,7 +356,8 @@ def test_kernels_of_two_shapes_are_refused(call):
     ({"R": jnp.ones(4)}, r"R must be floating point \[J\] with I = 4, J = 6"),
     ({"S": jnp.ones((1, 4))}, r"S must be floating point \[I\]"),
     ({"U": jnp.ones((4, 3))}, r"U must be floating point \[J, K\] with I = 4, J = 6, K = 3"),
-    ({"V": jnp.ones((4, 2))}, r"V must be floating point \[I, K\] with I = 4, J = 6, K = 3"),
+    ({"V": jnp.ones((4, 2))}, r"V must be floating point \[M, K\] with I = 4, J = 6, K = 3"),
+    ({"V": jnp.ones((8, 3))}, r"V must be floating point \[M, K\] with I = 4, J = 6, M = 36"),
     ({"sigma": jnp.ones(2)}, r"sigma must be floating point \[K\]"),
     ({"V": jnp.ones((4, 3), jnp.int32)}, "V must be floating point"),
   ],
@@ -342,7 +382,7 @@ def test_factors_that_do_not_fit_a_kernel_are_refused(change, message):
 def test_factors_that_do_not_fit_one_another_are_refused(call):
   d = given()[2]
   call(d)
-  with pytest.raises(AssertionError, match=r"V must be floating point \[I, K\] with J = 6"):
+  with pytest.raises(AssertionError, match=r"V must be floating point \[M, K\] with J = 6"):
     call(d._replace(V=d.V[:, :2]))
 
 

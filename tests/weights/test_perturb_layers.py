@@ -30,12 +30,15 @@ class Net(nn.Module):
 FORMS = ("composed", "factored", "auto")
 
 
-def check_exact(model, x, bound=1e-5, **kwargs):
+def check_exact(model, x, bound=1e-5, unfold=False, **kwargs):
   """After some change of the perturbation, every form is the merged network."""
   variables = jax.jit(model.init)(jax.random.key(1), x)
   kernels, p, rest = perturb.init(jax.random.key(2), model, variables, x, rank=2, **kwargs)
   others = {k: v for k, v in variables.items() if k != "params"}
   p = {n: q._replace(R=1.2 * q.R, U=np.full(q.U.shape, 0.5, np.float32)) for n, q in p.items()}
+  if unfold:
+    rows = {n: w.size // p[n].R.size for n, w in kernels.items()}
+    p = {n: q._replace(V=jax.random.normal(jax.random.key(3), (rows[n], 2))) for n, q in p.items()}
 
   @jax.jit
   def compute(p, rest, x):
@@ -72,7 +75,9 @@ DTYPES = [
 def test_a_convolution_takes_inputs_of_every_dtype(dtype, layer_dtype):
   x = jax.random.randint(jax.random.key(0), (2, 12, 12, 3), 0, 256)
   bound = 5e-3 if layer_dtype else 1e-5
-  check_exact(Net(conv((8, 8), strides=2, dtype=layer_dtype)), x.astype(dtype), bound)
+  model = Net(conv((8, 8), strides=2, dtype=layer_dtype))
+  check_exact(model, x.astype(dtype), bound)
+  check_exact(model, x.astype(dtype), bound, unfold=True)
 
 
 def test_sums_over_a_window_beyond_the_range_of_float16():
@@ -107,6 +112,7 @@ def test_a_convolution_of_every_dimension_padding_and_batch(arguments, batch):
   n = np.size(arguments["size"])
   x = jax.random.normal(jax.random.key(0), (*batch, *(8, 7, 6)[:n], 4))
   check_exact(Net(conv(**arguments)), x)
+  check_exact(Net(conv(**arguments)), x, unfold=True)
 
 
 def test_a_batch_of_no_images_is_taken():
