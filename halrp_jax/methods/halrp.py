@@ -30,6 +30,7 @@ Reference: https://arxiv.org/abs/2311.15161.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -241,9 +242,9 @@ def make(config: Config, setup: Setup) -> Method:
     def timed_select():
       start = time.perf_counter()
       shapes = f.ranks.shapes(params)
-      budgeted = with_budget(config, setup.num_tasks, state, task, params, shapes)
+      most = room(config, setup.num_tasks, state, task, params, shapes, store)
       perturbation, ranks, exact = rank_rules.select(
-        f.ranks, budgeted, setup, state, params, stats, task, select_key
+        f.ranks, config, setup, state, params, stats, task, select_key, most
       )
       seconds = time.perf_counter() - start
       chosen = {"ranks": ranks, "ranks_exact": exact}
@@ -326,15 +327,16 @@ def warm_up(
   return f.fit_free(params, stats, {"l2": 0.0}, *args, rate_factor=config.warmup_rate)
 
 
-def with_budget(
+def room(
   config: Config,
   num_tasks: int,
   state: State,
   task: Task,
   params: Params,
   shapes: contract.Shapes,
-) -> Config:
-  """Returns the config with `budget` as a number: what U and V of a task may add to the base.
+  store: Store,
+) -> float:
+  """Returns how many numbers U and V of a task may have; infinity: any.
 
   With method.budget = "bound" they may have what `task_bound`, or an equal share of `prune_bound`,
   leaves beside R, S and the task's other numbers. This is not in the paper.
@@ -346,27 +348,27 @@ def with_budget(
     task: the task.
     params: parameters after the warm-up.
     shapes: (I, J) of every layer's kernel as a matrix.
-
-  Raises:
-    UserError: if nothing is left.
+    store: store of the task, for a note if nothing is left.
   """
-  if config.budget != "bound" or config.rank_rule == "none":
-    return config
+  if not isinstance(config.budget, str):
+    return config.budget * sizes.count_leaves(params) or math.inf
   kernels, rest = trees.split(params)
   without = {
     n: lowrank.identity(kinds.as_matrix(w, shapes[n]), 0, fold=True) for n, w in kernels.items()
   }
   smallest = _task_state(task, without, {}, rest, {})
-  others = sizes.dense_growth(state.append(smallest), [smallest], _owned(config))
+  whole = state.append(smallest)
+  others = sizes.dense_growth(whole, [smallest], _owned(config))
   bound = _bound_of_a_task(config, state, num_tasks)
   assert bound is not None  # `check` requires it
   if bound <= others:
     name = "task_bound" if config.task_bound else "prune_bound"
-    raise UserError(
+    note = (
       f"method.{name} = {getattr(config, name)} allows task {task.name!r} {bound:.3g} of the base, "
-      f"and R, S and its other numbers are {others:.3g} of it: raise it, or set method.budget=0"
+      f"and R, S and its other numbers are {others:.3g} of it: all ranks are 0; raise it"
     )
-  return dataclasses.replace(config, budget=bound - others)
+    store.log({"event": "note", "note": note})
+  return max(0.0, bound - others) * sizes.base_count(whole)
 
 
 def fine_tune(

@@ -165,6 +165,7 @@ def select(
   stats: Params,
   task: Task,
   key: jax.Array,
+  most: float,
 ) -> tuple[dict[str, lowrank.Perturbation], dict[str, int], bool]:
   """Decomposes the warmed-up network and chooses the ranks (lines 4 to 7).
 
@@ -177,6 +178,7 @@ def select(
     stats: BatchNorm statistics after the warm-up.
     task: the task.
     key: random key for randomized SVD and random factors.
+    most: numbers that U and V of all layers together may have; infinity: any.
 
   Returns:
     Perturbations by layer, ranks by layer, and whether these are the ranks of the exact SVD. They
@@ -193,10 +195,9 @@ def select(
     {n: kinds.as_matrix(w, shapes[n]) for n, w in tree.items()} for tree in (kernels, free)
   )
   decomposition = f.decompose(matrices, free, svd_key)
-  base = sizes.count_leaves(params)
   if config.rank_rule == "eva":
-    return *along_inputs(f, config, params, stats, task, decomposition, base), True
-  ranks, exact = choose_ranks(config, decomposition, kernels, importance, base)
+    return *along_inputs(f, config, params, stats, task, decomposition, most), True
+  ranks, exact = choose_ranks(config, decomposition, kernels, importance, most)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
     width = columns((d.V.shape[0], d.U.shape[0]), config)
@@ -246,7 +247,7 @@ def along_inputs(
   stats: Params,
   task: Task,
   decomposition: dict[str, lowrank.Decomposition],
-  base: int,
+  most: float,
 ) -> tuple[dict[str, lowrank.Perturbation], dict[str, int]]:
   """Returns perturbations whose V are the main directions of the layers' inputs, and their ranks.
 
@@ -260,17 +261,17 @@ def along_inputs(
     stats: BatchNorm statistics.
     task: whose training images are used.
     decomposition: by layer, of which R and S are used.
-    base: parameters of the base, of which `method.budget` is a share.
+    most: numbers that U and V of all layers together may have; infinity: any.
   """
   moments = f.input_moments(params, stats, task)
   found = {n: lowrank.explained(x) for n, x in moments.items()}
-  most = 2 * config.upper_rank
+  widest = 2 * config.upper_rank
   widths = {n: min(d.U.shape[0], d.V.shape[0]) for n, d in decomposition.items()}
   scores = [shares[: widths[n]] for n, (shares, _) in found.items()]
   if config.budget:
-    counts = _fill_budget(config, scores, [decomposition[n] for n in found], base, most)
+    counts = _fill_budget(config, scores, [decomposition[n] for n in found], most, widest)
   else:
-    counts = lowrank.allocate_count(scores, config.upper_rank * len(found), most)
+    counts = lowrank.allocate_count(scores, config.upper_rank * len(found), widest)
   ranks = dict.fromkeys(decomposition, 0) | dict(zip(found, counts, strict=True))
   perturbation = {}
   for name, d in decomposition.items():
@@ -285,7 +286,7 @@ def choose_ranks(
   decomposition: dict[str, lowrank.Decomposition],
   kernels: dict[str, jax.Array],
   importance: dict[str, float],
-  base: int,
+  most: float,
 ) -> tuple[dict[str, int], bool]:
   """Chooses the ranks of the whole network together (line 6, paper Eq. 11).
 
@@ -296,7 +297,7 @@ def choose_ranks(
     decomposition: by layer.
     kernels: kernels of the base, by layer.
     importance: by layer.
-    base: parameters of the base, of which `method.budget` is a share.
+    most: numbers that U and V of all layers together may have; infinity: any.
 
   Returns:
     Ranks by layer, and whether they are those of the exact SVD.
@@ -304,9 +305,9 @@ def choose_ranks(
   if config.rank_rule == "none":
     return dict.fromkeys(decomposition, 0), True
   if config.rank_rule in _EQUAL:
-    needed = ranks = _equal_ranks(config, decomposition, base)
+    needed = ranks = _equal_ranks(config, decomposition, most)
   else:
-    needed, ranks = _ranks_by_score(config, decomposition, kernels, importance, base)
+    needed, ranks = _ranks_by_score(config, decomposition, kernels, importance, most)
   exact = True
   if config.rank_rule not in _WITHOUT_SVD:
     found = [d.sigma.size for d in decomposition.values()]
@@ -316,14 +317,14 @@ def choose_ranks(
 
 
 def _equal_ranks(
-  config: Config, decomposition: dict[str, lowrank.Decomposition], base: int
+  config: Config, decomposition: dict[str, lowrank.Decomposition], most: float
 ) -> list[int]:
   """Returns `upper_rank` for every layer that has so many, or ranks that fill the budget."""
   widths = [min(d.V.shape[0], d.U.shape[0]) for d in decomposition.values()]
   if not config.budget:
     return [min(config.upper_rank, width) for width in widths]
   priorities = lowrank.equal_priorities(widths)
-  return _fill_budget(config, priorities, decomposition.values(), base, config.upper_rank)
+  return _fill_budget(config, priorities, decomposition.values(), most, config.upper_rank)
 
 
 def _ranks_by_score(
@@ -331,7 +332,7 @@ def _ranks_by_score(
   decomposition: dict[str, lowrank.Decomposition],
   kernels: dict[str, jax.Array],
   importance: dict[str, float],
-  base: int,
+  most: float,
 ) -> tuple[list[int], list[int]]:
   """Returns ranks by the scores of all columns, without and with `min_rank` and `upper_rank`.
 
@@ -347,7 +348,7 @@ def _ranks_by_score(
       # the share that is missing without the column: a common threshold takes the largest
       priorities = [1 - (np.cumsum(s) - s) / max(np.sum(s), 1e-20) for s in scores]
     found = decomposition.values()
-    ranks = _fill_budget(config, priorities, found, base, config.upper_rank)
+    ranks = _fill_budget(config, priorities, found, most, config.upper_rank)
     return ranks, ranks
   # layers that are chosen together
   pools = [[s] for s in scores] if config.rank_rule == "pearl" else [scores]
@@ -363,13 +364,18 @@ def _fill_budget(
   config: Config,
   priorities: list[np.ndarray],
   decompositions: Iterable[lowrank.Decomposition],
-  base: int,
+  most: float,
   upper_rank: int,
 ) -> list[int]:
-  """Returns ranks for `method.budget`, which is a number here (`sizes.allocate_budget`)."""
-  assert not isinstance(config.budget, str), "halrp.with_budget replaces the word"
+  """Returns ranks whose U and V have at most `most` numbers (`lowrank.allocate_budget`).
+
+  Raises:
+    UserError: if `method.budget` is a number and not a single column fits.
+  """
   costs = [_cost(d, config) for d in decompositions]
-  return sizes.allocate_budget(priorities, costs, config.budget, base, upper_rank)
+  if isinstance(config.budget, str):
+    return lowrank.allocate_budget(priorities, costs, most, upper_rank)
+  return sizes.allocate_budget(priorities, costs, most, config.budget, upper_rank)
 
 
 def _cost(d: lowrank.Decomposition, config: Config) -> float:

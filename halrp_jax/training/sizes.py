@@ -114,25 +114,30 @@ def whole_networks(state: State) -> Size:
 
 
 def allocate_budget(
-  priorities: list[np.ndarray], costs: Sequence[float], share: float, base: int, upper_rank: int = 0
+  priorities: list[np.ndarray],
+  costs: Sequence[float],
+  most: float,
+  share: float,
+  upper_rank: int = 0,
 ) -> list[int]:
   """Returns ranks for `method.budget` (`lowrank.allocate_budget`).
 
   Args:
     priorities: by layer, of its first, second, ... column.
     costs: numbers that one column of a layer adds.
-    share: `method.budget`, a share of the base.
-    base: parameters of the base.
+    most: numbers that all layers together may have.
+    share: `method.budget`, which `most` is as a share of the base.
     upper_rank: largest rank of a layer, 0 for no limit.
 
   Raises:
     UserError: if not a single column fits.
   """
-  ranks = lowrank.allocate_budget(priorities, costs, share * base, upper_rank)
+  ranks = lowrank.allocate_budget(priorities, costs, most, upper_rank)
   if not any(ranks):
+    least = share * min(costs, default=most) / most
     raise UserError(
       f"method.budget = {share}: leaves no room for one column of U and V in any layer; set it to "
-      f"at least {min(costs, default=base) / base:.2g}, or to 0 for no limit"
+      f"at least {least:.2g}, or to 0 for no limit"
     )
   return ranks
 
@@ -169,7 +174,7 @@ def dense_growth(state: State, tasks: Sequence[Params], owned: Owned = EVERYTHIN
   dense = sum(
     _fixed_count(p, owned) + sum(v.size for v in low_rank_values(p).values()) for p in tasks
   )
-  return dense / _base_count(state)
+  return dense / base_count(state)
 
 
 def perturbed(state: State, owned: Owned = EVERYTHING) -> Size:
@@ -199,7 +204,7 @@ def perturbed_task(state: State, t: int, owned: Owned = EVERYTHING) -> Size:
     owned: as for `perturbed`.
   """
   task, first = state.tasks[t], state.tasks[0]
-  base = _base_count(state) if t == 0 else 0
+  base = base_count(state) if t == 0 else 0
   counted, stats = base, 0 if t and _equal(task.stats, first.stats) else count_leaves(task.stats)
   all_perturbed = "rest" in state.shared
   if t == 0 and all_perturbed:  # its own head is a part of the base
@@ -240,7 +245,7 @@ def _own_rest(task: Params, owned: Owned) -> RestCount:
   return count_rest(rest, task.perturbation, int(task.num_classes))
 
 
-def _base_count(state: State) -> int:
+def base_count(state: State) -> int:
   """Counts the parameters of the base with the head of the first task."""
   rest = state.shared.get("rest", state.tasks[0].rest)
   return network_count(state.shared["kernels"], rest, _first_classes(state))

@@ -193,8 +193,6 @@ def test_the_best_variant_fills_the_bound_of_a_task(digits_config, switches, bou
 @pytest.mark.parametrize(
   ("switches", "says"),
   [
-    ({"task_bound": 0.01}, "task_bound = 0.01 allows task .* 0.01 of the base, and R, S and its"),
-    ({"prune_bound": 0.01}, "prune_bound = 0.01 allows task .* 0.00111 of the base"),
     ({"prune_bound": "none"}, "'bound' fills method.task_bound or method.prune_bound: set one"),
     ({"sigma": "kept"}, "'bound' counts no Sigma: set method.sigma=folded"),
     ({"prune": "mixed"}, "factors = 'int8' rounds a task for good, and its zeros are stored: set"),
@@ -207,6 +205,22 @@ def test_a_bound_that_can_not_be_filled_is_refused(digits_config, switches, says
   )
   with pytest.raises(UserError, match=says):
     learn_two(config)
+
+
+@pytest.mark.parametrize(
+  ("switches", "says"),
+  [
+    ({"task_bound": 0.01}, "task_bound = 0.01 allows task '"),
+    ({"prune_bound": 0.01}, "prune_bound = 0.01 allows task '"),
+  ],
+)
+def test_a_bound_without_room_for_columns_is_noted_and_ends_nothing(digits_config, switches, says):
+  own = {f"method.{k}": v for k, v in ({"variant": "best"} | switches).items()}
+  state, history, events = learn_two(digits_config(**own, train_fraction=0.1))
+  assert history["ranks"] == {"fc1": 0, "fc2": 0}
+  (note,) = [e["note"] for e in events if e["event"] == "note"]
+  assert note.startswith("method." + says) and note.endswith("all ranks are 0; raise it")
+  assert not np.any(state.tasks[1].perturbation["fc1"].U)
 
 
 def test_the_share_of_the_warm_up_leaves_an_epoch_for_fine_tuning(digits_config):
