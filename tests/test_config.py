@@ -56,7 +56,7 @@ def test_the_method_and_its_keys_are_read(argument, expected):
     ("halrp,warmup_epochs=1.0", "warmup_epochs must be a whole number >= 0, got '1.0'"),
     ("halrp,crossing=maybe", "crossing must be true or false, got 'maybe'"),
     ("halrp,prune_bound=some", "prune_bound must be a number >= 0, or none, got 'some'"),
-    ("halrp,variant=mine", "variant must be one of code, published, paper, got 'mine'"),
+    ("halrp,variant=mine", "variant must be one of code, published, best, paper, got 'mine'"),
   ],
 )
 def test_what_is_wrong_after_the_colon_is_said_in_one_line(argument, says):

@@ -33,8 +33,8 @@ class Config(keys.MethodConfig):
     "bound",
     None,
     0,
-    "size of all U and V of a task as a share of the base, which rank_rule divides among the "
-    "layers; alpha and min_rank then have no effect; 0: any size; bound: what task_bound, or an "
+    "size of all U, V and kept Sigma of a task as a share of the base, which rank_rule divides "
+    "among the layers; alpha and min_rank then have no effect; 0: any size; bound: what task_bound, or an "
     "equal share of prune_bound, leaves beside the task's other numbers",
   )
   rank_rule: str = keys.one_of(
@@ -92,8 +92,6 @@ def check(m: Config) -> list[str]:
   errors = []
   if m.rank_rule in (*_EQUAL, "eva") and not m.upper_rank:
     errors.append(f"method.rank_rule = {m.rank_rule!r} needs method.upper_rank > 0")
-  if m.budget == "bound" and m.sigma == "kept":
-    errors.append("method.budget = 'bound' counts no Sigma: set method.sigma=folded")
   if m.rank_rule == "eva" and m.conv_form == "unfolded":
     errors.append(
       "method.rank_rule = 'eva' has directions of sums over a window: set "
@@ -379,9 +377,11 @@ def _fill_budget(
 
 
 def _cost(d: lowrank.Decomposition, config: Config) -> float:
-  """Returns the numbers that one column adds: M + J, or a fourth of them and one of Sigma."""
+  """Returns the numbers that one column adds: M + J, in int8 a fourth of them; one of Sigma."""
   entries = d.V.shape[0] + d.U.shape[0]
-  return entries / 4 + 1 if config.factors == "int8" else entries
+  if config.factors == "int8":
+    return entries / 4 + 1
+  return entries + (config.sigma == "kept")
 
 
 def columns(shape: tuple[int, int], config: Config) -> int:

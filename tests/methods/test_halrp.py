@@ -171,7 +171,7 @@ def test_the_bound_of_a_task_does_not_depend_on_their_number(digits_config):
   ("switches", "bound"),
   [
     ({"prune_bound": 1.8}, 0.2),  # nine tasks
-    ({"task_bound": 0.15}, 0.15),
+    ({"task_bound": 0.15, "sigma": "kept"}, 0.15),
     pytest.param({"task_bound": 0.2, "rank_rule": "flat"}, 0.2, marks=pytest.mark.slow),
   ],
 )
@@ -194,7 +194,6 @@ def test_the_best_variant_fills_the_bound_of_a_task(digits_config, switches, bou
   ("switches", "says"),
   [
     ({"prune_bound": "none"}, "'bound' fills method.task_bound or method.prune_bound: set one"),
-    ({"sigma": "kept"}, "'bound' counts no Sigma: set method.sigma=folded"),
     ({"prune": "mixed"}, "factors = 'int8' rounds a task for good, and its zeros are stored: set"),
     ({"rank_rule": "eva"}, "'eva' has directions of sums over a window: set method.conv_form"),
   ],
