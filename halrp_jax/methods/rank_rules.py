@@ -34,8 +34,8 @@ class Config(keys.MethodConfig):
     None,
     0,
     "size of all U, V and kept Sigma of a task as a share of the base, which rank_rule divides "
-    "among the layers; alpha and min_rank then have no effect; 0: any size; bound: what task_bound, or an "
-    "equal share of prune_bound, leaves beside the task's other numbers",
+    "among the layers; alpha and min_rank then have no effect; 0: any size; bound: what "
+    "task_bound, or an equal share of prune_bound, leaves beside the task's other numbers",
   )
   rank_rule: str = keys.one_of(
     "importance",
