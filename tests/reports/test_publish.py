@@ -459,6 +459,21 @@ def test_the_readme_has_the_results_of_the_records(published):
   assert number > 8
 
 
+def test_the_documents_have_the_figures_of_the_best_variant(tmp_path):
+  for order in "ABCDE":
+    shutil.copy(RECORDS / f"split05_{order}_best.json", tmp_path)
+  (group,), _ = records.group(records.read(str(tmp_path))[0])
+  assert group.num_orders == 5
+  accuracy, mopd, aopd, growth = (
+    records.number(group, metric).value for metric in ("accuracy", "mopd", "aopd", "increment")
+  )
+  best = (ROOT / "docs" / "best.md").read_text()
+  assert f"| `best` | **{accuracy:.2f}** | {growth:.3f} | 0 | {mopd:.2f} | {aopd:.2f} |" in best
+  readme = " ".join((ROOT / "README.md").read_text().split())
+  says = f"**{accuracy:.2f}** on CIFAR100-Split at 5 % of the images, with population statistics, "
+  assert says + f"MOPD {mopd:.2f}, AOPD {aopd:.2f} and a growth of {100 * growth:.1f} %" in readme
+
+
 def with_orders(found):
   """45.14 (5), or - where there is no run."""
   return f"{written_as(found, False)} ({found.group.num_orders})" if found.group else "-"
