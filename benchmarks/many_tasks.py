@@ -40,7 +40,8 @@ def written():
 workdir, log, num_tasks, epochs = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 config = arguments.load_config(sys.argv[5])
 config.order, config.epochs, config.data.num_tasks = "natural", epochs, num_tasks
-config.method.warmup_epochs, config.method.task_bound = 1, 0.05
+config.method.variant, config.method.warmup_epochs = "published", 1
+config.method.task_bound = 0.05
 
 def show(event):
   if event["event"] == "evaluation":

@@ -9,8 +9,8 @@ TASK.npz. halrp_jax/data/custom.py describes all layouts. check_data prints what
 left out, and wrong.
 
 The hyper-parameters are those of configs/cifar100_split.py with shuffled images: a starting point
-for your own. HALRP is the variant of docs/best.md, and each task may add method.task_bound to the
-model. Expected ACC, growth and time depend on your images.
+for your own. HALRP is the variant of docs/best.md. For many tasks give each of them the same
+room, --config.method.task_bound=0.02. Expected ACC, growth and time depend on your images.
 """
 
 from halrp_jax.config import make_config
@@ -33,7 +33,7 @@ def get_config(method: str = "halrp"):
         "alpha": 0.9,
         "warmup_epochs": 1,
         "l1": 1e-4,
-        "task_bound": 0.02,
+        "prune_bound": 0.2,
       },
     },
   )

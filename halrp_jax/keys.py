@@ -150,8 +150,8 @@ class Protocol:
     "test",
     ("test", "validation", "unused"),
     "images on which accuracies are measured; validation: the run has no test images (used by "
-    "`tune`); unused: nor has it, but as many of the training images that train_fraction leaves "
-    "out",
+    "`tune`); unused: nor has it; training images that train_fraction leaves out, at most as "
+    "many as the task has test images",
   )
   last_batch: str = one_of(
     "train", ("train", "drop"), "whether the last, smaller batch of an epoch is used or dropped"

@@ -7,7 +7,7 @@ r"""Learns the tasks of a benchmark one after another.
   python -m halrp_jax.main --list
 
 The method stands after the colon of --config (default: halrp). Values of its keys may follow, as in
-configs/digits.py:halrp,alpha=0.75,warmup_epochs=1. Any key of the config can be set with
+configs/digits.py:halrp,variant=published,alpha=0.75. Any key of the config can be set with
 --config.KEY=VALUE. An interrupted run resumes with the same command.
 
 Exit codes: 0 done; 1 the loss became NaN or infinite; 2 a mistake in config, data, arguments or

@@ -382,7 +382,8 @@ def _unused(task: Task, drawn: Split) -> Split:
   """
   pool = task.train
   rows = np.flatnonzero(~np.isin(pool.index, drawn.index))
-  rows = np.random.default_rng((task.id,)).permutation(rows)[: len(task.test.index)]
+  rows = np.random.default_rng((task.id,)).permutation(rows)
+  rows = rows[_first_of_classes(np.asarray(pool.label[rows]), len(task.test.index), 1, 0)]
   unused = Split(pool.image, pool.index[rows], pool.label[rows])
   counts = np.bincount(unused.label, minlength=task.num_classes)
   if not counts.all():

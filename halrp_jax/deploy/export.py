@@ -17,6 +17,8 @@ is in the card. The names of the arrays are
   params/LAYER/.., batch_stats/LAYER/..    as in Flax
   perturbation/LAYER/R, S, sigma, rank, U, V    cut to the rank (weights/lowrank.py); U and V are
     left out at rank 0
+    U and V may be int8; sigma then has the scales of the columns. V has a row for every input, or,
+    if `conv_form` of the card is "unfolded", for every input at every position of the window
   perturbation/LAYER/U.values, U.mask    in place of U where that is smaller: its non-zero entries
     row by row, and a bit for every entry (numpy.packbits) that says whether it is non-zero; V too
 

@@ -286,7 +286,9 @@ def extend(
 def _load_new_task(run: Saved, data_path: str, note: Callable[[str], None]) -> Task:
   """Reads the images of the new task as the run's were read; `note` gets lines on the files."""
   task_id = 1 + max(task.id for task in run.benchmark.tasks)
-  all_images = dataclasses.replace(run.config, train_fraction=1.0)
+  # a run without test images (protocol.evaluate_on) learns a new task as others do
+  protocol = dataclasses.replace(run.config.protocol, evaluate_on="test")
+  all_images = dataclasses.replace(run.config, train_fraction=1.0, protocol=protocol)
   framings = [task.framing for task in run.learned if task.framing != Framing()]
   all_images = pretrained.with_framing(all_images, framings[0] if framings else Framing())
   task = data.load_task(data_path, all_images, run.stored_shape, task_id, note)

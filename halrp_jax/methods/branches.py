@@ -84,8 +84,8 @@ def make_plan(config: Config, setup: Setup) -> Plan:
   widths = [min(config.rank, *shape) for shape in shapes.values()]
   if config.budget:
     priorities, costs = lowrank.equal_priorities(widths), [sum(x) for x in shapes.values()]
-    most = config.budget * sizes.count_leaves(params)
-    widths = sizes.allocate_budget(priorities, costs, most, config.budget)
+    max_numbers = config.budget * sizes.count_leaves(params)
+    widths = sizes.allocate_budget(priorities, costs, max_numbers, config.budget)
   return Plan(shapes, dict(zip(shapes, widths, strict=True)))
 
 

@@ -22,8 +22,8 @@ fresh optimizer (lines 7 and 8), and all tasks so far are pruned (line 9).
 The perturbation of task 0 is the identity, so that the states of all tasks have the same shapes.
 
 Deviations from the paper are switches, whose values `VARIANTS` has: "paper" follows the text to the
-letter, "code" is the authors' code as released, and "published" reproduces the published
-accuracies and sizes (docs/reproduction.md).
+letter, "code" is the authors' code as released, "published" reproduces the published accuracies and
+sizes (docs/reproduction.md), and "best" goes beyond the paper (docs/best.md).
 
 Reference: https://arxiv.org/abs/2311.15161.
 """
@@ -175,8 +175,9 @@ def check(config: keys.Config) -> list[str]:
   assert isinstance(m, Config)
   warmup_epochs = _warmup_epochs(m, config.epochs)
   if warmup_epochs + m.prune_epochs >= config.epochs:
-    name = "method.warmup_epochs" if not m.warmup_share else "epochs of method.warmup_share"
-    name += " + method.prune_epochs" if m.prune_epochs else ""
+    name = "method.warmup_epochs" + (" + method.prune_epochs" if m.prune_epochs else "")
+    if m.warmup_share:
+      name = f"the epochs of method.warmup_share{name.removeprefix('method.warmup_epochs')}"
     errors.append(
       f"{name} = {warmup_epochs + m.prune_epochs} must be less than epochs = {config.epochs}: "
       "the rest is for fine-tuning"
@@ -184,12 +185,18 @@ def check(config: keys.Config) -> list[str]:
   if m.prune_epochs and (m.prune_scope == "all" or m.prune == "none"):
     errors.append(
       f"method.prune_epochs = {m.prune_epochs} are after a task was pruned for good: set "
-      "method.prune_scope=new and a method.prune other than none, or method.prune_epochs=0"
+      "method.prune_scope=new and a method.prune other than none (as method.variant=published), or "
+      "method.prune_epochs=0"
     )
   if m.factors == "int8" and (m.prune_scope == "all" or m.prune != "none"):
     errors.append(
-      "method.factors = 'int8' rounds a task for good, and its zeros are stored: set "
-      "method.prune=none, or method.factors=float32"
+      "method.factors = 'int8' stores zeros as other values, so that pruning makes no task "
+      "smaller: set method.prune=none, or method.factors=float32"
+    )
+  if m.rank_rule in rank_rules.WITHOUT_SVD and m.warmup_share:
+    errors.append(
+      f"method.rank_rule = {m.rank_rule!r} keeps nothing of the kernels that a long warm-up "
+      "learns: set method.warmup_share=0"
     )
   if m.importance_split == "valid" and config.protocol.validation_fraction == 0:
     errors.append(
@@ -242,9 +249,9 @@ def make(config: Config, setup: Setup) -> Method:
     def timed_select():
       start = time.perf_counter()
       shapes = f.ranks.shapes(params)
-      most = room(config, setup.num_tasks, state, task, params, shapes, store)
+      max_numbers = room(config, setup.num_tasks, state, task, params, shapes, store)
       perturbation, ranks, exact = rank_rules.select(
-        f.ranks, config, setup, state, params, stats, task, select_key, most
+        f.ranks, config, setup, state, params, stats, task, select_key, max_numbers
       )
       seconds = time.perf_counter() - start
       chosen = {"ranks": ranks, "ranks_exact": exact}
@@ -260,7 +267,9 @@ def make(config: Config, setup: Setup) -> Method:
     if config.prune_epochs:
       state = recover(f, config, state, task, jax.random.fold_in(fine_key, 1), store)
     if config.factors == "int8":
-      state = state._replace(tasks=(*state.tasks[:-1], f.quantize(state.tasks[-1])))
+      *earlier, last = state.tasks
+      found = {n: f.quantize(p) for n, p in last.perturbation.items()}
+      state = state._replace(tasks=(*earlier, last._replace(perturbation=found)))
     return state, chosen | {"select_seconds": seconds}
 
   logits = networks.perturbed_logits(setup.model)
@@ -336,10 +345,11 @@ def room(
   shapes: contract.Shapes,
   store: Store,
 ) -> float:
-  """Returns how many numbers U and V of a task may have; infinity: any.
+  """Returns how many numbers U, V and a kept Sigma of a task may have; infinity: any.
 
   With method.budget = "bound" they may have what `task_bound`, or an equal share of `prune_bound`,
-  leaves beside R, S and the task's other numbers. This is not in the paper.
+  leaves beside R, S and the task's other numbers. An int8 is a fourth of a number. This is not in
+  the paper.
 
   Args:
     config: config of the method.
@@ -353,22 +363,22 @@ def room(
   if not isinstance(config.budget, str):
     return config.budget * sizes.count_leaves(params) or math.inf
   kernels, rest = trees.split(params)
-  without = {
+  without_columns = {
     n: lowrank.identity(kinds.as_matrix(w, shapes[n]), 0, fold=True) for n, w in kernels.items()
   }
-  smallest = _task_state(task, without, {}, rest, {})
-  whole = state.append(smallest)
-  others = sizes.dense_growth(whole, [smallest], _owned(config))
+  with_task = state.append(_task_state(task, without_columns, {}, rest, {}))
+  size = sizes.perturbed_task(with_task, len(state.tasks), _owned(config))
+  fixed, base = size.paper - size.base, sizes.base_count(with_task)
   bound = _bound_of_a_task(config, state, num_tasks)
   assert bound is not None  # `check` requires it
-  if bound <= others:
-    name = "task_bound" if config.task_bound else "prune_bound"
+  left = math.floor(bound * base) - fixed
+  if left <= 0 and config.rank_rule != "none":
     note = (
-      f"method.{name} = {getattr(config, name)} allows task {task.name!r} {bound:.3g} of the base, "
-      f"and R, S and its other numbers are {others:.3g} of it: all ranks are 0; raise it"
+      f"task {task.name!r} may add {bound:.3g} of the base, and R, S and its other numbers are "
+      f"{fixed / base:.3g} of it, so that all ranks are 0: set a larger method.task_bound"
     )
     store.log({"event": "note", "note": note})
-  return max(0.0, bound - others) * sizes.base_count(whole)
+  return max(0, left)
 
 
 def fine_tune(
@@ -430,12 +440,13 @@ def prune(f: "_Functions", state: State, config: Config, num_tasks: int) -> Stat
   Returns:
     The state with pruned perturbations.
   """
-  bound = None if isinstance(config.prune_bound, str) else config.prune_bound
-  first = 0 if "rest" in state.shared else 1
-  unchanged, candidates = state.tasks[:first], state.tasks[first:]
   if config.prune_scope == "new":
     unchanged, candidates = state.tasks[:-1], state.tasks[-1:]
     bound = _bound_of_a_task(config, state, num_tasks)
+  else:
+    first = 0 if "rest" in state.shared else 1
+    unchanged, candidates = state.tasks[:first], state.tasks[first:]
+    bound = None if isinstance(config.prune_bound, str) else config.prune_bound
   rate = lowrank.prune_rate(
     config.prune_rate, bound, sizes.dense_growth(state, candidates, _owned(config))
   )
@@ -494,7 +505,7 @@ class _Functions(NamedTuple):
   fit_perturbed: Fit  # of the perturbed network
   fit_pruned: Fit  # of the perturbed network; zeros of the perturbation stay zeros
   prune: Callable  # `lowrank.prune`
-  quantize: Callable  # (state of a task) -> the same with `lowrank.quantized` perturbations
+  quantize: Callable  # `lowrank.quantized`
 
 
 def _build(config: Config, setup: Setup) -> _Functions:
@@ -508,10 +519,6 @@ def _build(config: Config, setup: Setup) -> _Functions:
     held = jax.tree.map(jnp.multiply, updates["perturbation"], frozen["mask"])
     return updates | {"perturbation": held}
 
-  def quantize(task):
-    found = {n: lowrank.quantized(p) for n, p in task.perturbation.items()}
-    return task._replace(perturbation=found)
-
   return _Functions(
     ranks=rank_rules.build(config, setup, shapes),
     initialize=networks.make_initialize(setup),
@@ -519,7 +526,7 @@ def _build(config: Config, setup: Setup) -> _Functions:
     fit_perturbed=make_fit(setup, *tuning[:2], edit_fn=tuning.edit_fn),
     fit_pruned=make_fit(setup, *tuning[:2], edit_fn=edit_pruned),
     prune=jax.jit(lowrank.prune),
-    quantize=jax.jit(quantize),
+    quantize=jax.jit(lowrank.quantized),
   )
 
 

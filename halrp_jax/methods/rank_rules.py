@@ -21,7 +21,7 @@ from halrp_jax.types import Params, State, Task
 from halrp_jax.weights import kinds, lowrank, trees
 
 _EQUAL = ("flat", "random", "lora")  # rules that give every layer upper_rank
-_WITHOUT_SVD = ("random", "lora", "eva", "none")  # rules that use no singular values
+WITHOUT_SVD = ("random", "lora", "eva", "none")  # rules that use no singular values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def build(config: Config, setup: Setup, shapes: Callable[[Params], contract.Shap
   args = (config.scales, config.conv_form == "unfolded")
 
   def decompose(base, free, key):
-    if config.rank_rule in _WITHOUT_SVD:
+    if config.rank_rule in WITHOUT_SVD:
       return {n: lowrank.scales_alone(base[n], free[n], *args) for n in base}
     if config.svd == "exact":
       return {n: lowrank.decompose(base[n], free[n], *args) for n in base}
@@ -163,7 +163,7 @@ def select(
   stats: Params,
   task: Task,
   key: jax.Array,
-  most: float,
+  max_numbers: float,
 ) -> tuple[dict[str, lowrank.Perturbation], dict[str, int], bool]:
   """Decomposes the warmed-up network and chooses the ranks (lines 4 to 7).
 
@@ -176,7 +176,7 @@ def select(
     stats: BatchNorm statistics after the warm-up.
     task: the task.
     key: random key for randomized SVD and random factors.
-    most: numbers that U and V of all layers together may have; infinity: any.
+    max_numbers: what U, V and a kept Sigma of all layers together may have; infinity: any.
 
   Returns:
     Perturbations by layer, ranks by layer, and whether these are the ranks of the exact SVD. They
@@ -194,8 +194,8 @@ def select(
   )
   decomposition = f.decompose(matrices, free, svd_key)
   if config.rank_rule == "eva":
-    return *along_inputs(f, config, params, stats, task, decomposition, most), True
-  ranks, exact = choose_ranks(config, decomposition, kernels, importance, most)
+    return *along_inputs(f, config, params, stats, task, decomposition, max_numbers), True
+  ranks, exact = choose_ranks(config, decomposition, kernels, importance, max_numbers)
   perturbation = {}
   for i, (name, d) in enumerate(decomposition.items()):
     width = columns((d.V.shape[0], d.U.shape[0]), config)
@@ -245,7 +245,7 @@ def along_inputs(
   stats: Params,
   task: Task,
   decomposition: dict[str, lowrank.Decomposition],
-  most: float,
+  max_numbers: float,
 ) -> tuple[dict[str, lowrank.Perturbation], dict[str, int]]:
   """Returns perturbations whose V are the main directions of the layers' inputs, and their ranks.
 
@@ -259,7 +259,7 @@ def along_inputs(
     stats: BatchNorm statistics.
     task: whose training images are used.
     decomposition: by layer, of which R and S are used.
-    most: numbers that U and V of all layers together may have; infinity: any.
+    max_numbers: what U, V and a kept Sigma of all layers together may have; infinity: any.
   """
   moments = f.input_moments(params, stats, task)
   found = {n: lowrank.explained(x) for n, x in moments.items()}
@@ -267,7 +267,7 @@ def along_inputs(
   widths = {n: min(d.U.shape[0], d.V.shape[0]) for n, d in decomposition.items()}
   scores = [shares[: widths[n]] for n, (shares, _) in found.items()]
   if config.budget:
-    counts = _fill_budget(config, scores, [decomposition[n] for n in found], most, widest)
+    counts = _fill_budget(config, scores, [decomposition[n] for n in found], max_numbers, widest)
   else:
     counts = lowrank.allocate_count(scores, config.upper_rank * len(found), widest)
   ranks = dict.fromkeys(decomposition, 0) | dict(zip(found, counts, strict=True))
@@ -284,7 +284,7 @@ def choose_ranks(
   decomposition: dict[str, lowrank.Decomposition],
   kernels: dict[str, jax.Array],
   importance: dict[str, float],
-  most: float,
+  max_numbers: float,
 ) -> tuple[dict[str, int], bool]:
   """Chooses the ranks of the whole network together (line 6, paper Eq. 11).
 
@@ -295,7 +295,7 @@ def choose_ranks(
     decomposition: by layer.
     kernels: kernels of the base, by layer.
     importance: by layer.
-    most: numbers that U and V of all layers together may have; infinity: any.
+    max_numbers: what U, V and a kept Sigma of all layers together may have; infinity: any.
 
   Returns:
     Ranks by layer, and whether they are those of the exact SVD.
@@ -303,11 +303,11 @@ def choose_ranks(
   if config.rank_rule == "none":
     return dict.fromkeys(decomposition, 0), True
   if config.rank_rule in _EQUAL:
-    needed = ranks = _equal_ranks(config, decomposition, most)
+    needed = ranks = _equal_ranks(config, decomposition, max_numbers)
   else:
-    needed, ranks = _ranks_by_score(config, decomposition, kernels, importance, most)
+    needed, ranks = _ranks_by_score(config, decomposition, kernels, importance, max_numbers)
   exact = True
-  if config.rank_rule not in _WITHOUT_SVD:
+  if config.rank_rule not in WITHOUT_SVD:
     found = [d.sigma.size for d in decomposition.values()]
     exact = all(k <= n for k, n in zip(needed, found, strict=True))
     ranks = [min(k, n) for k, n in zip(ranks, found, strict=True)]
@@ -315,14 +315,14 @@ def choose_ranks(
 
 
 def _equal_ranks(
-  config: Config, decomposition: dict[str, lowrank.Decomposition], most: float
+  config: Config, decomposition: dict[str, lowrank.Decomposition], max_numbers: float
 ) -> list[int]:
   """Returns `upper_rank` for every layer that has so many, or ranks that fill the budget."""
   widths = [min(d.V.shape[0], d.U.shape[0]) for d in decomposition.values()]
   if not config.budget:
     return [min(config.upper_rank, width) for width in widths]
   priorities = lowrank.equal_priorities(widths)
-  return _fill_budget(config, priorities, decomposition.values(), most, config.upper_rank)
+  return _fill_budget(config, priorities, decomposition.values(), max_numbers, config.upper_rank)
 
 
 def _ranks_by_score(
@@ -330,7 +330,7 @@ def _ranks_by_score(
   decomposition: dict[str, lowrank.Decomposition],
   kernels: dict[str, jax.Array],
   importance: dict[str, float],
-  most: float,
+  max_numbers: float,
 ) -> tuple[list[int], list[int]]:
   """Returns ranks by the scores of all columns, without and with `min_rank` and `upper_rank`.
 
@@ -346,7 +346,7 @@ def _ranks_by_score(
       # the share that is missing without the column: a common threshold takes the largest
       priorities = [1 - (np.cumsum(s) - s) / max(np.sum(s), 1e-20) for s in scores]
     found = decomposition.values()
-    ranks = _fill_budget(config, priorities, found, most, config.upper_rank)
+    ranks = _fill_budget(config, priorities, found, max_numbers, config.upper_rank)
     return ranks, ranks
   # layers that are chosen together
   pools = [[s] for s in scores] if config.rank_rule == "pearl" else [scores]
@@ -362,22 +362,25 @@ def _fill_budget(
   config: Config,
   priorities: list[np.ndarray],
   decompositions: Iterable[lowrank.Decomposition],
-  most: float,
+  max_numbers: float,
   upper_rank: int,
 ) -> list[int]:
-  """Returns ranks whose U and V have at most `most` numbers (`lowrank.allocate_budget`).
+  """Returns ranks whose columns have at most `max_numbers` (`lowrank.allocate_budget`).
 
   Raises:
     UserError: if `method.budget` is a number and not a single column fits.
   """
   costs = [_cost(d, config) for d in decompositions]
   if isinstance(config.budget, str):
-    return lowrank.allocate_budget(priorities, costs, most, upper_rank)
-  return sizes.allocate_budget(priorities, costs, most, config.budget, upper_rank)
+    return lowrank.allocate_budget(priorities, costs, max_numbers, upper_rank)
+  return sizes.allocate_budget(priorities, costs, max_numbers, config.budget, upper_rank)
 
 
 def _cost(d: lowrank.Decomposition, config: Config) -> float:
-  """Returns the numbers that one column adds: M + J, in int8 a fourth of them; one of Sigma."""
+  """Returns the numbers that one column adds, where an int8 is a fourth of a number.
+
+  They are M + J of U and V, and one of Sigma if it is kept or holds the scales of int8.
+  """
   entries = d.V.shape[0] + d.U.shape[0]
   if config.factors == "int8":
     return entries / 4 + 1

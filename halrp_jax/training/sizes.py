@@ -116,7 +116,7 @@ def whole_networks(state: State) -> Size:
 def allocate_budget(
   priorities: list[np.ndarray],
   costs: Sequence[float],
-  most: float,
+  max_numbers: float,
   share: float,
   upper_rank: int = 0,
 ) -> list[int]:
@@ -125,16 +125,16 @@ def allocate_budget(
   Args:
     priorities: by layer, of its first, second, ... column.
     costs: numbers that one column of a layer adds.
-    most: numbers that all layers together may have.
-    share: `method.budget`, which `most` is as a share of the base.
+    max_numbers: what all layers together may have.
+    share: `method.budget`, which `max_numbers` is as a share of the base.
     upper_rank: largest rank of a layer, 0 for no limit.
 
   Raises:
     UserError: if not a single column fits.
   """
-  ranks = lowrank.allocate_budget(priorities, costs, most, upper_rank)
+  ranks = lowrank.allocate_budget(priorities, costs, max_numbers, upper_rank)
   if not any(ranks):
-    least = share * min(costs, default=most) / most
+    least = share * min(costs, default=max_numbers) / max_numbers
     raise UserError(
       f"method.budget = {share}: leaves no room for one column of U and V in any layer; set it to "
       f"at least {least:.2g}, or to 0 for no limit"

@@ -205,7 +205,8 @@ def _low_rank_branch(
 ) -> jax.Array:
   """Returns U (Sigma (V' x)), for a convolution with the sum of x over its window.
 
-  The authors' code computes the same as a 1x1 convolution, a pooling and a 1x1 convolution.
+  If V has a row for every input at every position of the window, x is all of them. The authors'
+  code computes the sum as a 1x1 convolution, a pooling and a 1x1 convolution.
 
   Args:
     module: the layer.

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_LARGEST = 127  # of the integers that `quantized` makes
+_LARGEST = 127  # largest integer that `quantized` makes
 _TINY = 1e-20  # lower bound of the denominators, as in the authors' code
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 3  # of the randomised SVD
 
@@ -99,7 +99,7 @@ def _check_factors(p: Perturbation | Decomposition, base: jax.Array | None = Non
 
 
 def low_rank_shape(base: jax.Array, unfold: bool) -> tuple[int, int]:
-  """Returns (M, J): rows of V, of which an unfolded one has more, and of U.
+  """Returns (M, J): the number of rows of V, and of U.
 
   Args:
     base: kernel [*window, I, J].
@@ -318,7 +318,7 @@ def _decompose_randomized(
 
 
 def squared_singular_values(d: Decomposition) -> np.ndarray:
-  """Returns all min(I, J) squared singular values of the residual, descending, in float64.
+  """Returns all min(M, J) squared singular values of the residual, descending, in float64.
 
   The values that a randomised decomposition has not found are replaced by an upper bound: the
   remaining energy is divided among them, each as large as the last one found until nothing remains.
@@ -366,7 +366,7 @@ def random_factors(key: jax.Array, d: Decomposition, rank: int, columns: int) ->
   """Returns least-squares R and S with random U and V: Random LRP of the paper's Table 6.
 
   The paper does not say how U and V are drawn. Here they are uniform like the kernels of fresh
-  dense layers: V within +-1/sqrt(I), U within +-1/sqrt(rank). Sigma is folded.
+  dense layers: V within +-1/sqrt(M), U within +-1/sqrt(rank). Sigma is folded.
 
   Args:
     key: random key for U and V.
@@ -449,7 +449,7 @@ def allocate_budget(
 
   Args:
     priorities: one array [m_l] per layer, descending: of its first, second, ... column.
-    costs: numbers that one column of a layer adds, I + J.
+    costs: numbers that one column of a layer adds.
     budget: most numbers of all layers together.
     upper_rank: largest rank of a layer, 0 for no limit.
   """

@@ -320,3 +320,26 @@ def test_fewer_images_than_classes_are_asked_for(tmp_path):
   config = cifar_config(tmp_path, allow_partial=True, train_fraction=0.05, **PER_TASK)
   (note,) = data.load(config).notes
   assert note.startswith("train_fraction = 0.05 leaves 6") and "of 100 classes without" in note
+
+
+def test_unused_images_are_none_of_those_that_were_drawn(tmp_path):
+  write_small_cifar(tmp_path)
+  keys = {"allow_partial": True, "train_fraction": 0.5, "protocol.fraction_per_class": True}
+  usual = data.read(cifar_config(tmp_path, **keys))
+  unused = data.read(cifar_config(tmp_path, **keys, **{"protocol.evaluate_on": "unused"}))
+  assert usual.split_hash != unused.split_hash
+  for ours, theirs in zip(unused.tasks, usual.tasks, strict=True):
+    for split in ("train", "valid"):
+      np.testing.assert_array_equal(getattr(ours, split).index, getattr(theirs, split).index)
+    rows = set(np.asarray(ours.test.index).tolist())
+    drawn = {*np.asarray(ours.train.index).tolist(), *np.asarray(ours.valid.index).tolist()}
+    assert len(rows) == len(theirs.test.index) == 20 and not rows & drawn
+    assert max(rows) < 1000  # the training images come first
+    assert set(np.asarray(ours.test.label).tolist()) <= set(range(10))
+
+
+def test_without_unused_images_the_run_is_refused(tmp_path):
+  write_small_cifar(tmp_path)
+  config = cifar_config(tmp_path, allow_partial=True, **{"protocol.evaluate_on": "unused"})
+  with pytest.raises(UserError, match="'unused': no training images of class .* are unused: set a"):
+    data.read(config)
