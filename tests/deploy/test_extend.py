@@ -12,19 +12,26 @@ from halrp_jax.types import UserError
 
 from ..conftest import interrupt
 
+BEST = {"variant": "best", "task_bound": 0.2}
 
-@pytest.fixture(scope="module", params=["halrp", pytest.param("ewc", marks=pytest.mark.slow)])
+
+@pytest.fixture(
+  scope="module", params=["published", "best", pytest.param("ewc", marks=pytest.mark.slow)]
+)
 def run_folder(request, tmp_path_factory):
+  """Two tasks of digits; those of the best variant without test images."""
   folder = tmp_path_factory.mktemp(request.param)
+  is_best = request.param == "best"
   config = make_config(
-    request.param,
+    "ewc" if request.param == "ewc" else "halrp",
     benchmark="digits",
     order="natural",
     network="mlp",
     epochs=4,
-    protocol={},
+    protocol={"evaluate_on": "unused" if is_best else "test"},
+    train_fraction=0.5 if is_best else 1.0,
     data_={"cache": "off"},
-    methods_={"halrp": {"prune_bound": 0.05}},
+    methods_={"halrp": BEST if is_best else {"prune_bound": 0.05}},
   )
   interrupt(config, folder, 2)
   return folder
@@ -69,6 +76,9 @@ def test_a_folder_of_pictures_becomes_a_task(capsys, run_folder, tmp_path):
     assert after.results["accuracy"][2][:2] == before.results["accuracy"][1][:2]
     for name, p in after.state.tasks[2].perturbation.items():
       rank = int(after.state.tasks[2].rank[name])
+      if p.U.dtype == np.int8:  # the best variant
+        assert rank > 0 and np.abs(p.U[:, :rank]).max() == 127
+        continue
       assert (p.U[:, :rank] == 0).any() and (p.U[:, :rank] != 0).any()  # it is pruned
     # the new task can be exported beside the old ones: the base is the same
     for run in (before, after):
