@@ -247,8 +247,8 @@ def replicas_(target, options):
   """Measures 25 runs at once and a single run, without and with compiled programs in the cache."""
   numbers, suffixes = ("0,1", ("",)) if options.smoke else ("0,1,2,3,4", ("", " again"))
   epochs = 2 if options.smoke else 6
-  how = [f"--config.epochs={epochs}", "--config.method.variant=published"]
-  how += ["--config.method.warmup_epochs=1"]
+  of_method = ("--config.method.variant=published", "--config.method.warmup_epochs=1")
+  how = [f"--config.epochs={epochs}", *of_method]
   how += ["--config.order=0,1"] * options.smoke  # two tasks
   config = arguments.load_config(str(ROOT / "configs/digits.py"), "halrp", how)
   orders = "" if options.smoke else numbers

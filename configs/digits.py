@@ -5,7 +5,7 @@
 
 No data files are needed: scikit-learn contains the images.
 
-Expected for order 0 and seed 0, on 2 cores of a CPU, where both runs together take 25 s (no record
+Expected for order 0 and seed 0, on 2 cores of a CPU, where both runs together take 27 s (no record
 in docs/records/; `make demo` runs both):
 
   HALRP  ACC 93.20 %, growth 0.600 (method.variant=published: 92.26 %, 0.774)

@@ -371,7 +371,9 @@ def _draw_and_hold_out(task: Task, config: Config, is_own: bool) -> Task:
 
 
 def _unused(task: Task, drawn: Split) -> Split:
-  """Returns training images that were not drawn, in random order, as many as test images.
+  """Returns training images that were not drawn, at most as many as the task has test images.
+
+  They are in random order, and at least one of every class is among them.
 
   Args:
     task: the task with all its images.

@@ -122,9 +122,8 @@ def write(
         yield stem, _write_arrays(path, stem, _merged(run, t), card, format)
       else:
         form = getattr(run.config.method, "conv_form", "window_mean")
-        card |= {"base": own[BASE]["hash"], "conv_form": form} | (
-          {"pretrained": origin} if origin else {}
-        )
+        card |= {"base": own[BASE]["hash"], "conv_form": form}
+        card |= {"pretrained": origin} if origin else {}
         added = {k: x for k, x in _added(run, t).items() if not _is_in(base, k, x)}
         yield stem, _write_arrays(path, stem, added, card, format)
   except OSError as e:
